@@ -1,0 +1,104 @@
+"""One registry for everything that a config names: kind + name -> a frozen dataclass or a function.
+
+A *kind* is "pattern", "criterion", "schedule", "regularizer", "scope" and so on. A registered dataclass is built from
+a name, or from a mapping with a ``type`` key and the fields of the dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from pruningawaretraining.errors import ConfigError, unknown
+
+T = TypeVar("T")
+_ENTRIES: dict[str, dict[str, Any]] = {}
+_ALIASES: dict[str, dict[str, str]] = {}
+
+
+def register(kind: str, name: str, *aliases: str) -> Callable[[T], T]:
+    """Class or function decorator: make it known to configs as ``name`` (or one of ``aliases``) of this ``kind``.
+
+    Raises:
+        ValueError: the name is taken by something else.
+    """
+
+    def add(entry: T) -> T:
+        table = _ENTRIES.setdefault(kind, {})
+        if name in table and table[name] is not entry:
+            raise ValueError(f"{kind}: the name {name!r} is already registered for {table[name]!r}")
+        table[name] = entry
+        for alias in aliases:
+            _ALIASES.setdefault(kind, {})[alias] = name
+        return entry
+
+    return add
+
+
+def names(kind: str) -> list[str]:
+    """The registered names of a kind, sorted, without aliases."""
+    return sorted(_ENTRIES.get(kind, {}))
+
+
+def canonical(kind: str, name: str, where: str | None = None) -> str:
+    """The registered name that ``name`` (or an alias of any case) stands for.
+
+    Raises:
+        ConfigError: nothing is registered under it; the nearest name is suggested.
+    """
+    table, aliases = _ENTRIES.get(kind, {}), _ALIASES.get(kind, {})
+    for candidate in (name, str(name).lower()):
+        if candidate in table:
+            return candidate
+        if candidate in aliases:
+            return aliases[candidate]
+    raise ConfigError(unknown(where or kind, name, [*table, *aliases]))
+
+
+def lookup(kind: str, name: str, where: str | None = None) -> Any:
+    """The entry registered under ``name``; see :func:`canonical`."""
+    return _ENTRIES[kind][canonical(kind, name, where)]
+
+
+def build(kind: str, spec: Any, where: str | None = None) -> Any:
+    """Build an entry from a config value.
+
+    Args:
+        kind: the kind of entry.
+        spec: a name, a mapping ``{"type": name, **fields}``, or an object that is already built.
+        where: the key of the config, for messages.
+
+    Raises:
+        ConfigError: unknown name or field, or a field with a value that the entry refuses.
+    """
+    where = where or kind
+    if isinstance(spec, str):
+        spec = {"type": spec}
+    if not isinstance(spec, Mapping):
+        return spec
+    if "type" not in spec:
+        raise ConfigError(f"{where}: {dict(spec)!r} has no 'type'. Allowed: {', '.join(names(kind))}")
+    entry = lookup(kind, spec["type"], f"{where}.type")
+    options = {key: value for key, value in spec.items() if key != "type"}
+    if not dataclasses.is_dataclass(entry):
+        if options:
+            raise ConfigError(f"{where}: {spec['type']!r} takes no options, but {sorted(options)} were given")
+        return entry
+    check_fields(entry, options, where)
+    try:
+        return entry(**options)
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{where}: {error}") from error
+
+
+def check_fields(entry: Any, options: Mapping[str, Any], where: str) -> None:
+    """Refuse options that are no field of the dataclass ``entry``, and values of a plainly wrong type."""
+    hints = typing.get_type_hints(entry)
+    allowed = [field.name for field in dataclasses.fields(entry) if field.init]
+    for key, value in options.items():
+        if key not in allowed:
+            raise ConfigError(unknown(f"{where}.{key}", key, allowed or ["(no options)"]))
+        if hints.get(key) in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ConfigError(f"{where}.{key}: {value!r} is not a number")
