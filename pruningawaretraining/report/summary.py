@@ -1,0 +1,159 @@
+"""The report of a pruner: what has been reached now, as plain data and as tables.
+
+A leaf module: it imports nothing of the library, so that the facade above and the reports below can share it.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_LAYERS_SHOWN = 400
+
+
+def si(value: float | None, unit: str = "") -> str:
+    """A count with three significant digits and a decimal prefix: ``1234567 -> '1.23M'``; None is a dash."""
+    if value is None:
+        return "–"
+    number, prefix = float(value), ""
+    for candidate in ("k", "M", "G", "T"):
+        if abs(number) < 999.5:
+            break
+        number, prefix = number / 1000.0, candidate
+    digits = f"{number:.0f}" if (not prefix and number.is_integer()) or abs(number) >= 99.95 else f"{number:.3g}"
+    return f"{digits}{prefix}{unit}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A fraction in [0, 1] as a percentage: ``0.4987 -> '49.9%'``; None is a dash."""
+    return "–" if value is None else f"{100.0 * value:.{digits}f}%"
+
+
+def fraction(kept: float | None, dense: float | None) -> float | None:
+    """kept / dense, or None when either is unknown or dense is 0."""
+    return None if kept is None or not dense else kept / dense
+
+
+def render(renderable: RenderableType, width: int = 120) -> str:
+    """The text a terminal of ``width`` columns would show, without colours and trailing blanks."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+@dataclass(frozen=True)
+class Report:
+    """What pruning has reached at one moment.
+
+    Attributes:
+        phase: "regularize", "prune", "finetune" or "done".
+        sparsity: fraction of the prunable groups that is masked or removed, in [0, 1].
+        macs: ``{"dense", "kept", "fraction"}``, multiply-accumulates of one forward pass.
+        parameters: the same keys, counting parameters.
+        layers: one dict a layer: ``name, type, set, dense_out, kept_out, dense_in, kept_in, dense_macs, kept_macs,
+            parameters``; any of them may be missing or None where it means nothing.
+        groups: one dict a set of coupled layers: ``number, source, dependencies, size, kept``.
+    """
+
+    phase: str
+    sparsity: float
+    macs: Mapping[str, Any]
+    parameters: Mapping[str, Any]
+    layers: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    groups: Sequence[Mapping[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain dicts and lists, owned by the caller and ready for JSON."""
+        return {
+            "phase": self.phase,
+            "sparsity": float(self.sparsity),
+            "macs": dict(self.macs),
+            "parameters": dict(self.parameters),
+            "layers": [copy.deepcopy(dict(layer)) for layer in self.layers],
+            "groups": [copy.deepcopy(dict(group)) for group in self.groups],
+        }
+
+    def __rich__(self) -> RenderableType:
+        """Shown by ``rich.print(report)``: a headline and a table of the layers."""
+        return Group(headline(self), layer_table(self.layers)) if self.layers else headline(self)
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def headline(report: Report) -> Text:
+    """Two lines: the phase with the sparsity, and MACs with parameters, dense and kept."""
+    text = Text()
+    text.append(report.phase, style="bold")
+    text.append(f"   sparsity {percent(report.sparsity)}\n")
+    text.append("   ".join(_kept_of("MACs", report.macs) + _kept_of("parameters", report.parameters)))
+    return text
+
+
+def _kept_of(label: str, count: Mapping[str, Any]) -> list[str]:
+    """``['MACs 40.1M of 81.2M (49.4%)']``, or nothing when the count is unknown."""
+    dense, kept = count.get("dense"), count.get("kept")
+    if dense is None or kept is None:
+        return []
+    return [f"{label} {si(kept)} of {si(dense)} ({percent(count.get('fraction', fraction(kept, dense)))})"]
+
+
+def layer_table(layers: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
+    """One row a layer: widths, MACs and parameters, dense and kept."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for heading in ("layer", "type"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("in", "out", "kept", "MACs", "of dense", "parameters"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in layers[:_LAYERS_SHOWN]:
+        table.add_row(*(Text(cell) for cell in layer_row(layer)))
+    if len(layers) > _LAYERS_SHOWN:
+        table.add_row(f"... and {len(layers) - _LAYERS_SHOWN} more", *[""] * 7)
+    return table
+
+
+def layer_row(layer: Mapping[str, Any]) -> list[str]:
+    """The cells of one layer: name, type, in, out, kept (%), MACs, MACs of dense (%), parameters."""
+    outs = (layer.get("kept_out"), layer.get("dense_out"))
+    macs = (layer.get("kept_macs"), layer.get("dense_macs"))
+    return [
+        str(layer.get("name", "?")),
+        str(layer.get("type") or "–"),
+        arrow(layer.get("dense_in"), layer.get("kept_in")),
+        arrow(outs[1], outs[0]),
+        percent(fraction(*outs), 0),
+        si(macs[0] if macs[0] is not None else macs[1]),
+        percent(fraction(*macs), 0),
+        si(layer.get("parameters")),
+    ]
+
+
+def arrow(dense: int | None, kept: int | None) -> str:
+    """``'64 → 32'``; a width that did not change is shown once."""
+    if dense is None or kept is None or dense == kept:
+        value = dense if kept is None else kept
+        return "–" if value is None else str(value)
+    return f"{dense} → {kept}"
+
+
+def group_table(groups: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
+    """One row a set of coupled layers: number, source, the layers that follow it, width and what is kept."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("#", justify="right")
+    table.add_column("source", overflow="fold")
+    table.add_column("coupled with", overflow="fold")
+    table.add_column("groups", justify="right", no_wrap=True)
+    for group in groups:
+        names = ", ".join(str(name) for name in group.get("dependencies") or []) or "–"
+        size = arrow(group.get("size"), group.get("kept"))
+        table.add_row(*(Text(cell) for cell in (str(group.get("number", "")), str(group.get("source", "?")), names, size)))
+    return table
