@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-ROLES = ("out", "in", "norm", "bias", "element", "buffer")
+ROLES = ("out", "in", "norm", "bias", "raw", "element", "buffer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Member:
             when slot s simply is group ``offset + s``. It is as long as the product of ``sizes``: used for channels,
             where that is small.
         offset: the group of slot 0 when ``slots`` is None.
-        role: what the tensor is to the group: "out" and "in" weights of a layer, a "norm" weight, a "bias",
+        role: what the tensor is to the group: "out" and "in" weights of a layer, a "norm" weight, a "bias", a "raw" parameter,
             an "element" of an unstructured or block pattern, or a "buffer" such as a running mean.
     """
 

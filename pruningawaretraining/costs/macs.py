@@ -1,0 +1,192 @@
+"""Multiply-accumulate operations: counted once for the dense model, then known for any set of masks.
+
+Shape suffixes: ``_G`` groups, ``_L`` layers, ``_N`` channel entries of all layers in a row.
+
+A layer's MACs are linear in its kept output channels and in its kept input channels (a depthwise convolution has only
+outputs), so ``kept = dense * out / out0 * in / in0`` is exact after removal, and costs one gather and one sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.inputs import ForwardFn, checked_call, evaluating
+
+
+def count_macs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = None) -> int:
+    """Count the multiply-accumulate operations of one forward pass (matrix products and convolutions).
+
+    Args:
+        model: the model; it is run once in eval mode, and left as it was.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs. The count is for the whole
+            batch.
+        forward_fn: how to call the model, if not as ``model(*inputs)``.
+
+    Raises:
+        ModelError: the model rejects the inputs.
+    """
+    return macs_per_layer(model, example_inputs, forward_fn).get("", 0)
+
+
+def macs_per_layer(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = None) -> dict[str, int]:
+    """MACs of every module by name, its children included; the whole model has the name "".
+
+    Args and raises: as :func:`count_macs`.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    counter = FlopCounterMode(display=False)
+    try:
+        # The fast path of attention is one operation that the counter does not know.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad(), evaluating(model), counter:
+            checked_call(model, example_inputs, forward_fn)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    counts = {name: sum(per_op.values()) // 2 for name, per_op in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    named = {"": counts.get("Global", 0)}
+    for name, _ in model.named_modules():
+        if name:
+            named[name] = counts.get(f"{root}.{name}", 0)
+    return named
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """One channel dimension of many layers: which layer each entry belongs to, and the group that holds it."""
+
+    layers_N: Tensor
+    groups_N: Tensor
+    widths_L: Tensor
+
+    @classmethod
+    def of(cls, members: Sequence[tuple[int, Member]], layers: int, outside: int) -> _Side:
+        widths_L = torch.zeros(layers, dtype=torch.float64)
+        numbers, groups = [], []
+        for layer, member in members:
+            assert member.slots is not None
+            entries = member.slots.cpu()
+            widths_L[layer] = len(entries)
+            numbers.append(torch.full((len(entries),), layer))
+            groups.append(entries)
+        empty = torch.zeros(0, dtype=torch.int64)
+        return cls(torch.cat([empty, *numbers]), torch.cat([empty, *groups]).clamp(max=outside), widths_L)
+
+    def kept_L(self, keep_G1: Tensor) -> Tensor:
+        """Kept fraction of the dimension for every layer (1 where a layer has no such dimension)."""
+        kept = torch.zeros_like(self.widths_L).index_add_(0, self.layers_N, keep_G1[self.groups_N])
+        return torch.where(self.widths_L > 0, kept / self.widths_L.clamp(min=1), 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearCost:
+    """A cost that is a sum over layers of ``base * kept outputs * kept inputs``, plus what masks do not change.
+
+    Args:
+        dense: the cost of the dense model.
+        names: the layers (or parameters) that the grouping touches.
+        base_L: their dense costs.
+        out, in_: their output and input channels.
+        size: number of groups.
+    """
+
+    dense: float
+    names: tuple[str, ...]
+    base_L: Tensor
+    out: _Side
+    in_: _Side
+    size: int
+
+    @cached_property
+    def constant(self) -> float:
+        """The part of the cost that no mask changes."""
+        return self.dense - float(self.base_L.sum())
+
+    def layers(self, keep_G: Tensor) -> Tensor:
+        """The cost of each touched layer under a mask (vector, in the order of ``names``)."""
+        keep_G1 = self._extended(keep_G)
+        return self.base_L * self.out.kept_L(keep_G1) * self.in_.kept_L(keep_G1)
+
+    def __call__(self, keep_G: Tensor) -> float:
+        """The cost under a mask.
+
+        Args:
+            keep_G: for each group, True (1) if it stays.
+        """
+        return self.constant + float(self.layers(keep_G).sum())
+
+    def marginal_G(self, keep_G: Tensor) -> Tensor:
+        """What adding each group alone would cost, given the others as they are (exact; 0 for groups that stay)."""
+        keep_G1 = self._extended(keep_G)
+        out_L, in_L = self.out.kept_L(keep_G1), self.in_.kept_L(keep_G1)
+        per_out_L = self.base_L / self.out.widths_L.clamp(min=1)
+        per_in_L = self.base_L / self.in_.widths_L.clamp(min=1)
+        gain = torch.zeros(self.size + 1, dtype=torch.float64)
+        gain.index_add_(0, self.out.groups_N, (per_out_L * in_L)[self.out.layers_N])
+        gain.index_add_(0, self.in_.groups_N, (per_in_L * out_L)[self.in_.layers_N])
+        self._add_squares(gain)
+        return gain[:-1] * (keep_G1[:-1] == 0)
+
+    def _add_squares(self, gain_G1: Tensor) -> None:
+        """A group on both sides of one layer adds the product of its two fractions as well."""
+        for base, counts in self._both_sides:
+            gain_G1[:-1] += base * counts
+
+    @cached_property
+    def _both_sides(self) -> list[tuple[float, Tensor]]:
+        found = []
+        shared = torch.isin(self.out.groups_N, self.in_.groups_N) & (self.out.groups_N < self.size)
+        for layer in torch.unique(self.out.layers_N[shared]).tolist():
+            out_G = torch.bincount(self.out.groups_N[self.out.layers_N == layer], minlength=self.size + 1)[: self.size]
+            in_G = torch.bincount(self.in_.groups_N[self.in_.layers_N == layer], minlength=self.size + 1)[: self.size]
+            product = (out_G * in_G).double()
+            if bool(product.any()):
+                widths = float(self.out.widths_L[layer] * self.in_.widths_L[layer])
+                found.append((float(self.base_L[layer]) / widths, product))
+        return found
+
+    def _extended(self, keep_G: Tensor) -> Tensor:
+        return torch.cat([keep_G.detach().cpu().double(), torch.ones(1, dtype=torch.float64)])
+
+
+def macs_cost(grouping: Grouping, per_layer: dict[str, int]) -> LinearCost:
+    """The MACs of a model as a function of its channel masks.
+
+    Args:
+        grouping: the model's channels.
+        per_layer: dense MACs by module name, from :func:`macs_per_layer`.
+    """
+    weights = [member for member in grouping.members if member.role in ("out", "in") and member.name.endswith(".weight")]
+    bases = {member.name: float(per_layer.get(member.name.removesuffix(".weight"), 0)) for member in weights}
+    return _linear_cost(weights, bases, float(per_layer.get("", 0)), grouping.size)
+
+
+def parameters_cost(grouping: Grouping, model: nn.Module) -> LinearCost:
+    """The number of parameters of a model as a function of its channel masks."""
+    learned = {name for name, _ in model.named_parameters()}
+    members = [member for member in grouping.members if member.name in learned]
+    bases = {member.name: float(member.parameter.numel()) for member in members}
+    total = float(sum(parameter.numel() for parameter in model.parameters()))
+    return _linear_cost(members, bases, total, grouping.size)
+
+
+def _linear_cost(members: list[Member], bases: dict[str, float], dense: float, size: int) -> LinearCost:
+    numbers = {name: index for index, name in enumerate(bases)}
+    inputs = [(numbers[member.name], member) for member in members if member.role == "in"]
+    outputs = [(numbers[member.name], member) for member in members if member.role != "in"]
+    return LinearCost(
+        dense,
+        tuple(name.removesuffix(".weight") for name in bases),
+        torch.tensor(list(bases.values()), dtype=torch.float64),
+        _Side.of(outputs, len(bases), size),
+        _Side.of(inputs, len(bases), size),
+        size,
+    )

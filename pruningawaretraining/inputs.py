@@ -1,0 +1,154 @@
+"""Example inputs in every form a user has them, and how a model is called with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.errors import ConfigError, ModelError
+
+ForwardFn = Callable[..., Any]
+
+
+def from_shapes(shape: Sequence[Any], container: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """Random inputs from a config's shapes.
+
+    Args:
+        shape: one shape ``[B, C, H, W]``, or a list of shapes.
+        container: for a list of shapes, "tuple" to pass the tensors as one tuple argument, "list" or None as one list.
+        dtype: dtype of the tensors.
+
+    Returns:
+        A tensor for one shape; a tuple of one argument (the list or tuple of tensors) for several.
+    """
+
+    def one(sizes: Sequence[int]) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        if dtype.is_floating_point:
+            return torch.randn(*sizes, generator=generator).to(dtype)
+        return torch.zeros(*sizes, dtype=dtype)
+
+    if not shape:
+        raise ConfigError("example_inputs.shape: [] is empty; give a shape such as [1, 3, 224, 224]")
+    if isinstance(shape[0], int):
+        return one(shape)
+    tensors = [one(sizes) for sizes in shape]
+    return (tuple(tensors),) if container == "tuple" else (tensors,)
+
+
+def move(inputs: Any, device: torch.device) -> Any:
+    """The same nest of tensors on ``device``."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: move(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        return type(inputs)(move(value, device) for value in inputs)
+    return inputs
+
+
+def call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> Any:
+    """Call a model on example inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+    Args:
+        model: the module.
+        inputs: see above.
+        forward_fn: None; a bound ``model.forward``; or a function of ``(model, inputs)`` or of ``(inputs)`` alone.
+    """
+    if forward_fn is not None and getattr(forward_fn, "__self__", None) is None:
+        return forward_fn(model, inputs) if _takes_two(forward_fn) else forward_fn(inputs)
+    target: Callable[..., Any] = model
+    if forward_fn is not None and getattr(forward_fn, "__self__", None) is not model:
+        target = forward_fn
+    if isinstance(inputs, Mapping):
+        return target(**inputs)
+    return target(*inputs) if isinstance(inputs, tuple) else target(inputs)
+
+
+def _takes_two(function: ForwardFn) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    required = [
+        one
+        for one in parameters
+        if one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    ]
+    return len(required) >= 2 or any(one.kind == one.VAR_POSITIONAL for one in parameters)
+
+
+def tensors_of(nest: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples, mappings and dataclasses, in order; anything else is passed over."""
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, Mapping):
+        for value in nest.values():
+            yield from tensors_of(value)
+    elif isinstance(nest, (list, tuple)):
+        for value in nest:
+            yield from tensors_of(value)
+    elif dataclasses.is_dataclass(nest) and not isinstance(nest, type):
+        for item in dataclasses.fields(nest):
+            yield from tensors_of(getattr(nest, item.name))
+
+
+def float_tensors_of(nest: Any) -> list[Tensor]:
+    """The floating point tensors of :func:`tensors_of`."""
+    return [tensor for tensor in tensors_of(nest) if tensor.is_floating_point()]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside the block; every submodule's own mode is restored after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Every floating point parameter requires a gradient inside the block, so that frozen layers are traced too."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    floating = [parameter for parameter in frozen if parameter.is_floating_point()]
+    try:
+        for parameter in floating:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in floating:
+            parameter.requires_grad_(False)
+
+
+def outputs_of(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> list[Tensor]:
+    """The floating point outputs of the model in eval mode without gradients.
+
+    Raises:
+        ModelError: the model rejects the inputs; the message names their shapes.
+    """
+    with torch.no_grad(), evaluating(model):
+        return float_tensors_of(checked_call(model, inputs, forward_fn))
+
+
+def checked_call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> Any:
+    """:func:`call`, with an error that names the shapes when the model rejects the inputs."""
+    try:
+        return call(model, inputs, forward_fn)
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError, NotImplementedError) as error:
+        shapes = [tuple(tensor.shape) for tensor in tensors_of(inputs)]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"example_inputs: {type(model).__name__} rejects inputs of shape {shapes}: {reason}. "
+            "Pass example_inputs= as a tensor, a tuple of positional inputs or a dict of keyword inputs, "
+            "or a forward_fn(model, inputs)"
+        ) from error

@@ -1,0 +1,237 @@
+"""Channels: a group is one channel of a layer and everything that the dependency graph couples to it.
+
+That is the filter and its bias, the same channel of every layer in the same residual stream, the weights of norms
+behind it, and the input columns of all consumers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.errors import ModelError
+from pruningawaretraining.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.inputs import ForwardFn
+from pruningawaretraining.patterns.dependency import DependencyMap, Space, trace
+from pruningawaretraining.patterns.selection import select
+from pruningawaretraining.registry import register
+
+log = logging.getLogger(__name__)
+
+Conv = nn.modules.conv._ConvNd
+Norm = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+PRODUCERS = (Conv, nn.Linear)
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroups:
+    """What the channel pattern found.
+
+    Args:
+        grouping: one group per removable channel, one set per run of coupled layers.
+        skipped: layer -> why its channels stay.
+    """
+
+    grouping: Grouping
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@register("pattern", "channel", "channels")
+@dataclass(frozen=True)
+class Channel:
+    """Whole channels, coupled through the dependency graph; they can be removed physically."""
+
+    def build(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        layers: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        forward_fn: ForwardFn | None = None,
+    ) -> ChannelGroups:
+        """Trace the model and label its channels.
+
+        Args:
+            model: the model.
+            inputs: example inputs.
+            layers: only sets whose every layer that loses output channels is selected here; None for all.
+            exclude: sets with one of these layers are left out.
+            forward_fn: see :func:`pruningawaretraining.inputs.call`.
+
+        Raises:
+            ConfigError: a name that is no layer of the model.
+            ModelError: the inputs are rejected, or nothing can be pruned.
+        """
+        prunable = [name for name, module in model.named_modules() if isinstance(module, PRODUCERS)]
+        chosen = select(model, layers, prunable, "layers") - select(model, list(exclude), prunable, "exclude")
+        found = channel_groups(model, trace(model, inputs, forward_fn), chosen)
+        if found.grouping.size == 0:
+            reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
+            raise ModelError(
+                f"model: {type(model).__name__} has no prunable channel group among {len(chosen)} selected layers. {reasons}"
+            )
+        return found
+
+
+def channel_groups(model: nn.Module, dependencies: DependencyMap, chosen: set[str]) -> ChannelGroups:
+    """Group the coupled channels into sets, and label every tensor that they index.
+
+    Args:
+        model: the traced model.
+        dependencies: its coupled channels.
+        chosen: names of the layers that may lose output channels.
+    """
+    blocked = {**dependencies.blocked, **_blocked_by_parameters(model, dependencies)}
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    producers = _producers_of_components(dependencies)
+    skipped: dict[str, str] = {}
+    members: dict[tuple[int, ...], list[int]] = {}
+    for component, spaces in producers.items():
+        names = sorted((dependencies.spaces[index].name for index in spaces), key=order.__getitem__)
+        reason = blocked.get(component) or _not_chosen(names, chosen)
+        if reason:
+            for name in names:
+                skipped.setdefault(name, reason)
+        else:
+            members.setdefault(tuple(sorted(spaces)), []).append(component)
+    runs = sorted(members.items(), key=lambda run: min(order[dependencies.spaces[index].name] for index in run[0]))
+    return _label(model, dependencies, [(key, parts) for key, parts in runs if len(parts) > 1], order, skipped)
+
+
+def _not_chosen(names: list[str], chosen: set[str]) -> str:
+    missing = [name for name in names if name not in chosen]
+    return f"coupled to {missing[0]}, which is not selected" if missing else ""
+
+
+def _producers_of_components(dependencies: DependencyMap) -> dict[int, set[int]]:
+    """For each component, the conv and linear layers whose outputs it holds (indices of spaces)."""
+    producers: dict[int, set[int]] = {}
+    for index, (space, components) in enumerate(zip(dependencies.spaces, dependencies.components, strict=True)):
+        if isinstance(space.owner, PRODUCERS) and space.side != "in":
+            for component in np.unique(components):
+                producers.setdefault(int(component), set()).add(index)
+    return producers
+
+
+def _blocked_by_parameters(model: nn.Module, dependencies: DependencyMap) -> dict[int, str]:
+    """Components of layers whose tensors cannot be sliced: tied, parametrized or of an unusual shape."""
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    blocked: dict[int, str] = {}
+    for space, components in zip(dependencies.spaces, dependencies.components, strict=True):
+        problem = _layer_problem(space, owners)
+        if problem:
+            for component in np.unique(components):
+                blocked.setdefault(int(component), f"{space.name}: {problem}")
+    return blocked
+
+
+def _layer_problem(space: Space, owners: Counter[int]) -> str:
+    module = space.owner
+    if isinstance(module, nn.Parameter):
+        return "a parameter that several modules share" if owners[id(module)] > 1 else ""
+    assert module is not None
+    if any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
+        return "its weight is shared with another module"
+    if nn.utils.parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+        return "its weight is parametrized"
+    if isinstance(module, Conv) and module.groups > 1:
+        if space.side == "both" and module.in_channels != module.out_channels:
+            return "a depthwise convolution with fewer outputs than inputs"
+        if space.side != "both" and module.transposed:
+            return "a grouped transposed convolution"
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+        return "a LayerNorm over several dimensions"
+    if space.width is not None and len(space.seen) > space.width:
+        return "indices beyond its width"
+    return ""
+
+
+def _label(
+    model: nn.Module,
+    dependencies: DependencyMap,
+    runs: list[tuple[tuple[int, ...], list[int]]],
+    order: dict[str, int],
+    skipped: dict[str, str],
+) -> ChannelGroups:
+    total = sum(len(components) for _, components in runs)
+    highest = max((int(part.max()) for part in dependencies.components if len(part)), default=0)
+    group_of = np.full(highest + 1, total, dtype=np.int64)
+    sets: list[GroupSet] = []
+    start = 0
+    for key, components in runs:
+        source = min(key, key=lambda index: order[dependencies.spaces[index].name])
+        channels = dependencies.components[source]
+        mine = channels[np.isin(channels, components)]
+        ordered = mine[np.sort(np.unique(mine, return_index=True)[1])]
+        group_of[ordered] = np.arange(start, start + len(ordered))
+        width = max(1, len(mine) // max(1, len(ordered)))
+        sets.append(GroupSet(dependencies.spaces[source].name, start, start + len(ordered), width))
+        start += len(ordered)
+    members: list[Member] = []
+    touched: list[list[str]] = [[] for _ in sets]
+    topology: list[list[str]] = [[] for _ in sets]
+    set_of = np.repeat(np.arange(len(sets)), [one.size for one in sets])
+    for space, components in zip(dependencies.spaces, dependencies.components, strict=True):
+        groups = group_of[components]
+        if len(groups) == 0 or (groups == total).all():
+            continue
+        members += _members(space, torch.from_numpy(groups), total)
+        for number in np.unique(set_of[groups[groups < total]]):
+            touched[number].append(space.name)
+            topology[number].append(f"{type(space.owner).__name__}:{space.side}")
+    named = tuple(_finish(one, touched[index], topology[index], order, model) for index, one in enumerate(sets))
+    return ChannelGroups(Grouping("channel", tuple(members), named), skipped)
+
+
+def _finish(one: GroupSet, names: list[str], topology: list[str], order: dict[str, int], model: nn.Module) -> GroupSet:
+    modules = dict(model.named_modules())
+    layers = [name for name in dict.fromkeys(names) if isinstance(modules.get(name), PRODUCERS) and name != one.name]
+    layers.sort(key=order.__getitem__)
+    return GroupSet(one.name, one.start, one.stop, one.width, "|".join(sorted(topology)), (one.name, *layers))
+
+
+def _members(space: Space, groups: Tensor, total: int) -> list[Member]:
+    """The tensors of a layer that its channel indices slice."""
+    owner = space.owner
+    if isinstance(owner, nn.Parameter):
+        return [Member.along(space.name, owner, space.dim, groups, total, "raw")]
+    assert owner is not None
+    if isinstance(owner, PRODUCERS) and space.side == "in":
+        return _input_members(space, owner, groups, total)
+    if isinstance(owner, PRODUCERS):
+        dim = 1 if isinstance(owner, Conv) and owner.transposed and space.side == "out" else 0
+        return _along(space, groups, total, {"weight": (dim, "out"), "bias": (0, "bias")})
+    if isinstance(owner, nn.Embedding):
+        return _along(space, groups, total, {"weight": (1, "out")})
+    if isinstance(owner, nn.PReLU):
+        return _along(space, groups, total, {"weight": (0, "raw")} if owner.num_parameters > 1 else {})
+    tensors = {"weight": (0, "norm"), "bias": (0, "bias"), "running_mean": (0, "buffer"), "running_var": (0, "buffer")}
+    return _along(space, groups, total, tensors)
+
+
+def _input_members(space: Space, layer: nn.Module, groups: Tensor, total: int) -> list[Member]:
+    if isinstance(layer, Conv) and layer.groups > 1:
+        # Only the position inside a convolution group is indexed; equal positions are tied, so the first group tells.
+        # With one input channel for each group there is nothing to slice: its filters are.
+        per_group = layer.in_channels // layer.groups
+        if per_group == 1:
+            return []
+        groups = groups[:per_group]
+    dim = 0 if isinstance(layer, Conv) and layer.transposed else 1
+    return _along(space, groups, total, {"weight": (dim, "in")})
+
+
+def _along(space: Space, groups: Tensor, total: int, tensors: dict[str, tuple[int, str]]) -> list[Member]:
+    members = []
+    for attribute, (dim, role) in tensors.items():
+        tensor = getattr(space.owner, attribute, None)
+        if isinstance(tensor, Tensor):
+            members.append(Member.along(f"{space.name}.{attribute}", tensor, dim, groups, total, role))
+    return members

@@ -1,0 +1,336 @@
+"""Which channels of a model are coupled: the closure of Torch-Pruning's dependency graph.
+
+Torch-Pruning traces the model into nodes (layers and operations) and dependencies between their channel indices. It
+then walks that graph once for every root layer. Here every dependency is followed once, with whole index vectors, and
+the coupled channels are the connected components: several roots that reach one index are merged, nothing is walked
+twice, and an index mapping that disagrees with a layer's width is noticed instead of followed for ever.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import nn
+from torch_pruning import ops
+from torch_pruning.dependency import index_mapping as mappings
+
+from pruningawaretraining.errors import ModelError
+from pruningawaretraining.inputs import ForwardFn, checked_call, differentiable, evaluating, float_tensors_of
+
+Indices = np.ndarray
+
+# Operations after which a channel index no longer means the same channel, or all channels are mixed.
+MIXING_OPERATIONS = {
+    "bmm": "a batched matrix product (attention)",
+    "scaleddotproduct": "scaled dot product attention",
+    "softmax": "a softmax",
+    "flip": "a flip",
+    "shuffle": "a channel or pixel shuffle",
+    "glu": "a gated linear unit",
+    "gather": "a gather",
+    "indexselect": "an index selection",
+    "im2col": "an unfold",
+    "col2im": "a fold",
+    "unfold": "an unfold",
+    "cumsum": "a cumulative sum",
+    "sort": "a sort",
+    "fft": "a Fourier transform",
+}
+UNSUPPORTED_TYPES = {
+    ops.OPTYPE.MHA: "multi-head attention (prune it by heads)",
+    ops.OPTYPE.LSTM: "a recurrent layer",
+    ops.OPTYPE.CUSTOMIZED: "a layer with a pruner of its own",
+}
+
+
+@dataclass(eq=False)
+class Space:
+    """The channel indices at one side of a node.
+
+    Args:
+        owner: the layer or raw parameter, None for an operation.
+        name: its name in the model, "" for an operation.
+        side: "out", "in", or "both" for layers that keep their channels (norms, depthwise convolutions).
+        width: how many channels it has, or None where only the graph tells.
+        problem: why channels that reach it cannot be removed, "" if they can.
+    """
+
+    owner: nn.Module | nn.Parameter | None
+    name: str
+    side: str
+    width: int | None
+    problem: str = ""
+    dim: int = -1
+
+    def __post_init__(self) -> None:
+        self.first = -1  # number of its first element
+        self.seen = np.zeros(self.width or 0, dtype=bool)
+
+
+@dataclass(frozen=True, eq=False)
+class DependencyMap:
+    """The coupled channels of a model.
+
+    Args:
+        spaces: channel spaces of layers and raw parameters.
+        components: for each space, the component of each of its channels.
+        blocked: component -> why none of its channels can be removed.
+    """
+
+    spaces: tuple[Space, ...]
+    components: tuple[Indices, ...]
+    blocked: dict[int, str]
+
+
+def trace(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> DependencyMap:
+    """Trace a model and find its coupled channels.
+
+    The model's parameters, modes, gradients and hooks are left as they were.
+
+    Args:
+        model: the model, on any device.
+        inputs: example inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+        forward_fn: see :func:`pruningawaretraining.inputs.call`.
+
+    Raises:
+        ModelError: the model rejects the inputs, or Torch-Pruning cannot trace it.
+    """
+    graph = _build_graph(model, inputs, forward_fn)
+    closure = _Closure(graph, {module: name for name, module in model.named_modules()})
+    closure.run()
+    return closure.result()
+
+
+def _build_graph(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> tp.DependencyGraph:
+    def forward(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
+        # The clone gives every output an operation of its own, so that a final layer is seen to feed an output.
+        outputs = [tensor.clone() for tensor in float_tensors_of(checked_call(model, inputs, forward_fn))]
+        return [tensor for tensor in outputs if tensor.grad_fn is not None]
+
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.enable_grad(), evaluating(model), differentiable(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return tp.DependencyGraph().build_dependency(
+                model, inputs, forward_fn=forward, customized_pruners={}, ignored_layers=[], ignored_params=[], verbose=False
+            )
+    except (RuntimeError, TypeError, IndexError, KeyError, AttributeError, RecursionError, AssertionError) as error:
+        raise ModelError(
+            f"model: the dependency graph of {type(model).__name__} cannot be traced: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+class _Closure:
+    """Follows every dependency once and unites the channels that it couples."""
+
+    def __init__(self, graph: tp.DependencyGraph, names: dict[nn.Module, str]) -> None:
+        self.graph = graph
+        self.names = names
+        self.spaces: dict[tuple[Any, Callable[..., Any]], Space] = {}
+        self.edges: list[tuple[Space, Indices, Space, Indices]] = []
+
+    def run(self) -> None:
+        work: deque[tuple[Any, Callable[..., Any], Indices]] = deque()
+        for module, node in self.graph.module2node.items():
+            if isinstance(module, (ops.TORCH_CONV, nn.Linear, nn.Embedding, nn.Parameter)):
+                pruner = self.graph.get_pruner_of_module(module)
+                for handler in (pruner.prune_out_channels, pruner.prune_in_channels):
+                    space = self._space(node, handler)
+                    self._reach(space, np.arange(space.width or 0), node, handler, work)
+        while work:
+            node, handler, indices = work.popleft()
+            source = self.spaces[node, handler]
+            for dependency in node.dependencies:
+                if dependency.trigger != handler:
+                    continue
+                kept, mapped = _map_indices(dependency.index_mapping, indices)
+                if kept is None:
+                    source.problem = source.problem or "an index mapping that is not supported"
+                    continue
+                if len(mapped) == 0:
+                    continue
+                target = self._space(dependency.target, dependency.handler)
+                inside = mapped < (target.width if target.width is not None else _LONGEST)
+                if not inside.all():
+                    source.problem = source.problem or f"an index that {target.name or 'an operation'} does not have"
+                    kept, mapped = kept[inside], mapped[inside]
+                self.edges.append((source, indices[kept], target, mapped))
+                self._reach(target, mapped, dependency.target, dependency.handler, work)
+
+    def _reach(self, space: Space, indices: Indices, node: Any, handler: Any, work: deque[Any]) -> None:
+        if len(indices) == 0:
+            return
+        needed = int(indices.max()) + 1
+        if needed > len(space.seen):
+            space.seen = np.concatenate([space.seen, np.zeros(needed - len(space.seen), dtype=bool)])
+        fresh = np.unique(indices[~space.seen[indices]])
+        if len(fresh):
+            space.seen[fresh] = True
+            work.append((node, handler, fresh))
+
+    def _space(self, node: Any, handler: Callable[..., Any]) -> Space:
+        key = (node, handler)
+        if key not in self.spaces:
+            self.spaces[key] = self._new_space(node, handler)
+        return self.spaces[key]
+
+    def _new_space(self, node: Any, handler: Callable[..., Any]) -> Space:
+        module = node.module
+        problem = UNSUPPORTED_TYPES.get(node.type, "")
+        if isinstance(module, nn.Parameter):
+            name = self.graph._param_to_name.get(module, "")
+            return Space(module, name, "both", module.shape[node.pruning_dim], problem, node.pruning_dim)
+        if module not in self.names:
+            return Space(None, "", "both", None, problem or _operation_problem(node))
+        pruner = self.graph.get_pruner_of_module(module)
+        same = pruner.prune_in_channels == pruner.prune_out_channels
+        side = "both" if same else ("out" if handler == pruner.prune_out_channels else "in")
+        count = self.graph.get_in_channels if side == "in" else self.graph.get_out_channels
+        return Space(module, self.names[module], side, count(node), problem)
+
+    def result(self) -> DependencyMap:
+        total = 0
+        for space in self.spaces.values():
+            space.first = total
+            total += len(space.seen)
+        component = self._components(total)
+        blocked: dict[int, str] = {}
+        for space in self.spaces.values():
+            if space.problem:
+                reason = f"reaches {space.problem}" + (f" at {space.name}" if space.name else "")
+                for number in np.unique(component[space.first : space.first + len(space.seen)][space.seen]):
+                    blocked.setdefault(int(number), reason)
+        owned = [space for space in self.spaces.values() if space.owner is not None]
+        parts = tuple(component[space.first : space.first + len(space.seen)] for space in owned)
+        return DependencyMap(tuple(owned), parts, blocked)
+
+    def _components(self, total: int) -> Indices:
+        sources = [source.first + indices for source, indices, _, _ in self.edges]
+        targets = [target.first + indices for _, _, target, indices in self.edges]
+        for space in self.spaces.values():
+            tied_a, tied_b = _ties(space)
+            sources.append(space.first + tied_a)
+            targets.append(space.first + tied_b)
+        sources += [a for a, _ in self._multiplier_ties()]
+        targets += [b for _, b in self._multiplier_ties()]
+        rows, columns = np.concatenate([*sources, np.zeros(0, int)]), np.concatenate([*targets, np.zeros(0, int)])
+        links = coo_matrix((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(total, total))
+        return connected_components(links, directed=False)[1]
+
+    def _multiplier_ties(self) -> list[tuple[Indices, Indices]]:
+        """Depthwise convolutions with several filters for each input channel: input c owns outputs c*m .. c*m+m-1."""
+        ties = []
+        for (node, _), space in self.spaces.items():
+            if space.side == "in" and has_multiplier(space.owner):
+                pruner = self.graph.get_pruner_of_module(node.module)
+                out = self.spaces.get((node, pruner.prune_out_channels))
+                if out is not None and out.width and space.width:
+                    outputs = np.arange(out.width)
+                    ties.append((space.first + outputs // (out.width // space.width), out.first + outputs))
+        return ties
+
+
+_LONGEST = 1 << 24  # no layer has as many channels: an index beyond it is a mapping gone astray
+
+
+def has_multiplier(module: Any) -> bool:
+    """Whether a convolution is depthwise with more outputs than inputs."""
+    return (
+        isinstance(module, nn.modules.conv._ConvNd)
+        and not module.transposed
+        and module.groups == module.in_channels > 1
+        and module.out_channels > module.in_channels
+    )
+
+
+def _ties(space: Space) -> tuple[Indices, Indices]:
+    """Channels that only go together: equal positions in every group of a grouped convolution or GroupNorm."""
+    groups, module = 1, space.owner
+    if isinstance(module, nn.GroupNorm):
+        groups = module.num_groups
+    elif isinstance(module, nn.modules.conv._ConvNd) and space.side != "both" and not has_multiplier(module):
+        groups = module.groups
+    if groups == 1 or not space.width:
+        return np.zeros(0, int), np.zeros(0, int)
+    channels = np.arange(space.width)
+    return channels, channels % (space.width // groups)
+
+
+def _operation_problem(node: Any) -> str:
+    if node.type == ops.OPTYPE.OUTPUT:
+        return "an output of the model"
+    name = str(getattr(node.grad_fn, "name", lambda: "")()).lower()
+    for part, reason in MIXING_OPERATIONS.items():
+        if part in name:
+            return reason
+    return ""
+
+
+def _map_indices(chain: list[Any], indices: Indices) -> tuple[Indices | None, Indices]:
+    """Send indices through a dependency's index mappings: (positions that go through, their images)."""
+    positions, images = np.arange(len(indices)), indices
+    for mapping in chain:
+        if mapping is None:
+            continue
+        function = _VECTORISED.get(type(mapping))
+        if function is None:
+            return None, images
+        kept, images = function(mapping, images)
+        positions = positions[kept]
+    return positions, images
+
+
+def _flatten(mapping: Any, indices: Indices) -> tuple[Indices, Indices]:
+    stride = mapping._stride
+    if mapping.reverse:
+        return np.arange(len(indices)), indices // stride
+    kept = np.repeat(np.arange(len(indices)), stride)
+    return kept, (indices[:, None] * stride + np.arange(stride)).reshape(-1)
+
+
+def _window(mapping: Any, indices: Indices) -> tuple[Indices, Indices]:
+    low, high = mapping.offset
+    kept = np.nonzero((indices >= low) & (indices < high))[0]
+    return kept, indices[kept] - low
+
+
+def _shift(mapping: Any, indices: Indices) -> tuple[Indices, Indices]:
+    return np.arange(len(indices)), indices + mapping.offset[0]
+
+
+def _concat(mapping: Any, indices: Indices) -> tuple[Indices, Indices]:
+    return _window(mapping, indices) if mapping.reverse else _shift(mapping, indices)
+
+
+def _split(mapping: Any, indices: Indices) -> tuple[Indices, Indices]:
+    return _shift(mapping, indices) if mapping.reverse else _window(mapping, indices)
+
+
+def _slice(mapping: Any, indices: Indices) -> tuple[Indices, Indices]:
+    if mapping.reverse:
+        return np.arange(len(indices)), indices * mapping.step + mapping.start
+    end = min(mapping.end, math.inf)
+    inside = (indices >= mapping.start) & (indices < end) & ((indices - mapping.start) % mapping.step == 0)
+    kept = np.nonzero(inside)[0]
+    return kept, (indices[kept] - mapping.start) // mapping.step
+
+
+_VECTORISED: dict[type, Callable[[Any, Indices], tuple[Indices, Indices]]] = {
+    mappings._FlattenIndexMapping: _flatten,
+    mappings._ConcatIndexMapping: _concat,
+    mappings._SplitIndexMapping: _split,
+    mappings._SliceIndexMapping: _slice,
+}
