@@ -1,0 +1,202 @@
+"""ONNX export that is checked: the file is run in onnxruntime and compared with the model before it is put in place."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining import onnx_graph
+from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.inputs import evaluating
+from pruningawaretraining.onnx_graph import Graph, build_graph, export_graph, open_session, require, resize_batch
+from pruningawaretraining.registry import canonical
+
+_LOG = logging.getLogger(__name__)
+_SINGLE_FILE_BYTES = 1_900_000_000  # protobuf holds at most 2 GiB; above this the weights go to <name>.data
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An ONNX file that agrees with the model it was made from.
+
+    Attributes:
+        path: the file.
+        max_abs_diff: largest absolute difference between the model's outputs and onnxruntime's, over all batches tried.
+        exporter: "dynamo" or "torchscript".
+        opset: version of the default operator set in the file.
+        inputs: names of the graph's inputs, in order.
+        outputs: names of the graph's outputs, in order.
+        relative_diff: ``max_abs_diff`` relative to the largest output, which the tolerance is about.
+        batch_sizes: the batch sizes that were compared.
+    """
+
+    path: Path
+    max_abs_diff: float
+    exporter: str
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    relative_diff: float = 0.0
+    batch_sizes: tuple[int, ...] = ()
+
+
+def export_onnx(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    path: str | Path,
+    *,
+    exporter: str = "dynamo",
+    dynamic_batch: bool = True,
+    opset: int | None = None,
+    tolerance: float = 1e-4,
+    metadata: Mapping[str, object] | None = None,
+) -> ExportResult:
+    """Export a model to ONNX in eval mode and check the file in onnxruntime.
+
+    The file is compared with the model on the example batch and, if the batch is dynamic, on other batch sizes with
+    random data. Only a file that passes replaces what is at ``path``. Modes of the model's modules are as before.
+
+    Args:
+        model: the model; one on another device is copied to the CPU first.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        path: the file to write; its folder is created.
+        exporter: "dynamo" (torch.export, the default) or "torchscript" (tracing).
+        dynamic_batch: leave the batch dimension of inputs and outputs free.
+        opset: version of the ONNX operator set; None is the exporter's own choice.
+        tolerance: largest difference allowed, as a fraction of the largest absolute output.
+        metadata: written to the file's metadata as text, beside this library's own entries.
+
+    Raises:
+        ConfigError: unknown exporter, a tolerance that is not positive, or a package is missing.
+        ModelError: the model rejects the inputs, cannot be exported, or the file disagrees with the model.
+    """
+    if not tolerance > 0:
+        raise ConfigError(f"tolerance: {tolerance!r} is not a positive number")
+    path, exporter = Path(path), canonical("exporter", exporter, "exporter")
+    graph = build_graph(model, example_inputs, dynamic_batch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
+        written, final = Path(folder) / "exported.onnx", Path(folder) / path.name
+        export_graph(graph, written, exporter, opset)
+        version = _finish(written, final, _properties(graph, exporter, metadata))
+        difference, scale, sizes = _compare(graph, final)
+        if not difference <= tolerance * max(scale, 1e-12):
+            raise ModelError(
+                f"{path.name}: onnxruntime differs from the model by {difference:.3g} where outputs reach {scale:.3g}; "
+                f"allowed is tolerance={tolerance:g} of that. Nothing was written"
+            )
+        for part in (final.with_name(final.name + ".data"), final):
+            if part.exists():
+                os.replace(part, path.with_name(part.name))
+    relative = difference / max(scale, 1e-12)
+    _LOG.info("%s: opset %d, largest difference %.3g (%.2g of the output)", path, version, difference, relative)
+    return ExportResult(path, difference, exporter, version, graph.input_names, graph.output_names, relative, sizes)
+
+
+def _properties(graph: Graph, exporter: str, metadata: Mapping[str, object] | None) -> dict[str, str]:
+    """The text entries of the file's metadata."""
+    own = {
+        "producer": "pruningawaretraining",
+        "model": type(next(graph.module.children())).__name__,
+        "parameters": sum(parameter.numel() for parameter in graph.module.parameters()),
+        "batch": "dynamic" if graph.dynamic else graph.inputs[0].shape[0] if graph.inputs[0].ndim else "none",
+        "exporter": exporter,
+        "torch": torch.__version__,
+    }
+    return {key: str(value) for key, value in {**own, **(metadata or {})}.items()}
+
+
+def _finish(written: Path, final: Path, properties: Mapping[str, str]) -> int:
+    """Write the exported file again: one file if it fits, with metadata and a named batch. Returns its opset."""
+    onnx = require("onnx")
+    model = onnx.load(str(written))
+    onnx.helper.set_model_props(model, {**{item.key: item.value for item in model.metadata_props}, **properties})
+    size = sum(len(tensor.raw_data) or 8 * _elements(tensor) for tensor in model.graph.initializer)
+    if size < _SINGLE_FILE_BYTES:
+        onnx.save_model(model, str(final), save_as_external_data=False)
+    else:
+        onnx.save_model(model, str(final), save_as_external_data=True, location=final.name + ".data")
+    onnx.checker.check_model(str(final))
+    versions = {item.domain: item.version for item in model.opset_import}
+    return int(versions.get("", versions.get("ai.onnx", 0)))
+
+
+def _elements(tensor: Any) -> int:
+    """The number of elements of an ONNX tensor."""
+    return math.prod(int(size) for size in tensor.dims)
+
+
+def _compare(graph: Graph, path: Path) -> tuple[float, float, tuple[int, ...]]:
+    """Largest absolute difference, largest absolute output and batch sizes over the example and random batches."""
+    session = open_session(str(path))
+    size = graph.inputs[0].shape[0] if graph.inputs[0].ndim else 1
+    sizes = tuple(dict.fromkeys((size, size + 1, 1))) if graph.dynamic else (size,)
+    generator = torch.Generator().manual_seed(0)
+    batches = [graph.inputs, *(_random_batch(graph, rows, generator) for rows in sizes[1:] or sizes)]
+    difference, scale = 0.0, 0.0
+    for tensors in batches:
+        expected = _reference(graph, tensors)
+        feed = onnx_graph.as_arrays(session, dict(zip(graph.input_names, tensors, strict=True)))
+        hint = ". If the model fixes its batch size, pass dynamic_batch=False" if graph.dynamic else ""
+        found = [torch.from_numpy(array) for array in onnx_graph.checked_run(session, feed, hint)]
+        for name, left, right in zip(graph.output_names, expected, found, strict=True):
+            difference = max(difference, _difference(name, left, right))
+            scale = max(scale, _largest(left))
+    return difference, scale, sizes
+
+
+def _reference(graph: Graph, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The model's own outputs in eval mode."""
+    try:
+        with torch.no_grad(), evaluating(graph.module), onnx_graph.without_attention_fastpath():
+            outputs: tuple[Tensor, ...] = graph.module(*tensors)
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"the model rejects another batch size, inputs of shape {shapes}: {reason}. Pass dynamic_batch=False"
+        ) from error
+    return outputs
+
+
+def _random_batch(graph: Graph, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Inputs of ``rows`` rows: normal with the example's mean and deviation; of integers, the example's own values."""
+
+    def one(tensor: Tensor, batched: bool) -> Tensor:
+        if not batched:
+            return tensor
+        values = resize_batch(tensor, rows)
+        if tensor.is_floating_point():
+            noise = torch.randn(values.shape, generator=generator, dtype=torch.float32)
+            spread = tensor.float().std(correction=0).clamp_min(1e-3)
+            return (tensor.float().mean() + spread * noise).to(tensor.dtype)
+        order = torch.randperm(values.numel(), generator=generator)
+        return values.flatten()[order].reshape(values.shape)
+
+    return tuple(one(tensor, batched) for tensor, batched in zip(graph.inputs, graph.batched, strict=True))
+
+
+def _difference(name: str, expected: Tensor, found: Tensor) -> float:
+    """Largest absolute difference; infinite where one side alone is NaN or infinite."""
+    if expected.shape != found.shape:
+        raise ModelError(
+            f"output {name!r}: shape {tuple(found.shape)} in onnxruntime, {tuple(expected.shape)} in the model"
+        )
+    left, right = expected.double(), found.double()
+    same = (left == right) | (left.isnan() & right.isnan())
+    gaps = torch.where(same, 0.0, (left - right).abs()).nan_to_num(nan=float("inf"))
+    return float(gaps.max()) if gaps.numel() else 0.0
+
+
+def _largest(tensor: Tensor) -> float:
+    finite = tensor.double()[tensor.double().isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0

@@ -1,0 +1,183 @@
+"""ONNX export: what is written agrees with the model, and nothing else about the model or the disk changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining import export, onnx_graph
+from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.export import export_onnx
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+@dataclass
+class Scored:
+    logits: Tensor
+    hidden: Tensor
+
+
+class TwoInputs(nn.Module):
+    """Two tensors and a number in; ``wrap`` decides the form of the output."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.linear, self.norm, self.wrap = nn.Linear(4, 3), nn.BatchNorm1d(3), wrap
+
+    def forward(self, x: Tensor, weight: Tensor, scale: int = 2) -> Any:
+        hidden = self.norm(self.linear(x)) * weight * scale
+        return self.wrap(hidden.relu(), hidden)
+
+
+def cnn() -> nn.Sequential:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(6)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+
+
+def shapes(path: Path) -> dict[str, list[Any]]:
+    graph = onnx.load(str(path)).graph
+    return {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_a_cnn_is_one_file_with_a_free_batch(tmp_path: Path, exporter: str) -> None:
+    path = tmp_path / "new" / "model.onnx"
+    result = export_onnx(cnn(), torch.randn(1, 3, 8, 8), path, exporter=exporter, metadata={"sparsity": 0.5})
+    assert (result.path, result.exporter, result.inputs, result.outputs) == (path, exporter, ("input",), ("output",))
+    assert result.max_abs_diff < 1e-5 and set(result.batch_sizes) == {1, 2, 3}
+    assert shapes(path) == {"input": ["batch", 3, 8, 8], "output": ["batch", 5]}
+    assert [item.name for item in path.parent.iterdir()] == ["model.onnx"]
+    properties = {item.key: item.value for item in onnx.load(str(path)).metadata_props}
+    assert properties["sparsity"] == "0.5" and properties["parameters"] == "215" and properties["batch"] == "dynamic"
+
+
+@pytest.mark.parametrize(
+    ("exporter", "wrap", "outputs"),
+    [
+        ("dynamo", Scored, ("logits", "hidden")),
+        ("torchscript", Scored, ("logits", "hidden")),
+        ("torchscript", lambda one, two: (one, [two]), ("output_0", "output_1_0")),
+        ("torchscript", lambda one, two: {"x": one, "note": "text", "y": two}, ("x_1", "y")),
+    ],
+)
+def test_several_inputs_and_nested_outputs(tmp_path: Path, exporter: str, wrap: Any, outputs: tuple[str, ...]) -> None:
+    inputs = {"x": torch.randn(2, 4), "weight": torch.ones(1, 3), "scale": 3}
+    result = export_onnx(TwoInputs(wrap), inputs, tmp_path / "model.onnx", exporter=exporter)
+    assert (result.inputs, result.outputs) == (("x", "weight"), outputs)
+    assert shapes(result.path)["weight"] == [1, 3]  # not a batch: its first dimension is not that of x
+    session = onnx_graph.open_session(str(result.path))
+    feed = {"x": torch.eye(4), "weight": inputs["weight"]}
+    assert onnx_graph.checked_run(session, onnx_graph.as_arrays(session, feed))[0].shape == (4, 3)
+
+
+def test_positional_inputs_take_the_names_of_forward(tmp_path: Path) -> None:
+    inputs = (torch.randn(2, 4), torch.ones(2, 3))
+    result = export_onnx(TwoInputs(Scored), inputs, tmp_path / "m.onnx", exporter="torchscript", dynamic_batch=False)
+    assert result.inputs == ("x", "weight") and result.batch_sizes == (2,)
+    assert shapes(result.path)["x"] == [2, 4]
+
+
+def test_an_attention_block_exports_and_the_fast_path_comes_back(tmp_path: Path) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    before = torch.backends.mha.get_fastpath_enabled()
+    result = export_onnx(layer, torch.randn(2, 5, 8), tmp_path / "m.onnx", exporter="torchscript")
+    assert result.relative_diff < 1e-5 and torch.backends.mha.get_fastpath_enabled() == before
+
+
+def test_modes_are_restored_module_by_module(tmp_path: Path) -> None:
+    model = cnn().train()
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    statistics = model[1].running_mean.clone()
+    export_onnx(model, torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", exporter="torchscript")
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ModelError, match="rejects inputs of shape"):
+        export_onnx(model, torch.randn(2, 4, 8, 8), tmp_path / "m.onnx")
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(model[1].running_mean, statistics)
+
+
+class Untraceable(nn.Module):
+    """Adds a number that tracing freezes: the file is right for the example and wrong for other data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + float(x.sum())
+
+
+def test_a_file_that_disagrees_is_refused_and_the_old_one_stays(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"precious")
+    with pytest.raises(ModelError, match=r"differs from the model by .* tolerance=0.0001"):
+        export_onnx(Untraceable(), torch.randn(2, 3), path, exporter="torchscript")
+    assert path.read_bytes() == b"precious" and [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(2, -1).flip(0).relu()
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_a_model_with_a_fixed_batch_says_what_to_do(tmp_path: Path, exporter: str) -> None:
+    with pytest.raises(ModelError, match="dynamic_batch=False"):
+        export_onnx(FixedBatch(), torch.randn(2, 3), tmp_path / "m.onnx", exporter=exporter)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_beyond_the_limit_go_to_a_file_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "_SINGLE_FILE_BYTES", 1000)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    result = export_onnx(model, torch.randn(2, 64), tmp_path / "m.onnx", exporter="torchscript")
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    onnx_graph.open_session(str(result.path))  # finds its weights
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "message"),
+    [
+        (ConfigError, {"exporter": "dynmo"}, "did you mean 'dynamo'"),
+        (ConfigError, {"tolerance": 0.0}, "tolerance: 0.0"),
+    ],
+)
+def test_bad_options(tmp_path: Path, error: type[Exception], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(error, match=message):
+        export_onnx(cnn(), torch.randn(1, 3, 8, 8), tmp_path / "m.onnx", **options)
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(ConfigError, match="onnxscript is needed"):
+        export_onnx(cnn(), torch.randn(1, 3, 8, 8), tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "gap"),
+    [
+        ([1.0, 2.0], [1.0, 2.5], 0.5),
+        ([1.0, float("nan")], [1.0, float("nan")], 0.0),
+        ([1.0, float("inf")], [1.0, float("inf")], 0.0),
+        ([1.0, 2.0], [1.0, float("nan")], float("inf")),
+        ([], [], 0.0),
+    ],
+)
+def test_difference(expected: list[float], found: list[float], gap: float) -> None:
+    assert export._difference("y", torch.tensor(expected), torch.tensor(found)) == gap
+
+
+def test_export_says_nothing_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    export_onnx(cnn(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx")
+    assert capfd.readouterr() == ("", "")
