@@ -125,6 +125,16 @@ class LinearCost:
 
     def marginal_G(self, keep_G: Tensor) -> Tensor:
         """What adding each group alone would cost, given the others as they are (exact; 0 for groups that stay)."""
+        linear_G, square_G, kept_G = self._terms(keep_G)
+        return (linear_G + square_G) * ~kept_G
+
+    def saving_G(self, keep_G: Tensor) -> Tensor:
+        """What removing each group alone would save, given the others as they are (exact; 0 for groups that are gone)."""
+        linear_G, square_G, kept_G = self._terms(keep_G)
+        return (linear_G - square_G) * kept_G
+
+    def _terms(self, keep_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """First and second order change of the cost with each group, and which groups stay."""
         keep_G1 = self._extended(keep_G)
         out_L, in_L = self.out.kept_L(keep_G1), self.in_.kept_L(keep_G1)
         per_out_L = self.base_L / self.out.widths_L.clamp(min=1)
@@ -132,13 +142,10 @@ class LinearCost:
         gain = torch.zeros(self.size + 1, dtype=torch.float64)
         gain.index_add_(0, self.out.groups_N, (per_out_L * in_L)[self.out.layers_N])
         gain.index_add_(0, self.in_.groups_N, (per_in_L * out_L)[self.in_.layers_N])
-        self._add_squares(gain)
-        return gain[:-1] * (keep_G1[:-1] == 0)
-
-    def _add_squares(self, gain_G1: Tensor) -> None:
-        """A group on both sides of one layer adds the product of its two fractions as well."""
-        for base, counts in self._both_sides:
-            gain_G1[:-1] += base * counts
+        square = torch.zeros(self.size, dtype=torch.float64)
+        for base, counts_G in self._both_sides:  # a group on both sides of one layer
+            square += base * counts_G
+        return gain[:-1], square, keep_G1[:-1] > 0
 
     @cached_property
     def _both_sides(self) -> list[tuple[float, Tensor]]:

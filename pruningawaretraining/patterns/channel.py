@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,10 +37,38 @@ class ChannelGroups:
     Args:
         grouping: one group per removable channel, one set per run of coupled layers.
         skipped: layer -> why its channels stay.
+        norms: norm layer -> the group of each of its channels (``grouping.size`` for channels outside every group).
     """
 
     grouping: Grouping
     skipped: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+
+    def restrict(self, model: nn.Module, keep_G: Tensor) -> ChannelGroups:
+        """The groups that are left after the others have been removed from the model."""
+        keep_G = keep_G.cpu()
+        size = int(keep_G.sum())
+        renumbered = torch.full((self.grouping.size + 1,), size, dtype=torch.int64)
+        renumbered[:-1][keep_G] = torch.arange(size)
+        alive_G1 = torch.cat([keep_G, torch.ones(1, dtype=torch.bool)])
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        members = []
+        for member in self.grouping.members:
+            dim = next(index for index, label in enumerate(member.labels) if label is not None)
+            slots = _restricted(member.slots, alive_G1, renumbered)
+            members.append(Member.along(member.name, tensors[member.name], dim, slots, size, member.role))
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(keep_G.long(), 0)])
+        sets = tuple(
+            replace(one, start=int(bounds[one.start]), stop=int(bounds[one.stop])) for one in self.grouping.sets
+        )
+        norms = {name: _restricted(groups, alive_G1, renumbered) for name, groups in self.norms.items()}
+        return ChannelGroups(Grouping(self.grouping.name, tuple(members), sets), self.skipped, norms)
+
+
+def _restricted(groups: Tensor | None, alive_G1: Tensor, renumbered_G1: Tensor) -> Tensor:
+    assert groups is not None
+    groups = groups.cpu()
+    return renumbered_G1[groups[alive_G1[groups]]]
 
 
 @register("pattern", "channel", "channels")
@@ -175,6 +203,7 @@ def _label(
         sets.append(GroupSet(dependencies.spaces[source].name, start, start + len(ordered), width))
         start += len(ordered)
     members: list[Member] = []
+    norms: dict[str, Tensor] = {}
     touched: list[list[str]] = [[] for _ in sets]
     topology: list[list[str]] = [[] for _ in sets]
     set_of = np.repeat(np.arange(len(sets)), [one.size for one in sets])
@@ -183,11 +212,13 @@ def _label(
         if len(groups) == 0 or (groups == total).all():
             continue
         members += _members(space, torch.from_numpy(groups), total)
+        if isinstance(space.owner, Norm):
+            norms[space.name] = torch.from_numpy(groups)
         for number in np.unique(set_of[groups[groups < total]]):
             touched[number].append(space.name)
             topology[number].append(f"{type(space.owner).__name__}:{space.side}")
     named = tuple(_finish(one, touched[index], topology[index], order, model) for index, one in enumerate(sets))
-    return ChannelGroups(Grouping("channel", tuple(members), named), skipped)
+    return ChannelGroups(Grouping("channel", tuple(members), named), skipped, norms)
 
 
 def _finish(one: GroupSet, names: list[str], topology: list[str], order: dict[str, int], model: nn.Module) -> GroupSet:

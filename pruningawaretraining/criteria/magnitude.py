@@ -1,0 +1,154 @@
+"""Criteria that need only the weights.
+
+Shape suffixes: ``_G`` groups, ``_S`` sets of groups, ``_W`` any weight.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.registry import lookup, register
+from pruningawaretraining.statistics import Statistics
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = ("out", "in", "norm", "element")
+
+
+def members_per_set(grouping: Grouping) -> Tensor:
+    """How many members index groups of each set (vector of sets)."""
+    count_S = torch.zeros(len(grouping.sets), dtype=torch.int64)
+    for member in grouping.members:
+        if member.slots is None:
+            groups = torch.arange(member.offset, member.offset + member.n_slots)
+        else:
+            groups = member.slots.cpu()
+        count_S[torch.unique(grouping.set_ids[groups[groups < grouping.size]])] += 1
+    return count_S
+
+
+def magnitude_scores(grouping: Grouping, p: float) -> Tensor:
+    """Mean over a group's weight members of the sum of ``|w|^p`` (Fang et al. 2023, DepGraph, eq. 4)."""
+    weights = grouping.of_role(*WEIGHTS)
+
+    def power(values_W: Tensor) -> Tensor:
+        values_W = values_W.float()
+        return values_W.square() if p == 2 else values_W.abs().pow(p)
+
+    sums_G = weights.reduce_of(power)
+    count_S = members_per_set(weights).clamp(min=1).to(sums_G)
+    return sums_G / count_S[grouping.set_ids.to(sums_G.device)]
+
+
+@register("normalizer", "none")
+def unchanged(scores_G: Tensor, grouping: Grouping) -> Tensor:
+    """Scores as they are."""
+    return scores_G
+
+
+@register("normalizer", "mean")
+def by_mean(scores_G: Tensor, grouping: Grouping) -> Tensor:
+    """Divided by the mean of the set, so that layers of different scale compare."""
+    set_ids = grouping.set_ids.to(scores_G.device)
+    sizes_S = grouping.set_sizes.to(scores_G)
+    mean_S = torch.zeros_like(sizes_S).index_add_(0, set_ids, scores_G) / sizes_S.clamp(min=1)
+    return scores_G / mean_S.clamp(min=torch.finfo(scores_G.dtype).tiny)[set_ids]
+
+
+@register("normalizer", "max")
+def by_max(scores_G: Tensor, grouping: Grouping) -> Tensor:
+    """Divided by the largest score of the set."""
+    set_ids = grouping.set_ids.to(scores_G.device)
+    largest_S = scores_G.new_zeros(len(grouping.sets)).scatter_reduce_(0, set_ids, scores_G, "amax")
+    return scores_G / largest_S.clamp(min=torch.finfo(scores_G.dtype).tiny)[set_ids]
+
+
+@register("normalizer", "lamp")
+def by_larger(scores_G: Tensor, grouping: Grouping) -> Tensor:
+    """Divided by the sum of the scores of the set that are at least as large (Lee et al. 2021, LAMP)."""
+    out_G = scores_G.clone()
+    for one in grouping.sets:
+        part = scores_G[one.start : one.stop]
+        order = torch.argsort(part, descending=True, stable=True)
+        out_G[one.start + order] = part[order] / part[order].cumsum(0).clamp(min=torch.finfo(part.dtype).tiny)
+    return out_G
+
+
+@register("criterion", "magnitude", "l2", "l2_norm", "group_norm", "GroupNormPruner")
+@dataclass(frozen=True)
+class Magnitude:
+    """Size of the weights: mean over the coupled layers of the sum of ``|w|^p``.
+
+    Args:
+        p: the power; 2 for squared L2, 1 for L1.
+        normalize: "none", "mean" or "max" of the set, or "lamp".
+    """
+
+    p: float = 2.0
+    normalize: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.p <= 0:
+            raise ValueError(f"p: {self.p!r} must be above 0")
+        lookup("normalizer", self.normalize, "normalize")
+
+    def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
+        normalize: Callable[[Tensor, Grouping], Tensor] = lookup("normalizer", self.normalize)
+        return normalize(magnitude_scores(grouping, self.p), grouping)
+
+
+@register("criterion", "l1", "l1_norm")
+@dataclass(frozen=True)
+class L1(Magnitude):
+    """:class:`Magnitude` with p = 1."""
+
+    p: float = 1.0
+
+
+@register("criterion", "lamp")
+@dataclass(frozen=True)
+class Lamp(Magnitude):
+    """:class:`Magnitude` with every score divided by the sum of those at least as large in its set (LAMP)."""
+
+    normalize: str = "lamp"
+
+
+@register("criterion", "bn_scale", "BNScalePruner")
+@dataclass(frozen=True)
+class NormScale:
+    """Mean absolute weight of the norm layers behind a channel (Liu et al. 2017, Network Slimming).
+
+    Sets without a norm layer score infinity: they are pruned last.
+    """
+
+    def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
+        norms = grouping.of_role("norm")
+        sums_G = norms.reduce_of(lambda weight: weight.float().abs())
+        count_S = members_per_set(norms)
+        if bool((count_S == 0).any()):
+            without = [one.name for one, count in zip(grouping.sets, count_S.tolist(), strict=True) if count == 0]
+            log.info("bn_scale: no norm layer in %s; these are pruned last", ", ".join(without))
+        count_G = count_S[grouping.set_ids].to(sums_G)
+        return torch.where(count_G > 0, sums_G / count_G.clamp(min=1), torch.inf)
+
+
+@register("criterion", "random")
+@dataclass(frozen=True)
+class Random:
+    """Random scores, the same at every event and on every rank for one seed.
+
+    Args:
+        seed: of the generator.
+    """
+
+    seed: int = 0
+
+    def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.rand(grouping.size, generator=generator)
