@@ -1,0 +1,6 @@
+"""Configs: the native form, how it is read, and the other forms that are understood."""
+
+from pruningawaretraining.config.load import load_config
+from pruningawaretraining.config.schema import ExampleInputs, PruningConfig, Rule, Target, json_schema
+
+__all__ = ["ExampleInputs", "PruningConfig", "Rule", "Target", "json_schema", "load_config"]

@@ -1,0 +1,69 @@
+"""What a dialect is: another form of config, recognised by its keys and translated into the native one.
+
+A dialect is one module here with one registered class, imported in ``dialects/__init__.py``::
+
+    @register("dialect", "mine")
+    @dataclass(frozen=True)
+    class Mine:
+        keys: ClassVar[tuple[str, ...]] = ("my_section",)
+        yaml_tags: ClassVar[tuple[str, ...]] = ("!Mine",)
+
+        def recognises(self, mapping): ...
+        def translate(self, mapping): ...
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+from pruningawaretraining.config.schema import UNCHECKED, PruningConfig
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.registry import canonical, names
+
+logger = logging.getLogger(__name__)
+
+TAG = "!tag"
+"""Key that holds a YAML mapping's own tag: ``!Pruner {a: 1}`` is read as ``{"!tag": "!Pruner", "a": 1}``."""
+
+
+class Dialect(Protocol):
+    """Another form of config. Neither method may change the mapping."""
+
+    keys: ClassVar[tuple[str, ...]]
+    """Its keys at the top level, for the message about a config that nothing recognises."""
+    yaml_tags: ClassVar[tuple[str, ...]]
+    """YAML tags that its files hold, such as "!Pruner"; see :data:`TAG`."""
+
+    def recognises(self, mapping: Mapping[str, Any]) -> bool:
+        """Is this config written in the dialect?"""
+
+    def translate(self, mapping: Mapping[str, Any]) -> PruningConfig:
+        """The same as a native config.
+
+        Raises:
+            ConfigError: an unknown key or a value that is not allowed, under the dialect's own key.
+        """
+
+
+def native(rules: Sequence[Mapping[str, Any]], **others: Any) -> PruningConfig:
+    """A native config from translated rules. The names in them come from a dialect's own table, so what they stand for
+    is looked up only when it is built: a rule that is switched off may name what is not there."""
+    return PruningConfig.model_validate({"rules": [dict(rule) for rule in rules], **others}, context=UNCHECKED)
+
+
+def check_window(start: int, end: int | None, end_key: str, start_key: str) -> None:
+    """Refuse an end before its start."""
+    if end is not None and end < start:
+        raise ConfigError(f"{end_key}: {end} is before {start_key}. Allowed: {start_key} ({start}) or later")
+
+
+def schedule_name(name: str, where: str) -> str:
+    """The registered schedule that ``name`` stands for."""
+    return canonical("schedule", name, where) if names("schedule") else name
+
+
+def note_ignored(key: str, why: str) -> None:
+    """Say that a key was read and has no effect."""
+    logger.info("%s is ignored: %s", key, why)

@@ -1,0 +1,149 @@
+"""Reads a config from wherever it is and in whichever form it is written; never writes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pruningawaretraining.config import dialects  # noqa: F401  (importing it registers the dialects)
+from pruningawaretraining.config.dialects.base import Dialect
+from pruningawaretraining.config.schema import PruningConfig
+from pruningawaretraining.config.yaml_form import loader_for
+from pruningawaretraining.errors import ConfigError, nearest
+from pruningawaretraining.registry import build, names
+
+FILE_NAMES = ("pruning_config.json", "pruning_config.yaml", "pruning_config.yml")
+
+
+def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | PruningConfig) -> PruningConfig:
+    """The config that ``source`` holds, in the native form.
+
+    Args:
+        source: a path (.json, .yaml or .yml), a folder with a pruning_config.json, .yaml or .yml, a mapping, or a
+            PruningConfig, which is given back as it is. Neither the file nor the mapping is changed.
+
+    Raises:
+        ConfigError: there is no such file, it cannot be parsed, or it holds a key or value that is not allowed. One
+            line for each problem, beginning with the file's path if there is one.
+    """
+    if isinstance(source, PruningConfig):
+        return source
+    if isinstance(source, Mapping):
+        return translate(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(f"config: {source!r} is neither a path, a mapping nor a PruningConfig")
+    path = find_file(Path(source).expanduser())
+    mapping = read_mapping(path)
+    try:
+        return translate(mapping)
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
+
+
+def translate(mapping: Mapping[str, Any]) -> PruningConfig:
+    """A mapping in any known form as a native config.
+
+    Raises:
+        ConfigError: no form is recognised, or a key or value is not allowed.
+    """
+    mapping = copy.deepcopy(dict(mapping))
+    if "rules" in mapping:
+        return PruningConfig.model_validate(mapping)
+    known: dict[str, Dialect] = {name: build("dialect", name) for name in names("dialect")}
+    for dialect in known.values():
+        if dialect.recognises(mapping):
+            return dialect.translate(mapping)
+    raise ConfigError(_unrecognised(mapping, known))
+
+
+def _unrecognised(mapping: Mapping[str, Any], known: Mapping[str, Dialect]) -> str:
+    native = [key for key in PruningConfig.model_fields]
+    allowed = [*native, *(key for dialect in known.values() for key in dialect.keys)]
+    seen = [key for key in mapping if key != "$schema"]
+    if not seen:
+        return "config: it is empty. Allowed: 'rules', or the keys of another form (" + ", ".join(known) + ")"
+    close = {key: nearest(key, allowed) for key in seen if key not in allowed}
+    hints = [f"did you mean {match!r} for {key!r}?" for key, match in close.items() if match]
+    shown = ", ".join(repr(key) for key in seen)
+    hint = f"; {' '.join(hints)}" if hints else ""
+    return f"config: no form has the keys {shown}{hint} Allowed: 'rules', or another form ({', '.join(known)})"
+
+
+def find_file(path: Path) -> Path:
+    """The file itself, or the one in a folder.
+
+    Raises:
+        ConfigError: there is none, there is more than one, or it has another extension.
+    """
+    if path.is_dir():
+        found = [path / name for name in FILE_NAMES if (path / name).is_file()]
+        if len(found) == 1:
+            return found[0]
+        what = f"holds {len(found)} configs" if found else "holds no config"
+        raise ConfigError(f"config: the folder {str(path)!r} {what}. Allowed: one of {', '.join(FILE_NAMES)}")
+    if not path.is_file():
+        beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = nearest(path.name, beside)
+        raise ConfigError(f"config: there is no {str(path)!r}" + (f"; did you mean {close!r}?" if close else ""))
+    if path.suffix.lower() not in PARSERS:
+        raise ConfigError(f"config: {str(path)!r} has the extension {path.suffix!r}. Allowed: {', '.join(PARSERS)}")
+    return path
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """What a JSON or YAML file holds.
+
+    Raises:
+        ConfigError: it cannot be read or parsed (with line and column), or is no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    values = PARSERS[path.suffix.lower()](text, path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: it holds {_shown(values)}. Allowed: a mapping of keys to values")
+    return values
+
+
+def _shown(values: Any) -> str:
+    return "nothing" if values is None else f"a {type(values).__name__}"
+
+
+def _parse_json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates) if text.strip() else None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ConfigError(f"{key}: it is there twice, with {seen[key]!r} and {value!r}")
+        seen[key] = value
+    return seen
+
+
+def _parse_yaml(text: str, path: Path) -> Any:
+    tags = {tag for name in names("dialect") for tag in build("dialect", name).yaml_tags}
+    try:
+        return yaml.load(text, Loader=loader_for(tags))  # noqa: S506  (a SafeLoader with the dialects' tags)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{path}: {where}{error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+PARSERS: dict[str, Callable[[str, Path], Any]] = {".json": _parse_json, ".yaml": _parse_yaml, ".yml": _parse_yaml}

@@ -1,0 +1,204 @@
+"""The native config: a list of rules, each one pattern on some layers, driven by a criterion, a schedule, a target."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
+
+from pruningawaretraining import schedules  # noqa: F401  (importing it registers the schedules)
+from pruningawaretraining.config.editor import complete_schema
+from pruningawaretraining.config.strict import Amount, Count, Fraction, Share, Strict, Whole
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.registry import build, canonical, names
+
+__all__ = ["Amount", "Count", "ExampleInputs", "Fraction", "PruningConfig", "Rule", "Share", "Target", "json_schema"]
+
+UNCHECKED = {"names": "unchecked"}
+"""Validation context of translated configs: names that a dialect's own table gave are looked up when they are built."""
+
+
+class Target(Strict):
+    """What to reach. With both given, both must hold; with none, a rule only regularises."""
+
+    sparsity: Fraction | None = Field(None, description="Fraction of the rule's groups to remove, in (0, 1].")
+    macs: Fraction | None = Field(
+        None, description="Fraction of the dense model's MACs to KEEP, in (0, 1]: 0.7 is a cut of 30%."
+    )
+
+
+class ExampleInputs(Strict):
+    """The shapes of what the model's forward takes, for tracing and for counting MACs."""
+
+    shape: list[int] | list[list[int]] = Field(
+        description="One shape such as [1, 3, 224, 224] for a single tensor, or a list of shapes for several."
+    )
+    container: Literal["list", "tuple"] | None = Field(
+        None, description="What several tensors come in: a list (also when absent) or a tuple."
+    )
+    dtype: Literal["float32", "float64", "float16", "bfloat16", "int64", "int32"] = Field(
+        "float32", description="Type of the tensors."
+    )
+
+    @field_validator("shape", mode="before")
+    @classmethod
+    def _is_shape(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and value:
+            if _are_sizes(value):
+                return list(value)
+            if all(isinstance(shape, (list, tuple)) and shape and _are_sizes(shape) for shape in value):
+                return [list(shape) for shape in value]
+        raise ValueError(f"{value!r} is no shape. Allowed: [B, C, H, W], each at least 1, or a list of shapes")
+
+
+class Rule(Strict):
+    """One thing to prune: which layers, in which pattern, by which criterion, when, how far, and how it is applied."""
+
+    name: str | None = Field(None, description="Name for messages and reports; the position in the list when absent.")
+    pattern: str | dict[str, Any] = Field(
+        "channel", description="What lives or dies together: a name, or {type: name, ...its options}."
+    )
+    layers: list[str] | None = Field(
+        None,
+        description="Layers to prune: exact module names, containers (all that is in them), or 're:' and a regular "
+        "expression that must match the whole name. Absent: everything prunable but the outputs.",
+    )
+    exclude: list[str] = Field([], description="Layers to leave alone, written as in 'layers'.")
+    criterion: str | dict[str, Any] = Field(
+        "magnitude", description="What scores a group, the lowest going first: a name, or {type: name, ...its options}."
+    )
+    schedule: str = Field("linear", description="How the sparsity grows from start to end.")
+    scope: str = Field("global", description="Where scores compete: over all sets, within each, or within like ones.")
+    start: Whole = Field(0, description="First epoch (or step) at which to prune.")
+    end: Whole | None = Field(None, description="Epoch (or step) at which the target is due; absent: start, at once.")
+    every: Count = Field(1, description="Epochs (or steps) between one pruning event and the next, 1 or more.")
+    unit: Literal["epoch", "step"] = Field("epoch", description="What start, end and every count.")
+    target: Target = Field(Target(), description="What to reach.")
+    final_sparsity: Fraction = Field(
+        1.0,
+        description="Sparsity that the schedule heads for while a MACs target is sought: 1 keeps each event mild; "
+        "pruning stops as soon as the target is met.",
+    )
+    min_sparsity: Share = Field(0.0, description="Least fraction to remove from each set of layers, in [0, 1].")
+    max_sparsity: Share = Field(1.0, description="Largest fraction to remove from each set of layers, in [0, 1].")
+    multiple: Count = Field(1, description="The number of groups kept in each set is a multiple of this.")
+    application: Literal["mask", "remove"] = Field(
+        "mask", description="mask: zero until the target is met, then remove. remove: shrink the model at each event."
+    )
+    regularizer: str | dict[str, Any] | None = Field(
+        None, description="Penalty that pushes groups towards zero: a name, {type: name, ...its options}, or none."
+    )
+    at_init: bool = Field(False, description="Prune when the pruner is made if start <= 0, else at start, all at once.")
+    enabled: bool = Field(True, description="False: the rule is read and checked, and does nothing.")
+    mode: Literal["prune", "unprune"] = Field("prune", description="unprune: lift the masks of this rule instead.")
+
+    @field_validator("pattern", "criterion", "regularizer", "schedule", "scope", mode="before")
+    @classmethod
+    def _is_registered(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = str(info.field_name)
+        if value is None and kind == "regularizer":
+            return None
+        if isinstance(value, str):
+            return value if info.context == UNCHECKED or not names(kind) else _check_name(kind, value)
+        if kind in ("schedule", "scope") or not isinstance(value, Mapping):
+            form = "a name" if kind in ("schedule", "scope") else "a name or a mapping with a 'type'"
+            raise ConfigError(f"{kind}: {value!r} is not {form}. Allowed: {', '.join(names(kind))}")
+        return dict(value) if info.context == UNCHECKED or not names(kind) else _check_options(kind, value)
+
+    @field_validator("layers", "exclude", mode="before")
+    @classmethod
+    def _are_layers(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.field_name == "layers":
+            return None
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{info.field_name}: {value!r} is not a list of layer names")
+        return [layer_name(entry, f"{info.field_name}[{number}]") for number, entry in enumerate(value)]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.end is not None and self.end < self.start:
+            raise ConfigError(f"end: {self.end} is before start. Allowed: start ({self.start}) or later")
+        if self.min_sparsity > self.max_sparsity:
+            raise ConfigError(
+                f"min_sparsity: {self.min_sparsity} is above max_sparsity. Allowed: at most {self.max_sparsity}"
+            )
+        if self.enabled and self.layers is not None and not self.layers:
+            raise ConfigError("layers: [] names no layer. Allowed: at least one, or leave the key out for all")
+        aimless = self.target.sparsity is None and self.target.macs is None and self.regularizer is None
+        if self.enabled and self.mode == "prune" and aimless:
+            raise ConfigError("target: nothing to reach. Allowed: sparsity, macs or both, each in (0, 1]")
+        return self
+
+
+class PruningConfig(Strict):
+    """Everything that a pruner needs to know: the rules, in the order in which they act, and what the model takes."""
+
+    rules: list[Rule] = Field(description="What to prune, in this order (channels before slices).")
+    example_inputs: ExampleInputs | None = Field(
+        None, description="Shapes of the model's inputs; not needed when example inputs are handed to the pruner."
+    )
+    infer: bool = Field(False, description="The model is only loaded for inference: no masking, no regularising.")
+    reset_optimizer: bool = Field(
+        False, description="Clear the optimizer's state after removal; otherwise it is kept and sliced."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_schema_key(cls, values: Any) -> Any:
+        """Editors find the JSON schema of a file by its "$schema" key: no business of ours."""
+        return {key: values[key] for key in values if key != "$schema"} if isinstance(values, Mapping) else values
+
+    @field_validator("rules", mode="after")
+    @classmethod
+    def _names_differ(cls, rules: list[Rule]) -> list[Rule]:
+        if not rules:
+            raise ConfigError("rules: [] prunes nothing. Allowed: one rule or more")
+        seen: dict[str, int] = {}
+        for number, rule in enumerate(rules):
+            if rule.name is not None and seen.setdefault(rule.name, number) != number:
+                first = seen[rule.name]
+                raise ConfigError(f"rules[{number}].name: {rule.name!r} is the name of rules[{first}] already")
+        return rules
+
+
+def layer_name(entry: Any, where: str) -> str:
+    """A layer entry in normal form: checked, and without the ``module.`` that DataParallel puts in front.
+
+    Raises:
+        ConfigError: it is no text, is empty, or is a regular expression that does not compile.
+    """
+    if not isinstance(entry, str) or not entry:
+        raise ConfigError(f"{where}: {entry!r} is not the name of a layer")
+    if not entry.startswith("re:"):
+        return entry.removeprefix("module.")
+    try:
+        re.compile(entry[3:])
+    except re.error as error:
+        raise ConfigError(f"{where}: {entry!r} is no regular expression: {error}") from error
+    return entry
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a native config, with every registered name and its options, for editors to complete."""
+    return complete_schema(PruningConfig.model_json_schema())
+
+
+def _are_sizes(values: Any) -> bool:
+    return all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in values)
+
+
+def _check_name(kind: str, name: str) -> str:
+    name = canonical(kind, name)
+    build(kind, name, kind)
+    return name
+
+
+def _check_options(kind: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(spec.get("type"), str):
+        missing = "has no 'type'" if "type" not in spec else f"has the 'type' {spec['type']!r}, which is no name"
+        raise ConfigError(f"{kind}: {dict(spec)!r} {missing}. Allowed: {', '.join(names(kind))}")
+    build(kind, spec, kind)
+    return {**spec, "type": canonical(kind, spec["type"])}

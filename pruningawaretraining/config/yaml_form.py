@@ -1,0 +1,66 @@
+"""YAML, safely: plain data, the tags of the dialects, numbers such as 5e-4, and no key twice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import yaml
+
+from pruningawaretraining.config.dialects.base import TAG
+
+_MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
+_EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """A SafeLoader that refuses a key given twice and keys that are not text."""
+
+    known_tags: tuple[str, ...] = ()
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As in SafeLoader; what comes by a merge (``<<``) may be given again, a key may not."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == _MERGE:
+                continue
+            if key.tag != _TEXT:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} is not text", key.start_mark)
+            if key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"{key.value}: it is there twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
+    def construct_undefined(self, node: yaml.Node) -> Any:
+        """Refuse a tag that no dialect knows."""
+        known = ", ".join(self.known_tags) or "none"
+        problem = f"the tag {node.tag!r} is not known. Allowed: {known}"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+# YAML 1.1 reads 5e-4 as text, for want of a dot; nobody who writes a config means that.
+ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+ConfigLoader.add_constructor(None, ConfigLoader.construct_undefined)
+
+
+def loader_for(tags: Iterable[str]) -> type[ConfigLoader]:
+    """A loader that reads ``!Tag {a: 1}`` as ``{"!tag": "!Tag", "a": 1}`` for the given tags and no others."""
+    known = tuple(sorted(set(tags)))
+
+    class TaggedLoader(ConfigLoader):
+        known_tags = known
+
+    for tag in known:
+        TaggedLoader.add_constructor(tag, _tagged)
+    return TaggedLoader
+
+
+def _tagged(loader: ConfigLoader, node: yaml.Node) -> dict[Hashable, Any]:
+    if isinstance(node, yaml.MappingNode):
+        return {TAG: node.tag, **loader.construct_mapping(node, deep=True)}
+    if isinstance(node, yaml.ScalarNode) and node.value == "":
+        return {TAG: node.tag}
+    problem = f"the tag {node.tag!r} must be on a mapping"
+    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
