@@ -168,6 +168,25 @@ class Grouping:
         """The same groups over the members of every other role."""
         return replace(self, members=tuple(member for member in self.members if member.role not in roles), _cache={})
 
+    def select_sets(self, numbers: Sequence[int]) -> Grouping:
+        """The groups of some sets alone, renumbered in the order of ``numbers``; members index channels by slots."""
+        chosen = [self.sets[number] for number in numbers]
+        size = sum(one.size for one in chosen)
+        renumbered = torch.full((self.size + 1,), size, dtype=torch.int64)
+        sets, start = [], 0
+        for one in chosen:
+            renumbered[one.start : one.stop] = torch.arange(start, start + one.size)
+            sets.append(replace(one, start=start, stop=start + one.size))
+            start += one.size
+        members = []
+        for member in self.members:
+            if member.slots is None:
+                raise ValueError(f"{member.name}: only members with slots can be renumbered")
+            slots = renumbered[member.slots.cpu()]
+            if bool((slots < size).any()):
+                members.append(replace(member, slots=slots))
+        return Grouping(self.name, tuple(members), tuple(sets))
+
     def to(self, device: torch.device | str) -> Grouping:
         """The same grouping with its index vectors on ``device``."""
         where = torch.device(device)

@@ -87,8 +87,9 @@ def build(kind: str, spec: Any, where: str | None = None) -> Any:
             raise ConfigError(f"{where}: {spec['type']!r} takes no options, but {sorted(options)} were given")
         return entry
     check_fields(entry, options, where)
+    construct: Callable[..., Any] = entry
     try:
-        return entry(**options)
+        return construct(**options)
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"{where}: {error}") from error
 

@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 from pruningawaretraining.registry import lookup, register
 
+LEAST_LEFT = 0.01
+"""What an exponential schedule towards 1 leaves just before its end."""
+
 Schedule = Callable[[float, float, float], float]
 
 
@@ -34,10 +37,14 @@ def cosine(t: float, start: float, final: float) -> float:
 
 @register("schedule", "exponential", "exp", "geometric")
 def exponential(t: float, start: float, final: float) -> float:
-    """``1 - (1 - start) ((1 - final) / (1 - start))^t``: the same fraction of what is left at every event."""
+    """``1 - (1 - start) ((1 - final) / (1 - start))^t``: the same fraction of what is left at every event.
+
+    Nothing can be left of which every event takes the same fraction, so a ``final`` of 1 is approached as 0.99 and
+    reached at t = 1.
+    """
     if start >= 1:
         return start
-    return 1 - (1 - start) * ((1 - final) / (1 - start)) ** t if t > 0 else start
+    return 1 - (1 - start) * (max(1 - final, min(LEAST_LEFT, 1 - start)) / (1 - start)) ** t
 
 
 @register("schedule", "cube")

@@ -123,9 +123,17 @@ def _build_graph(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) ->
         with torch.enable_grad(), evaluating(model), differentiable(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return tp.DependencyGraph().build_dependency(
-                model, inputs, forward_fn=forward, customized_pruners={}, ignored_layers=[], ignored_params=[], verbose=False
+                model,
+                inputs,
+                forward_fn=forward,
+                customized_pruners={},
+                ignored_layers=[],
+                ignored_params=[],
+                verbose=False,
             )
-    except (RuntimeError, TypeError, IndexError, KeyError, AttributeError, RecursionError, AssertionError) as error:
+    except ModelError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
         raise ModelError(
             f"model: the dependency graph of {type(model).__name__} cannot be traced: {type(error).__name__}: {error}"
         ) from error

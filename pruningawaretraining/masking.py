@@ -1,0 +1,192 @@
+"""Masks: the groups that are switched off while training goes on.
+
+Shape suffixes: ``_G`` groups, ``_C`` channels of a norm layer, ``_W`` any weight.
+
+A masked group is 0 in every member, the input columns of its consumers included, so an activation with f(0) != 0 does
+no harm. Norms that mix channels (LayerNorm, GroupNorm) compute their statistics over the kept channels, through a
+forward hook, so that the masked model equals the removed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from pruningawaretraining.grouping import Grouping, Member
+
+
+class Masks:
+    """Holds and applies the masks of one grouping.
+
+    Args:
+        model: the model.
+        grouping: its groups; buffers are never masked, so that a norm's statistics survive.
+        norms: norm layer -> group of each channel (``grouping.size`` for none), for norms that mix channels.
+    """
+
+    def __init__(self, model: nn.Module, grouping: Grouping, norms: Mapping[str, Tensor] | None = None) -> None:
+        self.grouping = grouping.without_role("buffer")
+        self.model = model
+        self.norms = dict(norms or {})
+        self.keep_G = torch.ones(grouping.size, dtype=torch.bool)
+        self._handles: list[RemovableHandle] = []
+        self._parameters: list[Tensor] = []
+        self._factors: list[Tensor] = []
+        self._keep_on: dict[torch.device, Tensor] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is masked."""
+        return bool(self._parameters)
+
+    def keep_on(self, device: torch.device) -> Tensor:
+        """``keep_G`` on a device, copied there once after every change."""
+        if device not in self._keep_on:
+            self._keep_on[device] = self.keep_G.to(device)
+        return self._keep_on[device]
+
+    def set(self, keep_G: Tensor) -> None:
+        """Take new masks (True = keep) and zero what they switch off."""
+        self.keep_G = keep_G.detach().cpu().bool().clone()
+        self._keep_on = {}
+        self._build_factors()
+        self._hook_norms()
+        self.apply()
+
+    def clear(self) -> None:
+        """Forget the masks and take the hooks out; the weights stay as they are."""
+        self.keep_G = torch.ones_like(self.keep_G)
+        self._keep_on, self._parameters, self._factors = {}, [], []
+        self._unhook()
+
+    def _build_factors(self) -> None:
+        self._parameters, self._factors = [], []
+        if bool(self.keep_G.all()):
+            return
+        for member, keep_W in self.grouping.expand(self.keep_G.float(), outside=1.0):
+            if bool((keep_W == 0).any()):
+                self._parameters.append(member.parameter)
+                self._factors.append(_for_multiplication(member, keep_W))
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set masked weights to exactly 0."""
+        if self._parameters:
+            self._move_factors()
+            torch._foreach_mul_(self._parameters, self._factors)
+
+    @torch.no_grad()
+    def apply_to_gradients(self) -> None:
+        """Set the gradients of masked weights to 0, so that they enter no norm and no moving average."""
+        if not self._parameters:
+            return
+        self._move_factors()
+        pairs = [(p.grad, f) for p, f in zip(self._parameters, self._factors, strict=True) if p.grad is not None]
+        if pairs:
+            torch._foreach_mul_([gradient for gradient, _ in pairs], [factor for _, factor in pairs])
+
+    @torch.no_grad()
+    def apply_to_state(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Set the optimizers' state of masked weights (momenta, averages) to 0."""
+        self._move_factors()
+        for optimizer in optimizers:
+            for parameter, factor in zip(self._parameters, self._factors, strict=True):
+                for value in optimizer.state.get(parameter, {}).values():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        value.mul_(factor.to(value.device))
+
+    def _move_factors(self) -> None:
+        """Follow a model that has been moved to another device or dtype since the masks were set."""
+        if self._factors and (
+            self._factors[0].device != self._parameters[0].device or self._factors[0].dtype != self._parameters[0].dtype
+        ):
+            pairs = zip(self._parameters, self._factors, strict=True)
+            self._factors = [factor.to(parameter.device, parameter.dtype) for parameter, factor in pairs]
+
+    def _hook_norms(self) -> None:
+        self._unhook()
+        keep_G1 = torch.cat([self.keep_G, torch.ones(1, dtype=torch.bool)])
+        modules = dict(self.model.named_modules())
+        for name, groups_C in self.norms.items():
+            keep_C = keep_G1[groups_C]
+            kind = next((hook for type_, hook in KEPT_NORMS.items() if isinstance(modules[name], type_)), None)
+            if kind is not None and not bool(keep_C.all()):
+                self._handles.append(modules[name].register_forward_hook(kind(keep_C)))
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _for_multiplication(member: Member, keep_W: Tensor) -> Tensor:
+    """The mask in the weight's dtype, shaped so that the multiplication's inner loops are long."""
+    shape = list(keep_W.shape)
+    if len(shape) > 2 and shape[0] == 1:  # input columns of a convolution: spell out the kernel
+        shape[2:] = member.parameter.shape[2:]
+    return keep_W.to(member.parameter.device, member.parameter.dtype).expand(shape).contiguous()
+
+
+class KeptLayerNorm:
+    """Forward hook: a LayerNorm over the kept channels only, 0 elsewhere.
+
+    Args:
+        keep_C: for each channel, True if it is kept.
+    """
+
+    def __init__(self, keep_C: Tensor) -> None:
+        self.kept = torch.nonzero(keep_C).flatten()
+        self.axis: int | None = None
+
+    def __call__(self, module: nn.LayerNorm, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]
+        if self.axis is None:
+            self.axis = _normalised_axis(module, x, output)
+        self.kept = self.kept.to(x.device)
+        last = x.movedim(self.axis, -1)
+        weight = None if module.weight is None else module.weight[self.kept]
+        bias = None if module.bias is None else module.bias[self.kept]
+        kept = functional.layer_norm(last[..., self.kept], (len(self.kept),), weight, bias, module.eps)
+        return torch.zeros_like(last, dtype=kept.dtype).index_copy(-1, self.kept, kept).movedim(-1, self.axis)
+
+
+def _normalised_axis(module: nn.LayerNorm, x: Tensor, output: Tensor) -> int:
+    """The axis that a LayerNorm (or a subclass for images, channels first) normalises."""
+    width = module.normalized_shape[-1]
+    if type(module).forward is nn.LayerNorm.forward:
+        return -1
+    candidates = [axis for axis in (1, -1) if x.shape[axis] == width]
+    if len(candidates) == 1:
+        return candidates[0]
+    with torch.no_grad():
+        plain = functional.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+        return -1 if torch.allclose(plain, output, atol=1e-4) else 1
+
+
+class KeptGroupNorm:
+    """Forward hook: a GroupNorm over the kept channels only (equally many in every group), 0 elsewhere.
+
+    Args:
+        keep_C: for each channel, True if it is kept.
+    """
+
+    def __init__(self, keep_C: Tensor) -> None:
+        self.kept = torch.nonzero(keep_C).flatten()
+
+    def __call__(self, module: nn.GroupNorm, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]
+        self.kept = self.kept.to(x.device)
+        weight = None if module.weight is None else module.weight[self.kept]
+        bias = None if module.bias is None else module.bias[self.kept]
+        kept = functional.group_norm(x[:, self.kept], module.num_groups, weight, bias, module.eps)
+        return torch.zeros_like(x, dtype=kept.dtype).index_copy(1, self.kept, kept)
+
+
+KEPT_NORMS: dict[type[nn.Module], type[KeptLayerNorm] | type[KeptGroupNorm]] = {
+    nn.LayerNorm: KeptLayerNorm,
+    nn.GroupNorm: KeptGroupNorm,
+}
