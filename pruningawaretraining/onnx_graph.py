@@ -211,9 +211,7 @@ def require(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ConfigError(
-            f"{package} is needed here and not installed: pip install 'pruningawaretraining[onnx]'"
-        ) from error
+        raise ConfigError(f"{package} is needed here and not installed: pip install {package}") from error
 
 
 def open_session(model: str | bytes, threads: int = 0) -> Any:

@@ -155,5 +155,7 @@ def group_table(groups: Sequence[Mapping[str, Any]], title: str | None = None) -
     for group in groups:
         names = ", ".join(str(name) for name in group.get("dependencies") or []) or "–"
         size = arrow(group.get("size"), group.get("kept"))
-        table.add_row(*(Text(cell) for cell in (str(group.get("number", "")), str(group.get("source", "?")), names, size)))
+        table.add_row(
+            *(Text(cell) for cell in (str(group.get("number", "")), str(group.get("source", "?")), names, size))
+        )
     return table

@@ -1,0 +1,203 @@
+"""The pictures of the report, from a run's numbers; what a run did not record gives no picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from pruningawaretraining.report.run import Run
+from pruningawaretraining.report.svg import (
+    Band,
+    Guide,
+    LineChart,
+    Ridge,
+    Series,
+    interval_bars,
+    line_chart,
+    ridge_chart,
+)
+
+_ROWS = 8
+_STYLES = {"dense": "s-dense", "pruned": "s-kept"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with its heading, a note under it, and the legend's ``(class, label)`` pairs."""
+
+    title: str
+    svg: Markup
+    note: str = ""
+    legend: tuple[tuple[str, str], ...] = ()
+
+
+def timeline(run: Run) -> list[Figure]:
+    """Accuracy, loss, MACs and learning rate by epoch, with the phases behind them."""
+    bands = [Band(phase.first - 0.5, phase.last + 0.5, phase.name) for phase in run.phases]
+    figures = [_accuracy(run, bands), _loss(run, bands), _kept(run, bands), _rate(run, bands)]
+    return [figure for figure in figures if figure is not None]
+
+
+def _series(run: Run, key: str, models: Sequence[str] = ("dense", "pruned")) -> list[Series]:
+    """A line for each model that recorded ``key``."""
+    found = []
+    for model in models:
+        points = [(float(line["epoch"]), _number(line.get(key))) for line in run.lines_of(model)]
+        if any(math.isfinite(value) for _, value in points):
+            found.append(Series(model, points, _STYLES[model]))
+    return found
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _figure(title: str, chart: LineChart, note: str = "") -> Figure | None:
+    legend = tuple((line.style, line.label) for line in chart.series)
+    return Figure(title, line_chart(chart), note, legend) if chart.series else None
+
+
+def _accuracy(run: Run, bands: Sequence[Band]) -> Figure | None:
+    series = _series(run, "accuracy")
+    values = sorted(value for line in series for _, value in line.points if math.isfinite(value))
+    if not values:
+        return None
+    low, high = values[int(0.15 * len(values))], values[-1]
+    air = max(0.12 * (high - low), 0.004)
+    limits = (max(0.0, low - air), min(1.0, high + air))
+    note = "The first epochs lie below the axis." if values[0] < limits[0] else ""
+
+    def text(value: float) -> str:
+        return f"{100 * value:.3g}%"
+
+    chart = LineChart("Test accuracy by epoch", series, bands, y_format=text, y_range=limits)
+    return _figure("Test accuracy", chart, note)
+
+
+def _loss(run: Run, bands: Sequence[Band]) -> Figure | None:
+    series = _series(run, "loss")
+    values = [value for line in series for _, value in line.points if math.isfinite(value) and value > 0]
+    log = bool(values) and max(values) / min(values) > 30
+    form = "on a logarithmic axis" if log else ""
+    chart = LineChart("Training loss by epoch", series, bands, log=log, y_format=lambda value: f"{value:.3g}")
+    return _figure("Training loss", chart, form)
+
+
+def _kept(run: Run, bands: Sequence[Band]) -> Figure | None:
+    macs = [Series("MACs kept", line.points, "s-kept") for line in _series(run, "macs", ("pruned",))]
+    sparsity = [Series("groups removed", line.points, "s-other") for line in _series(run, "sparsity", ("pruned",))]
+    target = (run.summary.get("target") or {}).get("macs")
+    guides = [Guide(float(target), f"target {100 * target:.3g}% of MACs")] if target else []
+
+    def text(value: float) -> str:
+        return f"{100 * value:.3g}%"
+
+    chart = LineChart("MACs kept by epoch", macs + sparsity, bands, guides, text, (0.0, 1.02))
+    return _figure("What is kept", chart)
+
+
+def _rate(run: Run, bands: Sequence[Band]) -> Figure | None:
+    series = _series(run, "lr", ("pruned",))
+    values = [value for line in series for _, value in line.points if math.isfinite(value) and value > 0]
+    log = bool(values) and max(values) / min(values) > 200
+    chart = LineChart("Learning rate by epoch", series, bands, log=log, y_format=lambda value: f"{value:.2g}")
+    return _figure("Learning rate", chart)
+
+
+@dataclass(frozen=True)
+class Column:
+    """The width of one layer: dense and kept channels, as counts and as percentages for the page."""
+
+    name: str
+    dense: int
+    kept: int
+    height: float
+    filled: float
+
+
+def widths(layers: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Output width of each layer from input to output; ``height`` is relative to the widest, ``filled`` to its own."""
+    known = [
+        (str(layer.get("name", "?")), int(layer["dense_out"]), int(layer["kept_out"]))
+        for layer in layers
+        if layer.get("dense_out") and layer.get("kept_out") is not None
+    ]
+    widest = max((dense for _, dense, _ in known), default=1)
+    return [Column(name, dense, kept, 100.0 * dense / widest, 100.0 * kept / dense) for name, dense, kept in known]
+
+
+def latency(found: Mapping[str, Any]) -> Figure | None:
+    """Median latency with the range from the 10th to the 90th percentile."""
+    bars = [
+        (
+            name,
+            style,
+            float(one["median_ms"]),
+            float(one.get("p10", one["median_ms"])),
+            float(one.get("p90", one["median_ms"])),
+        )
+        for name, style in _STYLES.items()
+        if (one := found.get(name))
+    ]
+    return Figure("Latency", interval_bars("Latency, dense and pruned", bars)) if bars else None
+
+
+def norms(run: Run, most: int = 60) -> list[Figure]:
+    """Norm histograms through the phases: all sets together, then each set, at most ``most`` of them."""
+    edges, epochs = run.norms.get("edges") or [], run.norms.get("epochs") or []
+    if len(edges) < 2 or not epochs:
+        return []
+    shown = [epochs[number] for number in _chosen(epochs)]
+    names = list(dict.fromkeys(name for one in epochs for name in one["sets"]))
+    totals = [(one, _total(one, len(edges) - 1)) for one in shown]
+    first, last = _occupied([total["counts"] for _, total in totals], len(edges) - 1)
+    bins = slice(first, last)  # of all sets: one axis for every picture
+    rows = {"All groups": totals}
+    if len(names) > 1:
+        rows |= {name: [(one, one["sets"][name]) for one in shown if name in one["sets"]] for name in names[:most]}
+    return [_norm_figure(name, found, bins, edges[first : last + 1]) for name, found in rows.items()]
+
+
+def _chosen(epochs: Sequence[Mapping[str, Any]]) -> list[int]:
+    """At most ``_ROWS`` positions: the first, the last, the ends of phases, and others spread evenly between."""
+    last = len(epochs) - 1
+    ends = [number for number in range(last) if epochs[number].get("phase") != epochs[number + 1].get("phase")]
+    must = sorted({0, last, *ends})
+    if len(must) >= _ROWS:
+        return must[: _ROWS - 1] + [last]
+    evenly = [round(number * last / (_ROWS - 1)) for number in range(_ROWS)]
+    for position in sorted(evenly, key=lambda at: -min(abs(at - one) for one in must)):
+        if len(must) < _ROWS and position not in must:
+            must.append(position)
+    return sorted(must)
+
+
+def _total(epoch: Mapping[str, Any], bins: int) -> dict[str, Any]:
+    """The sets of one epoch added up."""
+    counts, zeros = [0] * bins, 0
+    for one in epoch["sets"].values():
+        counts = [left + right for left, right in zip(counts, one["counts"], strict=True)]
+        zeros += one.get("zeros", 0)
+    return {"counts": counts, "zeros": zeros}
+
+
+def _norm_figure(
+    title: str, rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], bins: slice, edges: Sequence[float]
+) -> Figure:
+    ridges = [
+        Ridge(f"{epoch['epoch']}", found["counts"][bins], found.get("zeros", 0), f"phase-{epoch.get('phase')}")
+        for epoch, found in rows
+    ]
+    return Figure(title, ridge_chart(f"Norms of {title} by epoch", ridges, edges))
+
+
+def _occupied(counts: Sequence[Sequence[int]], bins: int) -> tuple[int, int]:
+    """The range of bins that hold anything, with one empty bin on either side."""
+    filled = [number for row in counts for number, count in enumerate(row) if count]
+    if not filled:
+        return 0, bins
+    return max(min(filled) - 1, 0), min(max(filled) + 2, bins)

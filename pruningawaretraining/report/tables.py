@@ -1,0 +1,129 @@
+"""The numbers of a run as rows: the same for the terminal and for the HTML report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from pruningawaretraining.report.summary import fraction, percent, si
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One quantity of the dense and the pruned model.
+
+    Attributes:
+        label: what it is.
+        dense: its value as text; a dash if unknown.
+        pruned: the same for the pruned model.
+        change: the difference as text.
+        good: whether the change is for the better; None when unknown or when there is none.
+        share: pruned / dense, None when it is no such quantity or unknown.
+    """
+
+    label: str
+    dense: str
+    pruned: str
+    change: str
+    good: bool | None = None
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Link:
+    """One link of the verification chain: what is compared, the largest difference, and whether it is small enough."""
+
+    left: str
+    right: str
+    difference: float | None
+    relative: float | None
+    holds: bool | None
+
+
+def byte_count(value: float | None) -> str:
+    """``1536 -> '1.54 kB'``."""
+    return si(value, "B") if value is None or value < 999.5 else f"{si(value)[:-1]} {si(value)[-1]}B"
+
+
+def milliseconds(value: float | None) -> str:
+    """``0.1234 -> '0.123 ms'``."""
+    return "–" if value is None else f"{value:.3g} ms"
+
+
+def compared_rows(summary: Mapping[str, Any]) -> list[Compared]:
+    """Accuracy, MACs, parameters, size and latency of the dense and the pruned model; what neither has is left out."""
+    dense, pruned = summary.get("dense") or {}, summary.get("pruned") or {}
+    sizes: list[tuple[str, str, Callable[[float | None], str]]] = [
+        ("MACs", "macs", si),
+        ("Parameters", "parameters", si),
+        ("File size", "bytes", byte_count),
+        ("Latency", "latency_ms", milliseconds),
+    ]
+    rows = [_accuracy(dense.get("accuracy"), pruned.get("accuracy"))]
+    rows += [_size(label, dense.get(key), pruned.get(key), text) for label, key, text in sizes]
+    return [row for row in rows if (row.dense, row.pruned) != ("–", "–")]
+
+
+def _accuracy(dense: float | None, pruned: float | None) -> Compared:
+    """The change in percentage points; a loss of at most one point is neither good nor bad."""
+    if dense is None or pruned is None:
+        return Compared("Accuracy", percent(dense, 2), percent(pruned, 2), "–")
+    points = 100.0 * (pruned - dense)
+    text = "same" if abs(points) < 0.005 else f"{_signed(points, '.2f')} pt"
+    good = None if -1.0 <= points < 0.005 else points > 0
+    return Compared("Accuracy", percent(dense, 2), percent(pruned, 2), text, good)
+
+
+def _size(label: str, dense: float | None, pruned: float | None, text: Callable[[float | None], str]) -> Compared:
+    share = fraction(pruned, dense)
+    if share is None:
+        return Compared(label, text(dense), text(pruned), "–")
+    percents = 100.0 * (share - 1.0)
+    change = "same" if abs(percents) < 0.05 else f"{_signed(percents, '.1f')}%"
+    return Compared(label, text(dense), text(pruned), change, None if change == "same" else percents < 0, share)
+
+
+def _signed(value: float, form: str) -> str:
+    """A number with its sign, a true minus."""
+    return f"{'−' if value < 0 else '+'}{abs(value):{form}}"
+
+
+def chain(summary: Mapping[str, Any], tolerance: float = 1e-4) -> list[Link]:
+    """The verification chain, link by link; unknown links have no difference.
+
+    Args:
+        summary: the run's summary; ``verification`` holds the largest absolute differences.
+        tolerance: a link holds when its difference is at most this fraction of the largest output.
+    """
+    found = summary.get("verification") or {}
+    scale = found.get("scale")
+    links = [
+        ("masked", "removed", "masked_removed"),
+        ("removed", "reloaded", "removed_reloaded"),
+        ("reloaded", "ONNX", "reloaded_onnx"),
+    ]
+    return [_link(left, right, found.get(key), scale, tolerance) for left, right, key in links] if found else []
+
+
+def _link(left: str, right: str, difference: float | None, scale: float | None, tolerance: float) -> Link:
+    if difference is None:
+        return Link(left, right, None, None, None)
+    relative = difference / scale if scale else None
+    return Link(left, right, difference, relative, (difference if relative is None else relative) <= tolerance)
+
+
+def comparison_table(summary: Mapping[str, Any], title: str | None = None) -> Table:
+    """Dense against pruned for the terminal: one row a quantity, improvements in green."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("")
+    for heading in ("dense", "pruned", "change"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    colours = {True: "green", False: "yellow", None: ""}
+    for row in compared_rows(summary):
+        table.add_row(row.label, row.dense, Text(row.pruned, style="bold"), Text(row.change, style=colours[row.good]))
+    return table
