@@ -87,11 +87,11 @@ class Magnitude:
 
     Args:
         p: the power; 2 for squared L2, 1 for L1.
-        normalize: "none", "mean" or "max" of the set, or "lamp".
+        normalize: by the "mean" or "max" of the set, so that layers compare, by "lamp", or "none".
     """
 
     p: float = 2.0
-    normalize: str = "none"
+    normalize: str = "mean"
 
     def __post_init__(self) -> None:
         if self.p <= 0:

@@ -97,15 +97,29 @@ class Channel:
             ConfigError: a name that is no layer of the model.
             ModelError: the inputs are rejected, or nothing can be pruned.
         """
-        prunable = [name for name, module in model.named_modules() if isinstance(module, PRODUCERS)]
-        chosen = select(model, layers, prunable, "layers") - select(model, list(exclude), prunable, "exclude")
-        found = channel_groups(model, trace(model, inputs, forward_fn), chosen)
-        if found.grouping.size == 0:
-            reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
-            raise ModelError(
-                f"model: {type(model).__name__} has no prunable channel group among {len(chosen)} selected layers. {reasons}"
-            )
-        return found
+        names = producer_names(model)
+        chosen = select(model, layers, names, "layers") - select(model, list(exclude), names, "exclude")
+        return find_channels(model, inputs, chosen, forward_fn)
+
+
+def producer_names(model: nn.Module) -> list[str]:
+    """The layers that make channels: convolutions and linear layers."""
+    return [name for name, module in model.named_modules() if isinstance(module, PRODUCERS)]
+
+
+def find_channels(model: nn.Module, inputs: Any, chosen: set[str], forward_fn: ForwardFn | None = None) -> ChannelGroups:
+    """Trace a model and group its channels; ``chosen`` are the layers that may lose output channels.
+
+    Raises:
+        ModelError: the inputs are rejected, or nothing can be pruned.
+    """
+    found = channel_groups(model, trace(model, inputs, forward_fn), chosen)
+    if found.grouping.size == 0:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
+        raise ModelError(
+            f"model: {type(model).__name__} has no prunable channel group among {len(chosen)} selected layers. {reasons}"
+        )
+    return found
 
 
 def channel_groups(model: nn.Module, dependencies: DependencyMap, chosen: set[str]) -> ChannelGroups:

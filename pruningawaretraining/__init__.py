@@ -1,0 +1,28 @@
+"""Prune PyTorch models while they train.
+
+``Pruning(model, config)`` and a few hook calls regularise, score, mask and finally remove channels; see the README.
+"""
+
+from pruningawaretraining.checkpoint import load_pruned, save_pruned
+from pruningawaretraining.config import PruningConfig, load_config
+from pruningawaretraining.costs.latency import measure_latency
+from pruningawaretraining.costs.macs import count_macs
+from pruningawaretraining.criteria import cost_aware, magnitude  # noqa: F401  (importing them registers the criteria)
+from pruningawaretraining.export import export_onnx
+from pruningawaretraining.pruning import Pruner, Pruning
+from pruningawaretraining.registry import register
+from pruningawaretraining.version import __version__
+
+__all__ = [
+    "Pruner",
+    "Pruning",
+    "PruningConfig",
+    "__version__",
+    "count_macs",
+    "export_onnx",
+    "load_config",
+    "load_pruned",
+    "measure_latency",
+    "register",
+    "save_pruned",
+]

@@ -1,0 +1,468 @@
+"""Channel pruning through a whole training: score, allocate, mask on a schedule, remove when the target is met.
+
+Shape suffixes: ``_D`` groups of the dense model, ``_G`` groups that are still there, ``_R`` groups of one rule.
+
+Targets, caps and counts always speak of the dense model, also when every event removes channels for good.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.allocation import Allocator, Limits
+from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
+from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.grouping import Grouping, GroupSet
+from pruningawaretraining.inputs import ForwardFn, outputs_of
+from pruningawaretraining.masking import Masks
+from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.registry import build
+from pruningawaretraining.regularizers import Regularizer, prepare
+from pruningawaretraining.removal import remove
+from pruningawaretraining.schedules import sparsity_at
+from pruningawaretraining.statistics import Criterion, Statistics
+
+log = logging.getLogger(__name__)
+
+PHASES = ("regularize", "prune", "finetune", "done")
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest difference between the masked and the removed model, as a fraction of the largest output."""
+
+
+@dataclass
+class RuleState:
+    """Where one rule stands: ``event`` firings so far, the last epoch that fired, and whether it has met its target."""
+
+    phase: str = "regularize"
+    event: int = 0
+    last: int | None = None
+
+
+@dataclass(eq=False)
+class ChannelRule:
+    """A rule with its share of the model's channels.
+
+    Args:
+        rule: the configuration.
+        key: how messages call it.
+        sets: numbers of its sets.
+        groups_D: its groups, as indices of the dense model's groups.
+        grouping: the same groups alone (without members), renumbered.
+    """
+
+    rule: Rule
+    key: str
+    sets: list[int]
+    groups_D: Tensor
+    grouping: Grouping
+    state: RuleState = field(default_factory=RuleState)
+
+    @cached_property
+    def criterion(self) -> Criterion:
+        built: Criterion = build("criterion", self.rule.criterion, f"{self.key}.criterion")
+        return built
+
+    @property
+    def events(self) -> int:
+        """How many times the rule fires."""
+        end = self.rule.start if self.rule.end is None else self.rule.end
+        return (end - self.rule.start) // self.rule.every + 1
+
+    def fires(self, now: int) -> bool:
+        """Whether an epoch (or step) prunes: at start and every ``every`` from there on, once each."""
+        if self.state.phase in ("finetune", "done") or now < self.rule.start:
+            return False
+        return (now - self.rule.start) % self.rule.every == 0 and (self.state.last is None or now > self.state.last)
+
+    def limits(self) -> Limits:
+        return Limits(self.rule.min_sparsity, self.rule.max_sparsity, self.rule.multiple)
+
+
+class _SubCost:
+    """The model's cost as a function of one rule's groups, the others being as they are."""
+
+    def __init__(self, cost: LinearCost, groups_D: Tensor, keep_D: Tensor) -> None:
+        self.cost, self.groups_D, self.keep_D = cost, groups_D, keep_D
+
+    def _whole(self, keep_R: Tensor) -> Tensor:
+        whole = self.keep_D.clone()
+        whole[self.groups_D] = keep_R
+        return whole
+
+    def __call__(self, keep_R: Tensor) -> float:
+        return self.cost(self._whole(keep_R))
+
+    def marginal_G(self, keep_R: Tensor) -> Tensor:
+        return self.cost.marginal_G(self._whole(keep_R))[self.groups_D]
+
+
+class ChannelPruner:
+    """Drives the channel rules of one model.
+
+    Args:
+        model: the model, dense.
+        found: its channel groups.
+        rules: (key, rule, names of the layers it may prune).
+        inputs, forward_fn: how to run the model.
+
+    Attributes:
+        reset_optimizer: set by a removal, for loops that build a new optimizer then and clear it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: ChannelGroups,
+        rules: Sequence[tuple[str, Rule, set[str]]],
+        inputs: Any,
+        forward_fn: ForwardFn | None = None,
+    ) -> None:
+        self.model, self.inputs, self.forward_fn = model, inputs, forward_fn
+        self.found = found
+        self.dense_sets = found.grouping.sets
+        self.dense_per_layer = macs_per_layer(model, inputs, forward_fn)
+        self.macs_cost = macs_cost(found.grouping, self.dense_per_layer)
+        self.parameters_cost = parameters_cost(found.grouping, model)
+        self.dense_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.dense_widths = layer_widths(model)
+        self.set_of_layer = _set_of_layer(found.grouping)
+        self.keep_D = torch.ones(found.grouping.size, dtype=torch.bool)
+        self.live_D = torch.arange(found.grouping.size)  # dense numbers of the groups that are still there
+        self.rules = _assign(found.grouping, rules)
+        self.masks = Masks(model, found.grouping, found.norms)
+        self.reset_optimizer = False
+        self._regularizers: list[tuple[ChannelRule, Regularizer, Tensor]] | None = None
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        """Refuse a MAC target that no mask within the limits reaches, before any training is spent on it."""
+        for one in self.rules:
+            target = one.rule.target.macs
+            if target is not None and one.rule.enabled:
+                scores_R = torch.zeros(one.grouping.size)
+                allocator = Allocator(one.grouping, scores_R, one.limits(), one.rule.scope)
+                cost = _SubCost(self.macs_cost, one.groups_D, self.keep_D)
+                if cost(allocator.smallest()) > target * self.macs_cost.dense:
+                    allocator.to_cost(cost, target * self.macs_cost.dense, key=f"{one.key}.target.macs")
+
+    @property
+    def phase(self) -> str:
+        """The earliest phase of any rule."""
+        return min((one.state.phase for one in self.rules), key=PHASES.index, default="done")
+
+    @property
+    def removed(self) -> bool:
+        """Whether any channel has been removed physically."""
+        return len(self.live_D) < len(self.keep_D)
+
+    # --- regularising -------------------------------------------------------------------------------------------
+
+    def regularizers(self) -> list[tuple[ChannelRule, Regularizer, Tensor]]:
+        """Each active rule's regulariser, with its live groups; built once after every removal."""
+        if self._regularizers is None:
+            self._regularizers = []
+            saving_G = self.macs_cost.saving_G(self.keep_D)[self.live_D]
+            for one in self.rules:
+                if one.rule.regularizer is not None and one.rule.enabled:
+                    mine_G = torch.nonzero(torch.isin(self.live_D, one.groups_D)).flatten()
+                    options = build("regularizer", one.rule.regularizer, f"{one.key}.regularizer")
+                    ready = prepare(options, self.found.grouping.select_sets(one.sets), saving_G[mine_G])
+                    self._regularizers.append((one, ready, mine_G))
+        return self._regularizers
+
+    def regularize(self, scale: Tensor | float = 1.0) -> None:
+        """Add every active regulariser to the gradients in place (while regularising and pruning, not after)."""
+        for one, ready, mine_G in self.regularizers():
+            if one.state.phase in ("regularize", "prune"):
+                keep_G = self._keep_for(ready, mine_G) if self.masks.active else None
+                ready(keep_G, scale)
+
+    def _keep_for(self, ready: Regularizer, mine_G: Tensor) -> Tensor:
+        keep_G = self.masks.keep_on(ready.index.device)
+        return keep_G if len(mine_G) == len(keep_G) else keep_G[mine_G.to(keep_G.device)]
+
+    # --- pruning ------------------------------------------------------------------------------------------------
+
+    def prune(self, now: int, surroundings: Surroundings) -> list[str]:
+        """Let every rule that is due fire.
+
+        Args:
+            now: the epoch (or step).
+            surroundings: what has to follow a removal.
+
+        Returns:
+            One line for each thing that happened.
+        """
+        lines = []
+        for one in self.rules:
+            if one.rule.enabled and one.fires(now) and (one.rule.target.macs or one.rule.target.sparsity):
+                lines += self._fire(one, now, surroundings)
+        return lines
+
+    def _fire(self, one: ChannelRule, now: int, surroundings: Surroundings) -> list[str]:
+        keep_R, met = self._decide(one, now)
+        one.state.event += 1
+        one.state.last = now
+        one.state.phase = "prune"
+        self._mask(one, keep_R, surroundings)
+        lines = [f"{one.key}: epoch {now}: masked to {self._summary()}"]
+        if met or one.rule.application == "remove":
+            self.remove(surroundings)
+            lines.append(f"{one.key}: epoch {now}: removed, {self._summary()}")
+        if met:
+            one.state.phase = "finetune"
+        return lines
+
+    def _decide(self, one: ChannelRule, now: int) -> tuple[Tensor, bool]:
+        """The rule's next masks, and whether its target is met with them."""
+        rule = one.rule
+        step = (now - rule.start) // rule.every + 1
+        last = step >= one.events or rule.at_init
+        allocator = Allocator(one.grouping, self._scores(one), one.limits(), rule.scope, ~self.keep_D[one.groups_D])
+        progress = 1.0 if last else step / one.events
+        if rule.target.macs is None:
+            assert rule.target.sparsity is not None
+            return allocator.at(sparsity_at(rule.schedule, progress, 0.0, rule.target.sparsity)), last
+        budget = rule.target.macs * self.macs_cost.dense
+        cost = _SubCost(self.macs_cost, one.groups_D, self.keep_D)
+        keep_R = allocator.at(sparsity_at(rule.schedule, progress, 0.0, rule.final_sparsity))
+        if not last and cost(keep_R) > budget:
+            return keep_R, False
+        at_least = rule.target.sparsity or 0.0
+        return allocator.to_cost(cost, budget, at_least=at_least, key=f"{one.key}.target.macs"), True
+
+    def _scores(self, one: ChannelRule) -> Tensor:
+        """Scores of the rule's groups; those that are gone already score lowest."""
+        grouping = self.found.grouping.select_sets(one.sets)
+        mine_G = torch.isin(self.live_D, one.groups_D)
+        live_R = torch.isin(one.groups_D, self.live_D)
+        cost = _LiveCost(self.macs_cost, self.keep_D, self.live_D[mine_G])
+        scores = one.criterion.score(grouping, Statistics(macs=cost, keep_G=self.keep_D[self.live_D[mine_G]]))
+        scores_R = torch.full((len(one.groups_D),), -torch.inf, dtype=torch.float64)
+        scores_R[live_R] = scores.detach().cpu().double()
+        if bool(torch.isnan(scores_R).any()):
+            raise ModelError(f"{one.key}.criterion: {one.rule.criterion!r} gives NaN: the weights are not finite")
+        return scores_R
+
+    def _mask(self, one: ChannelRule, keep_R: Tensor, surroundings: Surroundings) -> None:
+        self.keep_D = self.keep_D.clone()
+        self.keep_D[one.groups_D] = keep_R
+        self.masks.set(self.keep_D[self.live_D])
+        self.masks.apply_to_state(surroundings.optimizers)
+
+    def remove(self, surroundings: Surroundings) -> None:
+        """Remove what is masked now, physically.
+
+        Raises:
+            ModelError: the removed model does not compute what the masked one did; everything is put back first.
+        """
+        keep_G = self.keep_D[self.live_D]
+        if bool(keep_G.all()):
+            return
+        before = outputs_of(self.model, self.inputs, self.forward_fn)
+        grouping, norms = self.found.grouping, self.found.norms
+        self.masks.clear()
+        surgery = remove(self.model, grouping, keep_G, surroundings.optimizers, surroundings.followers, norms)
+        try:
+            self._check_removed(before)
+        except (ModelError, RuntimeError):
+            surgery.undo()
+            self.masks.set(keep_G)
+            raise
+        self._restrict(keep_G)
+        self.reset_optimizer = True
+        surroundings.after_removal()
+
+    def _check_removed(self, before: list[Tensor]) -> None:
+        after = outputs_of(self.model, self.inputs, self.forward_fn)
+        for expected, actual in zip(before, after, strict=True):
+            scale = float(expected.abs().max().clamp(min=1e-30)) if expected.numel() else 1.0
+            same = expected.shape == actual.shape
+            difference = float((expected - actual).abs().max()) / scale if same and expected.numel() else float(not same)
+            if not difference <= TOLERANCE.get(expected.dtype, 1e-1) and bool(torch.isfinite(expected).all()):
+                raise ModelError(
+                    f"removal: the removed model's outputs differ from the masked model's by {difference:.2g} of their "
+                    "scale; the model is put back as it was, masked. Some operation mixes channels in a way that is "
+                    "not understood: leave its layers out with 'exclude'"
+                )
+
+    def _restrict(self, keep_G: Tensor) -> None:
+        self.found = self.found.restrict(self.model, keep_G)
+        self.live_D = self.live_D[keep_G]
+        self.masks = Masks(self.model, self.found.grouping, self.found.norms)
+        self._regularizers = None
+
+    # --- what has been reached ----------------------------------------------------------------------------------
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable groups that are masked or removed."""
+        return 1.0 - float(self.keep_D.double().mean()) if len(self.keep_D) else 0.0
+
+    def _summary(self) -> str:
+        fraction = self.macs_cost(self.keep_D) / max(self.macs_cost.dense, 1.0)
+        return f"sparsity {self.sparsity:.4f}, {fraction:.4f} of the MACs"
+
+    def norms(self) -> dict[str, Tensor]:
+        """L2 norms of the live groups by set, over output and input weights and norm weights (on the CPU)."""
+        weights = self.found.grouping.of_role("out", "in", "norm")
+        norms_G = weights.reduce_of(lambda weight: weight.float().square()).sqrt().cpu()
+        return {one.name: norms_G[one.start : one.stop] for one in self.found.grouping.sets}
+
+    def kept_widths(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) that every convolution and linear layer keeps, masked channels not counted."""
+        widths = layer_widths(self.model)
+        modules = dict(self.model.named_modules())
+        keep_G1 = torch.cat([self.keep_D[self.live_D], torch.ones(1, dtype=torch.bool)])
+        for member in self.found.grouping.of_role("out", "in").members:
+            name = member.name.removesuffix(".weight")
+            if name not in widths or member.slots is None:
+                continue
+            kept, groups = int(keep_G1[member.slots].sum()), getattr(modules[name], "groups", 1)
+            outputs, inputs = widths[name]
+            if member.role == "in":
+                widths[name] = (outputs, kept * groups)
+            elif groups == inputs > 1:  # depthwise
+                widths[name] = (kept, kept * inputs // outputs)
+            else:
+                widths[name] = (kept, inputs)
+        return widths
+
+    def keep_by_set(self) -> dict[str, Tensor]:
+        """Masks of the dense model's groups by set, True = keep."""
+        return {one.name: self.keep_D[one.start : one.stop].clone() for one in self.dense_sets}
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, what has been removed, and where each rule stands: tensors and plain data."""
+        removed_D = torch.ones(len(self.keep_D), dtype=torch.bool)
+        removed_D[self.live_D] = False
+        return {
+            "sets": {one.name: one.size for one in self.dense_sets},
+            "keep": self.keep_D.clone(),
+            "removed": removed_D,
+            "rules": [vars(one.state).copy() for one in self.rules],
+            "reset_optimizer": self.reset_optimizer,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], surroundings: Surroundings) -> None:
+        """Bring a dense model to the architecture and masks of a checkpoint (weights are loaded after that).
+
+        Raises:
+            ModelError: the checkpoint is of another model.
+        """
+        sets = {one.name: one.size for one in self.dense_sets}
+        if state["sets"] != sets:
+            other = sorted(set(sets.items()) ^ set(state["sets"].items()))[0]
+            raise ModelError(f"state: it was saved for other channel groups: {other[0]!r} of {other[1]} differs")
+        if self.removed:
+            raise ModelError("state: the model has been pruned already; load into a freshly built dense model")
+        keep_D, removed_D = state["keep"].cpu().bool(), state["removed"].cpu().bool()
+        if bool(removed_D.any()):
+            remove(
+                self.model, self.found.grouping, ~removed_D, surroundings.optimizers, surroundings.followers, self.found.norms
+            )
+            self._restrict(~removed_D)
+            surroundings.after_removal()
+        self.keep_D = keep_D.clone()
+        self.masks.set(self.keep_D[self.live_D])
+        for one, values in zip(self.rules, state["rules"], strict=True):
+            one.state = RuleState(**values)
+        self.reset_optimizer = bool(state["reset_optimizer"])
+
+
+@dataclass
+class Surroundings:
+    """What has to follow a removal.
+
+    Args:
+        optimizers: their parameters and states.
+        followers: moving averages of the model.
+        after_removal: called once the model has been changed.
+    """
+
+    optimizers: Sequence[torch.optim.Optimizer] = ()
+    followers: Sequence[nn.Module] = ()
+    after_removal: Callable[[], None] = lambda: None
+
+
+class _LiveCost:
+    """The dense model's cost seen from one rule's live groups, for criteria."""
+
+    def __init__(self, cost: LinearCost, keep_D: Tensor, groups_D: Tensor) -> None:
+        self.names, self.base_L = cost.names, cost.base_L
+        self._cost, self._keep_D, self._groups_D = cost, keep_D, groups_D
+
+    def __call__(self, keep_G: Tensor) -> float:
+        whole = self._keep_D.clone()
+        whole[self._groups_D] = keep_G
+        return self._cost(whole)
+
+    def saving_G(self, keep_G: Tensor) -> Tensor:
+        whole = self._keep_D.clone()
+        whole[self._groups_D] = keep_G
+        return self._cost.saving_G(whole)[self._groups_D]
+
+
+def _assign(grouping: Grouping, rules: Sequence[tuple[str, Rule, set[str]]]) -> list[ChannelRule]:
+    """Give every set to the rule that selects its source layer.
+
+    Raises:
+        ConfigError: two rules select one set.
+    """
+    owner: dict[int, str] = {}
+    assigned = []
+    for key, rule, layers in rules:
+        numbers = [number for number, one in enumerate(grouping.sets) if one.name in layers]
+        for number in numbers:
+            if number in owner:
+                raise ConfigError(
+                    f"{key}.layers: {grouping.sets[number].name!r} is pruned by {owner[number]} already; "
+                    "give the rules layers that do not overlap"
+                )
+            owner[number] = key
+        if not numbers:
+            raise ConfigError(f"{key}.layers: no prunable channel group among the layers that it selects")
+        assigned.append(_channel_rule(grouping, key, rule, numbers))
+    return assigned
+
+
+def _channel_rule(grouping: Grouping, key: str, rule: Rule, numbers: list[int]) -> ChannelRule:
+    sets: list[GroupSet] = []
+    start = 0
+    for number in numbers:
+        one = grouping.sets[number]
+        sets.append(GroupSet(one.name, start, start + one.size, one.width, one.signature, one.layers))
+        start += one.size
+    groups_D = torch.cat([torch.arange(grouping.sets[number].start, grouping.sets[number].stop) for number in numbers])
+    return ChannelRule(rule, key, numbers, groups_D, Grouping(grouping.name, (), tuple(sets)))
+
+
+def _set_of_layer(grouping: Grouping) -> dict[str, str]:
+    """Layer -> the set that its output channels belong to."""
+    found: dict[str, str] = {}
+    for member in grouping.of_role("out").members:
+        if member.slots is not None and bool((member.slots < grouping.size).any()):
+            number = int(grouping.set_ids[int(member.slots.min())])
+            found[member.name.removesuffix(".weight")] = grouping.sets[number].name
+    return found
+
+
+def layer_widths(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of every convolution and linear layer."""
+    widths = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            widths[name] = (module.out_channels, module.in_channels)
+        elif isinstance(module, nn.Linear):
+            widths[name] = (module.out_features, module.in_features)
+    return widths

@@ -1,0 +1,227 @@
+"""Save a pruned model, and load it into a freshly built dense one.
+
+The file is safetensors: plain tensors and a JSON description (widths, groups, attributes of every layer), so nothing in
+it is executed, and shapes alone never have to be guessed from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pruningawaretraining.errors import CheckpointError, nearest
+from pruningawaretraining.removal import Surgery
+from pruningawaretraining.version import __version__
+
+log = logging.getLogger(__name__)
+
+KEY = "pruningawaretraining"
+ATTRIBUTES = (
+    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels",
+    "normalized_shape", "num_parameters", "embedding_dim", "embed_dim", "num_heads", "head_dim", "hidden_dim",
+    "num_attention_heads", "attention_head_size", "all_head_size", "num_key_value_heads", "num_key_value_groups",
+    "hidden_size", "intermediate_size", "attn_dim", "kdim", "vdim", "split_size", "nf", "nx",
+)  # fmt: skip
+"""Attributes of layers that follow a removal."""
+
+_DESCRIBERS: WeakKeyDictionary[nn.Module, Callable[[], dict[str, Any]]] = WeakKeyDictionary()
+_RECORDS: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+
+
+def describe_with(model: nn.Module, describe: Callable[[], dict[str, Any]]) -> None:
+    """Let a pruner say what ``save_pruned`` writes beside the tensors: plain data."""
+    _DESCRIBERS[model] = describe
+
+
+def record_of(model: nn.Module) -> dict[str, Any] | None:
+    """What was written beside the tensors of the file that this model was loaded from; None for any other model."""
+    return _RECORDS.get(model)
+
+
+def write_atomically(path: str | Path, write: Callable[[str], None]) -> Path:
+    """Write a file so that at any moment either the old one or the whole new one is there.
+
+    Args:
+        path: where to; its folder is made.
+        write: writes to the temporary path that it is given.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _widths(module: nn.Module) -> dict[str, Any]:
+    found = {}
+    for name in ATTRIBUTES:
+        value = module.__dict__.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            found[name] = value
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(item, int) for item in value):
+            found[name] = list(value)
+    return found
+
+
+def save_pruned(model: nn.Module, path: str | Path) -> Path:
+    """Save a pruned (or masked, or dense) model as safetensors with a JSON description.
+
+    Args:
+        model: the model, without a wrapper.
+        path: the file; it appears whole or not at all.
+
+    Returns:
+        The path.
+    """
+    state = model.state_dict()
+    seen: dict[tuple[Any, ...], str] = {}
+    aliases: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and identity in seen:
+            aliases[name] = seen[identity]
+            continue
+        seen[identity] = name
+        tensors[name] = tensor.detach().contiguous().clone()
+    describe = _DESCRIBERS.get(model)
+    description = {
+        "version": __version__,
+        "class": type(model).__qualname__,
+        "modules": {name: _widths(module) for name, module in model.named_modules() if _widths(module)},
+        "aliases": aliases,
+        "record": describe() if describe is not None else (record_of(model) or {}),
+    }
+    metadata = {KEY: json.dumps(description), "format": "pt"}
+    return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """The JSON description in a file of :func:`save_pruned`.
+
+    Raises:
+        CheckpointError: there is no such file, it is truncated, or it is not one of ours.
+    """
+    return _read(Path(path))[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise CheckpointError(f"path: there is no file {str(path)!r}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"path: {str(path)!r} is truncated or no safetensors file: {error}") from error
+    if KEY not in metadata:
+        raise CheckpointError(f"path: {str(path)!r} was not written by save_pruned; use load_state_dict_pruned for it")
+    try:
+        description = json.loads(metadata[KEY])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"path: the description in {str(path)!r} is damaged: {error}") from error
+    return tensors, description
+
+
+def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
+    """Load a file of :func:`save_pruned` into the original, dense class.
+
+    Args:
+        model: a model of the class that was pruned, as it was built before pruning; changed in place. Its device,
+            train or eval mode, ``requires_grad`` and hooks are kept.
+        path: the file.
+
+    Returns:
+        The same model, with the widths and weights of the file.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or foreign, or does not fit the model; the model is untouched.
+    """
+    tensors, description = _read(Path(path))
+    for alias, name in description["aliases"].items():
+        tensors[alias] = tensors[name]
+    _check_names(model, tensors)
+    surgery = Surgery()
+    try:
+        _put_tensors(model, tensors, surgery)
+        _put_widths(model, description["modules"], surgery)
+    except (AttributeError, TypeError, KeyError, RuntimeError) as error:
+        surgery.undo()
+        raise CheckpointError(f"path: {str(path)!r} does not fit {type(model).__name__}: {error}") from error
+    _RECORDS[model] = description["record"]
+    return model
+
+
+def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or unexpected:
+        name = (missing or unexpected)[0]
+        close = nearest(name, unexpected if missing else wanted)
+        hint = f"; did you mean {close!r}?" if close else ""
+        side = "the file does not have" if missing else "the model does not have"
+        raise CheckpointError(
+            f"model: {side} {name!r}{hint} ({len(missing)} missing, {len(unexpected)} unexpected). "
+            f"Build the {type(model).__name__} as it was before pruning"
+        )
+    for name, value in wanted.items():
+        if value.dim() != tensors[name].dim():
+            raise CheckpointError(
+                f"model: {name!r} has {value.dim()} dimensions, in the file {tensors[name].dim()}: another architecture"
+            )
+
+
+def _put_tensors(model: nn.Module, tensors: dict[str, Tensor], surgery: Surgery) -> None:
+    made: dict[int, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        slots = {**module._parameters, **module._buffers}
+        for attribute, old in slots.items():
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if old is None or name not in tensors:
+                continue
+            new = tensors[name].to(old.device)
+            if isinstance(old, nn.Parameter):
+                if id(old) not in made:
+                    made[id(old)] = nn.Parameter(new.clone(), requires_grad=old.requires_grad)
+                surgery.set_attribute(module, attribute, made[id(old)])
+            else:
+                surgery.set_attribute(module, attribute, new.clone())
+
+
+def _put_widths(model: nn.Module, widths: dict[str, dict[str, Any]], surgery: Surgery) -> None:
+    modules = dict(model.named_modules())
+    for name, attributes in widths.items():
+        for attribute, value in attributes.items():
+            old = getattr(modules[name], attribute)
+            new = type(old)(value) if isinstance(old, (list, tuple)) else value
+            if new != old:
+                surgery.set_attribute(modules[name], attribute, new)
+
+
+def same_outputs(first: list[Tensor], second: list[Tensor]) -> float:
+    """Largest absolute difference between two lists of outputs, infinite when shapes differ."""
+    if len(first) != len(second) or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
+        return float("inf")
+    with torch.no_grad():
+        return max((float((a - b).abs().max()) for a, b in zip(first, second, strict=True) if a.numel()), default=0.0)
