@@ -109,7 +109,8 @@ class Allocator:
 
     def _steps(self) -> Tensor:
         multiple = self.limits.multiple
-        return torch.tensor([multiple // math.gcd(multiple, one.width) for one in self.grouping.sets], dtype=torch.int64)
+        steps = [multiple // math.gcd(multiple, one.width) for one in self.grouping.sets]
+        return torch.tensor(steps, dtype=torch.int64)
 
     def _forced_by_minimum(self) -> Tensor:
         kept_S = self.sizes_S - torch.floor(self.limits.min_sparsity * self.sizes_S.double() + SLACK).long()
@@ -150,8 +151,8 @@ class Allocator:
         if cost(smallest) > budget:
             full = cost(torch.ones_like(smallest))
             raise TargetError(
-                f"{key}: {budget / full:.4g} of the dense cost is out of reach: caps, multiples and the selected layers "
-                f"leave at least {cost(smallest) / full:.4f}. Raise the target, max_sparsity, or select more layers"
+                f"{key}: {budget / full:.4g} of the dense cost is out of reach: caps, multiples and the selected "
+                f"layers leave at least {cost(smallest) / full:.4f}. Raise the target or max_sparsity, or select more"
             )
         low, high = at_least, 1.0
         while high - low > 0.25 / max(1, self.grouping.size):
@@ -205,8 +206,10 @@ class Allocator:
 
 
 def _ranks(scores_G: Tensor, classes_G: Tensor, sizes_C: Tensor, descending: bool = False) -> Tensor:
-    """Rank of every group within its class (0 = lowest score, or highest if descending); ties go by index, the lower
-    index being removed first."""
+    """Rank of every group within its class: 0 is the lowest score, or the highest if descending.
+
+    Ties go by index; the lower index is removed first.
+    """
     by_score = torch.argsort(scores_G, stable=True)
     order = by_score[torch.argsort(classes_G[by_score], stable=True)]
     starts = torch.cumsum(sizes_C, 0) - sizes_C

@@ -286,7 +286,9 @@ class ChannelPruner:
         for expected, actual in zip(before, after, strict=True):
             scale = float(expected.abs().max().clamp(min=1e-30)) if expected.numel() else 1.0
             same = expected.shape == actual.shape
-            difference = float((expected - actual).abs().max()) / scale if same and expected.numel() else float(not same)
+            difference = float(not same)
+            if same and expected.numel():
+                difference = float((expected - actual).abs().max()) / scale
             if not difference <= TOLERANCE.get(expected.dtype, 1e-1) and bool(torch.isfinite(expected).all()):
                 raise ModelError(
                     f"removal: the removed model's outputs differ from the masked model's by {difference:.2g} of their "
@@ -368,9 +370,8 @@ class ChannelPruner:
             raise ModelError("state: the model has been pruned already; load into a freshly built dense model")
         keep_D, removed_D = state["keep"].cpu().bool(), state["removed"].cpu().bool()
         if bool(removed_D.any()):
-            remove(
-                self.model, self.found.grouping, ~removed_D, surroundings.optimizers, surroundings.followers, self.found.norms
-            )
+            grouping, norms = self.found.grouping, self.found.norms
+            remove(self.model, grouping, ~removed_D, surroundings.optimizers, surroundings.followers, norms)
             self._restrict(~removed_D)
             surroundings.after_removal()
         self.keep_D = keep_D.clone()

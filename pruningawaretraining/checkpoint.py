@@ -72,7 +72,7 @@ def write_atomically(path: str | Path, write: Callable[[str], None]) -> Path:
 
 
 def _widths(module: nn.Module) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name in ATTRIBUTES:
         value = module.__dict__.get(name)
         if isinstance(value, int) and not isinstance(value, bool):

@@ -38,4 +38,4 @@ def unknown(key: str, value: object, allowed: Iterable[str], most: int = 12) -> 
     close = nearest(str(value), names)
     hint = f"; did you mean {close!r}?" if close else ""
     shown = ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
-    return f"{key}: {value!r} is not known{hint} Allowed: {shown}" if hint else f"{key}: {value!r} is not known. Allowed: {shown}"
+    return f"{key}: {value!r} is not known{hint or '.'} Allowed: {shown}"

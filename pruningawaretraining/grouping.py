@@ -34,7 +34,8 @@ class Member:
             when slot s simply is group ``offset + s``. It is as long as the product of ``sizes``: used for channels,
             where that is small.
         offset: the group of slot 0 when ``slots`` is None.
-        role: what the tensor is to the group: "out" and "in" weights of a layer, a "norm" weight, a "bias", a "raw" parameter,
+        role: what the tensor is to the group: "out" and "in" weights of a layer, a "norm" weight, a "bias", a "raw"
+            parameter,
             an "element" of an unstructured or block pattern, or a "buffer" such as a running mean.
     """
 

@@ -320,14 +320,15 @@ class Pruning:
     def _check_same(self, model: nn.Module | None) -> None:
         if model is not None and unwrap(model) is not self.model:
             raise ModelError(
-                f"model: this {type(model).__name__} is not the {type(self.model).__name__} that the pruner was made for"
+                f"model: this {type(model).__name__} is not the {type(self.model).__name__} that the pruner was "
+                "made for"
             )
 
     # --- what has been reached ----------------------------------------------------------------------------------
 
     @property
     def phase(self) -> str:
-        """"regularize" before the first event, "prune" until the target is met, then "finetune"; "done" after training."""
+        """One of "regularize" (no event yet), "prune" (target not met), "finetune" and "done" (training has ended)."""
         if self._ended:
             return "done"
         if self._channels is None:
@@ -343,7 +344,7 @@ class Pruning:
 
     @property
     def macs(self) -> Macs:
-        """MACs of the dense model and of what is kept, on the example inputs. ``kept`` is counted on a removed model."""
+        """MACs of the dense model and of what is kept, on the example inputs; counted on a removed model."""
         engine = self._channels
         if engine is None:
             counted = count_macs(self.model, self._inputs, self._forward_fn) if self._inputs is not None else 0
@@ -419,7 +420,7 @@ class Pruning:
         return rows
 
     def describe(self) -> dict[str, Any]:
-        """What ``save_pruned`` writes beside the tensors: phase, sparsity, dense and kept MACs and parameters, widths."""
+        """What ``save_pruned`` writes beside the tensors: phase, sparsity, MACs, parameters and widths."""
         if self._channels is None:
             return dict(self.record or {})
         report = self.report()
@@ -453,8 +454,7 @@ class Pruning:
 def _tell(target: Log | None, line: str) -> None:
     log.info(line)
     if target is not None:
-        tell = getattr(target, "info", target)
-        tell(line)
+        (target.info if isinstance(target, logging.Logger) else target)(line)
 
 
 def _as_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

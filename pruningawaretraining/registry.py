@@ -80,18 +80,21 @@ def build(kind: str, spec: Any, where: str | None = None) -> Any:
         return spec
     if "type" not in spec:
         raise ConfigError(f"{where}: {dict(spec)!r} has no 'type'. Allowed: {', '.join(names(kind))}")
-    entry = lookup(kind, spec["type"], f"{where}.type")
+    entry: Any = lookup(kind, spec["type"], f"{where}.type")
     options = {key: value for key, value in spec.items() if key != "type"}
     if not dataclasses.is_dataclass(entry):
         if options:
             raise ConfigError(f"{where}: {spec['type']!r} takes no options, but {sorted(options)} were given")
         return entry
     check_fields(entry, options, where)
-    construct: Callable[..., Any] = entry
     try:
-        return construct(**options)
+        return _construct(typing.cast("Callable[..., Any]", entry), options)
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"{where}: {error}") from error
+
+
+def _construct(entry: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    return entry(**options)
 
 
 def check_fields(entry: Any, options: Mapping[str, Any], where: str) -> None:

@@ -193,9 +193,9 @@ def _check_not_negative(**values: float) -> None:
 class GrowingL2:
     """L2 decay that grows from 1 to ``2^alpha`` times as a channel falls behind the others of its set.
 
-    With s the root of a group's magnitude and r = (max s - s) / (max s - min s):
-    ``grad += strength * (2^alpha)^(gamma r) * w`` on output and input weights and norm weights, never on biases (Fang et al. 2023, DepGraph, section 3.3; after Wang et
-    al. 2021, Growing Regularization).
+    With s the root of a group's magnitude and r = (max s - s) / (max s - min s) in its set:
+    ``grad += strength * (2^alpha)^(gamma r) * w`` on output and input weights and norm weights, never on biases (Fang
+    et al. 2023, DepGraph, section 3.3; after Wang et al. 2021, Growing Regularization).
 
     Args:
         strength: lambda of a channel that is as large as the largest.

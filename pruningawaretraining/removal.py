@@ -245,9 +245,8 @@ def _slice_state(value: Any, parameter: Tensor, keep: Keep) -> Any:
     shape = list(parameter.shape)
     if list(value.shape) == shape:
         return slice_tensor(value, keep)
-    if value.dim() == len(shape):  # dimensions kept as 1
-        if all(have in (1, want) for have, want in zip(value.shape, shape, strict=True)):
-            return slice_tensor(value, {dim: indices for dim, indices in keep.items() if value.shape[dim] > 1})
+    if value.dim() == len(shape) and all(have in (1, want) for have, want in zip(value.shape, shape, strict=True)):
+        return slice_tensor(value, {dim: indices for dim, indices in keep.items() if value.shape[dim] > 1})
     for dropped in reversed(range(len(shape))):  # factored second moments (Adafactor): one dimension summed out
         if list(value.shape) == shape[:dropped] + shape[dropped + 1 :]:
             left = {dim - (dim > dropped): indices for dim, indices in keep.items() if dim != dropped}

@@ -44,7 +44,8 @@ def exponential(t: float, start: float, final: float) -> float:
     """
     if start >= 1:
         return start
-    return 1 - (1 - start) * (max(1 - final, min(LEAST_LEFT, 1 - start)) / (1 - start)) ** t
+    left = max(1 - final, min(LEAST_LEFT, 1 - start)) / (1 - start)
+    return 1 - (1 - start) * float(left**t)
 
 
 @register("schedule", "cube")
@@ -62,7 +63,7 @@ def cubic(t: float, start: float, final: float) -> float:
 @register("schedule", "inverse_cubic")
 def inverse_cubic(t: float, start: float, final: float) -> float:
     """``start + (final - start) (1 - (1 - t)^(1/3))``: slow, then very fast."""
-    return start + (final - start) * (1 - (1 - t) ** (1 / 3))
+    return start + (final - start) * (1 - float((1 - t) ** (1 / 3)))
 
 
 def sparsity_at(name: str, t: float, start: float = 0.0, final: float = 1.0) -> float:

@@ -129,7 +129,7 @@ class LinearCost:
         return (linear_G + square_G) * ~kept_G
 
     def saving_G(self, keep_G: Tensor) -> Tensor:
-        """What removing each group alone would save, given the others as they are (exact; 0 for groups that are gone)."""
+        """What removing each group alone would save, given the others as they are (exact; 0 for groups gone)."""
         linear_G, square_G, kept_G = self._terms(keep_G)
         return (linear_G - square_G) * kept_G
 
@@ -171,7 +171,7 @@ def macs_cost(grouping: Grouping, per_layer: dict[str, int]) -> LinearCost:
         grouping: the model's channels.
         per_layer: dense MACs by module name, from :func:`macs_per_layer`.
     """
-    weights = [member for member in grouping.members if member.role in ("out", "in") and member.name.endswith(".weight")]
+    weights = [member for member in grouping.of_role("out", "in").members if member.name.endswith(".weight")]
     bases = {member.name: float(per_layer.get(member.name.removesuffix(".weight"), 0)) for member in weights}
     return _linear_cost(weights, bases, float(per_layer.get("", 0)), grouping.size)
 

@@ -50,7 +50,8 @@ def weigh_mul(scores_G: Tensor, grouping: Grouping, statistics: Statistics, alph
 def weigh_per_mac(scores_G: Tensor, grouping: Grouping, statistics: Statistics, alpha: float, beta: float) -> Tensor:
     """``score / MACs that removing the group saves``, as the model stands."""
     keep_G = torch.ones(grouping.size, dtype=torch.bool) if statistics.keep_G is None else statistics.keep_G
-    return scores_G / _need_macs(statistics).saving_G(keep_G).clamp(min=1.0)
+    saving_G: Tensor = _need_macs(statistics).saving_G(keep_G)
+    return scores_G / saving_G.clamp(min=1.0)
 
 
 @register("criterion", "mac_aware", "MACAwareImportance")

@@ -107,7 +107,9 @@ def producer_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, PRODUCERS)]
 
 
-def find_channels(model: nn.Module, inputs: Any, chosen: set[str], forward_fn: ForwardFn | None = None) -> ChannelGroups:
+def find_channels(
+    model: nn.Module, inputs: Any, chosen: set[str], forward_fn: ForwardFn | None = None
+) -> ChannelGroups:
     """Trace a model and group its channels; ``chosen`` are the layers that may lose output channels.
 
     Raises:
@@ -117,7 +119,8 @@ def find_channels(model: nn.Module, inputs: Any, chosen: set[str], forward_fn: F
     if found.grouping.size == 0:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
         raise ModelError(
-            f"model: {type(model).__name__} has no prunable channel group among {len(chosen)} selected layers. {reasons}"
+            f"model: {type(model).__name__} has no prunable channel group among {len(chosen)} selected layers. "
+            f"{reasons}"
         )
     return found
 
@@ -207,10 +210,10 @@ def _label(
     group_of = np.full(highest + 1, total, dtype=np.int64)
     sets: list[GroupSet] = []
     start = 0
-    for key, components in runs:
+    for key, parts in runs:
         source = min(key, key=lambda index: order[dependencies.spaces[index].name])
         channels = dependencies.components[source]
-        mine = channels[np.isin(channels, components)]
+        mine = channels[np.isin(channels, parts)]
         ordered = mine[np.sort(np.unique(mine, return_index=True)[1])]
         group_of[ordered] = np.arange(start, start + len(ordered))
         width = max(1, len(mine) // max(1, len(ordered)))

@@ -236,7 +236,8 @@ class _Closure:
         targets += [b for _, b in self._multiplier_ties()]
         rows, columns = np.concatenate([*sources, np.zeros(0, int)]), np.concatenate([*targets, np.zeros(0, int)])
         links = coo_matrix((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(total, total))
-        return connected_components(links, directed=False)[1]
+        numbers: Indices = connected_components(links, directed=False)[1]
+        return numbers
 
     def _multiplier_ties(self) -> list[tuple[Indices, Indices]]:
         """Depthwise convolutions with several filters for each input channel: input c owns outputs c*m .. c*m+m-1."""
