@@ -1,0 +1,396 @@
+"""PruneOptimizer: sparsity by proximal steps around any optimizer.
+
+The model's weights are the proximal image of latent weights. Gradients are taken at the weights, the base optimizer
+updates the latents, and the latents are never shrunk (dual averaging): the threshold grows with gamma, the sum of
+learning rates since the warm-up. (Xiao 2010, "Dual averaging methods for regularized stochastic learning"; Ma and Xiao
+2025, "PARQ", for the form with cumulative learning rates.)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pruningawaretraining.errors import CheckpointError, ConfigError
+from pruningawaretraining.proximal.healing import hold_ranks, mask_gradients, mask_of, mask_weights
+from pruningawaretraining.proximal.latent import (
+    CopyIn,
+    Place,
+    Redirect,
+    Way,
+    copy_all,
+    give_own,
+    reads_param_groups,
+    take_own,
+)
+from pruningawaretraining.proximal.low_rank import Factors, SpectralGrouper
+from pruningawaretraining.proximal.metrics import Reached, measure, weight_factors, weight_sparsity
+from pruningawaretraining.proximal.options import number, stable_name, whole
+from pruningawaretraining.proximal.plans import SpectralPlan
+from pruningawaretraining.proximal.state import (
+    TYPES,
+    pack_groups,
+    restore_own,
+    strip_own,
+    unpack_counters,
+    unpack_groups,
+)
+from pruningawaretraining.proximal.units import ParamGroup, Unit, build_units, watched
+
+NEVER = sys.maxsize
+Closure = Callable[[], Any]
+
+
+class PruneOptimizer(Optimizer):
+    """Wraps an optimizer whose param groups say how to prune.
+
+    A param group with a ``prox_type`` is regularised. Keys: ``group_type`` and ``prox_type`` (a short name, a dotted
+    path of which the last part counts, or a class), ``reg_lambda``, ``prox_freq``, ``gamma_index_slope``, and what the
+    types take: ``k``, ``num_heads``, ``npack``, ``pack_dim``, ``min_sparsity`` (with ``min_sparsity_schedule``: True
+    for the cubic ramp, or a registered schedule), ``n_nonzero``, ``score_type``, ``prox_through_heal``.
+
+    With n steps so far: below ``warmup_steps`` the base optimizer steps alone; then every step updates the latents and
+    writes their proximal image into the weights; from ``healing_start_step`` on weights that are 0 stay 0, and the
+    others train on.
+
+    Args:
+        base_optimizer: any optimizer. Its param groups and state are shared, not copied.
+        warmup_steps: steps before the first proximal one.
+        healing_start_step: step from which the zeros are frozen; None (or sys.maxsize) for never.
+        reg_lambda: strength of the regularisation, for groups that do not say.
+        redirect: whether the base optimizer reads its weights from ``param_groups`` at every step, which saves four
+            passes over them; None assumes so for the optimizers of ``torch.optim``.
+
+    Raises:
+        ConfigError: an option that cannot be used; it names the group and the key.
+
+    Hooks registered on this optimizer see the weights after the proximal step; hooks that were registered on the base
+    optimizer see its own step.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        warmup_steps: int = 0,
+        healing_start_step: int | None = None,
+        reg_lambda: float = 0.0,
+        redirect: bool | None = None,
+    ) -> None:
+        if not isinstance(base_optimizer, Optimizer):
+            raise ConfigError(f"base_optimizer: {type(base_optimizer).__name__} is no torch.optim.Optimizer")
+        self.warmup_steps = whole(warmup_steps, "warmup_steps", 0)
+        healing = NEVER if healing_start_step is None else healing_start_step
+        self.healing_start_step = whole(healing, "healing_start_step")
+        if self.warmup_steps >= self.healing_start_step:
+            raise ConfigError(
+                f"healing_start_step: {healing_start_step} is not after the warm-up. Allowed: above warmup_steps "
+                f"({warmup_steps})"
+            )
+        number(reg_lambda, "reg_lambda", 0)
+        self.num_steps = 0
+        self.default_lambda = reg_lambda
+        self.redirect = reads_param_groups(base_optimizer) if redirect is None else redirect
+        super().__init__([{"params": []}], base_optimizer.defaults)
+        self.base_optimizer = base_optimizer
+        self._units: list[Unit] = []
+        self._watched: list[tuple[Any, ...]] = []
+        self._refresh()
+
+    # The param groups and state are the base optimizer's own. While Optimizer.__init__ runs there is none yet.
+
+    @property
+    def param_groups(self) -> list[ParamGroup]:
+        """The base optimizer's param groups."""
+        return self.base_optimizer.param_groups if "base_optimizer" in self.__dict__ else []
+
+    @param_groups.setter
+    def param_groups(self, value: list[ParamGroup]) -> None:
+        if "base_optimizer" in self.__dict__:
+            self.base_optimizer.param_groups = value
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The base optimizer's state, with our "latent", "mask" and "rank" of regularised weights."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if "base_optimizer" in self.__dict__:
+            self.base_optimizer.state = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("base_optimizer", "warmup_steps", "healing_start_step", "num_steps", "default_lambda", "redirect")
+        return {"defaults": self.defaults, **{key: self.__dict__[key] for key in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._units, self._watched = [], []
+        self._refresh()
+
+    def __repr__(self) -> str:
+        inner = "\n  ".join(repr(self.base_optimizer).splitlines())
+        return (
+            f"{type(self).__name__} (warmup_steps={self.warmup_steps}, healing_start_step="
+            f"{'never' if self.healing_start_step == NEVER else self.healing_start_step}\n  {inner}\n)"
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, at any time; its gamma starts at 0.
+
+        Raises:
+            ConfigError: an option that cannot be used; the optimizer is then as it was.
+        """
+        if "base_optimizer" not in self.__dict__:
+            return
+        self.base_optimizer.add_param_group(param_group)
+        try:
+            self._refresh()
+        except ConfigError:
+            self.param_groups.pop()
+            raise
+
+    def regularized_param_groups(self) -> list[ParamGroup]:
+        """The param groups with a ``prox_type``."""
+        return [group for group in self.param_groups if group.get("prox_type") is not None]
+
+    def _refresh(self) -> None:
+        """Build the units anew if a param group or one of its options has changed."""
+        groups = self.param_groups
+        for group in groups:
+            if group.get("prox_type") is not None:
+                group.setdefault("reg_lambda", self.default_lambda)
+                group.setdefault("gamma", 0.0)
+        now = watched(groups)
+        if now != self._watched:
+            others = [*self.base_optimizer.defaults, "initial_lr"]
+            self._units = build_units(groups, others, self.healing_start_step != NEVER)
+            self._watched = now
+
+    # Stepping
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: evaluates the loss and its gradients; it always sees the pruned weights.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        self._refresh()
+        if self.num_steps < self.warmup_steps or not self._units:
+            loss = self._base_step(closure)
+        elif self.num_steps < self.healing_start_step:
+            loss = self._proximal_step(closure)
+        else:
+            loss = self._healing_step(closure)
+        self.num_steps += 1
+        return loss
+
+    def _base_step(self, closure: Closure | None) -> Any:
+        return self.base_optimizer.step() if closure is None else self.base_optimizer.step(closure)
+
+    def _proximal_step(self, closure: Closure | None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = [self._active(unit) for unit in self._units]
+        places = [place for found in active for place in found]
+        latents = [self._latent(place) for place in places]
+        way = (Redirect if self.redirect else CopyIn)(self.base_optimizer, places, latents)
+        again = None if closure is None else self._reevaluation(closure, loss, way, active)
+        way.enter()
+        try:
+            result = self._base_step(again)
+        finally:
+            way.leave()
+        for group in self.regularized_param_groups():
+            group["gamma"] = advanced(group["gamma"], group["lr"])
+        for unit, found in zip(self._units, active, strict=True):
+            self._prox(unit, found)
+        return loss if result is None else result
+
+    def _reevaluation(
+        self, closure: Closure, first: Any, way: Way, active: Sequence[Sequence[Place]]
+    ) -> Closure:
+        """What the base optimizer calls as its closure: the first time the loss is known, and after that (line search)
+        the latents have moved and the model gets their image."""
+        calls = 0
+
+        def again() -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                return first
+            way.leave()
+            try:
+                for unit, found in zip(self._units, active, strict=True):
+                    self._prox(unit, found)
+                with torch.enable_grad():
+                    return closure()
+            finally:
+                way.enter()
+
+        return again
+
+    def _active(self, unit: Unit) -> list[Place]:
+        """The weights that take part in this step: those with a gradient."""
+        return [place for place in unit.places(self.param_groups) if place.weight.grad is not None]
+
+    def _latent(self, place: Place) -> Tensor:
+        """A weight's latent; it begins as the weight itself."""
+        own = self.state[place.weight]
+        if "latent" not in own:
+            own["latent"] = place.weight.detach().clone(memory_format=torch.preserve_format)
+        latent: Tensor = own["latent"]
+        if latent.device != place.weight.device or latent.dtype != place.weight.dtype:
+            latent = own["latent"] = latent.to(place.weight.device, place.weight.dtype)
+        return latent
+
+    def _prox(self, unit: Unit, places: Sequence[Place]) -> None:
+        """Write the proximal image of the latents into the weights."""
+        if not places:
+            return
+        latents = [self.state[place.weight]["latent"] for place in places]
+        if not unit.options.due(self.num_steps, self.warmup_steps, self.healing_start_step):
+            copy_all([place.weight for place in places], latents)
+            return
+        plan = unit.plan(places, latents)
+        plan.run(unit.scale(self.param_groups), self._fraction(unit))
+        if isinstance(plan, SpectralPlan):
+            for place, rank in zip(places, plan.ranks, strict=True):
+                self.state[place.weight]["rank"] = rank
+
+    def _fraction(self, unit: Unit) -> float:
+        return unit.options.fraction(self.num_steps, self.warmup_steps, self.healing_start_step)
+
+    def _healing_step(self, closure: Closure | None) -> Any:
+        places = [place for unit in self._units for place in unit.places(self.param_groups)]
+        weights = [place.weight for place in places]
+        masks = [mask_of(self.state[weight], weight) for weight in weights]
+
+        def masked() -> Any:
+            assert closure is not None
+            with torch.enable_grad():
+                loss = closure()
+            mask_gradients(weights, masks)
+            return loss
+
+        own = take_own(self.state, weights)
+        try:
+            if closure is None:
+                mask_gradients(weights, masks)
+            loss = self._base_step(None if closure is None else masked)
+        finally:
+            give_own(self.state, weights, own)
+        mask_weights(weights, masks)
+        for unit in self._units:
+            if unit.options.holds_rank and unit.options.due(self.num_steps, self.warmup_steps, self.healing_start_step):
+                hold_ranks(unit, self._active(unit), self.state)
+        return loss
+
+    # What has been reached; reading these waits for the device.
+
+    @property
+    def relative_sparsity(self) -> float:
+        """Fraction of the regularised weights' elements that is 0, counted now; a weight of low rank counts by what its
+        factors save."""
+        return self._measured().sparsity
+
+    @property
+    def relative_factored_frac(self) -> float:
+        """Size of the factors of the low-rank weights, as a fraction of the weights; 0 where there are none."""
+        return self._measured().factored
+
+    def parameter_sparsity(self) -> dict[str, float]:
+        """Fraction of zeros of every regularised weight, by name (or place in the param groups)."""
+        places = [place for unit in self._units for place in unit.places(self.param_groups)]
+        return {place.name: weight_sparsity(place.weight) for place in places}
+
+    def _measured(self) -> Reached:
+        return measure(self._units, self.param_groups, self.state)
+
+    @torch.no_grad()
+    def low_rank_factors(self, weight: Tensor) -> list[Factors]:
+        """The factors of a weight with an SVD grouper, one for each packed matrix: what to build the small layer from.
+
+        Args:
+            weight: a parameter of a param group with an SVD grouper.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        for unit in self._units:
+            for place in unit.places(self.param_groups):
+                if place.weight is weight and isinstance(unit.options.grouper, SpectralGrouper):
+                    step = (max(0, self.num_steps - 1), self.warmup_steps, self.healing_start_step)
+                    fraction = unit.options.fraction(*step)
+                    return weight_factors(unit, place, self.state.get(weight, {}), self.param_groups, fraction)
+        raise ConfigError(f"weight: the tensor of shape {tuple(weight.shape)} is in no param group with an SVD grouper")
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of both optimizers: tensors and plain data only.
+
+        Counters, warm-up, healing, gamma and lambda are in the param groups; the latents, masks and ranks are in the
+        state of their parameters.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state: dict[str, Any] = self.base_optimizer.state_dict()
+        counters = {
+            "num_steps": self.num_steps,
+            "warmup_steps": self.warmup_steps,
+            "healing_start_step": self.healing_start_step,
+        }
+        state["param_groups"] = pack_groups(state["param_groups"], counters, stable_name)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state = post_hook(self, state) or state
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where another optimizer of the same param groups was; a plain state of the base optimizer is taken
+        as that of step 0.
+
+        Raises:
+            CheckpointError: the groups do not fit.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        if len(state_dict["param_groups"]) != len(self.param_groups):
+            raise CheckpointError(
+                f"param_groups: the state has {len(state_dict['param_groups'])}, the optimizer {len(self.param_groups)}"
+            )
+        counters = unpack_counters(state_dict["param_groups"])
+        types = [{key: group[key] for key in TYPES if key in group} for group in self.param_groups]
+        groups = unpack_groups(state_dict["param_groups"], self.param_groups, stable_name)
+        plain, own = strip_own(state_dict["state"])
+        self.base_optimizer.load_state_dict({**state_dict, "state": plain, "param_groups": groups})
+        for group, live in zip(self.param_groups, types, strict=True):
+            group.update(live)
+        restore_own(self.state, own, groups, self.param_groups)
+        self.num_steps = counters.get("num_steps", 0)
+        self.warmup_steps = counters.get("warmup_steps", self.warmup_steps)
+        self.healing_start_step = counters.get("healing_start_step", self.healing_start_step)
+        self._watched = []
+        self._refresh()
+        for post_load in self._optimizer_load_state_dict_post_hooks.values():
+            post_load(self)
+
+
+def advanced(gamma: float | Tensor, lr: float | Tensor) -> float | Tensor:
+    """The sum of learning rates: a plain float, or a double-precision scalar on the device of a tensor ``lr``."""
+    if not isinstance(lr, Tensor):
+        return gamma + float(lr)
+    wide = lr.detach().reshape(()).to(torch.float32 if lr.device.type == "mps" else torch.float64)
+    return wide + gamma

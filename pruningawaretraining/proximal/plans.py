@@ -1,0 +1,440 @@
+"""Plans: a proximal step laid out once for given weights, then run at every step without a look at any value.
+
+Shape suffixes: ``_R`` rows of all the weights of a stage (one for each slot of each weight), ``_G`` groups, ``_W`` any
+weight, ``_K`` elements of one group (last dimension).
+
+A weight's latent is the source, the weight itself the target, and nothing is copied on the way: one pass reads the
+latent for the norms, a second one writes latent times factor into the weight. Norms of all weights land side by side
+in one vector, so that thresholds and factors are a handful of small operations however many weights there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining.grouping import Member
+from pruningawaretraining.proximal.groupers import Block, Grouper, others
+from pruningawaretraining.proximal.low_rank import (
+    Decomposition,
+    Factors,
+    SpectralGrouper,
+    factors_of,
+    shrunk_values,
+    thresholds,
+)
+from pruningawaretraining.proximal.maps import ElementMap, GroupMap, NMSparseConstraint, Scale, SpectralMap
+from pruningawaretraining.proximal.sharding import Shards, all_reduce_, check_whole_groups, local, local_labels, of_full
+
+HALF = (torch.bfloat16, torch.float16)
+PAIRWISE = 8
+"""Groups of up to so many elements are ranked by comparing all pairs, larger ones by sorting."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One weight in a plan.
+
+    Args:
+        source: what the map is applied to (the latent).
+        target: where the result goes (the weight); the same tensor as the source to work in place.
+        name: of the weight, for messages.
+    """
+
+    source: Tensor
+    target: Tensor
+    name: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A weight's rows in a stage: as blocks of whole tensors, or as labels of a shard."""
+
+    part: Part
+    rows: int
+    blocks: tuple[tuple[Block, Block], ...] = ()
+    shape: tuple[int, ...] = ()
+    member: Member | None = None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Norms of half-precision weights are computed in float32."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+class _BlockStage:
+    """Rows of whole (unsharded) weights on one device."""
+
+    def __init__(self, entries: Sequence[_Entry], like: Tensor) -> None:
+        total = sum(entry.rows for entry in entries)
+        self.rows_R = torch.zeros(total, dtype=accumulation_dtype(like.dtype), device=like.device)
+        self.norms: list[tuple[Tensor, tuple[int, ...], Tensor]] = []
+        self.products: list[tuple[Tensor, Tensor, Tensor]] = []
+        start = 0
+        for entry in entries:
+            values_G = self.rows_R[start : start + entry.rows].view(entry.shape)
+            start += entry.rows
+            for source, target in entry.blocks:
+                self.norms.append((source.view, source.dims, source.groups_of(values_G)))
+                self.products.append((source.view, source.broadcast(values_G), target.view))
+
+    def measure(self) -> None:
+        """Fill the rows with L2 norms."""
+        for view, dims, out in self.norms:
+            if dims:
+                torch.linalg.vector_norm(view, 2, dims, dtype=self.rows_R.dtype, out=out)
+            else:
+                torch.abs(view, out=out)
+
+    def multiply(self) -> None:
+        """Write source times row into the targets."""
+        for source, factor, target in self.products:
+            torch.mul(source, factor, out=target)
+
+
+class _LabelStage:
+    """Rows of shards (or of members labelled along several dimensions) on one device."""
+
+    def __init__(self, entries: Sequence[_Entry], like: Tensor, shards: Shards | None) -> None:
+        total = sum(entry.rows for entry in entries)
+        self.rows_R = torch.zeros(total, dtype=accumulation_dtype(like.dtype), device=like.device)
+        self.entries, self.shards = tuple(entries), shards
+
+    def measure(self) -> None:
+        """Fill the rows with L2 norms, over all the shards."""
+        for entry, rows in zip(self.entries, self._split(), strict=True):
+            assert entry.member is not None
+            rows.copy_(entry.member.slot_sums(local(entry.part.source).to(rows.dtype).square()))
+        if self.shards is not None:
+            all_reduce_(self.rows_R, self.shards)
+        self.rows_R.sqrt_()
+
+    def multiply(self) -> None:
+        """Write source times row into the targets."""
+        for entry, rows in zip(self.entries, self._split(), strict=True):
+            assert entry.member is not None
+            torch.mul(local(entry.part.source), entry.member.spread(rows, 1.0), out=local(entry.part.target))
+
+    def _split(self) -> tuple[Tensor, ...]:
+        return torch.split(self.rows_R, [entry.rows for entry in self.entries])
+
+
+class NormPlan:
+    """Groups that are multiplied by a factor of their norm.
+
+    Args:
+        prox: the map.
+        entries: the weights' rows, and for each the group of every row (None where each row is a group of its own).
+        sizes: for each entry, elements of every row.
+        slope: see :class:`GroupOptions`.
+        total: number of groups, where rows are mapped to groups.
+        runs: groups ranked among themselves; None for one run per weight.
+        keep_one: give the largest group of every run the factor 1.
+    """
+
+    def __init__(
+        self,
+        prox: GroupMap,
+        entries: Sequence[tuple[_Entry, Tensor | None, Tensor | int]],
+        slope: float,
+        total: int | None = None,
+        runs: Sequence[slice] | None = None,
+        keep_one: bool = False,
+        comm: bool = True,
+    ) -> None:
+        self.prox, self.keep_one = prox, keep_one
+        order = _by_stage([entry for entry, _, _ in entries], comm)
+        self.stages: list[_BlockStage | _LabelStage] = [_stage(key, [entries[i][0] for i in ids]) for key, ids in order]
+        ordered = [entries[index] for _, ids in order for index in ids]
+        home = self.stages[0].rows_R
+        counts = torch.cat([_full(size, entry.rows) for entry, _, size in ordered]).to(home)
+        self.group_R: Tensor | None = None
+        if total is None:
+            self.sizes_G, starts = counts, [0]
+            for entry, _, _ in ordered:
+                starts.append(starts[-1] + entry.rows)
+            self.runs = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+        else:
+            self.group_R = torch.cat([slots for _, slots, _ in ordered if slots is not None]).to(home.device)
+            sums = counts.new_zeros(total + 1).index_add_(0, self.group_R, counts)
+            self.sizes_G, self.runs = sums[:-1].clamp_(min=1), list(runs or [slice(0, total)])
+        slopes_G = [thresholds(slope, run.stop - run.start, counts) for run in self.runs] if slope else []
+        self.base_G = self.sizes_G.sqrt() * (torch.cat(slopes_G) if slope else 1.0)
+
+    def norms_G(self) -> Tensor:
+        """L2 norm of every group, now."""
+        for stage in self.stages:
+            stage.measure()
+        home = self.stages[0].rows_R
+        several = len(self.stages) > 1
+        rows_R = torch.cat([stage.rows_R.to(home) for stage in self.stages]) if several else home
+        if self.group_R is None:
+            return rows_R
+        sums = rows_R.new_zeros(len(self.sizes_G) + 1).index_add_(0, self.group_R, rows_R.square())
+        return sums[:-1].sqrt_()
+
+    def run(self, scale: Scale, fraction: float) -> None:
+        """Take one proximal step.
+
+        Args:
+            scale: ``reg_lambda * gamma``.
+            fraction: of the groups, to be zeroed by a hard map.
+        """
+        norms_G = self.norms_G()
+        none = isinstance(scale, (int, float)) and scale == 0
+        threshold_G = None if none else self.base_G * scale
+        largest_G = self._largest(norms_G) if self.keep_one else None
+        factors_G = self.prox.factors(norms_G, self.sizes_G, threshold_G, self.runs, fraction)
+        if largest_G is not None:
+            factors_G = torch.where(largest_G, 1.0, factors_G)
+        self._multiply(factors_G)
+
+    def _largest(self, norms_G: Tensor) -> Tensor:
+        """True for the group of every run whose norm is largest for its size (all of them, where equal)."""
+        ratio_G = norms_G / self.base_G
+        best = [ratio_G[run] >= ratio_G[run].max() for run in self.runs]
+        return torch.cat(best)
+
+    def _multiply(self, factors_G: Tensor) -> None:
+        if self.group_R is not None:
+            factors_G = torch.cat([factors_G, factors_G.new_ones(1)])[self.group_R]
+        start = 0
+        for stage in self.stages:
+            part_R = factors_G[start : start + len(stage.rows_R)]
+            if part_R.data_ptr() != stage.rows_R.data_ptr():
+                stage.rows_R.copy_(part_R)
+            start += len(part_R)
+            stage.multiply()
+
+
+def _full(size: Tensor | int, rows: int) -> Tensor:
+    return torch.full((rows,), size) if isinstance(size, int) else size
+
+
+def _by_stage(entries: Sequence[_Entry], comm: bool) -> list[tuple[tuple[object, ...], list[int]]]:
+    """Which entries share a stage: those of one device and dtype, and of one way to reduce."""
+    found: dict[tuple[object, ...], list[int]] = {}
+    for index, entry in enumerate(entries):
+        source = entry.part.source
+        shards = Shards.of(source) if entry.member is not None and comm else None
+        key = (local(source).device, accumulation_dtype(source.dtype), entry.member is not None, shards)
+        found.setdefault(key, []).append(index)
+    return list(found.items())
+
+
+def _stage(key: tuple[object, ...], entries: Sequence[_Entry]) -> _BlockStage | _LabelStage:
+    like = local(entries[0].part.source)
+    shards = key[3]
+    if not key[2]:
+        return _BlockStage(entries, like)
+    return _LabelStage(entries, like, shards if isinstance(shards, Shards) else None)
+
+
+def grouper_plan(prox: GroupMap, grouper: Grouper, parts: Sequence[Part], slope: float) -> NormPlan:
+    """A plan for weights that are grouped one by one."""
+    entries: list[tuple[_Entry, Tensor | None, Tensor | int]] = []
+    comm = prox.hard
+    for part in parts:
+        rows, size = grouper.n_groups(part.source.shape), grouper.group_size(part.source.shape)
+        if Shards.of(part.source) is None:
+            pairs = zip(grouper.blocks(local(part.source)), grouper.blocks(local(part.target)), strict=True)
+            shape = grouper.group_shape(part.source.shape)
+            entries.append((_Entry(part, rows, tuple(pairs), shape), None, size))
+        else:
+            labels, sizes = local_labels(part.source, *grouper.labels(part.source.shape))
+            comm |= not _own_groups(part.source, labels, sizes)
+            member = Member(part.name, local(part.source), labels, sizes)
+            entries.append((_Entry(part, rows, member=member), None, size))
+    return NormPlan(prox, entries, slope, comm=comm)
+
+
+def _own_groups(weight_W: Tensor, labels: Sequence[Tensor | None], sizes: Sequence[int]) -> bool:
+    """Whether no group spans several shards: along every sharded dimension each entry is a group of its own."""
+    shards = Shards.of(weight_W)
+    assert shards is not None
+    return all(labels[dim] is not None and sizes[dim] == weight_W.shape[dim] for dim in shards.dims(weight_W))
+
+
+def coupled_plan(
+    prox: GroupMap, members: Sequence[tuple[Part, Member]], total: int, runs: Sequence[slice], slope: float, keep: bool
+) -> NormPlan:
+    """A plan for groups over several weights.
+
+    Args:
+        prox: the map.
+        members: each weight's parts in the groups, in the shape of the whole (unsharded) weight.
+        total: number of groups.
+        runs: the sets.
+        slope: see :class:`GroupOptions`.
+        keep: never shrink the largest group of a set.
+    """
+    entries: list[tuple[_Entry, Tensor | None, Tensor | int]] = []
+    for part, member in members:
+        slots = member.slots
+        if slots is None:
+            slots = torch.arange(member.offset, member.offset + member.n_slots)
+        labelled = [dim for dim, label in enumerate(member.labels) if label is not None]
+        plain = len(labelled) == 1 and member.identity[labelled[0]] and Shards.of(part.source) is None
+        ones = torch.ones((), dtype=torch.float64).expand(part.source.shape)
+        sizes_S = member.slot_sums(ones)
+        if plain:
+            dims = others(part.source.dim(), labelled[0])
+            pair = (Block(local(part.source), dims), Block(local(part.target), dims))
+            entry = _Entry(part, member.n_slots, (pair,), (member.n_slots,))
+        else:
+            labels, sizes = local_labels(part.source, member.labels, member.sizes)
+            entry = _Entry(part, member.n_slots, member=Member(part.name, local(part.source), labels, sizes))
+        entries.append((entry, slots, sizes_S))
+    return NormPlan(prox, entries, slope, total, runs, keep)
+
+
+class LassoPlan:
+    """Soft thresholding of elements."""
+
+    def __init__(self, grouper: Grouper, parts: Sequence[Part], slope: float) -> None:
+        self.jobs: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        for part in parts:
+            source, target = local(part.source), local(part.target)
+            slope_W = _slope_of(grouper, part, slope) if slope else None
+            self.jobs.append((source, target, slope_W))
+
+    def run(self, scale: Scale, fraction: float) -> None:
+        """Take one proximal step."""
+        for source, target, slope_W in self.jobs:
+            if slope_W is None and isinstance(scale, (int, float)) and source.dtype not in HALF:
+                torch.ops.aten.softshrink.out(source, float(scale), out=target)
+                continue
+            limit = (slope_W if slope_W is not None else torch.ones((), device=source.device)) * scale
+            wide = source.to(accumulation_dtype(source.dtype))
+            target.copy_(wide - wide.clamp(-limit, limit))
+
+
+def _slope_of(grouper: Grouper, part: Part, slope: float) -> Tensor:
+    """The multiplier of each element's threshold, broadcastable to the (local) weight."""
+    source = local(part.source)
+    wide = source.new_empty(0, dtype=accumulation_dtype(source.dtype))
+    values = thresholds(slope, grouper.n_groups(part.source.shape), wide)
+    labels, sizes = local_labels(part.source, *grouper.labels(part.source.shape))
+    return Member(part.name, source, labels, sizes).spread(values, 1.0)
+
+
+class RankedPlan:
+    """The largest elements of every group stay (N:M sparsity)."""
+
+    def __init__(self, prox: NMSparseConstraint, grouper: Grouper, parts: Sequence[Part]) -> None:
+        self.kept = prox.n_nonzero
+        self.jobs: list[tuple[Block, Block]] = []
+        for part in parts:
+            if Shards.of(part.source) is not None:
+                check_whole_groups(part.source, *grouper.labels(part.source.shape), part.name)
+            self.jobs += zip(grouper.blocks(local(part.source)), grouper.blocks(local(part.target)), strict=True)
+
+    def run(self, scale: Scale, fraction: float) -> None:
+        """Take one proximal step."""
+        for source, target in self.jobs:
+            keep_largest(source, target, self.kept)
+
+
+def keep_largest(source: Block, target: Block, kept: int) -> None:
+    """Copy a block with all but the ``kept`` elements of largest magnitude of each group set to 0."""
+    size = 1
+    for dim in source.dims:
+        size *= source.view.shape[dim]
+    if kept >= size:
+        if source.view.data_ptr() != target.view.data_ptr():
+            target.view.copy_(source.view)
+    elif kept == 0:
+        target.view.zero_()
+    elif len(source.dims) == 1 and size <= PAIRWISE:
+        dim = source.dims[0]
+        magnitudes = [element.abs() for element in source.view.unbind(dim)]
+        keep = torch.stack(ranked(magnitudes, kept), dim)
+        torch.mul(source.view, keep, out=target.view)
+    else:
+        last = tuple(range(-len(source.dims), 0))
+        moved = source.view.movedim(source.dims, last)
+        flat_K = moved.flatten(-len(source.dims)) if source.dims else moved.unsqueeze(-1)
+        order = flat_K.abs().sort(dim=-1, descending=True, stable=True).indices
+        result = flat_K.scatter(-1, order[..., kept:], 0.0)
+        target.view.movedim(target.dims, last).copy_(result.view(moved.shape))
+
+
+def ranked(magnitudes: Sequence[Tensor], kept: int) -> list[Tensor]:
+    """For each of a few tensors, where it is among the ``kept`` largest; the first of equals goes before."""
+    size = len(magnitudes)
+    first_wins = {
+        (i, j): magnitudes[i] >= magnitudes[j] for i in range(size) for j in range(i + 1, size)
+    }
+    beaten = {pair: ~won for pair, won in first_wins.items()}
+    if (size, kept) == (4, 2):
+        return [_at_most_one(*_losses(i, size, first_wins, beaten)) for i in range(size)]
+    return [
+        reduce(add, (lost.to(torch.uint8) for lost in _losses(i, size, first_wins, beaten))) < kept for i in range(size)
+    ]
+
+
+def _losses(
+    i: int, size: int, first_wins: dict[tuple[int, int], Tensor], beaten: dict[tuple[int, int], Tensor]
+) -> list[Tensor]:
+    return [first_wins[j, i] if j < i else beaten[i, j] for j in range(size) if j != i]
+
+
+def _at_most_one(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Where at most one of three is True."""
+    return ((a & b) | (c & (a | b))).logical_not_()
+
+
+class SpectralPlan:
+    """Singular values of every weight."""
+
+    def __init__(self, prox: SpectralMap, grouper: SpectralGrouper, parts: Sequence[Part], slope: float) -> None:
+        self.prox, self.grouper, self.parts, self.slope = prox, grouper, tuple(parts), slope
+        self.ranks: list[Tensor] = []
+
+    def run(self, scale: Scale, fraction: float) -> None:
+        """Take one proximal step, and note the ranks that are left (not yet read from the device)."""
+        self.ranks = []
+        for part in self.parts:
+            full = of_full(part.source)
+            found = Decomposition.of(self.grouper.matrices(full))
+            values_BK = shrunk_values(self.prox, found.S, scale, self.slope, fraction)
+            self.ranks.append(torch.count_nonzero(values_BK, dim=-1))
+            self._write(part, full, found, values_BK)
+
+    def project(self, ranks: Sequence[Tensor]) -> None:
+        """Cut the weights back to given ranks (one vector of them for each weight)."""
+        for part, rank_B in zip(self.parts, ranks, strict=True):
+            full = of_full(part.source)
+            found = Decomposition.of(self.grouper.matrices(full))
+            kept = torch.arange(found.S.shape[-1], device=found.S.device) < rank_B.unsqueeze(-1)
+            self._write(part, full, found, found.S * kept)
+
+    def factors(self, scale: Scale, fraction: float) -> list[Factors]:
+        """The factors of the (only) weight after the map."""
+        found = Decomposition.of(self.grouper.matrices(of_full(self.parts[0].source)))
+        return factors_of(found, shrunk_values(self.prox, found.S, scale, self.slope, fraction))
+
+    def factors_of_ranks(self, rank_B: Tensor) -> list[Factors]:
+        """The factors of the (only) weight at given ranks."""
+        found = Decomposition.of(self.grouper.matrices(of_full(self.parts[0].source)))
+        kept = torch.arange(found.S.shape[-1], device=found.S.device) < rank_B.unsqueeze(-1)
+        return factors_of(found, found.S * kept)
+
+    def _write(self, part: Part, full: Tensor, found: Decomposition, values_BK: Tensor) -> None:
+        result = torch.empty_like(full, memory_format=torch.preserve_format)
+        self.grouper.write(found.product(values_BK), result)
+        if Shards.of(part.target) is not None:
+            result = Shards.slice(part.target, result)
+        local(part.target).copy_(result)
+
+
+def element_plan(prox: ElementMap, grouper: Grouper, parts: Sequence[Part], slope: float) -> LassoPlan | RankedPlan:
+    """A plan for a map of single elements."""
+    if isinstance(prox, NMSparseConstraint):
+        return RankedPlan(prox, grouper, parts)
+    return LassoPlan(grouper, parts, slope)

@@ -1,0 +1,194 @@
+"""Units: the param groups that take one proximal step together, and the plan they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.proximal.coupled import CoupledGrouper
+from pruningawaretraining.proximal.groupers import ElemGrouper, Grouper
+from pruningawaretraining.proximal.latent import Place
+from pruningawaretraining.proximal.low_rank import SpectralGrouper
+from pruningawaretraining.proximal.maps import (
+    ElementMap,
+    GroupMap,
+    NMSparseConstraint,
+    ProxGroupLasso,
+    Scale,
+    SpectralMap,
+)
+from pruningawaretraining.proximal.options import WATCHED_KEYS, GroupOptions, check_keys, read_options
+from pruningawaretraining.proximal.plans import (
+    LassoPlan,
+    NormPlan,
+    Part,
+    RankedPlan,
+    SpectralPlan,
+    coupled_plan,
+    element_plan,
+    grouper_plan,
+)
+from pruningawaretraining.proximal.sharding import local
+
+Plan: TypeAlias = NormPlan | LassoPlan | RankedPlan | SpectralPlan
+ParamGroup: TypeAlias = dict[str, Any]
+
+
+class Unit:
+    """One proximal step over one param group, or over those that share a coupled grouper.
+
+    Args:
+        indices: which param groups.
+        options: what they ask for.
+    """
+
+    def __init__(self, indices: Sequence[int], options: GroupOptions) -> None:
+        self.indices, self.options = tuple(indices), options
+        self._key: tuple[Any, ...] = ()
+        self._plan: Plan | None = None
+
+    def scale(self, groups: Sequence[ParamGroup]) -> Scale:
+        """``reg_lambda * gamma`` of the first param group."""
+        first = groups[self.indices[0]]
+        scale: Scale = first["reg_lambda"] * first["gamma"]
+        return scale
+
+    def places(self, groups: Sequence[ParamGroup]) -> list[Place]:
+        """All the weights of the unit."""
+        return [
+            Place(groups[number]["params"], index, weight, weight_name(groups[number], number, index))
+            for number in self.indices
+            for index, weight in enumerate(groups[number]["params"])
+        ]
+
+    def check(self, groups: Sequence[ParamGroup]) -> None:
+        """Refuse weights that the grouper cannot group.
+
+        Raises:
+            ConfigError: names the weight, or what is missing from the coupled groups.
+        """
+        grouper, places = self.options.grouper, self.places(groups)
+        if isinstance(grouper, CoupledGrouper):
+            self._check_coupled(grouper, places)
+            return
+        for place in places:
+            grouper.check(tuple(place.weight.shape), place.name)
+            prox = self.options.prox
+            if isinstance(prox, NMSparseConstraint) and isinstance(grouper, Grouper):
+                size = grouper.group_size(tuple(place.weight.shape))
+                if prox.n_nonzero > size:
+                    raise ConfigError(
+                        f"{place.name}: n_nonzero={prox.n_nonzero} is more than the {size} elements of a group"
+                    )
+
+    def _check_coupled(self, grouper: CoupledGrouper, places: Sequence[Place]) -> None:
+        if not all(grouper.knows(place.weight) for place in places):
+            grouper.refresh()
+        for place in places:
+            if not grouper.knows(place.weight):
+                raise ConfigError(f"{place.name}: it belongs to no group of {grouper!r}; put it in a group of its own")
+        given = {id(place.weight) for place in places}
+        names = {id(member.parameter): member.name for member in grouper.grouping.members}
+        for parameter in grouper.parameters():
+            if parameter.requires_grad and id(parameter) not in given:
+                raise ConfigError(
+                    f"params: {names[id(parameter)]} belongs to {grouper!r}, but no param group with it has it"
+                )
+
+    def plan(self, places: Sequence[Place], sources: Sequence[Tensor]) -> Plan:
+        """The plan for these weights and sources; made once, and again when a tensor has been replaced or moved."""
+        pairs = zip(places, sources, strict=True)
+        key = tuple((id(p.weight), local(p.weight).data_ptr(), local(s).data_ptr()) for p, s in pairs)
+        if self._plan is None or key != self._key:
+            self._plan, self._key = self._make(places, sources), key
+        return self._plan
+
+    def _make(self, places: Sequence[Place], sources: Sequence[Tensor]) -> Plan:
+        options = self.options
+        grouper, prox, slope = options.grouper, options.prox, options.gamma_index_slope
+        parts = [Part(s.detach(), p.weight.detach(), p.name) for p, s in zip(places, sources, strict=True)]
+        if isinstance(grouper, CoupledGrouper):
+            assert isinstance(prox, GroupMap)
+            pairs = [
+                (part, member)
+                for part, place in zip(parts, places, strict=True)
+                for member in self._members(grouper, place)
+            ]
+            runs = [slice(one.start, one.stop) for one in grouper.grouping.sets]
+            return coupled_plan(prox, pairs, grouper.grouping.size, runs, slope, grouper.keep_one)
+        if isinstance(grouper, SpectralGrouper):
+            assert isinstance(prox, SpectralMap)
+            return SpectralPlan(prox, grouper, parts, slope)
+        if isinstance(prox, ElementMap):
+            return element_plan(prox, grouper, parts, slope)
+        assert isinstance(prox, GroupMap)
+        if isinstance(prox, ProxGroupLasso) and isinstance(grouper, ElemGrouper):
+            return LassoPlan(grouper, parts, slope)  # the norm of one element is its magnitude
+        return grouper_plan(prox, grouper, parts, slope)
+
+    def _members(self, grouper: CoupledGrouper, place: Place) -> list[Any]:
+        if not grouper.knows(place.weight):
+            grouper.refresh()
+        return grouper.members.get(id(place.weight), [])
+
+
+def weight_name(group: ParamGroup, number: int, index: int) -> str:
+    """How to call a weight: by its name, if the optimizer was given one."""
+    names = group.get("param_names")
+    return str(names[index]) if names else f"param_groups[{number}].params[{index}]"
+
+
+def watched(groups: Sequence[ParamGroup]) -> list[tuple[Any, ...]]:
+    """The options of all groups as they are now, to notice a change."""
+    return [(group.get("prox_type") is not None, *(group.get(key) for key in WATCHED_KEYS)) for group in groups]
+
+
+def build_units(groups: Sequence[ParamGroup], others: Sequence[str], ramp_possible: bool) -> list[Unit]:
+    """The units of an optimizer's param groups.
+
+    Args:
+        groups: the param groups; those without a ``prox_type`` are not regularised.
+        others: keys of the base optimizer.
+        ramp_possible: whether there is a healing phase, where a ramp ends.
+
+    Raises:
+        ConfigError: an option that cannot be used; it names the group and the key.
+    """
+    found: list[tuple[list[int], GroupOptions]] = []
+    shared: dict[int, tuple[list[int], GroupOptions]] = {}
+    for number, group in enumerate(groups):
+        check_keys(group, others, f"param_groups[{number}]")
+        if group.get("prox_type") is None:
+            continue
+        options = read_options(group, f"param_groups[{number}]", ramp_possible)
+        entry = shared.get(id(options.grouper)) if isinstance(options.grouper, CoupledGrouper) else None
+        if entry is None:
+            entry = ([number], options)
+            found.append(entry)
+            shared[id(options.grouper)] = entry
+        else:
+            _check_same(groups[entry[0][0]], group, entry[0][0], number)
+            entry[0].append(number)
+    units = [Unit(indices, options) for indices, options in found]
+    for unit in units:
+        unit.check(groups)
+    return units
+
+
+def _check_same(first: ParamGroup, other: ParamGroup, first_number: int, number: int) -> None:
+    for key in ("reg_lambda", *WATCHED_KEYS):
+        if not _equal(first.get(key), other.get(key)):
+            raise ConfigError(
+                f"param_groups[{number}].{key}: {other.get(key)!r} differs from {first.get(key)!r} in "
+                f"param_groups[{first_number}], which shares its coupled grouper"
+            )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b or bool(torch.equal(torch.as_tensor(a), torch.as_tensor(b)))
+    return bool(a == b)
