@@ -277,7 +277,9 @@ def test_counters_are_exact_for_half_precision_weights() -> None:
     assert low.state[large]["rank"].tolist() == [257]
 
 
-@pytest.mark.parametrize("wrong", [{"group_type": "NoGrouper"}, {"prox_type": "NoProx"}, {"group_type": "KElementGrouper"}])
+@pytest.mark.parametrize(
+    "wrong", [{"group_type": "NoGrouper"}, {"prox_type": "NoProx"}, {"group_type": "KElementGrouper"}]
+)
 def test_wrong_types_surface_at_construction(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         PruneOptimizer(sgd(group(weight(3, 4), **wrong)))

@@ -69,7 +69,8 @@ def laid_out(weight_W: Tensor, layout: str) -> Tensor:
 def after(weight_W: Tensor, gamma: float = 1.0, steps: int = 1, **options: Any) -> Tensor:
     """The weight after a step of size ``gamma`` with zero gradients: the map at threshold lambda * tau * gamma."""
     parameter = nn.Parameter(weight_W)
-    optimizer = PruneOptimizer(torch.optim.SGD([{"params": [parameter], "reg_lambda": 1.0, **options}], lr=gamma / steps))
+    groups = [{"params": [parameter], "reg_lambda": 1.0, **options}]
+    optimizer = PruneOptimizer(torch.optim.SGD(groups, lr=gamma / steps))
     for _ in range(steps):
         parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
@@ -279,7 +280,9 @@ def test_packed_matrices_are_cut_one_by_one(pack_dim: int) -> None:
 
 
 @pytest.mark.parametrize("healing", [None, 2])
-@pytest.mark.parametrize("prox", [{"prox_type": "MinRankConstraint", "min_sparsity": 0.5}, {"prox_type": "ProxNuclearNorm"}])
+@pytest.mark.parametrize(
+    "prox", [{"prox_type": "MinRankConstraint", "min_sparsity": 0.5}, {"prox_type": "ProxNuclearNorm"}]
+)
 def test_factors_are_the_weight(prox: dict[str, Any], healing: int | None) -> None:
     weight = nn.Parameter(low_rank(8, 6, [6.0, 5.0, 4.0, 0.3, 0.2, 0.1]).bfloat16().float())
     groups = [{"params": [weight], "group_type": "SVDGrouper", "reg_lambda": 1.0, **prox}]
