@@ -1,6 +1,7 @@
 """The proximal optimizer (PAT): groupers, proximal maps, and :class:`PruneOptimizer` around any optimizer."""
 
 from pruningawaretraining.proximal.attention import AttentionHeadGrouperDim0, AttentionHeadGrouperDim1, head_grouping
+from pruningawaretraining.proximal.controller import LambdaController
 from pruningawaretraining.proximal.coupled import CoupledChannelGrouper, CoupledGrouper
 from pruningawaretraining.proximal.groupers import (
     Block,
@@ -38,6 +39,7 @@ __all__ = [
     "GlobalMinSparsityConstraint",
     "Grouper",
     "KElementGrouper",
+    "LambdaController",
     "LayerGrouper",
     "MinRankConstraint",
     "MinSparsityConstraint",

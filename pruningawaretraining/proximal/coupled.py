@@ -10,8 +10,9 @@ overlap and the proximal step is exact; a channel at 0 puts out 0, and leaves wi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.inputs import ForwardFn
 from pruningawaretraining.patterns.channel import Channel, ChannelGroups
 from pruningawaretraining.registry import register
+from pruningawaretraining.statistics import Statistics
+
+log = logging.getLogger(__name__)
 
 PRODUCING = ("out", "norm", "bias", "raw", "element")
 
@@ -39,6 +43,7 @@ class CoupledGrouper:
 
     def __init__(self, grouping: Grouping, keep_one: bool = False) -> None:
         self.keep_one = keep_one
+        self.bystanders: dict[int, Tensor] = {}
         self._take(grouping)
 
     def _take(self, grouping: Grouping) -> None:
@@ -54,6 +59,7 @@ class CoupledGrouper:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and unpickled groupers hold other parameters than the original."""
         self.__dict__.update(state)
+        self.bystanders = {id(parameter): parameter for parameter in self.bystanders.values()}
         self._index()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -62,8 +68,8 @@ class CoupledGrouper:
         return [parameter for parameter in found.values() if isinstance(parameter, nn.Parameter)]
 
     def knows(self, parameter: Tensor) -> bool:
-        """Whether a parameter belongs to the groups."""
-        return id(parameter) in self.members
+        """Whether a parameter belongs to the groups, or did before channels were removed."""
+        return id(parameter) in self.members or id(parameter) in self.bystanders
 
     def rebind(self, model: nn.Module) -> bool:
         """Take the parameters of the same names from a model (sharded since, or a copy); False if a shape differs."""
@@ -88,6 +94,20 @@ class CoupledGrouper:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.grouping.size} groups in {len(self.grouping.sets)} sets)"
+
+
+@register("criterion", "producer_norm", "proximal")
+@dataclass(frozen=True)
+class ProducerNorm:
+    """L2 norm of what makes a channel: the producers' rows and the norms' weights and biases, divided by the root of
+    their size, as :class:`CoupledChannelGrouper` with group lasso compares them. A channel that a proximal step zeroed
+    scores 0, so that it goes first, and without loss.
+    """
+
+    def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
+        producing = grouping.of_role(*PRODUCING)
+        sums_G = producing.reduce_of(lambda weight_W: weight_W.float().square())
+        return (sums_G / producing.counts().clamp(min=1).to(sums_G)).sqrt()
 
 
 @register("grouper", "CoupledChannelGrouper", "coupledchannelgrouper")
@@ -126,14 +146,31 @@ class CoupledChannelGrouper(CoupledGrouper):
 
     def refresh(self) -> None:
         """Follow the model after its weights were replaced; it is traced again if channels have been removed."""
-        if not self.rebind(self.model):
+        if self.rebind(self.model):
+            return
+        try:
             self.channels = self._trace()
-            self._take(self.channels.grouping)
+        except ModelError as error:
+            log.info("no channel is left to be chosen from: %s", error)
+            self.channels = ChannelGroups(Grouping("channel", (), ()))
+        self._take(self.channels.grouping)
+        others = (parameter for parameter in self.model.parameters() if id(parameter) not in self.members)
+        self.bystanders = {id(parameter): parameter for parameter in others}
 
     @torch.no_grad()
     def zeroed_G(self) -> Tensor:
         """For each group, True if all of it is 0 now: what can be removed without loss."""
         return self.grouping.reduce_of(lambda weight_W: (weight_W != 0).float()).cpu() == 0
+
+    def removal_rule(self, **options: Any) -> dict[str, Any]:
+        """A rule for :class:`pruningawaretraining.Pruning` that removes just what is 0 now.
+
+        Args:
+            options: other fields of the rule.
+        """
+        gone = int(self.zeroed_G().sum())
+        rule = {"criterion": "producer_norm", "target": {"sparsity": gone / self.grouping.size}, "layers": self.layers}
+        return {**rule, "exclude": list(self.exclude), **options}
 
     def param_groups(self, **options: Any) -> list[dict[str, Any]]:
         """Param groups of the model: the coupled parameters with ``options``, and all the others.

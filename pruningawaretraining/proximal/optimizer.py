@@ -11,13 +11,14 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from pruningawaretraining.errors import CheckpointError, ConfigError
+from pruningawaretraining.proximal.coupled import CoupledGrouper
 from pruningawaretraining.proximal.healing import hold_ranks, mask_gradients, mask_of, mask_weights
 from pruningawaretraining.proximal.latent import (
     CopyIn,
@@ -32,7 +33,7 @@ from pruningawaretraining.proximal.latent import (
 from pruningawaretraining.proximal.low_rank import Factors, SpectralGrouper
 from pruningawaretraining.proximal.metrics import Reached, measure, weight_factors, weight_sparsity
 from pruningawaretraining.proximal.options import number, stable_name, whole
-from pruningawaretraining.proximal.plans import SpectralPlan
+from pruningawaretraining.proximal.plans import NormPlan, SpectralPlan
 from pruningawaretraining.proximal.state import (
     TYPES,
     pack_groups,
@@ -41,7 +42,7 @@ from pruningawaretraining.proximal.state import (
     unpack_counters,
     unpack_groups,
 )
-from pruningawaretraining.proximal.units import ParamGroup, Unit, build_units, watched
+from pruningawaretraining.proximal.units import ParamGroup, Plan, Unit, build_units, watched
 
 NEVER = sys.maxsize
 Closure = Callable[[], Any]
@@ -268,6 +269,49 @@ class PruneOptimizer(Optimizer):
         if isinstance(plan, SpectralPlan):
             for place, rank in zip(places, plan.ranks, strict=True):
                 self.state[place.weight]["rank"] = rank
+
+    # Coupled groups
+
+    def _unit_of(self, grouper: CoupledGrouper) -> Unit:
+        self._refresh()
+        for unit in self._units:
+            if unit.options.grouper is grouper:
+                return unit
+        raise ConfigError(f"grouper: {grouper!r} is the group_type of no param group")
+
+    def groups_of(self, grouper: CoupledGrouper) -> list[ParamGroup]:
+        """The param groups that share a coupled grouper.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        return [self.param_groups[number] for number in self._unit_of(grouper).indices]
+
+    @torch.no_grad()
+    def threshold_norms(self, grouper: CoupledGrouper) -> Tensor:
+        """For each group the smallest ``reg_lambda * gamma`` that zeroes it: the latents' norm over tau.
+
+        Raises:
+            ConfigError: no param group has this grouper.
+        """
+        unit = self._unit_of(grouper)
+        return cast(NormPlan, self._latent_plan(unit)[1]).ratios_G()
+
+    @torch.no_grad()
+    def reproject(self, grouper: CoupledGrouper) -> None:
+        """Write the proximal image of the latents into the weights again, after a change of lambda.
+
+        Raises:
+            ConfigError: no param group has this grouper.
+        """
+        unit = self._unit_of(grouper)
+        self._latent_plan(unit)[1].run(unit.scale(self.param_groups), self._fraction(unit))
+
+    def _latent_plan(self, unit: Unit) -> tuple[list[Place], Plan]:
+        places = [place for place in unit.places(self.param_groups) if "latent" in self.state.get(place.weight, {})]
+        if not places:
+            raise ConfigError("grouper: its weights have no latents: no proximal step yet, or healing has begun")
+        return places, unit.plan(places, [self.state[place.weight]["latent"] for place in places])
 
     def _fraction(self, unit: Unit) -> float:
         return unit.options.fraction(self.num_steps, self.warmup_steps, self.healing_start_step)

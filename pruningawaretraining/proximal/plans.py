@@ -135,6 +135,8 @@ class NormPlan:
         total: number of groups, where rows are mapped to groups.
         runs: groups ranked among themselves; None for one run per weight.
         keep_one: give the largest group of every run the factor 1.
+        comm: whether groups span shards, or are ranked over all of them.
+        loose: weights in no group.
     """
 
     def __init__(
@@ -146,8 +148,9 @@ class NormPlan:
         runs: Sequence[slice] | None = None,
         keep_one: bool = False,
         comm: bool = True,
+        loose: Sequence[Part] = (),
     ) -> None:
-        self.prox, self.keep_one = prox, keep_one
+        self.prox, self.keep_one, self.loose = prox, keep_one, CopyPlan(loose)
         order = _by_stage([entry for entry, _, _ in entries], comm)
         self.stages: list[_BlockStage | _LabelStage] = [_stage(key, [entries[i][0] for i in ids]) for key, ids in order]
         ordered = [entries[index] for _, ids in order for index in ids]
@@ -178,6 +181,10 @@ class NormPlan:
         sums = rows_R.new_zeros(len(self.sizes_G) + 1).index_add_(0, self.group_R, rows_R.square())
         return sums[:-1].sqrt_()
 
+    def ratios_G(self) -> Tensor:
+        """L2 norm of every group divided by its weight in the threshold."""
+        return self.norms_G() / self.base_G
+
     def run(self, scale: Scale, fraction: float) -> None:
         """Take one proximal step.
 
@@ -193,6 +200,7 @@ class NormPlan:
         if largest_G is not None:
             factors_G = torch.where(largest_G, 1.0, factors_G)
         self._multiply(factors_G)
+        self.loose.run(scale, fraction)
 
     def _largest(self, norms_G: Tensor) -> Tensor:
         """True for the group of every run whose norm is largest for its size (all of them, where equal)."""
@@ -261,13 +269,20 @@ def _own_groups(weight_W: Tensor, labels: Sequence[Tensor | None], sizes: Sequen
 
 
 def coupled_plan(
-    prox: GroupMap, members: Sequence[tuple[Part, Member]], total: int, runs: Sequence[slice], slope: float, keep: bool
-) -> NormPlan:
+    prox: GroupMap,
+    members: Sequence[tuple[Part, Member]],
+    loose: Sequence[Part],
+    total: int,
+    runs: Sequence[slice],
+    slope: float,
+    keep: bool,
+) -> NormPlan | CopyPlan:
     """A plan for groups over several weights.
 
     Args:
         prox: the map.
         members: each weight's parts in the groups, in the shape of the whole (unsharded) weight.
+        loose: weights that are in no group any more.
         total: number of groups.
         runs: the sets.
         slope: see :class:`GroupOptions`.
@@ -290,7 +305,21 @@ def coupled_plan(
             labels, sizes = local_labels(part.source, member.labels, member.sizes)
             entry = _Entry(part, member.n_slots, member=Member(part.name, local(part.source), labels, sizes))
         entries.append((entry, slots, sizes_S))
-    return NormPlan(prox, entries, slope, total, runs, keep)
+    if not entries:
+        return CopyPlan(loose)
+    return NormPlan(prox, entries, slope, total, runs, keep, loose=loose)
+
+
+class CopyPlan:
+    """Weights that are in no group (any more): they are their latents."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.targets, self.sources = [part.target for part in parts], [part.source for part in parts]
+
+    def run(self, scale: Scale, fraction: float) -> None:
+        """Copy."""
+        if self.targets:
+            torch._foreach_copy_(self.targets, self.sources)
 
 
 class LassoPlan:

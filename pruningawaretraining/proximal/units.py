@@ -23,6 +23,7 @@ from pruningawaretraining.proximal.maps import (
 )
 from pruningawaretraining.proximal.options import WATCHED_KEYS, GroupOptions, check_keys, read_options
 from pruningawaretraining.proximal.plans import (
+    CopyPlan,
     LassoPlan,
     NormPlan,
     Part,
@@ -34,7 +35,7 @@ from pruningawaretraining.proximal.plans import (
 )
 from pruningawaretraining.proximal.sharding import local
 
-Plan: TypeAlias = NormPlan | LassoPlan | RankedPlan | SpectralPlan
+Plan: TypeAlias = NormPlan | CopyPlan | LassoPlan | RankedPlan | SpectralPlan
 ParamGroup: TypeAlias = dict[str, Any]
 
 
@@ -89,7 +90,7 @@ class Unit:
         if not all(grouper.knows(place.weight) for place in places):
             grouper.refresh()
         for place in places:
-            if not grouper.knows(place.weight):
+            if id(place.weight) not in grouper.members and id(place.weight) not in grouper.bystanders:
                 raise ConfigError(f"{place.name}: it belongs to no group of {grouper!r}; put it in a group of its own")
         given = {id(place.weight) for place in places}
         names = {id(member.parameter): member.name for member in grouper.grouping.members}
@@ -113,13 +114,7 @@ class Unit:
         parts = [Part(s.detach(), p.weight.detach(), p.name) for p, s in zip(places, sources, strict=True)]
         if isinstance(grouper, CoupledGrouper):
             assert isinstance(prox, GroupMap)
-            pairs = [
-                (part, member)
-                for part, place in zip(parts, places, strict=True)
-                for member in self._members(grouper, place)
-            ]
-            runs = [slice(one.start, one.stop) for one in grouper.grouping.sets]
-            return coupled_plan(prox, pairs, grouper.grouping.size, runs, slope, grouper.keep_one)
+            return self._make_coupled(grouper, prox, places, parts)
         if isinstance(grouper, SpectralGrouper):
             assert isinstance(prox, SpectralMap)
             return SpectralPlan(prox, grouper, parts, slope)
@@ -130,10 +125,18 @@ class Unit:
             return LassoPlan(grouper, parts, slope)  # the norm of one element is its magnitude
         return grouper_plan(prox, grouper, parts, slope)
 
-    def _members(self, grouper: CoupledGrouper, place: Place) -> list[Any]:
-        if not grouper.knows(place.weight):
+    def _make_coupled(
+        self, grouper: CoupledGrouper, prox: GroupMap, places: Sequence[Place], parts: Sequence[Part]
+    ) -> Plan:
+        if not all(grouper.knows(place.weight) for place in places):
             grouper.refresh()
-        return grouper.members.get(id(place.weight), [])
+        members = [grouper.members.get(id(place.weight), []) for place in places]
+        pairs = [(part, one) for part, found in zip(parts, members, strict=True) for one in found]
+        loose = [part for part, found in zip(parts, members, strict=True) if not found]
+        sets = grouper.grouping.sets
+        runs = [slice(one.start, one.stop) for one in sets]
+        slope = self.options.gamma_index_slope
+        return coupled_plan(prox, pairs, loose, grouper.grouping.size, runs, slope, grouper.keep_one)
 
 
 def weight_name(group: ParamGroup, number: int, index: int) -> str:
