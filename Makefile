@@ -1,0 +1,43 @@
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+# One test process for each core, at most four; each keeps to one thread so that they do not fight over cores.
+JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 4 ] && echo 4 || echo $$n)
+
+.PHONY: help install test test-slow lint demo bench clean
+
+help:
+	@echo "make demo       train, prune, export and report on a small real data set; results in runs/demo"
+	@echo "make test       linter, types and tests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make bench      the benchmarks of docs/benchmarks.md"
+	@echo "make clean      remove the virtual environment, caches and build products (runs/ stays)"
+
+install: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test]'
+	@touch $@
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow
+
+demo: $(READY)
+	$(BIN)/pat demo
+
+bench: $(READY)
+	for file in benchmarks/*.py; do $(BIN)/python "$$file" || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,192 @@
+"""The command line: ``pat run``, ``pat demo``, ``pat inspect``, ``pat schema``.
+
+Bad input ends with one line on stderr for each problem and exit code 2; ``--debug`` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from pruningawaretraining.version import __version__
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    name="pat",
+    help="Prune neural networks while they train: mask on a schedule, remove at the MAC target, export, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[
+    Path | None, typer.Option(help="Folder (or .npz file) of the data, instead of the config's data.root.")
+]
+Out = Annotated[Path | None, typer.Option(help="Folder of the run; runs/<name> without it.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the library's log.")]
+
+
+class Schema(str, Enum):
+    """Which JSON schema to print."""
+
+    pruning = "pruning"
+    experiment = "experiment"
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        typer.echo(f"pat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="An experiment config (.yaml or .json), or the name of a shipped one.")],
+    data: Data = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Run an experiment: train, prune, fine-tune, save, export, measure, report."""
+    with _reported(debug):
+        _run(config, data, out, resume, overwrite)
+
+
+@app.command()
+def demo(out: Out = None, resume: Resume = False, debug: Debug = False) -> None:
+    """Run the shipped demo: a small residual network on real handwritten digits. Replaces the demo that ran before."""
+    with _reported(debug):
+        _run("demo", None, out, resume, overwrite=not resume)
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="MODEL_OR_CONFIG", help="A model by name, or an experiment config.")],
+    input_shape: Annotated[str | None, typer.Option(help="Shape of the example input, e.g. 1,3,224,224.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print a model's prunable groups, and the MACs and parameters of its layers."""
+    with _reported(debug):
+        from pruningawaretraining.experiment.inspection import groups_text, layers_table, load_inspected
+        from pruningawaretraining.experiment.shipped import shipped_configs
+
+        shape = None if input_shape is None else _shape(input_shape)
+        inspected = load_inspected(str(shipped_configs().get(source, source)), shape)
+        typer.echo(groups_text(inspected))
+        Console().print(layers_table(inspected))
+
+
+@app.command()
+def schema(of: Annotated[Schema, typer.Argument(help="Of which kind of config.")] = Schema.experiment) -> None:
+    """Print the JSON schema of a config, for editors to complete and check."""
+    from pruningawaretraining.config import json_schema
+    from pruningawaretraining.experiment.schema import experiment_schema
+
+    printed = json_schema() if of is Schema.pruning else experiment_schema()
+    typer.echo(json.dumps(printed, indent=2))
+
+
+def main() -> None:
+    """The entry point. Models of the user's own are imported from the current folder, as with ``python -m``."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    app()
+
+
+def _run(config: str, data: Path | None, out: Path | None, resume: bool, overwrite: bool) -> None:
+    from pruningawaretraining.experiment.run import run_experiment
+    from pruningawaretraining.experiment.schema import load_experiment
+    from pruningawaretraining.experiment.shipped import find_config
+
+    experiment = load_experiment(find_config(config))
+    changes: dict[str, Any] = {}
+    if data is not None:
+        changes["data"] = experiment.data.model_copy(update={"root": str(data)})
+    if out is not None:
+        changes["out"] = str(out)
+    experiment = experiment.model_copy(update=changes)
+    console = Console()
+    summary = run_experiment(experiment, resume=resume, overwrite=overwrite, console=console)
+    _show(summary, experiment.folder(), console)
+
+
+def _show(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """The end of a run: dense against pruned, the chain of checks, and where the report is."""
+    from pruningawaretraining.report.html import duration
+    from pruningawaretraining.report.tables import chain, comparison_table
+
+    console.print(comparison_table(summary))
+    text = Text()
+    for number, link in enumerate(chain(summary)):
+        if number == 0:
+            text.append(link.left)
+        sign, style = {True: ("=", "green"), False: ("≠", "bold red"), None: ("?", "dim")}[link.holds]
+        text.append(f" {sign} ", style)
+        text.append(link.right)
+        if link.difference is not None:
+            text.append(f" ({link.difference:.1e})", "dim")
+    if text:
+        console.print(text, "[dim]largest difference of the outputs[/dim]")
+    target, pruned, dense = (summary.get(key) or {} for key in ("target", "pruned", "dense"))
+    if target.get("macs") is not None and pruned["macs"] > target["macs"] * dense["macs"]:
+        kept = f"{pruned['macs'] / dense['macs']:.3f} of the MACs are kept, {target['macs']} was asked for"
+        console.print(f"[yellow]The target was not met: {kept}. Let the rule's end lie before the last epoch.[/yellow]")
+    console.print(f"{folder / 'report.html'}  ({duration(summary.get('seconds'))})", highlight=False, soft_wrap=True)
+
+
+def _shape(text: str) -> list[int]:
+    from pruningawaretraining.errors import ConfigError
+
+    parts = text.replace("x", ",").strip("[]() ").split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ConfigError(f"--input-shape: {text!r} is no shape. Allowed: whole numbers such as 1,3,224,224")
+    return [int(part) for part in parts]
+
+
+@contextlib.contextmanager
+def _reported(debug: bool) -> Iterator[None]:
+    """Turn what the user can mend into lines on stderr and an exit code."""
+    from pruningawaretraining.errors import PruningError
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("pruningawaretraining").setLevel(logging.DEBUG if debug else logging.WARNING)
+    errors = Console(stderr=True)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        errors.print("interrupted; --resume goes on from the last whole epoch")
+        raise typer.Exit(INTERRUPTED) from stop
+    except (PruningError, OSError) as error:
+        if debug:
+            errors.print_exception()
+        for line in str(error).splitlines() or [type(error).__name__]:
+            errors.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(BAD_INPUT) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""A model by its name: torchvision's, timm's, or ``package.module:callable``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pruningawaretraining.errors import CheckpointError, ConfigError, nearest, unknown
+from pruningawaretraining.experiment.schema import ModelConfig
+
+_CHANNEL_KEYS = ("in_channels", "in_chans")
+
+
+def build_model(config: ModelConfig, num_classes: int | None = None, channels: int | None = None) -> nn.Module:
+    """Build the dense model of a config.
+
+    Args:
+        config: its name, keyword arguments and weights.
+        num_classes: passed on if the model takes it and the config does not give it.
+        channels: of the images; passed on as ``in_channels`` or ``in_chans`` likewise.
+
+    Raises:
+        ConfigError: no such model, or it refuses the keyword arguments.
+        CheckpointError: the weights cannot be read or do not fit.
+    """
+    factory = find_model(config.name)
+    parameters = inspect.signature(factory).parameters
+    anything = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    kwargs = dict(config.kwargs)
+    if num_classes is not None and ("num_classes" in parameters or anything):
+        kwargs.setdefault("num_classes", num_classes)
+    for key in _CHANNEL_KEYS:
+        if channels is not None and (key in parameters or (key == "in_chans" and isinstance(factory, TimmBuilder))):
+            kwargs.setdefault(key, channels)
+    for key in config.kwargs:
+        if key not in parameters and not anything:
+            raise ConfigError(unknown(f"model.kwargs.{key}", key, parameters))
+    try:
+        model = factory(**kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model.kwargs: {config.name!r} refuses {kwargs}: {' '.join(str(error).split())}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model.name: {config.name!r} gives a {type(model).__name__}, not a torch.nn.Module")
+    if config.weights is not None:
+        load_weights(model, config.weights)
+    return model
+
+
+def find_model(name: str) -> Callable[..., Any]:
+    """The callable that builds the model of this name.
+
+    Raises:
+        ConfigError: there is none; the nearest name is suggested.
+    """
+    prefix, _, rest = name.partition(":")
+    if rest and prefix not in ("timm", "torchvision"):
+        return _imported(prefix, rest)
+    from torchvision import models
+
+    if prefix != "timm" and (rest or name) in models.list_models():
+        builder: Callable[..., Any] = models.get_model_builder(rest or name)
+        return builder
+    has_timm = importlib.util.find_spec("timm") is not None
+    if has_timm and prefix != "torchvision":
+        import timm
+
+        if timm.is_model((rest or name).split(".")[0]):
+            return TimmBuilder(rest or name)
+    elif prefix == "timm":
+        raise ConfigError(f"model.name: {name!r} needs timm. Allowed: pip install 'pruningawaretraining[timm]'")
+    close = nearest(rest or name, models.list_models())
+    hint = f"; did you mean {close!r}?" if close else ""
+    kinds = "a torchvision model, a timm model" + ("" if has_timm else " (timm is not installed)")
+    raise ConfigError(f"model.name: {name!r} is not known{hint} Allowed: {kinds}, or 'package.module:callable'")
+
+
+class TimmBuilder:
+    """Builds a timm model; a class of its own so that it can be told from other callables."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, **kwargs: Any) -> nn.Module:
+        import timm
+
+        model: nn.Module = timm.create_model(self.name, **kwargs)
+        return model
+
+
+def _imported(module_name: str, attribute: str) -> Callable[..., Any]:
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"model.name: {module_name!r} cannot be imported: {error}") from error
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [name for name in vars(found) if not name.startswith("_")]
+            raise ConfigError(unknown("model.name", f"{module_name}:{attribute}", public))
+        found = getattr(found, part)
+    if not callable(found):
+        raise ConfigError(f"model.name: {module_name}:{attribute} is no callable but {found!r}")
+    result: Callable[..., Any] = found
+    return result
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a state dict from .safetensors, or from a torch file of tensors, with or without ``module.`` in its names.
+
+    Raises:
+        CheckpointError: no such file, not a state dict, or it does not fit the model.
+    """
+    state = _state_dict(Path(path).expanduser())
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    own = model.state_dict()
+    missing = {key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked")}
+    for what, names in (("lacks", missing), ("does not know", state.keys() - own.keys())):
+        if names:
+            who = f"{path!r}" if what == "lacks" else "the model"
+            raise CheckpointError(f"model.weights: {who} {what} {sorted(names)[0]!r} ({len(names)} tensors in all)")
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            shapes = f"{tuple(value.shape)} where the model has {tuple(own[key].shape)}"
+            raise CheckpointError(f"model.weights: {key!r} is of shape {shapes}")
+    model.load_state_dict({**own, **state})
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"model.weights: there is no {str(path)!r}")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise CheckpointError(f"model.weights: {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"model.weights: {str(path)!r} holds no state dict")
+    return dict(loaded)

@@ -1,0 +1,190 @@
+"""Images in memory or from disk, and the pipeline that augments and normalises them a batch at a time.
+
+Shape suffixes: ``_N`` images of a set, ``_B`` images of a batch, ``_BCHW`` a batch of images, ``_BP`` a batch of padded
+images, ``_C`` channels.
+
+Images stay uint8 until they are in a batch on the device. Augmentation works on whole batches there, from a CPU
+generator, so that it is the same on every device and a resumed epoch sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Source(Protocol):
+    """One split of a data set: images of equal shape with labels."""
+
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int, generator: torch.Generator | None, device: torch.device) -> Iterator[Batch]:
+        """uint8 images and int64 labels on the device: in order, or shuffled by ``generator`` and without the rest."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Both splits.
+
+    Attributes:
+        name: what the user called it.
+        train, test: the splits.
+        classes: names of the classes, in label order.
+        mean, std: of each channel of the training images, for pixels in [0, 1].
+    """
+
+    name: str
+    train: Source
+    test: Source
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.train.shape
+
+
+class MemorySource:
+    """Images held as one tensor, moved to the device once.
+
+    Args:
+        images_NCHW: uint8.
+        labels_N: int64.
+    """
+
+    def __init__(self, images_NCHW: Tensor, labels_N: Tensor) -> None:
+        self.images_NCHW = images_NCHW
+        self.labels_N = labels_N
+        channels, height, width = images_NCHW.shape[1:]
+        self.shape = (channels, height, width)
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def batches(self, size: int, generator: torch.Generator | None, device: torch.device) -> Iterator[Batch]:
+        """See :class:`Source`."""
+        if self.images_NCHW.device != device:
+            self.images_NCHW, self.labels_N = self.images_NCHW.to(device), self.labels_N.to(device)
+        if generator is None:
+            yield from zip(torch.split(self.images_NCHW, size), torch.split(self.labels_N, size), strict=True)
+            return
+        order_N = torch.randperm(len(self), generator=generator).to(device)
+        for index_B in torch.split(order_N, size):
+            if len(index_B) == size or len(self) < size:
+                yield self.images_NCHW[index_B], self.labels_N[index_B]
+
+
+class FolderSource:
+    """Images decoded by worker processes whenever they are needed, for sets that do not fit in memory.
+
+    Args:
+        dataset: a map-style data set of (uint8 image tensor, label).
+        shape: of an image.
+        workers: decoding processes; 0 decodes in this one.
+    """
+
+    def __init__(self, dataset: Any, shape: tuple[int, int, int], workers: int) -> None:
+        self.dataset = dataset
+        self.shape = shape
+        self.workers = workers
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batches(self, size: int, generator: torch.Generator | None, device: torch.device) -> Iterator[Batch]:
+        """See :class:`Source`."""
+        loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(
+            self.dataset,
+            batch_size=size,
+            shuffle=generator is not None,
+            generator=generator,
+            drop_last=generator is not None and len(self) >= size,
+            num_workers=self.workers,
+            pin_memory=device.type == "cuda",
+        )
+        for images_BCHW, labels_B in loader:
+            yield images_BCHW.to(device, non_blocking=True), labels_B.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """From a split to what the model takes.
+
+    Attributes:
+        mean, std: of each channel, for normalisation.
+        flip: mirror half of the training images.
+        crop: shift training images by up to so many pixels.
+        channels_last: memory order of the batches.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    flip: bool = False
+    crop: int = 0
+    channels_last: bool = False
+
+    def train(self, source: Source, size: int, generator: torch.Generator, device: torch.device) -> Iterator[Batch]:
+        """One epoch of shuffled, augmented, normalised batches."""
+        for images_BCHW, labels_B in source.batches(size, generator, device):
+            if self.crop:
+                images_BCHW = shifted(images_BCHW, self.crop, generator)
+            if self.flip:
+                images_BCHW = mirrored(images_BCHW, generator)
+            yield self.normalised(images_BCHW), labels_B
+
+    def test(self, source: Source, size: int, device: torch.device) -> Iterator[Batch]:
+        """All images once, in order, normalised."""
+        for images_BCHW, labels_B in source.batches(size, None, device):
+            yield self.normalised(images_BCHW), labels_B
+
+    def normalised(self, images_BCHW: Tensor) -> Tensor:
+        """uint8 images as float32 with the set's mean 0 and deviation 1."""
+        mean_C = torch.tensor(self.mean, device=images_BCHW.device).view(-1, 1, 1)
+        std_C = torch.tensor(self.std, device=images_BCHW.device).view(-1, 1, 1)
+        out_BCHW = (images_BCHW.float() / 255 - mean_C) / std_C
+        return out_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else out_BCHW
+
+
+def shifted(images_BCHW: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Each image moved by its own offset of up to ``most`` pixels in each direction; zeros come in."""
+    count, channels, height, width = images_BCHW.shape
+    images_BP = functional.pad(images_BCHW, (most, most, most, most))
+    offsets = torch.randint(0, 2 * most + 1, (2, count, 1), generator=generator).to(images_BCHW.device)
+    rows_BH = offsets[0] + torch.arange(height, device=images_BCHW.device)
+    columns_BW = offsets[1] + torch.arange(width, device=images_BCHW.device)
+    image = torch.arange(count, device=images_BCHW.device).view(-1, 1, 1, 1)
+    channel = torch.arange(channels, device=images_BCHW.device).view(1, -1, 1, 1)
+    return images_BP[image, channel, rows_BH[:, None, :, None], columns_BW[:, None, None, :]]
+
+
+def mirrored(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image mirrored left to right with probability a half."""
+    flip_B = (torch.rand(len(images_BCHW), generator=generator) < 0.5).to(images_BCHW.device)
+    return torch.where(flip_B.view(-1, 1, 1, 1), images_BCHW.flip(3), images_BCHW)
+
+
+def channel_statistics(images_NCHW: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 images, in units of [0, 1]; exact, in integer sums."""
+    counts = [
+        torch.bincount(images_NCHW[:, channel].flatten(), minlength=256) for channel in range(images_NCHW.shape[1])
+    ]
+    level = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for count in counts:
+        share = count.double() / count.sum()
+        mean = float((share * level).sum())
+        means.append(mean)
+        deviations.append(max(float((share * (level - mean) ** 2).sum()) ** 0.5, 1e-3))
+    return tuple(means), tuple(deviations)

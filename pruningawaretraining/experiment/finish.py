@@ -1,0 +1,205 @@
+"""After training: save, load again, export, measure, compare, and write down what the run came to."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pruningawaretraining.checkpoint import load_pruned, save_pruned, write_atomically
+from pruningawaretraining.costs.latency import compare_latency
+from pruningawaretraining.costs.macs import count_macs
+from pruningawaretraining.experiment import record
+from pruningawaretraining.experiment.build import build_model
+from pruningawaretraining.experiment.data import DataSet, Pipeline
+from pruningawaretraining.experiment.display import Display
+from pruningawaretraining.experiment.schema import ExperimentConfig
+from pruningawaretraining.experiment.verify import OnnxModel, accuracy_of, difference, scores
+from pruningawaretraining.export import export_onnx
+from pruningawaretraining.pruning import Pruning
+from pruningawaretraining.report.html import write_report
+from pruningawaretraining.version import __version__
+
+LOG = logging.getLogger(__name__)
+CPU = torch.device("cpu")
+VERIFIED_IMAGES = 64
+ONNX_TEST_MACS = 1e12  # above this, the ONNX file is not run over the whole test set
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves behind.
+
+    Attributes:
+        config: the experiment.
+        data, pipeline: its data set, and how images become inputs.
+        device: where the model was trained.
+        model, pruner: the pruned model, with its pruner.
+        accuracy: of the pruned model on the test images.
+        dense_accuracy: of the dense model, or None.
+        dense_seconds, pruned_seconds: time spent on each, None for no baseline.
+        masked_removed: the check made when channels were removed.
+        before: wall-clock time until the last checkpoint, over all sessions.
+    """
+
+    config: ExperimentConfig
+    data: DataSet
+    pipeline: Pipeline
+    device: torch.device
+    model: nn.Module
+    pruner: Pruning
+    accuracy: float
+    dense_accuracy: float | None
+    dense_seconds: float | None
+    pruned_seconds: float
+    masked_removed: float | None
+    before: float
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self.config.folder()
+
+    def fresh_model(self) -> nn.Module:
+        """The dense model, newly built, on the CPU."""
+        return build_model(self.config.model, len(self.data.classes), self.data.shape[0])
+
+    def images(self, count: int) -> Tensor:
+        """The first test images, normalised, on the CPU."""
+        return next(self.pipeline.test(self.data.test, count, self.device))[0].cpu()
+
+
+def finish(trained: Trained, display: Display) -> dict[str, Any]:
+    """Write everything that a finished run leaves in its folder; see :mod:`record`.
+
+    Returns:
+        What ``summary.json`` holds.
+    """
+    started, folder = time.perf_counter(), trained.folder
+    pruning = trained.pruner.report().to_dict() if prunes(trained.pruner) else {}
+    model = trained.model.to(CPU)
+    save_pruned(model, folder / record.PRUNED)
+    reloaded = load_pruned(trained.fresh_model(), folder / record.PRUNED)
+    images = trained.images(VERIFIED_IMAGES)
+    before, after = scores(model, images), scores(reloaded, images)
+    verification: dict[str, float | None] = {
+        "scale": float(before.abs().max()),
+        "masked_removed": trained.masked_removed,
+        "removed_reloaded": difference(before, after),
+        "reloaded_onnx": None,
+        "onnx_accuracy": None,
+    }
+    if trained.config.onnx is not None:
+        with display.step("exporting to ONNX and checking it in onnxruntime"):
+            verification.update(_exported(trained, reloaded, after, images))
+    latency = None
+    if trained.config.latency is not None:
+        with display.step("measuring latency, dense and pruned in turns"):
+            latency = _latency(trained, reloaded)
+    summary = _summary(trained, reloaded, pruning, verification, latency)
+    summary["seconds"] = trained.before + time.perf_counter() - started
+    record.write_json(folder / record.SUMMARY, summary, indent=2)
+    write_report(folder)
+    return summary
+
+
+def prunes(pruner: Pruning) -> bool:
+    """Whether the pruner's config does anything at all."""
+    return not pruner.config.infer and any(rule.enabled for rule in pruner.config.rules)
+
+
+def save_dense(model: nn.Module, folder: Path) -> None:
+    """Write the dense weights, for comparison."""
+    tensors = {key: value.detach().to(CPU, copy=True).contiguous() for key, value in model.state_dict().items()}
+    write_atomically(folder / record.DENSE, lambda path: save_file(tensors, path))
+
+
+def _exported(trained: Trained, model: nn.Module, expected: Tensor, images: Tensor) -> dict[str, float | None]:
+    spec = trained.config.onnx
+    assert spec is not None
+    path = trained.folder / record.ONNX
+    export_onnx(model, images[:2], path, exporter=spec.exporter, opset=spec.opset, tolerance=spec.tolerance)
+    onnx = OnnxModel(path)
+    found: dict[str, float | None] = {"reloaded_onnx": difference(expected, onnx(images))}
+    if count_macs(model, images[:1]) * len(trained.data.test) <= ONNX_TEST_MACS:
+        found["onnx_accuracy"] = accuracy_of(onnx, trained.pipeline.test(trained.data.test, 250, trained.device))
+    return found
+
+
+def _latency(trained: Trained, model: nn.Module) -> dict[str, Any]:
+    spec = trained.config.latency
+    assert spec is not None
+    images = trained.images(spec.batch)
+    runtime: dict[str, Any] = {"type": spec.runtime}
+    if spec.runtime == "onnxruntime" and trained.config.onnx is not None:
+        runtime["exporter"] = trained.config.onnx.exporter
+    pair = {"dense": (trained.fresh_model(), images), "pruned": (model, images)}
+    found = compare_latency(pair, runtime, spec.threads, spec.repeats, spec.warmup)
+    common = {"runtime": spec.runtime, "threads": spec.threads, "batch": len(images), "ratio": found.ratios["pruned"]}
+    return {**common, **{name: one.to_dict() for name, one in found.latencies.items()}}
+
+
+def _summary(
+    trained: Trained,
+    model: nn.Module,
+    pruning: dict[str, Any],
+    verification: dict[str, float | None],
+    latency: dict[str, Any] | None,
+) -> dict[str, Any]:
+    config, data, folder = trained.config, trained.data, trained.folder
+    dense = {"accuracy": trained.dense_accuracy, **_costs(trained.fresh_model(), folder / record.DENSE, trained)}
+    pruned = {"accuracy": trained.accuracy, **_costs(model, folder / record.PRUNED, trained)}
+    for name, one, seconds in (("dense", dense, trained.dense_seconds), ("pruned", pruned, trained.pruned_seconds)):
+        one.update(latency_ms=latency[name]["median_ms"] if latency else None, seconds=seconds)
+    target = next((rule.target for rule in config.pruning.rules if rule.enabled), None)
+    written = [name for name in record.FILES if (folder / name).is_file() and name != record.CHECKPOINT]
+    return {
+        "format": 1,
+        "name": config.name,
+        "version": __version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "environment": _environment(trained.device),
+        "config": config.model_dump(mode="json"),
+        "data": {
+            "name": data.name,
+            "classes": len(data.classes),
+            "train": len(data.train),
+            "test": len(data.test),
+            "shape": list(data.shape),
+        },
+        "epochs": config.epochs,
+        "dense": dense,
+        "pruned": pruned,
+        "target": None if target is None else target.model_dump(mode="json"),
+        "pruning": pruning,
+        "verification": verification,
+        "latency": latency,
+        "files": sorted({*written, record.SUMMARY, record.REPORT}),
+    }
+
+
+def _costs(model: nn.Module, path: Path, trained: Trained) -> dict[str, Any]:
+    return {
+        "macs": count_macs(model, trained.images(1)),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "bytes": path.stat().st_size,
+    }
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+    }

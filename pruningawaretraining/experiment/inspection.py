@@ -1,0 +1,126 @@
+"""What ``pat inspect`` shows: the prunable groups of a model, and what its layers cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from pruningawaretraining.config import PruningConfig, load_config
+from pruningawaretraining.costs.macs import macs_per_layer
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.experiment.build import build_model
+from pruningawaretraining.experiment.datasets import data_shape
+from pruningawaretraining.experiment.schema import ModelConfig, load_experiment
+from pruningawaretraining.inputs import from_shapes
+from pruningawaretraining.pruning import Pruning
+from pruningawaretraining.report.summary import percent, si
+
+STARS = "*" * 13
+EVERYTHING = {"rules": [{"target": {"sparsity": 0.5}}]}
+DEFAULT_SHAPE = (3, 224, 224)
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A model to look at.
+
+    Attributes:
+        model: dense.
+        inputs: example inputs.
+        pruning: which of its layers are prunable.
+    """
+
+    model: nn.Module
+    inputs: Any
+    pruning: PruningConfig
+
+
+def load_inspected(source: str, input_shape: Sequence[int] | None = None) -> Inspected:
+    """The model of an experiment config, or a model by name.
+
+    Args:
+        source: path of an experiment config, or a name as in a config's ``model.name``.
+        input_shape: of the example input, with its batch dimension; without it, what the config or the model says.
+
+    Raises:
+        ConfigError: no such config or model, or a shape that is none.
+    """
+    if input_shape is not None and (not input_shape or min(input_shape) < 1):
+        raise ConfigError(
+            f"--input-shape: {list(input_shape)} is no shape. Allowed: sizes of 1 or more, such as 1,3,224,224"
+        )
+    if Path(source).suffix.lower() not in (".yaml", ".yml", ".json"):
+        model = build_model(ModelConfig(name=source))
+        return Inspected(model, torch.zeros(list(input_shape or (1, *_own_shape(model)))), load_config(EVERYTHING))
+    config = load_experiment(source)
+    if input_shape is None and config.pruning.example_inputs is not None:
+        spec = config.pruning.example_inputs
+        inputs = from_shapes(spec.shape, spec.container, getattr(torch, spec.dtype))
+        return Inspected(build_model(config.model), inputs, config.pruning)
+    classes, shape = data_shape(config.data)
+    model = build_model(config.model, classes, shape[0])
+    return Inspected(model, torch.zeros(list(input_shape or (1, *shape))), config.pruning)
+
+
+def _own_shape(model: nn.Module) -> Sequence[int]:
+    """The input shape that a timm model declares; that of ImageNet for any other."""
+    declared = getattr(model, "default_cfg", None)
+    found: Any = declared.get("input_size") if isinstance(declared, Mapping) else None
+    return tuple(found) if found else DEFAULT_SHAPE
+
+
+def groups_text(inspected: Inspected) -> str:
+    """Every prunable group with its number, source and dependencies, a summary, and what is left as it is and why.
+
+    Raises:
+        ConfigError, ModelError: nothing can be pruned, or the model rejects the inputs.
+    """
+    pruner = Pruning(inspected.model, inspected.pruning, example_inputs=inspected.inputs)
+    groups = pruner.describe_groups()
+    lines: list[str] = []
+    for group in groups:
+        source = f"Source conv: {group['source']}"
+        lines += [STARS, f"Group number {group['number']}:", source, "Dependencies:", *group["dependencies"], STARS, ""]
+    noun = "group" if len(groups) == 1 else "groups"
+    verb = "is" if len(groups) == 1 else "are"
+    lines.append(f"There {verb} {len(groups)} {noun} of layers, with the following source convs:")
+    lines.append(str([group["source"] for group in groups]))
+    skipped = pruner.channel_pruner.found.skipped
+    if skipped:
+        lines += ["", "Left as they are:", *(f"{name}: {reason}" for name, reason in skipped.items())]
+    return "\n".join(lines)
+
+
+def layers_table(inspected: Inspected) -> Table:
+    """MACs and parameters of every layer that has any, and of the whole model."""
+    counts = macs_per_layer(inspected.model, inspected.inputs)
+    total = counts[""] or 1
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("layer", "type", "weight"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("MACs", "of all", "parameters"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, module in inspected.model.named_modules():
+        own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        if own:
+            macs = counts.get(name, 0) if not list(module.children()) else 0
+            cells = (name, type(module).__name__, _weight(module), si(macs), percent(macs / total), si(own))
+            table.add_row(*(Text(cell) for cell in cells))
+    parameters = sum(parameter.numel() for parameter in inspected.model.parameters())
+    table.add_section()
+    whole = ("in all", type(inspected.model).__name__, "", si(counts[""]), percent(1.0), si(parameters))
+    table.add_row(*(Text(cell, style="bold") for cell in whole))
+    return table
+
+
+def _weight(module: nn.Module) -> str:
+    weight = getattr(module, "weight", None)
+    return "x".join(str(size) for size in weight.shape) if isinstance(weight, Tensor) else ""

@@ -1,0 +1,167 @@
+"""What a run writes down, and how: every file is put in place whole, or not at all.
+
+A run folder holds:
+
+``config.yaml``
+    The resolved experiment: every default filled in, the pruning config inline in the native form.
+
+``metrics.jsonl``
+    One JSON object a line, one line for each epoch of each model, in order; the dense baseline's lines come first::
+
+        {"model": "dense" | "pruned",    which of the two is trained
+         "epoch": 0,                     counted from 0
+         "phase": "regularize",          the pruner's phase during the epoch's training: "regularize" | "prune" |
+                                         "finetune" | "done"; always "train" for the dense model
+         "loss": 0.31,                   mean training loss over the epoch
+         "train_accuracy": 0.91,         fraction of the training images, while training
+         "accuracy": 0.95,               fraction of the test images, after the epoch's pruning step
+         "lr": 0.05,                     learning rate of the first parameter group during the epoch
+         "macs": 0.62,                   MACs kept after the epoch's pruning step, as a fraction of the dense model's
+         "sparsity": 0.40,               fraction of the prunable groups that is masked or removed by then
+         "seconds": 1.7}                 wall-clock time of the epoch: training, pruning and testing
+
+``norms.json``
+    L2 norms of the groups after each epoch of the pruned model, as histograms over shared logarithmic bins::
+
+        {"edges": [1e-06, ...],          bin edges, increasing, one more than there are bins; norms below the first or
+                                         above the last edge count in the outermost bins
+         "epochs": [{"epoch": 0, "phase": "regularize",
+                     "sets": {"layer1.0.conv1": {"counts": [0, ...], "zeros": 3, "size": 16}, ...}}, ...]}
+
+    ``zeros`` are groups whose norm is exactly 0 (masked), in no bin; ``size`` is the number of groups that are live,
+    so that ``sum(counts) + zeros == size``.
+
+``summary.json``
+    What the run came to, written last; a folder that holds it is finished::
+
+        {"format": 1,
+         "name": "demo", "version": "0.1.0", "date": "2025-01-31T12:00:00+00:00",
+         "environment": {"python", "torch", "platform", "device", "threads"},
+         "config": {...},                       the resolved experiment, as in config.yaml
+         "data": {"name", "classes", "train", "test", "shape": [C, H, W]},
+         "epochs": 40,
+         "dense":  {"accuracy": 0.99 | null, "macs", "parameters", "bytes", "latency_ms" | null, "seconds" | null},
+         "pruned": {the same},                  accuracy: fraction of the test images; bytes: of the weights' file;
+                                                a dense accuracy or time is null when no baseline was trained
+         "target": {"macs": 0.5 | null, "sparsity": 0.3 | null},   of the first channel rule
+         "pruning": {...},                      Report.to_dict() of the pruner, at the end
+         "verification": {                      largest absolute differences of the outputs on test images, in a chain
+             "scale": 17.2,                     largest absolute output
+             "masked_removed": 1e-6 | null,     the masked model against the physically pruned one
+             "removed_reloaded": 0.0,           that against pruned.safetensors loaded into a fresh dense model
+             "reloaded_onnx": 2e-6 | null,      that against model.onnx in onnxruntime
+             "onnx_accuracy": 0.98 | null},     of model.onnx in onnxruntime over all test images
+         "latency": {"runtime", "threads", "batch", "dense": {...}, "pruned": {...}, "ratio": 0.6} | null,
+                                                dense and pruned are Latency.to_dict(); ratio is pruned / dense
+         "files": ["config.yaml", ...],         the files of the folder that the run wrote
+         "seconds": 93.1}                       of the whole run, over all sessions if it was resumed
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from pruningawaretraining.checkpoint import write_atomically
+from pruningawaretraining.errors import CheckpointError
+
+CONFIG, METRICS, NORMS, SUMMARY = "config.yaml", "metrics.jsonl", "norms.json", "summary.json"
+REPORT, PRUNED, DENSE = "report.html", "pruned.safetensors", "dense.safetensors"
+ONNX, CHECKPOINT = "model.onnx", "checkpoint.pt"
+FILES = (SUMMARY, CONFIG, METRICS, NORMS, REPORT, PRUNED, DENSE, ONNX, CHECKPOINT)
+"""What a run writes, the summary first: the order in which an old run is cleared away."""
+
+_DECADES, _PER_DECADE = (-6, 4), 8
+EDGES: tuple[float, ...] = tuple(
+    10 ** (_DECADES[0] + number / _PER_DECADE) for number in range((_DECADES[1] - _DECADES[0]) * _PER_DECADE + 1)
+)
+"""Bin edges of the norm histograms: fixed, so that the histograms of a resumed run line up."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+
+    def write(temporary: str) -> None:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write plain data as JSON in one step; a number that is not finite becomes null."""
+    write_text(path, json.dumps(_finite(value), indent=indent) + "\n")
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Write a resolved config as YAML in one step."""
+    write_text(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def histogram(norms_G: Tensor) -> dict[str, Any]:
+    """Counts over :data:`EDGES`, zeros apart: ``{"counts", "zeros", "size"}``.
+
+    Args:
+        norms_G: one L2 norm for each group.
+    """
+    norms_G = norms_G.detach().float().cpu()
+    alive_G = norms_G[norms_G > 0].clamp(EDGES[0], EDGES[-1])
+    bins_G = torch.bucketize(alive_G, torch.tensor(EDGES), right=True).sub(1).clamp(0, len(EDGES) - 2)
+    counts = torch.bincount(bins_G, minlength=len(EDGES) - 1)
+    return {"counts": counts.tolist(), "zeros": len(norms_G) - len(alive_G), "size": len(norms_G)}
+
+
+class Recorder:
+    """Keeps ``metrics.jsonl`` and ``norms.json`` of a run up to date.
+
+    Args:
+        folder: of the run.
+        rows: epochs of ``metrics.jsonl`` to keep, of a run that is resumed; what came after them is forgotten.
+        norms: epochs of ``norms.json`` to keep likewise.
+    """
+
+    def __init__(self, folder: Path, rows: int = 0, norms: int = 0) -> None:
+        self.folder = folder
+        self.rows: list[dict[str, Any]] = _read_rows(folder / METRICS)[:rows] if rows else []
+        self.norms: list[dict[str, Any]] = _read_json(folder / NORMS).get("epochs", [])[:norms] if norms else []
+        if len(self.rows) < rows:
+            raise CheckpointError(f"{folder / METRICS}: {len(self.rows)} epochs where the checkpoint counts {rows}")
+
+    def add(self, row: Mapping[str, Any], norms: Mapping[str, Tensor] | None = None) -> None:
+        """Add one epoch."""
+        self.rows.append(dict(row))
+        write_text(self.folder / METRICS, "".join(json.dumps(_finite(one)) + "\n" for one in self.rows))
+        if norms is not None:
+            sets = {name: histogram(norms_G) for name, norms_G in norms.items()}
+            self.norms.append({"epoch": row["epoch"], "phase": row["phase"], "sets": sets})
+            write_json(self.folder / NORMS, {"edges": EDGES, "epochs": self.norms})
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    return found

@@ -1,0 +1,103 @@
+"""Runs an experiment from its config: checks the folder, trains, finishes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.experiment import record
+from pruningawaretraining.experiment.datasets import load_data
+from pruningawaretraining.experiment.display import Display
+from pruningawaretraining.experiment.finish import finish
+from pruningawaretraining.experiment.runner import Runner
+from pruningawaretraining.experiment.schema import ExperimentConfig
+from pruningawaretraining.experiment.state import load_state
+
+
+def run_experiment(
+    config: ExperimentConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Train, prune, save, export, measure and report; see :mod:`record` for what is written.
+
+    Args:
+        config: the experiment.
+        resume: go on where the run in the folder was interrupted; begin if there is nothing yet.
+        overwrite: replace the run that is in the folder.
+        console: where to show progress; None logs it.
+
+    Returns:
+        What ``summary.json`` holds.
+
+    Raises:
+        ConfigError, ModelError, TargetError, CheckpointError: bad input; a finished or interrupted run in the folder
+            is not touched then.
+    """
+    folder, display = config.folder(), Display(console)
+    if resume and (folder / record.SUMMARY).is_file():
+        display.say(f"{folder} is finished")
+        summary: dict[str, Any] = json.loads((folder / record.SUMMARY).read_text(encoding="utf-8"))
+        return summary
+    if not resume and not overwrite:
+        _refuse_occupied(folder)
+    with _threads(config.threads):
+        return _run(config, resume, display)
+
+
+def _run(config: ExperimentConfig, resume: bool, display: Display) -> dict[str, Any]:
+    folder = config.folder()
+    resolved = config.model_dump(mode="json")
+    runner = Runner(config, load_data(config.data), find_device(config.device), display)
+    runner.new_stage("pruned")  # bad input is found before anything is written or trained
+    if resume and (folder / record.CHECKPOINT).is_file():
+        runner.state = load_state(folder, resolved)
+        runner.recorder = record.Recorder(folder, runner.state.rows, runner.state.norms)
+        display.say(f"going on in {folder}: {runner.state.stage} model, epoch {runner.state.epoch + 1}")
+    else:
+        for name in record.FILES:
+            (folder / name).unlink(missing_ok=True)
+        runner.state.config = resolved
+    record.write_config(folder / record.CONFIG, resolved)
+    return finish(runner.run(), display)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many CPU threads inside the block; 0 leaves the number as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _refuse_occupied(folder: Path) -> None:
+    if (folder / record.SUMMARY).is_file():
+        raise ConfigError(f"out: {str(folder)!r} holds a finished run. Allowed: another --out, or --overwrite")
+    if (folder / record.CHECKPOINT).is_file():
+        raise ConfigError(
+            f"out: {str(folder)!r} holds an interrupted run. Allowed: --resume, --overwrite, or another --out"
+        )
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a config; "auto" is a GPU if there is one.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device: {name!r} is not here: {str(error).splitlines()[0]}. Allowed: auto, cpu") from error
+    return device

@@ -1,0 +1,225 @@
+"""Trains the dense and the pruned model of one experiment, epoch by epoch, with a checkpoint after each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.experiment import record
+from pruningawaretraining.experiment.build import build_model
+from pruningawaretraining.experiment.data import DataSet, Pipeline
+from pruningawaretraining.experiment.display import Display, StageDisplay
+from pruningawaretraining.experiment.finish import Trained, prunes, save_dense
+from pruningawaretraining.experiment.optim import Scheduler, build_optimizer, build_scheduler, step_scheduler
+from pruningawaretraining.experiment.schema import ExperimentConfig
+from pruningawaretraining.experiment.state import RunState, rng_state, save_state, set_rng_state
+from pruningawaretraining.experiment.train import Learner, Precision, evaluate, scores_of, train_epoch
+from pruningawaretraining.experiment.verify import difference, masked_scores, scores
+from pruningawaretraining.inputs import checked_call, evaluating
+from pruningawaretraining.pruning import Pruning
+
+LOG = logging.getLogger(__name__)
+EPOCH_SEEDS = 1_000_003  # distance of the data seeds of neighbouring run seeds: more than any run has epochs
+VERIFIED_IMAGES = 64
+TEST_BATCH = 500
+
+
+@dataclass
+class Stage:
+    """One model in training.
+
+    Attributes:
+        name: "dense" or "pruned".
+        learner: the model with its optimizer and pruner.
+        scheduler: of the learning rate.
+    """
+
+    name: str
+    learner: Learner
+    scheduler: Scheduler | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training changes: tensors and plain data."""
+        learner = self.learner
+        return {
+            "model": learner.model.state_dict(),
+            "optimizer": learner.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": learner.precision.scaler.state_dict(),
+            "pruner": None if learner.pruner is None else learner.pruner.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Bring a freshly built stage to where ``state`` was taken; the pruner first, for the model's architecture."""
+        if self.learner.pruner is not None:
+            self.learner.pruner.load_state_dict(state["pruner"])
+        self.learner.model.load_state_dict(state["model"])
+        self.learner.optimizer.load_state_dict(state["optimizer"])
+        self.learner.precision.scaler.load_state_dict(state["scaler"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+
+
+class Runner:
+    """Trains the dense and the pruned model of one experiment.
+
+    Args:
+        config: the experiment.
+        data: its data set.
+        device: where to train.
+        display: where progress is shown.
+    """
+
+    def __init__(self, config: ExperimentConfig, data: DataSet, device: torch.device, display: Display) -> None:
+        self.config, self.data, self.device, self.display = config, data, device, display
+        self.folder = config.folder()
+        self.pipeline = Pipeline(data.mean, data.std, config.data.flip, config.data.crop, config.channels_last)
+        self.recorder = record.Recorder(self.folder)
+        self.state = RunState(stage="dense" if config.dense_baseline else "pruned")
+        self.images = next(self.pipeline.test(data.test, VERIFIED_IMAGES, device))[0]
+        self._since = time.perf_counter()
+
+    def new_model(self) -> nn.Module:
+        """The dense model on the device, with the initial weights of the seed."""
+        torch.manual_seed(self.config.seed)
+        model = build_model(self.config.model, len(self.data.classes), self.data.shape[0]).to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.config.channels_last else model
+
+    def new_stage(self, name: str) -> Stage:
+        """A model before its first epoch.
+
+        Raises:
+            ConfigError, ModelError, TargetError: what is wrong with the config.
+        """
+        config, model = self.config, self.new_model()
+        _check_scores(model, self.images[:1], len(self.data.classes))
+        optimizer = build_optimizer(config.optimizer, model)
+        scheduler = build_scheduler(config, optimizer)
+        pruner = None
+        if name == "pruned":
+            pruner = Pruning(model, config.pruning, example_inputs=self.images[:1], optimizer=optimizer)
+        precision = Precision.of(config, self.device)
+        learner = Learner(model, optimizer, precision, config.label_smoothing, config.clip_norm, pruner)
+        torch.manual_seed(config.seed)
+        return Stage(name, learner, scheduler)
+
+    def run(self) -> Trained:
+        """Train what is left to train; what is only masked at the end is removed."""
+        if self.state.stage == "dense":
+            save_dense(self.train("dense").learner.model, self.folder)
+            self.state = replace(self.state, stage="pruned", epoch=0, training={})
+            self._save(None)
+        elif not self.config.dense_baseline and self.state.epoch == 0:
+            save_dense(self.new_model(), self.folder)
+        stage = self.train("pruned")
+        model, pruner = stage.learner.model, stage.learner.pruner
+        assert pruner is not None
+        if prunes(pruner):
+            self._change(model, pruner, pruner.remove)
+        pruner.on_train_end()
+        rows = {name: [row for row in self.recorder.rows if row["model"] == name] for name in ("dense", "pruned")}
+        seconds = {name: sum(row["seconds"] for row in found) for name, found in rows.items()}
+        return Trained(
+            self.config,
+            self.data,
+            self.pipeline,
+            self.device,
+            model,
+            pruner,
+            accuracy=rows["pruned"][-1]["accuracy"],
+            dense_accuracy=rows["dense"][-1]["accuracy"] if rows["dense"] else self._given_accuracy(),
+            dense_seconds=seconds["dense"] if rows["dense"] else None,
+            pruned_seconds=seconds["pruned"],
+            masked_removed=self.state.masked_removed,
+            before=self.state.seconds,
+        )
+
+    def train(self, name: str) -> Stage:
+        """Train one model from where the run's state says it is."""
+        stage = self.new_stage(name)
+        if self.state.training:
+            stage.load_state_dict(self.state.training)
+            set_rng_state(self.state.rng)
+        config, steps = self.config, max(1, len(self.data.train) // self.config.batch_size)
+        title = f"{name} {config.model.name} on {config.data.name}: {config.epochs} epochs on {self.device}"
+        with self.display.stage(title, config.epochs, self.state.epoch, steps) as shown:
+            for epoch in range(self.state.epoch, config.epochs):
+                self._epoch(stage, epoch, shown)
+        return stage
+
+    def _epoch(self, stage: Stage, epoch: int, shown: StageDisplay) -> None:
+        started, learner, pruner = time.perf_counter(), stage.learner, stage.learner.pruner
+        generator = torch.Generator().manual_seed(self.config.seed * EPOCH_SEEDS + epoch)
+        phase = "train" if pruner is None else pruner.phase
+        rate = float(learner.optimizer.param_groups[0]["lr"])
+        batches = self.pipeline.train(self.data.train, self.config.batch_size, generator, self.device)
+        loss, train_accuracy = train_epoch(learner, batches, shown.tick)
+        if pruner is not None and prunes(pruner):
+            self._change(learner.model, pruner, lambda: pruner.prune(learner.model, epoch, log=LOG))
+        accuracy = self._accuracy(learner)
+        step_scheduler(stage.scheduler, loss)
+        row = {
+            "model": stage.name,
+            "epoch": epoch,
+            "phase": phase,
+            "loss": loss,
+            "train_accuracy": train_accuracy,
+            "accuracy": accuracy,
+            "lr": rate,
+            "macs": 1.0 if pruner is None else pruner.macs.fraction,
+            "sparsity": 0.0 if pruner is None else pruner.sparsity,
+            "seconds": time.perf_counter() - started,
+        }
+        self.recorder.add(row, pruner.norms() if pruner is not None and prunes(pruner) else None)
+        self.state.epoch = epoch + 1
+        self._save(stage)
+        shown.epoch(row)
+
+    def _change(self, model: nn.Module, pruner: Pruning, change: Callable[[], None]) -> None:
+        """Let the pruner change the model; the first time that it removes channels, compare with the masked model."""
+        if self.state.masked_removed is not None:
+            change()
+            return
+        before = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        change()
+        after = model.state_dict()
+        if any(value.shape != after[key].shape for key, value in before.items()):
+            devices = [self.device] if self.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):
+                masked = masked_scores(self.new_model(), before, self.config.pruning, pruner.masks, self.images)
+            if masked is not None:
+                self.state.masked_removed = difference(masked, scores(model, self.images))
+
+    def _accuracy(self, learner: Learner) -> float:
+        return evaluate(learner.model, self.pipeline.test(self.data.test, TEST_BATCH, self.device), learner.precision)
+
+    def _given_accuracy(self) -> float | None:
+        """Without a baseline: the accuracy of the weights that the user gave, if any."""
+        given = self.config.model.weights or self.config.model.kwargs.get("weights")
+        given = given or self.config.model.kwargs.get("pretrained")
+        return self._accuracy(self.new_stage("dense").learner) if given else None
+
+    def _save(self, stage: Stage | None) -> None:
+        """Write the checkpoint: of a stage in training, or between stages."""
+        now = time.perf_counter()
+        self.state.seconds += now - self._since
+        self._since = now
+        self.state.training = {} if stage is None else stage.state_dict()
+        self.state.rng = rng_state()
+        self.state.rows, self.state.norms = len(self.recorder.rows), len(self.recorder.norms)
+        save_state(self.state, self.folder)
+
+
+def _check_scores(model: nn.Module, images: Tensor, classes: int) -> None:
+    """Refuse a model that does not give a score for every class, before anything is spent on it."""
+    with torch.no_grad(), evaluating(model):
+        found = scores_of(checked_call(model, images)).shape[1]
+    if found < classes:
+        raise ConfigError(f"model.kwargs: the model gives {found} scores. Allowed: one for each of {classes} classes")

@@ -1,0 +1,21 @@
+"""The experiments that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
+"""In an installed package they lie inside it; in a source tree, beside it."""
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of every experiment that comes with the package."""
+    folder = next((folder for folder in FOLDERS if (folder / "demo.yaml").is_file()), None)
+    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(name: str) -> Path:
+    """The file that a user means: a path, or the name of a shipped experiment where there is no such path."""
+    path = Path(name)
+    return path if path.exists() else shipped_configs().get(name, path)

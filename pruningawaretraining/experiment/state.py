@@ -1,0 +1,108 @@
+"""The checkpoint of a run in progress: all that a killed run needs to go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining.checkpoint import write_atomically
+from pruningawaretraining.errors import CheckpointError, ConfigError
+from pruningawaretraining.experiment.record import CHECKPOINT
+
+FORMAT = 1
+MAY_CHANGE = ("name", "out", "device", "threads", "latency", "onnx", "data.root", "data.workers", "data.memory_gib")
+"""Keys of the experiment that may differ when a run is resumed: they do not change what is computed."""
+
+
+@dataclass
+class RunState:
+    """Where a run is.
+
+    Attributes:
+        stage: "dense" while the baseline is trained, "pruned" after that.
+        epoch: the next epoch of the stage.
+        rows, norms: how many epochs ``metrics.jsonl`` and ``norms.json`` hold.
+        seconds: wall-clock time so far.
+        training: state dicts of model, optimizer, scheduler, scaler and pruner; empty before a stage's first epoch.
+        rng: states of torch's generators.
+        masked_removed: the check made when channels were removed, see :mod:`record`.
+        config: the resolved experiment, to notice when a run is resumed with another one.
+    """
+
+    stage: str = "dense"
+    epoch: int = 0
+    rows: int = 0
+    norms: int = 0
+    seconds: float = 0.0
+    training: dict[str, Any] = field(default_factory=dict)
+    rng: dict[str, Any] = field(default_factory=dict)
+    masked_removed: float | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def save_state(state: RunState, folder: Path) -> None:
+    """Write the checkpoint of a run in one step: a crash leaves the old one or the new one."""
+    values = {"format": FORMAT, **{key: getattr(state, key) for key in asdict(RunState())}}
+    write_atomically(folder / CHECKPOINT, lambda path: torch.save(values, path))
+
+
+def load_state(folder: Path, config: Mapping[str, Any]) -> RunState:
+    """Read the checkpoint of a run.
+
+    Args:
+        folder: of the run.
+        config: the resolved experiment that is to be resumed.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: the run was started with another config.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        raise CheckpointError(
+            f"--resume: {str(folder)!r} holds no {CHECKPOINT}. Allowed: the folder of a run in progress"
+        )
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"--resume: {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise CheckpointError(f"--resume: {str(path)!r} is no checkpoint of this version")
+    state = RunState(**values)
+    for key, now, before in _differences(config, state.config):
+        raise ConfigError(
+            f"{key}: {now!r}, but the run in {str(folder)!r} was started with {before!r}. "
+            "Allowed: the same, or another --out"
+        )
+    return state
+
+
+def _differences(now: Any, before: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys that differ between two nests of plain data and may not, with both values."""
+    if key in MAY_CHANGE or now == before:
+        return
+    if isinstance(now, Mapping) and isinstance(before, Mapping):
+        for inner in {**now, **before}:
+            yield from _differences(now.get(inner), before.get(inner), f"{key}.{inner}".removeprefix("."))
+    else:
+        yield key, now, before
+
+
+def rng_state() -> dict[str, Any]:
+    """The states of torch's generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put torch's generators where they were; those of devices that are no longer there are left alone."""
+    cpu: Tensor = state["cpu"]
+    torch.set_rng_state(cpu)
+    for number, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda, number)
