@@ -49,6 +49,7 @@ class GroupIndex:
         count_S = members_per_set(self.grouping).clamp(min=1).to(self.device)
         self.members_G = count_S[self.set_ids].float()
         self._room: Tensor | None = None
+        self._one: Tensor | None = None
 
     def _lay_out(self) -> tuple[list[_Weight], Tensor]:
         sides: dict[int, dict[str, tuple[int, int, int]]] = {}
@@ -68,26 +69,52 @@ class GroupIndex:
 
     def squared_norms(self) -> Tensor:
         """Sum of squares of every group over its members (vector of groups, float32)."""
-        sums_N = torch.empty(len(self.entries_N), device=self.device)
+        sums_N = torch.zeros(len(self.entries_N), device=self.device)
         for weight in self.weights:
-            values_W = weight.parameter.detach()
-            if values_W.is_contiguous():
-                square_W = torch.mul(values_W, values_W, out=self._scratch(values_W))
-            else:
-                square_W = values_W.square()
-            for side in (weight.out, weight.in_):
-                if side is not None:
-                    dim, first, last = side
-                    sums_N[first:last] = _sum_along(square_W, dim)
+            sides = [
+                (dim, sums_N[first:last])
+                for dim, first, last in (side for side in (weight.out, weight.in_) if side is not None)
+            ]
+            self._add_squares(weight.parameter.detach(), sides)
         total = torch.zeros(self.grouping.size + 1, device=self.device).index_add_(0, self.entries_N, sums_N)
         return total[:-1]
 
-    def _scratch(self, like_W: Tensor) -> Tensor:
-        """Room for one weight, reused for all: allocating it for every weight costs more than filling it."""
-        if self._room is None or self._room.dtype != like_W.dtype or self._room.device != like_W.device:
-            largest = max(weight.parameter.numel() for weight in self.weights)
-            self._room = torch.empty(largest, dtype=like_W.dtype, device=like_W.device)
-        return self._room[: like_W.numel()].view(like_W.shape)
+    def _add_squares(self, values_W: Tensor, sides: list[tuple[int, Tensor]]) -> None:
+        """Add the squares of a weight, summed along all but one dimension, to each side's vector."""
+        if values_W.dim() == 1 or not _is_matrix(values_W, sides):
+            square_W = values_W.float().square()
+            for dim, sums in sides:
+                others = [index for index in range(values_W.dim()) if index != dim]
+                sums += square_W.sum(dim=others) if others else square_W
+            return
+        flat = values_W.view(values_W.shape[0], -1)
+        columns = flat.new_zeros(flat.shape[1])
+        for rows in _blocks(flat):
+            part = flat[rows]
+            square = torch.mul(part, part, out=self._scratch(part))
+            for dim, sums in sides:  # matrix-vector products are the fastest such reductions
+                if dim == 0:
+                    sums[rows] = square @ self._ones(part)[: part.shape[1]]
+                else:
+                    columns.addmv_(square.t(), self._ones(part)[: part.shape[0]])
+        for dim, sums in sides:
+            if dim == 1:
+                sums += columns.view(len(sums), -1).sum(1)
+
+    def _scratch(self, like: Tensor) -> Tensor:
+        """Room for one block, reused for all: allocating it every time costs more than filling it."""
+        if self._room is None or self._room.dtype != like.dtype or self._room.device != like.device:
+            self._room = torch.empty(self._largest_block(), dtype=like.dtype, device=like.device)
+        return self._room[: like.numel()].view(like.shape)
+
+    def _ones(self, like: Tensor) -> Tensor:
+        if self._one is None or self._one.dtype != like.dtype or self._one.device != like.device:
+            longest = max(max(w.parameter.shape[0], w.parameter[0].numel()) for w in self.weights)
+            self._one = torch.ones(longest, dtype=like.dtype, device=like.device)
+        return self._one
+
+    def _largest_block(self) -> int:
+        return max(max(BLOCK, w.parameter[0].numel() if w.parameter.dim() else 1) for w in self.weights)
 
     def add_to_gradients(self, factor_G: Tensor) -> None:
         """``grad += factor * weight`` for every member; a weight in two groups takes the sum of their factors."""
@@ -100,7 +127,7 @@ class GroupIndex:
                 (dim, factor_N[first:last].to(gradient.dtype))
                 for dim, first, last in (side for side in (weight.out, weight.in_) if side is not None)
             ]
-            _add_scaled(gradient, weight.parameter.detach(), factors, self._scratch(weight.parameter))
+            _add_scaled(gradient, weight.parameter.detach(), factors)
 
     def extremes(self, values_G: Tensor, keep_G: Tensor | None) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of each group's set, over groups that are kept (two vectors of groups)."""
@@ -115,33 +142,37 @@ def _only_dimension(member: Member) -> int:
     return next(index for index, label in enumerate(member.labels) if label is not None)
 
 
-def _sum_along(square_W: Tensor, dim: int) -> Tensor:
-    """Sum over every dimension but one. Matrix-vector products are the fastest such reductions."""
-    if square_W.dim() == 1:
-        return square_W
-    if dim > 1 or not square_W.is_contiguous():
-        return square_W.sum(dim=[index for index in range(square_W.dim()) if index != dim])
-    flat = square_W.view(square_W.shape[0], -1)
-    if dim == 0:
-        return flat @ flat.new_ones(flat.shape[1])
-    return (flat.new_ones(flat.shape[0]) @ flat).view(square_W.shape[1], -1).sum(1)
+BLOCK = 1 << 18
+"""Elements of a weight that are worked on at a time: a block and what is made of it stay in a core's cache."""
 
 
-def _add_scaled(gradient_W: Tensor, values_W: Tensor, factors: list[tuple[int, Tensor]], room_W: Tensor) -> None:
-    """``gradient += values * factor``, each factor along one dimension; ``room_W`` is scratch of the weight's shape."""
-    kernel = math.prod(values_W.shape[2:])
-    if kernel > 1 and gradient_W.is_contiguous() and values_W.is_contiguous():
+def _is_matrix(values_W: Tensor, sides: Sequence[tuple[int, Tensor]]) -> bool:
+    """Whether a weight can be seen as a matrix whose rows are its first dimension."""
+    return values_W.dtype == torch.float32 and values_W.is_contiguous() and all(dim < 2 for dim, _ in sides)
+
+
+def _blocks(flat: Tensor) -> list[slice]:
+    """Runs of rows: blocks that fit a cache on a CPU, the whole matrix elsewhere."""
+    if flat.device.type != "cpu" or flat.numel() <= BLOCK:
+        return [slice(0, flat.shape[0])]
+    step = max(1, BLOCK // flat.shape[1])
+    return [slice(first, first + step) for first in range(0, flat.shape[0], step)]
+
+
+def _add_scaled(gradient_W: Tensor, values_W: Tensor, factors: list[tuple[int, Tensor]]) -> None:
+    """``gradient += values * factor``, each factor along one dimension."""
+    if values_W.dim() > 1 and gradient_W.is_contiguous() and _is_matrix(values_W, factors):
         # Seen as a matrix, every inner loop is long; a factor of shape (O, I, 1, 1) would make loops of kernel length.
-        rows = values_W.shape[0]
-        flat_gradient, flat_values = gradient_W.view(rows, -1), values_W.view(rows, -1)
-        for dim, factor in factors:
-            along = factor.view(-1, 1) if dim == 0 else factor.repeat_interleave(kernel).view(1, -1)
-            flat_gradient.addcmul_(flat_values, along)
+        kernel = math.prod(values_W.shape[2:])
+        flat_gradient, flat = gradient_W.view(len(values_W), -1), values_W.view(len(values_W), -1)
+        along = [(dim, f.view(-1, 1) if dim == 0 else f.repeat_interleave(kernel).view(1, -1)) for dim, f in factors]
+        for rows in _blocks(flat):
+            part, target = flat[rows], flat_gradient[rows]
+            for dim, factor in along:
+                target.addcmul_(part, factor[rows] if dim == 0 else factor)
         return
     parts = [factor.view([-1 if index == dim else 1 for index in range(values_W.dim())]) for dim, factor in factors]
-    fits = len(parts) == 2 and room_W.dtype == gradient_W.dtype
-    total = torch.add(parts[0], parts[1], out=room_W) if fits and kernel == 1 else sum(parts[1:], parts[0])
-    gradient_W.addcmul_(values_W.to(gradient_W.dtype), total)
+    gradient_W.addcmul_(values_W.to(gradient_W.dtype), sum(parts[1:], parts[0]))
 
 
 class Regularizer:
@@ -210,9 +241,7 @@ class GrowingL2:
     mac_strength: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_not_negative(
-            strength=self.strength, alpha=self.alpha, gamma=self.gamma, mac_strength=self.mac_strength
-        )
+        _check_not_negative(strength=self.strength, alpha=self.alpha, gamma=self.gamma, mac_strength=self.mac_strength)
 
     def prepare(self, grouping: Grouping, saving_G: Tensor | None = None) -> Regularizer:
         """Build the index for a grouping; ``saving_G`` are the MACs that each group costs."""

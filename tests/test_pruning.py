@@ -62,7 +62,8 @@ def rules(**rule: Any) -> dict[str, Any]:
 def test_the_loop_of_the_json_users_runs_unchanged(tmp_path: Path) -> None:
     config = {
         "channel_sparsity_args": {
-            "is_prune": True, "global_pruning": True, "block_size": 1, "start_epoch": 1, "end_epoch": 6, "epoch_rate": 1,
+            "is_prune": True, "global_pruning": True, "block_size": 1, "start_epoch": 1, "end_epoch": 6,
+            "epoch_rate": 1,
             "global_prune_rate": 0.5, "mac_target": 0.6, "max_pruning_rate": 0.9, "pruning_method": "GroupNormPruner",
             "regularize": {"reg": 1e-3, "mac_reg": 0.0, "gamma": 1}, "layers": ["stem", "conv1", "conv2"],
             "input_shape": [1, 3, 8, 8],
