@@ -1,8 +1,8 @@
 """What the regulariser and the masks add to a training step, beside Torch-Pruning's GroupNormPruner.regularize.
 
 Both compute the same growing L2 penalty on the same coupled groups. Reported as fractions of forward + backward
-(batch 32, 64 px) in CPU seconds on one thread, medians of interleaved rounds; the gradients of the two are compared where Torch-Pruning's are right
-(it leaves depthwise weights and LayerNorm out).
+(batch 32, 64 px) in CPU seconds on one thread, medians of interleaved rounds; the gradients of the two are compared
+where Torch-Pruning's are right (it leaves depthwise weights and LayerNorm out).
 
     python benchmarks/step_overhead.py [--rounds 9]
 """
