@@ -149,6 +149,8 @@ class _Closure:
         self.names = names
         self.spaces: dict[tuple[Any, Callable[..., Any]], Space] = {}
         self.edges: list[tuple[Space, Indices, Space, Indices]] = []
+        # No operation between layers has more channels than the widest layer: an index beyond is a mapping gone astray.
+        self.longest = _widest(names)
 
     def run(self) -> None:
         work: deque[tuple[Any, Callable[..., Any], Indices]] = deque()
@@ -171,7 +173,7 @@ class _Closure:
                 if len(mapped) == 0:
                     continue
                 target = self._space(dependency.target, dependency.handler)
-                inside = mapped < (target.width if target.width is not None else _LONGEST)
+                inside = mapped < (target.width if target.width is not None else self.longest)
                 if not inside.all():
                     source.problem = source.problem or f"an index that {target.name or 'an operation'} does not have"
                     kept, mapped = kept[inside], mapped[inside]
@@ -252,7 +254,10 @@ class _Closure:
         return ties
 
 
-_LONGEST = 1 << 24  # no layer has as many channels: an index beyond it is a mapping gone astray
+def _widest(modules: dict[nn.Module, str]) -> int:
+    """The largest dimension of any parameter of the model."""
+    sizes = [max(p.shape) for module in modules for p in module.parameters(recurse=False) if p.dim() > 0]
+    return max(sizes, default=0)
 
 
 def has_multiplier(module: Any) -> bool:
