@@ -34,7 +34,7 @@ def build_model(config: ModelConfig, num_classes: int | None = None, channels: i
         CheckpointError: the weights cannot be read or do not fit.
     """
     factory = find_model(config.name)
-    parameters = inspect.signature(factory).parameters
+    parameters = _parameters(factory)
     anything = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     kwargs = dict(config.kwargs)
     if num_classes is not None and ("num_classes" in parameters or anything):
@@ -54,6 +54,13 @@ def build_model(config: ModelConfig, num_classes: int | None = None, channels: i
     if config.weights is not None:
         load_weights(model, config.weights)
     return model
+
+
+def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(factory).parameters
+    except ValueError:  # some builtins have none
+        return {}
 
 
 def find_model(name: str) -> Callable[..., Any]:
@@ -106,7 +113,7 @@ def _imported(module_name: str, attribute: str) -> Callable[..., Any]:
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = [name for name in vars(found) if not name.startswith("_")]
-            raise ConfigError(unknown("model.name", f"{module_name}:{attribute}", public))
+            raise ConfigError(unknown(f"model.name: in {module_name}", attribute, public))
         found = getattr(found, part)
     if not callable(found):
         raise ConfigError(f"model.name: {module_name}:{attribute} is no callable but {found!r}")
