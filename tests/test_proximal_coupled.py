@@ -52,8 +52,8 @@ def residual() -> Residual:
     return scramble(Residual())  # type: ignore[return-value]
 
 
-def coupled(model: nn.Module, lr: float = 0.05, keep_one: bool = True, **options: Any) -> tuple[Any, Any]:
-    grouper = CoupledChannelGrouper(model, INPUTS[:1], keep_one=keep_one)
+def coupled(model: nn.Module, lr: float = 0.05, max_sparsity: float | None = 1.0, **options: Any) -> tuple[Any, Any]:
+    grouper = CoupledChannelGrouper(model, INPUTS[:1], max_sparsity=max_sparsity)
     groups = grouper.param_groups(**{"reg_lambda": 0.0, **options})
     return grouper, PruneOptimizer(torch.optim.SGD(groups, lr=lr, momentum=0.9))
 
@@ -84,7 +84,7 @@ def test_a_group_is_the_rows_and_norms_of_a_channel() -> None:
 
 def test_the_step_is_group_lasso_over_the_coupled_norm() -> None:
     model = residual()
-    grouper, optimizer = coupled(model, lr=0.5, keep_one=False, reg_lambda=1.0)
+    grouper, optimizer = coupled(model, lr=0.5, max_sparsity=None, reg_lambda=1.0)
     plain = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -100,13 +100,39 @@ def test_the_step_is_group_lasso_over_the_coupled_norm() -> None:
     assert torch.equal(model.head.weight, plain.head.weight)
 
 
-def test_no_layer_dies_with_keep_one() -> None:
-    for keep_one, alive in ((True, {1}), (False, {0})):
+@pytest.mark.parametrize(
+    ("max_sparsity", "alive"),
+    [(None, [0, 0, 0]), (1.0, [1, 1, 1]), (0.75, [3, 2, 2]), (0.7, [4, 3, 3]), (0.0, [12, 8, 8])],
+)
+@pytest.mark.parametrize("relative", [True, False])
+def test_no_set_loses_more_than_its_limit(max_sparsity: float | None, alive: list[int], relative: bool) -> None:
+    model = residual()
+    grouper = CoupledChannelGrouper(model, INPUTS[:1], max_sparsity=max_sparsity, relative=relative)
+    optimizer = PruneOptimizer(torch.optim.SGD(grouper.param_groups(reg_lambda=1e3), lr=0.05))
+    train(model, optimizer, 3)
+    left = ~grouper.zeroed_G()
+    assert [int(left[one.start : one.stop].sum()) for one in grouper.grouping.sets] == alive
+
+
+def test_relative_norms_make_sets_of_different_scale_compare() -> None:
+    found = []
+    for scale in (1.0, 0.01):
         model = residual()
-        grouper, optimizer = coupled(model, keep_one=keep_one, reg_lambda=1e3)
-        train(model, optimizer, 3)
-        left = ~grouper.zeroed_G()
-        assert {int(left[one.start : one.stop].sum()) for one in grouper.grouping.sets} == alive
+        with torch.no_grad():
+            for parameter in model.blocks[0][:2].parameters():
+                parameter.mul_(scale)
+        grouper = CoupledChannelGrouper(model, INPUTS[:1], relative=True)
+        optimizer = PruneOptimizer(torch.optim.SGD(grouper.param_groups(reg_lambda=10.0), lr=0.1))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # whatever is below the mean of its set goes
+        found.append(grouper.zeroed_G())
+        ratios = optimizer.threshold_norms(grouper)
+        assert torch.equal(ratios.cpu() <= 1.0, found[-1])
+        for one in grouper.grouping.sets:
+            assert float(ratios[one.start : one.stop].mean()) == pytest.approx(1.0)
+            assert 0 < int(found[-1][one.start : one.stop].sum()) < one.size
+    assert torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("name", ["residual", "resnet18", "mobilenet_v2", "vgg16_bn"])
@@ -115,7 +141,7 @@ def test_what_is_zero_is_removed_without_loss(name: str) -> None:
     if name == "vgg16_bn":
         model.classifier[1] = nn.ReLU()
     inputs = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
-    grouper = CoupledChannelGrouper(model, inputs[:1], keep_one=True)
+    grouper = CoupledChannelGrouper(model, inputs[:1], max_sparsity=1.0)
     optimizer = PruneOptimizer(torch.optim.SGD(grouper.param_groups(), lr=0.05))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -157,7 +183,7 @@ def test_training_goes_on_after_a_removal(strength: float) -> None:
 @pytest.mark.parametrize("target", [0.8, 0.5, 0.25])
 def test_lambda_ends_on_the_mac_target(target: float) -> None:
     model = residual()
-    grouper = CoupledChannelGrouper(model, INPUTS[:1], keep_one=True)
+    grouper = CoupledChannelGrouper(model, INPUTS[:1], max_sparsity=1.0)
     optimizer = PruneOptimizer(torch.optim.SGD(grouper.param_groups(), lr=0.05, momentum=0.9), 5, 40)
     dense = count_macs(model, INPUTS[:1])
     controller = LambdaController.for_macs(optimizer, grouper, target, 5, 40, every=5)
@@ -169,6 +195,8 @@ def test_lambda_ends_on_the_mac_target(target: float) -> None:
     assert [point.step for point in controller.path] == [10, 15, 20, 25, 30, 35, 40]
     assert controller.path[-1].budget == pytest.approx(target)
     assert len({round(point.reg_lambda, 9) for point in controller.path}) > 3
+    assert controller.path[-1].cost <= target < controller.path[-1].cost + 0.1
+    assert max(abs(point.cost - point.budget) for point in controller.path[-3:]) < 0.3  # coarse: 28 groups in all
     zeroed = grouper.zeroed_G()
     assert controller.cost(~zeroed) / dense == pytest.approx(controller.path[-1].cost)
     assert controller.cost(~zeroed) <= target * dense
@@ -182,7 +210,7 @@ def test_lambda_ends_on_the_mac_target(target: float) -> None:
 
 def test_the_target_is_met_by_the_least_threshold() -> None:
     model = residual()
-    grouper = CoupledChannelGrouper(model, INPUTS[:1], keep_one=True)
+    grouper = CoupledChannelGrouper(model, INPUTS[:1], max_sparsity=1.0)
     optimizer = PruneOptimizer(torch.optim.SGD(grouper.param_groups(), lr=0.05), 0, 20)
     controller = LambdaController.for_macs(optimizer, grouper, 0.5, 0, 20, every=4, gain=1.0)
     for _ in range(20):
@@ -248,7 +276,7 @@ def test_param_groups_may_share_a_grouper() -> None:
     """Norms often go without weight decay: in a param group of their own, yet in the same coupled groups."""
     one, two = residual(), residual()
     grouper, optimizer = coupled(one, reg_lambda=2.0)
-    other = CoupledChannelGrouper(two, INPUTS[:1], keep_one=True)
+    other = CoupledChannelGrouper(two, INPUTS[:1], max_sparsity=1.0)
     common = {"group_type": other, "prox_type": "ProxGroupLasso", "reg_lambda": 2.0}
     split = [
         {"params": [p for p in other.parameters() if p.dim() > 1], **common},

@@ -4,8 +4,9 @@ Shape suffixes: ``_G`` groups.
 
 The latents are never shrunk, so at any moment the cost is a falling function of the threshold alone: a group is 0 when
 its norm, divided by its weight tau, is at most ``lambda * gamma``. The threshold that meets a budget can then be looked
-up instead of guessed. The controller lets the budget fall from the dense cost to the target, moves lambda towards what
-the budget needs, and at the end sets exactly that.
+up instead of guessed. The controller lets the budget fall from the dense cost to the target, moves the threshold
+towards what the budget needs, and at the end sets exactly that. In between it lowers lambda as gamma grows, so that the
+threshold is what it was meant to be.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.proximal.coupled import CoupledChannelGrouper, CoupledGrouper
-from pruningawaretraining.proximal.optimizer import PruneOptimizer
+from pruningawaretraining.proximal.optimizer import PruneOptimizer, advanced
 from pruningawaretraining.proximal.options import number, whole
 from pruningawaretraining.schedules import sparsity_at
 
@@ -35,19 +36,22 @@ class PathPoint:
 
     Args:
         step: steps of the optimizer so far.
-        reg_lambda: from here on.
+        reg_lambda: now.
+        threshold: ``reg_lambda * gamma``, from here on.
         cost: reached now, as a fraction of the dense cost.
         budget: allowed now, as a fraction of the dense cost.
     """
 
     step: int
     reg_lambda: float
+    threshold: float
     cost: float
     budget: float
 
 
 class LambdaController:
-    """Raises and lowers ``reg_lambda`` of a coupled proximal step; call :meth:`step` after every optimizer step.
+    """Raises and lowers ``reg_lambda`` of a coupled proximal step; call :meth:`step` after every optimizer step, or
+    register it as a step post-hook of the optimizer.
 
     Adjustments wait for the device, the steps between them do not. At ``end`` the target is met, to the last group;
     let healing begin there (``healing_start_step=end``), and what is 0 stays so.
@@ -61,7 +65,7 @@ class LambdaController:
         start, end: steps of the optimizer between which the budget falls.
         every: steps between adjustments.
         schedule: registered schedule of the way from the dense cost to the target.
-        gain: how far lambda goes, on a logarithmic scale, towards what the budget needs, in (0, 1].
+        gain: how far the threshold goes, on a logarithmic scale, towards what the budget needs, in (0, 1].
 
     Raises:
         ConfigError: a value that is not allowed, or the optimizer has no such groups.
@@ -91,6 +95,7 @@ class LambdaController:
         self.optimizer, self.grouper, self.cost, self.target = optimizer, grouper, cost, target
         self.schedule, self.gain = schedule, gain
         self.dense = cost(torch.ones(grouper.grouping.size, dtype=torch.bool))
+        self.threshold: float | None = None
         self.path: list[PathPoint] = []
         sparsity_at(schedule, 0.5)
         optimizer.groups_of(grouper)
@@ -116,10 +121,7 @@ class LambdaController:
         return cls(optimizer, grouper, macs_cost(grouper.channels.grouping, per_layer), target, start, end, **options)
 
     def _check_reachable(self) -> None:
-        keep_G = torch.zeros(self.grouper.grouping.size, dtype=torch.bool)
-        if self.grouper.keep_one:
-            for one in self.grouper.grouping.sets:
-                keep_G[one.start] = True
+        keep_G = self._keep(torch.zeros(self.grouper.grouping.size, dtype=torch.float64), 0.0)
         least = self.cost(keep_G) / self.dense
         if least > self.target:
             raise TargetError(f"target: {self.target} is out of reach: the groups leave at least {least:.4f}. Raise it")
@@ -136,34 +138,42 @@ class LambdaController:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Adjust lambda if it is time to."""
+        """Adjust the threshold if it is time to, and lambda to the threshold."""
         now = self.optimizer.num_steps
-        if self.done or now <= self.start or not (now >= self.end or (now - self.start) % self.every == 0):
+        if self.done or now <= self.start:
             return
         groups = self.optimizer.groups_of(self.grouper)
-        ratio_G = self.optimizer.threshold_norms(self.grouper).double().cpu()
-        gamma = float(groups[0]["gamma"])
-        budget = self.budget(now)
-        wanted = self._threshold(ratio_G, budget) / gamma
-        current = float(groups[0]["reg_lambda"])
-        final = now >= self.end
-        reached = wanted if final else moved(current, wanted, self.gain)
+        if now >= self.end or (now - self.start) % self.every == 0:
+            self._adjust(groups, now)
+        if self.threshold is not None and not self.done:
+            gamma = advanced(groups[0]["gamma"], groups[0]["lr"])  # at the next step
+            self._set(groups, self.threshold / gamma)
+
+    def _set(self, groups: list[dict[str, Any]], reg_lambda: float | Tensor) -> None:
         for group in groups:
-            group["reg_lambda"] = reached
+            group["reg_lambda"] = reg_lambda
+
+    def _adjust(self, groups: list[dict[str, Any]], now: int) -> None:
+        ratio_G = self.optimizer.threshold_norms(self.grouper).double().cpu()
+        gamma, reg_lambda = float(groups[0]["gamma"]), float(groups[0]["reg_lambda"])
+        budget = self.budget(now)
+        wanted = self._threshold(ratio_G, budget)
+        final = now >= self.end
+        current = reg_lambda * gamma if self.threshold is None else self.threshold
+        self.threshold = wanted if final else moved(current, wanted, self.gain)
         if final:
+            reg_lambda = wanted / gamma
+            self._set(groups, reg_lambda)
             self.optimizer.reproject(self.grouper)
-        point = PathPoint(now, reached, self.cost(self._keep(ratio_G, reached * gamma)) / self.dense, budget)
-        self.path.append(point)
-        log.info("step %d: lambda %.4g, cost %.4f of %.4f", point.step, point.reg_lambda, point.cost, point.budget)
+        reached = self.cost(self._keep(ratio_G, reg_lambda * gamma)) / self.dense
+        self.path.append(PathPoint(now, reg_lambda, self.threshold, reached, budget))
+        log.info("step %d: lambda %.4g, %.4f of the cost, %.4f allowed", now, reg_lambda, reached, budget)
 
     def _keep(self, ratio_G: Tensor, threshold: float) -> Tensor:
         """Which groups stay at a threshold."""
         keep_G = ratio_G > threshold
-        if self.grouper.keep_one:
-            for one in self.grouper.grouping.sets:
-                part_G = ratio_G[one.start : one.stop]
-                keep_G[one.start : one.stop] |= part_G >= part_G.max()
-        return keep_G
+        protected_G = self.grouper.balance().protected_G(ratio_G)
+        return keep_G if protected_G is None else keep_G | protected_G
 
     def _threshold(self, ratio_G: Tensor, budget: float) -> float:
         """The smallest threshold within a budget, halfway to the next group so that rounding cannot matter; 0 if the
@@ -185,16 +195,17 @@ class LambdaController:
         return [vars(point).copy() for point in self.path]
 
     def state_dict(self) -> dict[str, Any]:
-        """The path; lambda itself is in the optimizer's state."""
-        return {"path": self.report()}
+        """The threshold and the path; lambda itself is in the optimizer's state."""
+        return {"threshold": self.threshold, "path": self.report()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a path."""
+        self.threshold = state["threshold"]
         self.path = [PathPoint(**point) for point in state["path"]]
 
 
 def moved(current: float, wanted: float, gain: float) -> float:
-    """Part of the way from one lambda to another, on a logarithmic scale; the whole way from 0, and a plain fraction
+    """Part of the way from one threshold to another, on a logarithmic scale; the whole way from 0, and a plain fraction
     of the way to 0."""
     if current <= 0:
         return wanted

@@ -18,16 +18,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.errors import ModelError
+from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.inputs import ForwardFn
 from pruningawaretraining.patterns.channel import Channel, ChannelGroups
+from pruningawaretraining.proximal.maps import SLACK
 from pruningawaretraining.registry import register
 from pruningawaretraining.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
 PRODUCING = ("out", "norm", "bias", "raw", "element")
+
+
+@dataclass(frozen=True, eq=False)
+class Balance:
+    """How the groups of different sets compare, and how many of each stay.
+
+    Args:
+        set_ids_G: the set of each group.
+        sizes_S: groups of each set.
+        floors_S: how many groups of each set always stay; None for any number.
+        relative: whether norms count in units of their set's mean.
+    """
+
+    set_ids_G: Tensor
+    sizes_S: Tensor
+    floors_S: Tensor | None = None
+    relative: bool = False
+
+    def to(self, device: torch.device) -> Balance:
+        """The same on a device."""
+        floors_S = None if self.floors_S is None else self.floors_S.to(device)
+        return Balance(self.set_ids_G.to(device), self.sizes_S.to(device), floors_S, self.relative)
+
+    def units_G(self, ratio_G: Tensor) -> Tensor:
+        """What the norms of each group are measured in: the mean of its set, or 1."""
+        if not self.relative:
+            return torch.ones_like(ratio_G)
+        means_S = torch.zeros_like(self.sizes_S, dtype=ratio_G.dtype).index_add_(0, self.set_ids_G, ratio_G)
+        means_S = (means_S / self.sizes_S).clamp_(min=torch.finfo(ratio_G.dtype).tiny)
+        return means_S[self.set_ids_G]
+
+    def protected_G(self, ratio_G: Tensor) -> Tensor | None:
+        """True for the largest groups of each set, those that always stay; the first of equals goes before."""
+        if self.floors_S is None:
+            return None
+        by_norm = torch.argsort(ratio_G, descending=True, stable=True)
+        order = by_norm[torch.argsort(self.set_ids_G[by_norm], stable=True)]
+        starts_S = torch.cumsum(self.sizes_S, 0) - self.sizes_S
+        places = torch.arange(len(order), device=order.device)
+        rank_G = torch.empty_like(order).index_copy_(0, order, places - starts_S[self.set_ids_G[order]])
+        return rank_G < self.floors_S[self.set_ids_G]
 
 
 class CoupledGrouper:
@@ -38,11 +80,19 @@ class CoupledGrouper:
 
     Args:
         grouping: the groups; members that are buffers or consumers' input columns are left out.
-        keep_one: never shrink the largest group of a set, so that no layer dies.
+        max_sparsity: largest fraction of the groups of a set that goes; its largest groups, at least one, are then
+            never shrunk, so that no layer dies. None for no limit.
+        relative: count norms in units of their set's mean (of the latents, now), so that sets of different scale
+            compare; without it a network loses first the layers whose weights are smallest.
+
+    Raises:
+        ConfigError: ``max_sparsity`` is outside [0, 1].
     """
 
-    def __init__(self, grouping: Grouping, keep_one: bool = False) -> None:
-        self.keep_one = keep_one
+    def __init__(self, grouping: Grouping, max_sparsity: float | None = None, relative: bool = False) -> None:
+        if max_sparsity is not None and not 0 <= max_sparsity <= 1:
+            raise ConfigError(f"max_sparsity: {max_sparsity!r} is not allowed. Allowed: a number in [0, 1], or None")
+        self.max_sparsity, self.relative = max_sparsity, relative
         self.bystanders: dict[int, Tensor] = {}
         self._take(grouping)
 
@@ -61,6 +111,14 @@ class CoupledGrouper:
         self.__dict__.update(state)
         self.bystanders = {id(parameter): parameter for parameter in self.bystanders.values()}
         self._index()
+
+    def balance(self) -> Balance:
+        """How the sets compare, and what stays of each."""
+        sizes_S, floors_S = self.grouping.set_sizes, None
+        if self.max_sparsity is not None:
+            kept_S = torch.ceil((1 - self.max_sparsity) * sizes_S.double() - SLACK)
+            floors_S = kept_S.long().clamp_(min=1)
+        return Balance(self.grouping.set_ids, sizes_S, floors_S, self.relative)
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the groups are made of, each once."""
@@ -119,7 +177,7 @@ class CoupledChannelGrouper(CoupledGrouper):
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
         layers: layers or containers whose channels may go; None for all.
         exclude: layers or containers whose channels stay.
-        keep_one: never shrink the largest group of a set, so that no layer dies.
+        max_sparsity, relative: see :class:`CoupledGrouper`.
         forward_fn: how to call the model, if not as ``model(*inputs)``.
 
     Raises:
@@ -133,13 +191,14 @@ class CoupledChannelGrouper(CoupledGrouper):
         example_inputs: Any,
         layers: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
-        keep_one: bool = False,
+        max_sparsity: float | None = None,
+        relative: bool = False,
         forward_fn: ForwardFn | None = None,
     ) -> None:
         self.model, self.example_inputs, self.forward_fn = model, example_inputs, forward_fn
         self.layers, self.exclude = layers, tuple(exclude)
         self.channels = self._trace()
-        super().__init__(self.channels.grouping, keep_one)
+        super().__init__(self.channels.grouping, max_sparsity, relative)
 
     def _trace(self) -> ChannelGroups:
         return Channel().build(self.model, self.example_inputs, self.layers, self.exclude, self.forward_fn)

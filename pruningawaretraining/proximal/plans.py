@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.grouping import Member
+from pruningawaretraining.proximal.coupled import Balance
 from pruningawaretraining.proximal.groupers import Block, Grouper, others
 from pruningawaretraining.proximal.low_rank import (
     Decomposition,
@@ -134,7 +135,7 @@ class NormPlan:
         slope: see :class:`GroupOptions`.
         total: number of groups, where rows are mapped to groups.
         runs: groups ranked among themselves; None for one run per weight.
-        keep_one: give the largest group of every run the factor 1.
+        balance: how sets of coupled groups compare; None for groups of single weights.
         comm: whether groups span shards, or are ranked over all of them.
         loose: weights in no group.
     """
@@ -146,11 +147,11 @@ class NormPlan:
         slope: float,
         total: int | None = None,
         runs: Sequence[slice] | None = None,
-        keep_one: bool = False,
+        balance: Balance | None = None,
         comm: bool = True,
         loose: Sequence[Part] = (),
     ) -> None:
-        self.prox, self.keep_one, self.loose = prox, keep_one, CopyPlan(loose)
+        self.prox, self.loose = prox, CopyPlan(loose)
         order = _by_stage([entry for entry, _, _ in entries], comm)
         self.stages: list[_BlockStage | _LabelStage] = [_stage(key, [entries[i][0] for i in ids]) for key, ids in order]
         ordered = [entries[index] for _, ids in order for index in ids]
@@ -168,6 +169,7 @@ class NormPlan:
             self.sizes_G, self.runs = sums[:-1].clamp_(min=1), list(runs or [slice(0, total)])
         slopes_G = [thresholds(slope, run.stop - run.start, counts) for run in self.runs] if slope else []
         self.base_G = self.sizes_G.sqrt() * (torch.cat(slopes_G) if slope else 1.0)
+        self.balance = None if balance is None else balance.to(home.device)
 
     def norms_G(self) -> Tensor:
         """L2 norm of every group, now."""
@@ -182,8 +184,9 @@ class NormPlan:
         return sums[:-1].sqrt_()
 
     def ratios_G(self) -> Tensor:
-        """L2 norm of every group divided by its weight in the threshold."""
-        return self.norms_G() / self.base_G
+        """The smallest ``reg_lambda * gamma`` that zeroes each group."""
+        ratio_G = self.norms_G() / self.base_G
+        return ratio_G if self.balance is None else ratio_G / self.balance.units_G(ratio_G)
 
     def run(self, scale: Scale, fraction: float) -> None:
         """Take one proximal step.
@@ -192,21 +195,18 @@ class NormPlan:
             scale: ``reg_lambda * gamma``.
             fraction: of the groups, to be zeroed by a hard map.
         """
-        norms_G = self.norms_G()
+        norms_G, base_G, protected_G = self.norms_G(), self.base_G, None
+        if self.balance is not None:
+            ratio_G = norms_G / base_G
+            protected_G = self.balance.protected_G(ratio_G)
+            base_G = base_G * self.balance.units_G(ratio_G)
         none = isinstance(scale, (int, float)) and scale == 0
-        threshold_G = None if none else self.base_G * scale
-        largest_G = self._largest(norms_G) if self.keep_one else None
+        threshold_G = None if none else base_G * scale
         factors_G = self.prox.factors(norms_G, self.sizes_G, threshold_G, self.runs, fraction)
-        if largest_G is not None:
-            factors_G = torch.where(largest_G, 1.0, factors_G)
+        if protected_G is not None:
+            factors_G = torch.where(protected_G, 1.0, factors_G)
         self._multiply(factors_G)
         self.loose.run(scale, fraction)
-
-    def _largest(self, norms_G: Tensor) -> Tensor:
-        """True for the group of every run whose norm is largest for its size (all of them, where equal)."""
-        ratio_G = norms_G / self.base_G
-        best = [ratio_G[run] >= ratio_G[run].max() for run in self.runs]
-        return torch.cat(best)
 
     def _multiply(self, factors_G: Tensor) -> None:
         if self.group_R is not None:
@@ -275,7 +275,7 @@ def coupled_plan(
     total: int,
     runs: Sequence[slice],
     slope: float,
-    keep: bool,
+    balance: Balance,
 ) -> NormPlan | CopyPlan:
     """A plan for groups over several weights.
 
@@ -286,7 +286,7 @@ def coupled_plan(
         total: number of groups.
         runs: the sets.
         slope: see :class:`GroupOptions`.
-        keep: never shrink the largest group of a set.
+        balance: how the sets compare.
     """
     entries: list[tuple[_Entry, Tensor | None, Tensor | int]] = []
     for part, member in members:
@@ -307,7 +307,7 @@ def coupled_plan(
         entries.append((entry, slots, sizes_S))
     if not entries:
         return CopyPlan(loose)
-    return NormPlan(prox, entries, slope, total, runs, keep, loose=loose)
+    return NormPlan(prox, entries, slope, total, runs, balance, loose=loose)
 
 
 class CopyPlan:

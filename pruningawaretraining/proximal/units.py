@@ -136,7 +136,7 @@ class Unit:
         sets = grouper.grouping.sets
         runs = [slice(one.start, one.stop) for one in sets]
         slope = self.options.gamma_index_slope
-        return coupled_plan(prox, pairs, loose, grouper.grouping.size, runs, slope, grouper.keep_one)
+        return coupled_plan(prox, pairs, loose, grouper.grouping.size, runs, slope, grouper.balance())
 
 
 def weight_name(group: ParamGroup, number: int, index: int) -> str:

@@ -233,9 +233,9 @@ def _couple(
     layers = [name.rpartition(".")[0] for parameter in group["params"] for name in names[id(parameter)]]
     kinds = (nn.modules.conv._ConvNd, nn.Linear)
     producers = [layer for layer in layers if isinstance(model.get_submodule(layer), kinds)]
-    grouper = lookup("grouper", canonical("grouper", COUPLED))(
-        model, example_inputs, list(dict.fromkeys(producers)), keep_one=bool(group.pop("keep_one", False))
-    )
+    options = {key: group.pop(key) for key in ("max_sparsity", "relative") if key in group}
+    layers = list(dict.fromkeys(producers))
+    grouper = lookup("grouper", canonical("grouper", COUPLED))(model, example_inputs, layers, **options)
     coupled = grouper.parameters()
     for parameter in coupled:
         if id(parameter) in taken and id(parameter) not in mine:
