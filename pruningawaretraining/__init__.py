@@ -11,6 +11,7 @@ from pruningawaretraining.criteria import cost_aware, magnitude  # noqa: F401  (
 from pruningawaretraining.export import export_onnx
 from pruningawaretraining.pruning import Pruner, Pruning
 from pruningawaretraining.registry import register
+from pruningawaretraining.state_dict import load_state_dict_pruned
 from pruningawaretraining.version import __version__
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "export_onnx",
     "load_config",
     "load_pruned",
+    "load_state_dict_pruned",
     "measure_latency",
     "register",
     "save_pruned",

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import CheckpointError, nearest
-from pruningawaretraining.removal import Surgery
+from pruningawaretraining.removal import Surgery, successor
 from pruningawaretraining.version import __version__
 
 log = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ def _put_tensors(model: nn.Module, tensors: dict[str, Tensor], surgery: Surgery)
             new = tensors[name].to(old.device)
             if isinstance(old, nn.Parameter):
                 if id(old) not in made:
-                    made[id(old)] = nn.Parameter(new.clone(), requires_grad=old.requires_grad)
+                    made[id(old)] = successor(old, new.clone())
                 surgery.set_attribute(module, attribute, made[id(old)])
             else:
                 surgery.set_attribute(module, attribute, new.clone())

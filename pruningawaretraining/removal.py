@@ -59,6 +59,16 @@ def slice_tensor(tensor: Tensor, keep: Keep) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor.clone()
 
 
+def successor(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """A parameter with other values (and another shape) that keeps the old one's hooks, attributes and freezing."""
+    new = nn.Parameter(values, requires_grad=old.requires_grad)
+    vars(new).update(vars(old))
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(old, hooks):
+            setattr(new, hooks, getattr(old, hooks))
+    return new
+
+
 class Surgery:
     """Changes to a model, its optimizers and followers that can be undone until they are committed."""
 
@@ -165,7 +175,7 @@ def _slice_module(
         old = getattr(owner, attribute)
         new = slice_tensor(old.detach(), keep)
         if isinstance(old, nn.Parameter):
-            parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+            parameter = successor(old, new)
             if old.grad is not None:
                 parameter.grad = slice_tensor(old.grad, keep)
             exchanged[old] = (parameter, keep)
