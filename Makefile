@@ -5,13 +5,14 @@ READY  := $(VENV)/.installed
 # One test process for each core, at most four; each keeps to one thread so that they do not fight over cores.
 JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
-.PHONY: help install test test-slow lint demo bench clean
+.PHONY: help install test test-slow lint demo bench schemas clean
 
 help:
 	@echo "make demo       train, prune, export and report on a small real data set; results in runs/demo"
 	@echo "make test       linter, types and tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make bench      the benchmarks of docs/benchmarks.md"
+	@echo "make schemas    write the JSON schemas in configs/ anew, after a change of the config"
 	@echo "make clean      remove the virtual environment, caches and build products (runs/ stays)"
 
 install: $(READY)
@@ -37,6 +38,9 @@ demo: $(READY)
 
 bench: $(READY)
 	for file in benchmarks/*.py; do $(BIN)/python "$$file" || exit 1; done
+
+schemas: $(READY)
+	for kind in experiment pruning; do $(BIN)/pat schema $$kind > configs/$$kind.schema.json || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -150,7 +150,7 @@ def _show(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
         if link.difference is not None:
             text.append(f" ({link.difference:.1e})", "dim")
     if text:
-        console.print(text, "[dim]largest difference of the outputs[/dim]")
+        console.print(text, Text("largest differences of the outputs", "dim"), soft_wrap=True)
     target, pruned, dense = (summary.get(key) or {} for key in ("target", "pruned", "dense"))
     if target.get("macs") is not None and pruned["macs"] > target["macs"] * dense["macs"]:
         kept = f"{pruned['macs'] / dense['macs']:.3f} of the MACs are kept, {target['macs']} was asked for"

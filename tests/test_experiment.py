@@ -318,9 +318,9 @@ def test_a_terminal_shows_bars_and_the_last_epoch(tmp_path: Path) -> None:
     assert "2/2" in screen.getvalue() and "accuracy" in screen.getvalue() and "━" in screen.getvalue()
 
 
-@pytest.mark.parametrize(("example", "least"), [("train_loop", 0.9), ("pruning_loop", 0.9)])
+@pytest.mark.parametrize(("example", "least"), [("train_loop", 0.85), ("pruning_loop", 0.85)])
 def test_examples_run(example: str, least: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
     monkeypatch.chdir(tmp_path)
-    assert importlib.import_module(example).main(16) > least
+    assert importlib.import_module(example).main(9) > least
     assert (tmp_path / "runs" / example / "pruned.safetensors").is_file()
