@@ -322,3 +322,31 @@ def test_any_grouping_of_the_library_can_be_coupled() -> None:
     train(model, optimizer)
     zeroed = grouper.grouping.reduce_of(lambda weight: (weight != 0).float()) == 0
     assert [int(zeroed[one.start : one.stop].sum()) for one in found.sets] == [6, 4, 4]
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_masks_hold_and_steps_count_once_beside_a_pruner(given: bool, base: str) -> None:
+    """A pruner with masks of its own, told of the optimizer or left to find it."""
+    model = residual()
+    grouper = CoupledChannelGrouper(model, INPUTS[:1])
+    groups = grouper.param_groups(reg_lambda=0.01)
+    kinds = {"sgd": lambda: torch.optim.SGD(groups, lr=0.05, momentum=0.9), "adamw": lambda: torch.optim.AdamW(groups)}
+    optimizer = PruneOptimizer(kinds[base](), 1, 7)
+    rule = {"target": {"sparsity": 0.5}, "start": 0, "end": 1}
+    pruner = Pruning(model, {"rules": [rule]}, example_inputs=INPUTS[:1], optimizer=optimizer if given else None)
+    train(model, optimizer, 2)
+    pruner.prune(model, 0)  # a quarter, masked
+    masked = [name for name, keep in pruner.masks.items() if not bool(keep.all())]
+    for _ in range(4):
+        train(model, optimizer)
+        gone = ~pruner.masks["stem.0"]
+        assert not bool(model.stem[0].weight[gone].any()) or "stem.0" not in masked
+        assert not bool(model.head.weight[:, gone].any())
+    assert pruner.steps == 6
+    pruner.prune(model, 1)  # half, removed
+    train(model, optimizer, 4)
+    assert pruner.steps == 10
+    inside = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert inside == {id(parameter) for parameter in model.parameters()}
+    assert len(optimizer.state) == len(inside)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.proximal.latent import Place
-from pruningawaretraining.proximal.plans import SpectralPlan
+from pruningawaretraining.proximal.spectral_plan import SpectralPlan
 from pruningawaretraining.proximal.units import Unit
 
 

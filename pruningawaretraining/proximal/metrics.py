@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pruningawaretraining.proximal.latent import Place
 from pruningawaretraining.proximal.low_rank import Factors, SpectralGrouper
-from pruningawaretraining.proximal.plans import SpectralPlan
 from pruningawaretraining.proximal.sharding import Shards, all_reduce_, local
+from pruningawaretraining.proximal.spectral_plan import SpectralPlan
 from pruningawaretraining.proximal.units import ParamGroup, Unit
 
 

@@ -2,14 +2,12 @@
 
 The model's weights are the proximal image of latent weights. Gradients are taken at the weights, the base optimizer
 updates the latents, and the latents are never shrunk (dual averaging): the threshold grows with gamma, the sum of
-learning rates since the warm-up. (Xiao 2010, "Dual averaging methods for regularized stochastic learning"; Ma and Xiao
-2025, "PARQ", for the form with cumulative learning rates.)
+learning rates since the warm-up. (Xiao 2010, "Dual averaging methods for regularized stochastic learning and online
+optimization".)
 """
 
 from __future__ import annotations
 
-import sys
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -17,38 +15,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pruningawaretraining.errors import CheckpointError, ConfigError
+from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.proximal.coupled import CoupledGrouper
 from pruningawaretraining.proximal.healing import hold_ranks, mask_gradients, mask_of, mask_weights
-from pruningawaretraining.proximal.latent import (
-    CopyIn,
-    Place,
-    Redirect,
-    Way,
-    copy_all,
-    give_own,
-    reads_param_groups,
-    take_own,
-)
+from pruningawaretraining.proximal.latent import CopyIn, Place, Redirect, Way, copy_all, give_own, take_own
 from pruningawaretraining.proximal.low_rank import Factors, SpectralGrouper
 from pruningawaretraining.proximal.metrics import Reached, measure, weight_factors, weight_sparsity
-from pruningawaretraining.proximal.options import number, stable_name, whole
-from pruningawaretraining.proximal.plans import NormPlan, SpectralPlan
-from pruningawaretraining.proximal.state import (
-    TYPES,
-    pack_groups,
-    restore_own,
-    strip_own,
-    unpack_counters,
-    unpack_groups,
-)
-from pruningawaretraining.proximal.units import ParamGroup, Plan, Unit, build_units, watched
+from pruningawaretraining.proximal.plans import NormPlan
+from pruningawaretraining.proximal.spectral_plan import SpectralPlan
+from pruningawaretraining.proximal.units import ParamGroup, Plan, Unit
+from pruningawaretraining.proximal.wrapper import Wrapper
 
-NEVER = sys.maxsize
 Closure = Callable[[], Any]
 
 
-class PruneOptimizer(Optimizer):
+class PruneOptimizer(Wrapper):
     """Wraps an optimizer whose param groups say how to prune.
 
     A param group with a ``prox_type`` is regularised. Keys: ``group_type`` and ``prox_type`` (a short name, a dotted
@@ -83,97 +64,7 @@ class PruneOptimizer(Optimizer):
         reg_lambda: float = 0.0,
         redirect: bool | None = None,
     ) -> None:
-        if not isinstance(base_optimizer, Optimizer):
-            raise ConfigError(f"base_optimizer: {type(base_optimizer).__name__} is no torch.optim.Optimizer")
-        self.warmup_steps = whole(warmup_steps, "warmup_steps", 0)
-        healing = NEVER if healing_start_step is None else healing_start_step
-        self.healing_start_step = whole(healing, "healing_start_step")
-        if self.warmup_steps >= self.healing_start_step:
-            raise ConfigError(
-                f"healing_start_step: {healing_start_step} is not after the warm-up. Allowed: above warmup_steps "
-                f"({warmup_steps})"
-            )
-        number(reg_lambda, "reg_lambda", 0)
-        self.num_steps = 0
-        self.default_lambda = reg_lambda
-        self.redirect = reads_param_groups(base_optimizer) if redirect is None else redirect
-        super().__init__([{"params": []}], base_optimizer.defaults)
-        self.base_optimizer = base_optimizer
-        self._units: list[Unit] = []
-        self._watched: list[tuple[Any, ...]] = []
-        self._refresh()
-
-    # The param groups and state are the base optimizer's own. While Optimizer.__init__ runs there is none yet.
-
-    @property
-    def param_groups(self) -> list[ParamGroup]:
-        """The base optimizer's param groups."""
-        return self.base_optimizer.param_groups if "base_optimizer" in self.__dict__ else []
-
-    @param_groups.setter
-    def param_groups(self, value: list[ParamGroup]) -> None:
-        if "base_optimizer" in self.__dict__:
-            self.base_optimizer.param_groups = value
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """The base optimizer's state, with our "latent", "mask" and "rank" of regularised weights."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        if "base_optimizer" in self.__dict__:
-            self.base_optimizer.state = value
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = ("base_optimizer", "warmup_steps", "healing_start_step", "num_steps", "default_lambda", "redirect")
-        return {"defaults": self.defaults, **{key: self.__dict__[key] for key in kept}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._units, self._watched = [], []
-        self._refresh()
-
-    def __repr__(self) -> str:
-        inner = "\n  ".join(repr(self.base_optimizer).splitlines())
-        return (
-            f"{type(self).__name__} (warmup_steps={self.warmup_steps}, healing_start_step="
-            f"{'never' if self.healing_start_step == NEVER else self.healing_start_step}\n  {inner}\n)"
-        )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, at any time; its gamma starts at 0.
-
-        Raises:
-            ConfigError: an option that cannot be used; the optimizer is then as it was.
-        """
-        if "base_optimizer" not in self.__dict__:
-            return
-        self.base_optimizer.add_param_group(param_group)
-        try:
-            self._refresh()
-        except ConfigError:
-            self.param_groups.pop()
-            raise
-
-    def regularized_param_groups(self) -> list[ParamGroup]:
-        """The param groups with a ``prox_type``."""
-        return [group for group in self.param_groups if group.get("prox_type") is not None]
-
-    def _refresh(self) -> None:
-        """Build the units anew if a param group or one of its options has changed."""
-        groups = self.param_groups
-        for group in groups:
-            if group.get("prox_type") is not None:
-                group.setdefault("reg_lambda", self.default_lambda)
-                group.setdefault("gamma", 0.0)
-        now = watched(groups)
-        if now != self._watched:
-            others = [*self.base_optimizer.defaults, "initial_lr"]
-            self._units = build_units(groups, others, self.healing_start_step != NEVER)
-            self._watched = now
-
-    # Stepping
+        super().__init__(base_optimizer, warmup_steps, healing_start_step, reg_lambda, redirect)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -379,57 +270,6 @@ class PruneOptimizer(Optimizer):
                     fraction = unit.options.fraction(*step)
                     return weight_factors(unit, place, self.state.get(weight, {}), self.param_groups, fraction)
         raise ConfigError(f"weight: the tensor of shape {tuple(weight.shape)} is in no param group with an SVD grouper")
-
-    # State
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of both optimizers: tensors and plain data only.
-
-        Counters, warm-up, healing, gamma and lambda are in the param groups; the latents, masks and ranks are in the
-        state of their parameters.
-        """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state: dict[str, Any] = self.base_optimizer.state_dict()
-        counters = {
-            "num_steps": self.num_steps,
-            "warmup_steps": self.warmup_steps,
-            "healing_start_step": self.healing_start_step,
-        }
-        state["param_groups"] = pack_groups(state["param_groups"], counters, stable_name)
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state = post_hook(self, state) or state
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where another optimizer of the same param groups was; a plain state of the base optimizer is taken
-        as that of step 0.
-
-        Raises:
-            CheckpointError: the groups do not fit.
-        """
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        if len(state_dict["param_groups"]) != len(self.param_groups):
-            raise CheckpointError(
-                f"param_groups: the state has {len(state_dict['param_groups'])}, the optimizer {len(self.param_groups)}"
-            )
-        counters = unpack_counters(state_dict["param_groups"])
-        types = [{key: group[key] for key in TYPES if key in group} for group in self.param_groups]
-        groups = unpack_groups(state_dict["param_groups"], self.param_groups, stable_name)
-        plain, own = strip_own(state_dict["state"])
-        self.base_optimizer.load_state_dict({**state_dict, "state": plain, "param_groups": groups})
-        for group, live in zip(self.param_groups, types, strict=True):
-            group.update(live)
-        restore_own(self.state, own, groups, self.param_groups)
-        self.num_steps = counters.get("num_steps", 0)
-        self.warmup_steps = counters.get("warmup_steps", self.warmup_steps)
-        self.healing_start_step = counters.get("healing_start_step", self.healing_start_step)
-        self._watched = []
-        self._refresh()
-        for post_load in self._optimizer_load_state_dict_post_hooks.values():
-            post_load(self)
 
 
 def advanced(gamma: float | Tensor, lr: float | Tensor) -> float | Tensor:

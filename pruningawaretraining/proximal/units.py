@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.proximal.coupled import CoupledGrouper
+from pruningawaretraining.proximal.element_plans import LassoPlan, RankedPlan, element_plan
 from pruningawaretraining.proximal.groupers import ElemGrouper, Grouper
 from pruningawaretraining.proximal.latent import Place
 from pruningawaretraining.proximal.low_rank import SpectralGrouper
@@ -22,18 +23,10 @@ from pruningawaretraining.proximal.maps import (
     SpectralMap,
 )
 from pruningawaretraining.proximal.options import WATCHED_KEYS, GroupOptions, check_keys, read_options
-from pruningawaretraining.proximal.plans import (
-    CopyPlan,
-    LassoPlan,
-    NormPlan,
-    Part,
-    RankedPlan,
-    SpectralPlan,
-    coupled_plan,
-    element_plan,
-    grouper_plan,
-)
+from pruningawaretraining.proximal.parts import Part
+from pruningawaretraining.proximal.plans import CopyPlan, NormPlan, coupled_plan, grouper_plan
 from pruningawaretraining.proximal.sharding import local
+from pruningawaretraining.proximal.spectral_plan import SpectralPlan
 
 Plan: TypeAlias = NormPlan | CopyPlan | LassoPlan | RankedPlan | SpectralPlan
 ParamGroup: TypeAlias = dict[str, Any]
