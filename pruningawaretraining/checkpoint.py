@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import CheckpointError, nearest
-from pruningawaretraining.removal import Surgery, successor
+from pruningawaretraining.surgery import Surgery, successor
 from pruningawaretraining.version import __version__
 
 log = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ forward hook, so that the masked model equals the removed one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.optimizer_state import mask_state
 
 
 class Masks:
@@ -34,6 +36,7 @@ class Masks:
         self.norms = dict(norms or {})
         self.keep_G = torch.ones(grouping.size, dtype=torch.bool)
         self._handles: list[RemovableHandle] = []
+        self._gradient_handles: list[RemovableHandle] = []
         self._parameters: list[Tensor] = []
         self._factors: list[Tensor] = []
         self._keep_on: dict[torch.device, Tensor] = {}
@@ -54,6 +57,7 @@ class Masks:
         self.keep_G = keep_G.detach().cpu().bool().clone()
         self._keep_on = {}
         self._build_factors()
+        self._hook_gradients()
         self._hook_norms()
         self.apply()
 
@@ -61,6 +65,7 @@ class Masks:
         """Forget the masks and take the hooks out; the weights stay as they are."""
         self.keep_G = torch.ones_like(self.keep_G)
         self._keep_on, self._parameters, self._factors = {}, [], []
+        self._hook_gradients()
         self._unhook()
 
     def _build_factors(self) -> None:
@@ -93,11 +98,7 @@ class Masks:
     def apply_to_state(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Set the optimizers' state of masked weights (momenta, averages) to 0."""
         self._move_factors()
-        for optimizer in optimizers:
-            for parameter, factor in zip(self._parameters, self._factors, strict=True):
-                for value in optimizer.state.get(parameter, {}).values():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        value.mul_(factor.to(value.device))
+        mask_state(optimizers, self._parameters, self._factors)
 
     def _move_factors(self) -> None:
         """Follow a model that has been moved to another device or dtype since the masks were set."""
@@ -106,6 +107,31 @@ class Masks:
         ):
             pairs = zip(self._parameters, self._factors, strict=True)
             self._factors = [factor.to(parameter.device, parameter.dtype) for parameter, factor in pairs]
+
+    def _hook_gradients(self) -> None:
+        """Mask gradients where they are accumulated, so that a norm taken between backward and step has none of them.
+
+        Only parameters with masked entries are hooked, and only while they have some.
+        """
+        for handle in self._gradient_handles:
+            handle.remove()
+        self._gradient_handles = []
+        by_parameter: dict[int, list[int]] = {}
+        for index, parameter in enumerate(self._parameters):
+            by_parameter.setdefault(id(parameter), []).append(index)
+        for indices in by_parameter.values():
+            parameter = self._parameters[indices[0]]
+            if parameter.requires_grad:
+                hook = partial(self._mask_gradient, indices=indices)
+                self._gradient_handles.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    @torch.no_grad()
+    def _mask_gradient(self, parameter: Tensor, indices: list[int]) -> None:
+        gradient = parameter.grad
+        if gradient is None or gradient.layout is not torch.strided:
+            return
+        for index in indices:
+            gradient.mul_(self._factors[index].to(gradient.device, gradient.dtype))
 
     def _hook_norms(self) -> None:
         self._unhook()

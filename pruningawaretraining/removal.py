@@ -8,19 +8,15 @@ model, its optimizers and its averages as they were.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.grouping import Grouping
-
-log = logging.getLogger(__name__)
-
-Keep = dict[int, Tensor]  # dimension -> indices that stay
+from pruningawaretraining.optimizer_state import follow
+from pruningawaretraining.surgery import Keep, Surgery, slice_tensor, successor
 
 
 def kept_indices(grouping: Grouping, keep_G: Tensor) -> dict[str, Keep]:
@@ -49,57 +45,6 @@ def kept_indices(grouping: Grouping, keep_G: Tensor) -> dict[str, Keep]:
             if not bool(keep_D.all()):
                 kept.setdefault(name, {})[dim] = torch.nonzero(keep_D).flatten()
     return kept
-
-
-def slice_tensor(tensor: Tensor, keep: Keep) -> Tensor:
-    """The tensor with only the kept indices of some dimensions, in its own memory and memory format."""
-    channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
-    for dim, indices in keep.items():
-        tensor = tensor.index_select(dim, indices.to(tensor.device))
-    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor.clone()
-
-
-def successor(old: nn.Parameter, values: Tensor) -> nn.Parameter:
-    """A parameter with other values (and another shape) that keeps the old one's hooks, attributes and freezing."""
-    new = nn.Parameter(values, requires_grad=old.requires_grad)
-    vars(new).update(vars(old))
-    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        if getattr(old, hooks):
-            setattr(new, hooks, getattr(old, hooks))
-    return new
-
-
-class Surgery:
-    """Changes to a model, its optimizers and followers that can be undone until they are committed."""
-
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
-
-    def set_attribute(self, target: object, name: str, value: Any) -> None:
-        old = getattr(target, name)
-        setattr(target, name, value)
-        self._undo.append(lambda: setattr(target, name, old))
-
-    def set_item(self, target: Any, key: Any, value: Any) -> None:
-        old = target[key]
-        target[key] = value
-        self._undo.append(lambda: target.__setitem__(key, old))
-
-    def rename_key(self, target: Any, old_key: Any, new_key: Any, value: Any) -> None:
-        old = target.pop(old_key)
-        target[new_key] = value
-
-        def undo() -> None:
-            target.pop(new_key)
-            target[old_key] = old
-
-        self._undo.append(undo)
-
-    def undo(self) -> None:
-        """Put everything back."""
-        for step in reversed(self._undo):
-            step()
-        self._undo = []
 
 
 @torch.no_grad()
@@ -135,7 +80,7 @@ def remove(
         for follower in followers:
             _slice_module(_inner(follower, kept), kept, bare, surgery)
         for optimizer in optimizers:
-            _follow(optimizer, exchanged, surgery)
+            follow(optimizer, exchanged, surgery)
     except BaseException:
         surgery.undo()
         raise
@@ -230,35 +175,3 @@ def _update_conv(module: nn.modules.conv._ConvNd, surgery: Surgery) -> None:
     inputs, outputs = (first, second * groups) if module.transposed else (second * groups, first)
     surgery.set_attribute(module, "in_channels", inputs)
     surgery.set_attribute(module, "out_channels", outputs)
-
-
-def _follow(
-    optimizer: torch.optim.Optimizer, exchanged: dict[Tensor, tuple[nn.Parameter, Keep]], surgery: Surgery
-) -> None:
-    """Exchange an optimizer's parameters and slice its state."""
-    for group in optimizer.param_groups:
-        for index, old in enumerate(group["params"]):
-            if old in exchanged:
-                surgery.set_item(group["params"], index, exchanged[old][0])
-    for old, (new, keep) in exchanged.items():
-        if old in optimizer.state:
-            state = {key: _slice_state(value, old, keep) for key, value in optimizer.state[old].items()}
-            surgery.rename_key(optimizer.state, old, new, state)
-
-
-def _slice_state(value: Any, parameter: Tensor, keep: Keep) -> Any:
-    """Slice one entry of a parameter's state: of its shape, or of its shape with one dimension summed out."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(_slice_state(item, parameter, keep) for item in value)
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    shape = list(parameter.shape)
-    if list(value.shape) == shape:
-        return slice_tensor(value, keep)
-    if value.dim() == len(shape) and all(have in (1, want) for have, want in zip(value.shape, shape, strict=True)):
-        return slice_tensor(value, {dim: indices for dim, indices in keep.items() if value.shape[dim] > 1})
-    for dropped in reversed(range(len(shape))):  # factored second moments (Adafactor): one dimension summed out
-        if list(value.shape) == shape[:dropped] + shape[dropped + 1 :]:
-            left = {dim - (dim > dropped): indices for dim, indices in keep.items() if dim != dropped}
-            return slice_tensor(value, left)
-    return value

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.errors import CheckpointError, nearest
 from pruningawaretraining.layer_widths import Layer, read_widths
-from pruningawaretraining.removal import Surgery, successor
+from pruningawaretraining.surgery import Surgery, successor
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Names that DataParallel, torch.compile, FSDP and activation checkpointing put into the names of tensors."""

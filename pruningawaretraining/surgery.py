@@ -1,0 +1,66 @@
+"""Changes to models and optimizers that can be undone, and the tensors that take the place of sliced ones.
+
+Shape suffixes: ``_D`` entries of one dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Keep = dict[int, Tensor]
+"""Dimension -> indices that stay (int64, ascending)."""
+
+
+def slice_tensor(tensor: Tensor, keep: Keep) -> Tensor:
+    """The tensor with only the kept indices of some dimensions, in its own memory and memory format."""
+    channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
+    for dim, indices in keep.items():
+        tensor = tensor.index_select(dim, indices.to(tensor.device))
+    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor.clone()
+
+
+def successor(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """A parameter with other values (and another shape) that keeps the old one's hooks, attributes and freezing."""
+    new = nn.Parameter(values, requires_grad=old.requires_grad)
+    vars(new).update(vars(old))
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(old, hooks):
+            setattr(new, hooks, getattr(old, hooks))
+    return new
+
+
+class Surgery:
+    """Changes to a model, its optimizers and followers that can be undone until they are committed."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def set_attribute(self, target: object, name: str, value: Any) -> None:
+        old = getattr(target, name)
+        setattr(target, name, value)
+        self._undo.append(lambda: setattr(target, name, old))
+
+    def set_item(self, target: Any, key: Any, value: Any) -> None:
+        old = target[key]
+        target[key] = value
+        self._undo.append(lambda: target.__setitem__(key, old))
+
+    def rename_key(self, target: Any, old_key: Any, new_key: Any, value: Any) -> None:
+        old = target.pop(old_key)
+        target[new_key] = value
+
+        def undo() -> None:
+            target.pop(new_key)
+            target[old_key] = old
+
+        self._undo.append(undo)
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for step in reversed(self._undo):
+            step()
+        self._undo = []
