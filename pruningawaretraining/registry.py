@@ -7,6 +7,7 @@ a name, or from a mapping with a ``type`` key and the fields of the dataclass.
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -14,8 +15,10 @@ from typing import Any, TypeVar
 from pruningawaretraining.errors import ConfigError, unknown
 
 T = TypeVar("T")
+Spelling = Callable[[re.Match[str]], Mapping[str, Any]]
 _ENTRIES: dict[str, dict[str, Any]] = {}
 _ALIASES: dict[str, dict[str, str]] = {}
+_SPELLINGS: dict[str, list[tuple[re.Pattern[str], Spelling]]] = {}
 
 
 def register(kind: str, name: str, *aliases: str) -> Callable[[T], T]:
@@ -35,6 +38,31 @@ def register(kind: str, name: str, *aliases: str) -> Callable[[T], T]:
         return entry
 
     return add
+
+
+def spelling(kind: str, expression: str) -> Callable[[Spelling], Spelling]:
+    """Function decorator: a text that the whole ``expression`` matches, such as "4x1", means the mapping that the
+    function makes of the match: ``{"type": name, **fields}``."""
+
+    def add(function: Spelling) -> Spelling:
+        _SPELLINGS.setdefault(kind, []).append((re.compile(expression), function))
+        return function
+
+    return add
+
+
+def spellings(kind: str) -> list[str]:
+    """The regular expressions of the spellings of a kind."""
+    return [expression.pattern for expression, _ in _SPELLINGS.get(kind, [])]
+
+
+def spelled(kind: str, text: str) -> Mapping[str, Any] | None:
+    """The mapping that ``text`` is short for, or None where it is no spelling of this kind."""
+    for expression, function in _SPELLINGS.get(kind, []):
+        match = expression.fullmatch(text)
+        if match:
+            return function(match)
+    return None
 
 
 def names(kind: str) -> list[str]:
@@ -67,7 +95,7 @@ def build(kind: str, spec: Any, where: str | None = None) -> Any:
 
     Args:
         kind: the kind of entry.
-        spec: a name, a mapping ``{"type": name, **fields}``, or an object that is already built.
+        spec: a name or spelling, a mapping ``{"type": name, **fields}``, or an object that is already built.
         where: the key of the config, for messages.
 
     Raises:
@@ -75,7 +103,7 @@ def build(kind: str, spec: Any, where: str | None = None) -> Any:
     """
     where = where or kind
     if isinstance(spec, str):
-        spec = {"type": spec}
+        spec = spelled(kind, spec) or {"type": spec}
     if not isinstance(spec, Mapping):
         return spec
     if "type" not in spec:

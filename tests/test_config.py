@@ -105,6 +105,8 @@ CHANNELS = {
     "at_init": False,
     "enabled": True,
     "mode": "prune",
+    "keep_zeros": False,
+    "progressive": 1,
 }
 SLICES = CHANNELS | {
     "name": "slices",
@@ -637,7 +639,7 @@ class Recipe:
     ],
 )
 def test_which_form_recognises_it(mapping: dict[str, Any], form: str | None) -> None:
-    forms = [name for name in ("flat", "sirc") if registry.build("dialect", name).recognises(mapping)]
+    forms = [name for name in ("flat", "intel", "sirc") if registry.build("dialect", name).recognises(mapping)]
     assert forms == ([form] if form else [])
 
 
@@ -651,7 +653,7 @@ def test_another_dialect_is_a_class_with_two_methods(tmp_path: Path) -> None:
     assert (rule.name, rule.start, rule.target) == ("!Halve", 1, Target(sparsity=0.5))
     path.write_text("recipe: !Halve [1]\n")
     assert "the tag '!Halve' must be on a mapping" in problems(path)[0]
-    assert "another form (flat, recipe, sirc)" in problems({"recipes": 1})[0]
+    assert "another form (flat, intel, recipe, sirc)" in problems({"recipes": 1})[0]
 
 
 # --- the JSON schema ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, PydanticUserError
 
-from pruningawaretraining.registry import lookup, names
+from pruningawaretraining.registry import lookup, names, spellings
 
 NAMED = ("pattern", "criterion", "regularizer", "schedule", "scope")
 """Fields of a rule that hold something registered, each under the kind of its own name."""
@@ -46,7 +46,8 @@ def _alternatives(kind: str) -> dict[str, Any]:
     if kind in ("schedule", "scope"):
         return plain
     none = [{"type": "null"}] if kind == "regularizer" else []
-    return {"anyOf": [plain, *(_object_form(kind, name) for name in names(kind)), *none]}
+    spelled = [{"type": "string", "pattern": f"^(?:{expression})$"} for expression in spellings(kind)]
+    return {"anyOf": [plain, *spelled, *(_object_form(kind, name) for name in names(kind)), *none]}
 
 
 def _object_form(kind: str, name: str) -> dict[str, Any]:

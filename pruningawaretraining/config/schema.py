@@ -13,7 +13,7 @@ from pruningawaretraining import schedules  # noqa: F401  (importing it register
 from pruningawaretraining.config.editor import complete_schema
 from pruningawaretraining.config.strict import Amount, Count, Fraction, Share, Strict, Whole
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.registry import build, canonical, names
+from pruningawaretraining.registry import build, canonical, names, spelled
 
 __all__ = ["Amount", "Count", "ExampleInputs", "Fraction", "PruningConfig", "Rule", "Share", "Target", "json_schema"]
 
@@ -93,7 +93,15 @@ class Rule(Strict):
     )
     at_init: bool = Field(False, description="Prune when the pruner is made if start <= 0, else at start, all at once.")
     enabled: bool = Field(True, description="False: the rule is read and checked, and does nothing.")
-    mode: Literal["prune", "unprune"] = Field("prune", description="unprune: lift the masks of this rule instead.")
+    mode: Literal["prune", "unprune", "lock"] = Field(
+        "prune",
+        description="unprune: lift the masks of this rule instead. lock: the zeros that the weights have at start are "
+        "the mask, for good.",
+    )
+    keep_zeros: bool = Field(False, description="Groups that are zero already at start count as pruned, and stay so.")
+    progressive: Count = Field(
+        1, description="Parts in which an event's weights are zeroed, evenly until the next event, lowest scores first."
+    )
 
     @field_validator("pattern", "criterion", "regularizer", "schedule", "scope", mode="before")
     @classmethod
@@ -191,7 +199,8 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _check_name(kind: str, name: str) -> str:
-    name = canonical(kind, name)
+    if spelled(kind, name) is None:
+        name = canonical(kind, name)
     build(kind, name, kind)
     return name
 
