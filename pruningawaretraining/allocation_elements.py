@@ -1,0 +1,321 @@
+"""Allocation for slices, blocks, N:M and single weights, up to 10^8 of them: scores and a sparsity -> what stays.
+
+Shape suffixes: ``_G`` groups, ``_S`` sets of groups (layers), ``_N`` any run of groups, ``_W`` shape of a weight.
+
+Pure functions. Where :class:`pruningawaretraining.allocation.Allocator` ranks every group, these find one threshold by
+selection and count ties, so that they need one copy of the scores in their own precision and masks of one byte a group.
+Counts are exact: ``floor(sparsity * groups)`` of every ranking class go, the lowest scores first, the lower index first
+among equals, within the least and most that each set may lose (water-filling: what one set may not lose, others do).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pruningawaretraining.allocation import SLACK
+from pruningawaretraining.errors import TargetError
+from pruningawaretraining.folding import slot_maxima
+from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.registry import lookup
+
+CHUNK = 1 << 22  # groups looked at together when ties are counted
+
+
+@dataclass(frozen=True)
+class ElementLimits:
+    """Bounds on the fraction of each set's groups that go.
+
+    Args:
+        min_sparsity: at least ``floor(min_sparsity * groups)`` go.
+        max_sparsity: at least ``ceil((1 - max_sparsity) * groups)`` stay; 1 allows that all go.
+    """
+
+    min_sparsity: float = 0.0
+    max_sparsity: float = 1.0
+
+
+def classes_of(grouping: Grouping, scope: str) -> Tensor:
+    """The ranking class of every set (vector of sets), for a registered scope that ranks whole sets."""
+    one_each = tuple(replace(one, start=number, stop=number + 1) for number, one in enumerate(grouping.sets))
+    classes_S: Tensor = lookup("scope", scope)(Grouping(grouping.name, (), one_each))
+    return classes_S
+
+
+def allocate(
+    scores_G: Tensor,
+    sizes_S: Sequence[int],
+    sparsity: float,
+    limits: ElementLimits = ElementLimits(),
+    classes_S: Tensor | None = None,
+    removed_G: Tensor | None = None,
+    exempt_G: Tensor | None = None,
+) -> Tensor:
+    """The groups that stay at a sparsity.
+
+    Args:
+        scores_G: importance in any floating precision, on any device; infinity means "last".
+        sizes_S: groups of each set, in order.
+        sparsity: fraction of the groups of each ranking class that go, in [0, 1].
+        limits: bounds in every set.
+        classes_S: the ranking class of each set; None for one class.
+        removed_G: groups that are masked already (True): they stay so, and count.
+        exempt_G: groups that are left alone (True), and out of every count.
+
+    Returns:
+        Keep mask (bool vector of groups) on the scores' device.
+
+    Raises:
+        ValueError: scores of the wrong length, or with NaN.
+    """
+    values_G = _prepared(scores_G, sizes_S, removed_G, exempt_G)
+    counted = _counted(sizes_S, exempt_G)
+    least, most = _bounds(counted, limits, sizes_S, removed_G, exempt_G)
+    classes = [0] * len(counted) if classes_S is None else classes_S.tolist()
+    wanted = _wanted(sparsity, counted, least, most, classes)
+    parts = torch.split(values_G, list(sizes_S))
+    keep_G = _lowest_of_classes(values_G, parts, classes, wanted)
+    gone = [int((~part).sum()) for part in torch.split(keep_G, list(sizes_S))]
+    if all(low <= count <= high for low, count, high in zip(least, gone, most, strict=True)):
+        return keep_G
+    _apply_bounds(parts, counted, least, most)
+    return _lowest_of_classes(values_G, parts, classes, wanted)
+
+
+def _wanted(
+    sparsity: float, counted: Sequence[int], least: Sequence[int], most: Sequence[int], classes: Sequence[int]
+) -> dict[int, int]:
+    """How many groups go from each ranking class."""
+    wanted = {}
+    for number in sorted(set(classes)):
+        mine = [index for index, one in enumerate(classes) if one == number]
+        count = math.floor(sparsity * sum(counted[index] for index in mine) + SLACK)
+        wanted[number] = min(max(count, sum(least[index] for index in mine)), sum(most[index] for index in mine))
+    return wanted
+
+
+def _lowest_of_classes(
+    values_G: Tensor, parts: Sequence[Tensor], classes: Sequence[int], wanted: dict[int, int]
+) -> Tensor:
+    keep_G = torch.ones_like(values_G, dtype=torch.bool)
+    keeps = torch.split(keep_G, [len(part) for part in parts])
+    for number, count in wanted.items():
+        mine = [index for index, one in enumerate(classes) if one == number]
+        if len(mine) == len(parts):
+            drop_lowest([values_G], [keep_G], count)
+        else:
+            drop_lowest([parts[index] for index in mine], [keeps[index] for index in mine], count)
+    return keep_G
+
+
+def _prepared(scores_G: Tensor, sizes_S: Sequence[int], removed_G: Tensor | None, exempt_G: Tensor | None) -> Tensor:
+    """A copy of the scores in which removed groups come first and exempt ones last, all others in between."""
+    scores_G = scores_G.detach()
+    if scores_G.shape != (sum(sizes_S),):
+        raise ValueError(f"scores: need {sum(sizes_S)} numbers, got shape {tuple(scores_G.shape)}")
+    finite = torch.finfo(scores_G.dtype)
+    values_G = scores_G.clamp(finite.min, finite.max)
+    if bool(torch.isnan(values_G).any()):
+        raise ValueError("scores: there are NaN among them; the weights or gradients are not finite")
+    if removed_G is not None:
+        values_G.masked_fill_(removed_G.to(values_G.device), -math.inf)
+    if exempt_G is not None:
+        values_G.masked_fill_(exempt_G.to(values_G.device), math.inf)
+    return values_G
+
+
+def _counted(sizes_S: Sequence[int], exempt_G: Tensor | None) -> list[int]:
+    if exempt_G is None:
+        return list(sizes_S)
+    return [size - int(part.sum()) for size, part in zip(sizes_S, torch.split(exempt_G, list(sizes_S)), strict=True)]
+
+
+def _bounds(
+    counted: Sequence[int],
+    limits: ElementLimits,
+    sizes_S: Sequence[int],
+    removed_G: Tensor | None,
+    exempt_G: Tensor | None,
+) -> tuple[list[int], list[int]]:
+    """The least and the most groups that may be gone from each set."""
+    gone = [0] * len(counted)
+    if removed_G is not None:
+        masked_G = removed_G if exempt_G is None else removed_G & ~exempt_G.to(removed_G.device)
+        gone = [int(part.sum()) for part in torch.split(masked_G, list(sizes_S))]
+    least = [max(math.floor(limits.min_sparsity * n + SLACK), out) for n, out in zip(counted, gone, strict=True)]
+    most = [n - max(0, math.ceil((1 - limits.max_sparsity) * n - SLACK)) for n in counted]
+    return least, [max(pair) for pair in zip(most, least, strict=True)]
+
+
+def _apply_bounds(parts: Sequence[Tensor], counted: Sequence[int], least: Sequence[int], most: Sequence[int]) -> None:
+    """Put what must go from a set before everything, and what must stay after everything."""
+    for part, count, low, high in zip(parts, counted, least, most, strict=True):
+        if high < count:
+            allowed_N = torch.ones_like(part, dtype=torch.bool)
+            drop_lowest([part], [allowed_N], high)
+            part.masked_fill_(allowed_N, math.inf)
+        if low > 0:
+            stays_N = torch.ones_like(part, dtype=torch.bool)
+            drop_lowest([part], [stays_N], low)
+            part.masked_fill_(~stays_N, -math.inf)
+
+
+def drop_lowest(values: Sequence[Tensor], keeps: Sequence[Tensor], count: int) -> None:
+    """Clear, in place, the keep flags of the ``count`` lowest of several runs; among equals the first go."""
+    if count <= 0:
+        return
+    threshold = _smallest(values, count)
+    below = [value_N < threshold for value_N in values]
+    remaining = count - sum(int(flags_N.sum()) for flags_N in below)
+    for value_N, keep_N, flags_N in zip(values, keeps, below, strict=True):
+        keep_N.masked_fill_(flags_N, False)
+        for value_C, keep_C in _chunks(value_N, keep_N):
+            if remaining <= 0:
+                break
+            ties = torch.nonzero(value_C == threshold).flatten()[:remaining]
+            keep_C[ties] = False
+            remaining -= len(ties)
+
+
+def _chunks(values_N: Tensor, keep_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.split(values_N, CHUNK), torch.split(keep_N, CHUNK), strict=True)
+
+
+def _smallest(values: Sequence[Tensor], count: int) -> Tensor:
+    """The ``count``-th smallest of several runs, by selection."""
+    joined_N = values[0] if len(values) == 1 else torch.cat(list(values))
+    if joined_N.is_cuda:
+        return torch.kthvalue(joined_N, count).values
+    if joined_N.dtype == torch.bfloat16:  # NumPy has none; its bits, made to count upwards, are ordered as it is
+        bits_N = (joined_N + 0.0).view(torch.int16)
+        ordered_N = torch.where(bits_N < 0, bits_N ^ 0x7FFF, bits_N)
+        found = _partition(ordered_N.numpy(), count)
+        found = torch.where(found < 0, found ^ 0x7FFF, found)
+        return found.view(torch.bfloat16)
+    return _partition(joined_N.numpy(), count)
+
+
+def _partition(values_N: np.ndarray, count: int) -> Tensor:
+    return torch.from_numpy(np.partition(values_N, count - 1)[count - 1 : count].copy())[0]
+
+
+def allocate_windows(
+    scores_G: Tensor,
+    grouping: Grouping,
+    window: tuple[int, int],
+    sparsity: float,
+    dims: Sequence[int],
+    limits: ElementLimits = ElementLimits(),
+    classes_S: Tensor | None = None,
+    removed_G: Tensor | None = None,
+    key: str = "target",
+) -> Tensor:
+    """N:M: the weights that stay at a sparsity, N of M going from a window or none.
+
+    The lowest N of every window are its candidates; ``floor(sparsity / (N / M) * windows)`` of the windows of each
+    ranking class are pruned, those whose candidates score least in sum first. At the end N of every window are gone.
+
+    Args:
+        scores_G: importance of single weights.
+        grouping: groups that are single weights, one member for each set.
+        window: (N, M).
+        sparsity: fraction of the weights that go, at most N / M.
+        dims: for each member, the dimension of its input channels, along which windows lie.
+        limits: bounds on the fraction of each set's weights.
+        classes_S: the ranking class of each set; None for one class.
+        removed_G: weights that are masked already (True): they stay so.
+        key: the key of the config, for messages.
+
+    Returns:
+        Keep mask (bool vector of groups) on the scores' device.
+
+    Raises:
+        TargetError: a sparsity above N / M.
+    """
+    most = window[0] / window[1]
+    if sparsity > most + SLACK:
+        raise TargetError(f"{key}: {sparsity} is out of reach of {window[0]}:{window[1]}. Allowed: at most {most:g}")
+    parts = list(_windows(scores_G, grouping, window, dims, removed_G))
+    windows = [totals.numel() for _, totals, _ in parts]
+    scaled = ElementLimits(min(1.0, limits.min_sparsity / most), min(1.0, limits.max_sparsity / most))
+    totals_N = torch.cat([totals.flatten() for _, totals, _ in parts])
+    started_N = torch.cat([started.flatten() for _, _, started in parts])
+    intact_N = allocate(totals_N, windows, min(1.0, sparsity / most), scaled, classes_S, started_N)
+    keep_G = torch.ones_like(scores_G, dtype=torch.bool)
+    for member, dim, (candidates_RM, totals, _), intact in zip(
+        grouping.members, dims, parts, torch.split(intact_N, windows), strict=True
+    ):
+        keep_RM = ~candidates_RM | intact.view(totals.shape).unsqueeze(-1)
+        keep_W = keep_RM.flatten(-2)[..., : member.sizes[dim]].movedim(-1, dim)
+        keep_G[member.offset : member.offset + member.n_slots] = keep_W.reshape(-1)
+    return keep_G if removed_G is None else keep_G.masked_fill_(removed_G.to(keep_G.device), False)
+
+
+def _windows(
+    scores_G: Tensor, grouping: Grouping, window: tuple[int, int], dims: Sequence[int], removed_G: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each member: the candidates [..., windows, M], the sum of their scores, and whether one is masked already."""
+    drop, of = window
+    finite = torch.finfo(scores_G.dtype)
+    for member, dim in zip(grouping.members, dims, strict=True):
+        mine = slice(member.offset, member.offset + member.n_slots)
+        values = scores_G[mine].clamp(finite.min, finite.max)
+        if removed_G is not None:
+            values.masked_fill_(removed_G[mine].to(values.device), -math.inf)
+        rows = values.view(member.sizes).movedim(dim, -1)
+        short = -rows.shape[-1] % of
+        if short:  # what is not there counts as gone already
+            rows = torch.cat([rows, rows.new_full((*rows.shape[:-1], short), -math.inf)], -1)
+        in_windows = rows.reshape(*rows.shape[:-1], -1, of)
+        candidates = _lowest_in_rows(in_windows, drop)
+        gone = torch.isneginf(in_windows)
+        if short:
+            gone[..., -1, of - short :] = False
+        totals = torch.where(candidates & torch.isfinite(in_windows), in_windows, 0.0).sum(-1)
+        yield candidates, totals.clamp(finite.min, finite.max), gone.any(-1)
+
+
+def _lowest_in_rows(values: Tensor, count: int) -> Tensor:
+    """True for the ``count`` lowest of every short row (the last dimension), the first among equals.
+
+    Each pair of columns is compared once: sorting many rows of four costs ten times as much.
+    """
+    columns = [column.contiguous() for column in values.unbind(-1)]
+    dtype = torch.uint8 if len(columns) < 256 else torch.int16
+    ranks = [torch.zeros_like(column, dtype=dtype) for column in columns]
+    for first, second in itertools.combinations(range(len(columns)), 2):
+        before = columns[first] <= columns[second]
+        ranks[second] += before
+        ranks[first] += before.logical_not_()
+    return torch.stack([rank < count for rank in ranks], -1)
+
+
+def progressive(keep_G: Tensor, next_G: Tensor, scores_G: Tensor, part: int, parts: int) -> Tensor:
+    """Between two masks: of the groups that go from ``keep_G`` to ``next_G`` the ``part / parts`` with least scores.
+
+    Args:
+        keep_G: mask before the event.
+        next_G: mask after it; nothing that was gone comes back.
+        scores_G: importance.
+        part: the sub-step, from 1 to ``parts``.
+        parts: how many sub-steps an event has.
+    """
+    newly_G = keep_G & ~next_G
+    count = int(newly_G.sum()) * part // parts
+    going = torch.nonzero(newly_G).flatten()
+    flags = torch.ones(len(going), dtype=torch.bool, device=going.device)
+    drop_lowest([scores_G[going]], [flags], count)
+    out_G = keep_G.clone()
+    out_G[going[~flags]] = False
+    return out_G
+
+
+def zero_groups(grouping: Grouping) -> Tensor:
+    """Groups whose every weight is 0 now: the mask of a checkpoint that was pruned before (True = zero)."""
+    return torch.cat([slot_maxima(member, member.parameter.detach().abs()) == 0 for member in grouping.members])
