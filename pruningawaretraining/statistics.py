@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruningawaretraining.grouping import Grouping
 
@@ -41,3 +41,47 @@ class Criterion(Protocol):
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
         """One score for each group (vector of ``grouping.size``)."""
         ...
+
+
+class Collector(Protocol):
+    """Gathers what a criterion needs from training, and hands it over in :attr:`Statistics.tensors`."""
+
+    def attach(self, model: nn.Module, grouping: Grouping) -> None:
+        """Begin to listen, with forward hooks where activations are needed."""
+
+    def detach(self) -> None:
+        """Take the hooks out again."""
+
+    def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:
+        """Once in every real optimizer step, after gradients have been reduced over ranks: read ``.grad``.
+
+        Args:
+            grouping: the groups as they are now.
+            scale: what the gradients are still multiplied with (a loss scale that is not yet divided out).
+        """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has been gathered."""
+
+    def restrict(self, grouping: Grouping, keep_G: Tensor) -> None:
+        """Follow a removal of groups; ``grouping`` is what is left."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            CheckpointError: it is of other groups.
+        """
+
+
+def collector_of(criterion: Any) -> Collector | None:
+    """A new collector for a criterion (or for the one that it weighs), or None where it needs nothing of training."""
+    make = getattr(criterion, "collector", None)
+    if make is not None:
+        made: Collector = make()
+        return made
+    base = getattr(criterion, "base", None)
+    return None if base is None else collector_of(base)

@@ -26,9 +26,10 @@ def members_per_set(grouping: Grouping) -> Tensor:
     count_S = torch.zeros(len(grouping.sets), dtype=torch.int64)
     for member in grouping.members:
         if member.slots is None:
-            groups = torch.arange(member.offset, member.offset + member.n_slots)
-        else:
-            groups = member.slots.cpu()
+            first, last = member.offset, member.offset + member.n_slots
+            count_S += torch.tensor([one.start < last and first < one.stop for one in grouping.sets])
+            continue
+        groups = member.slots.cpu()
         count_S[torch.unique(grouping.set_ids[groups[groups < grouping.size]])] += 1
     return count_S
 
@@ -43,6 +44,8 @@ def magnitude_scores(grouping: Grouping, p: float) -> Tensor:
 
     sums_G = weights.reduce_of(power)
     count_S = members_per_set(weights).clamp(min=1).to(sums_G)
+    if bool((count_S == 1).all()):
+        return sums_G
     return sums_G / count_S[grouping.set_ids.to(sums_G.device)]
 
 
@@ -55,18 +58,23 @@ def unchanged(scores_G: Tensor, grouping: Grouping) -> Tensor:
 @register("normalizer", "mean")
 def by_mean(scores_G: Tensor, grouping: Grouping) -> Tensor:
     """Divided by the mean of the set, so that layers of different scale compare."""
-    set_ids = grouping.set_ids.to(scores_G.device)
-    sizes_S = grouping.set_sizes.to(scores_G)
-    mean_S = torch.zeros_like(sizes_S).index_add_(0, set_ids, scores_G) / sizes_S.clamp(min=1)
-    return scores_G / mean_S.clamp(min=torch.finfo(scores_G.dtype).tiny)[set_ids]
+    return _divided(scores_G, grouping, torch.mean)
 
 
 @register("normalizer", "max")
 def by_max(scores_G: Tensor, grouping: Grouping) -> Tensor:
     """Divided by the largest score of the set."""
-    set_ids = grouping.set_ids.to(scores_G.device)
-    largest_S = scores_G.new_zeros(len(grouping.sets)).scatter_reduce_(0, set_ids, scores_G, "amax")
-    return scores_G / largest_S.clamp(min=torch.finfo(scores_G.dtype).tiny)[set_ids]
+    return _divided(scores_G, grouping, torch.max)
+
+
+def _divided(scores_G: Tensor, grouping: Grouping, by: Callable[[Tensor], Tensor]) -> Tensor:
+    """Every set's scores divided by what ``by`` makes of them, set by set: an index over groups would be larger."""
+    out_G, tiny = scores_G.clone(), torch.finfo(scores_G.dtype).tiny
+    for one in grouping.sets:
+        if one.size:
+            part_G = out_G[one.start : one.stop]
+            part_G.div_(by(part_G).clamp(min=tiny))
+    return out_G
 
 
 @register("normalizer", "lamp")

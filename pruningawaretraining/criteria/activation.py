@@ -1,0 +1,195 @@
+"""Criteria that need the activations: what a weight multiplies tells how much it matters.
+
+Shape suffixes: ``_G`` groups, ``_S`` slots of one member, ``_R`` rows (output channels), ``_W`` any weight.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining.criteria.collectors import ActivationCollector
+from pruningawaretraining.criteria.magnitude import magnitude_scores
+from pruningawaretraining.criteria.reductions import Reduction, reduce_sum
+from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.registry import lookup, register
+from pruningawaretraining.statistics import Statistics
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = ("out", "in", "element")
+
+
+@dataclass(frozen=True)
+class _FromActivations:
+    """What the activation criteria share.
+
+    Args:
+        momentum: how much earlier batches still count at the next one; 1 for all alike.
+        in_eval: listen in eval mode too (calibration), not only while training.
+    """
+
+    momentum: float = 1.0
+    in_eval: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.momentum <= 1:
+            raise ValueError(f"momentum: {self.momentum!r} must be in (0, 1]")
+
+    def collector(self) -> ActivationCollector:
+        """A new collector."""
+        return ActivationCollector(self.momentum, self.in_eval)
+
+
+def _factors(grouping: Grouping, statistics: Statistics, key: str, who: object) -> dict[str, Tensor]:
+    """The statistic of every weight member by parameter name; ones where no activation has been seen at all."""
+    names = [member.name for member in grouping.members if member.role in WEIGHTS]
+    found = {name: statistics.tensors[f"{key}.{name}"] for name in names if f"{key}.{name}" in statistics.tensors}
+    if not found:
+        log.warning("%s: no activation has been seen yet; weights are ranked by size", type(who).__name__)
+        return {name: torch.ones(()) for name in names}
+    missing = sorted(set(names) - set(found))
+    if missing:
+        log.info("no activation ever reached %s; they are pruned first", ", ".join(missing))
+    return found
+
+
+@register("criterion", "wanda")
+@dataclass(frozen=True)
+class Wanda(_FromActivations):
+    """``|w| ||x||_2``, compared within each output row (Sun et al. 2024, Wanda).
+
+    Args:
+        momentum: how much earlier batches still count at the next one; 1 for all alike.
+        in_eval: listen in eval mode too (calibration), not only while training.
+        reduction: "mean", "sum" or "max" over the group.
+        by_row: the score is the rank within the output row, in [0, 1), so that every row loses the same share; for
+            patterns that cut rows (not for whole channels).
+    """
+
+    reduction: str = "mean"
+    by_row: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lookup("reduction", self.reduction, "reduction")
+
+    def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
+        """See :class:`~pruningawaretraining.statistics.Criterion`."""
+        squares = _factors(grouping, statistics, "input_squares", self)
+
+        def values(member: Member) -> Tensor | None:
+            factor = squares.get(member.name)
+            weight_W = member.parameter.detach().float().abs()
+            return None if factor is None or member.role not in WEIGHTS else weight_W * factor.to(weight_W).sqrt()
+
+        reduce: Reduction = lookup("reduction", self.reduction)
+        scores_G = reduce(grouping, values, torch.float32)
+        if not self.by_row or any(member.slots is not None for member in grouping.members):
+            return scores_G
+        for member in grouping.members:
+            row_dim = int(statistics.tensors.get(f"row_dim.{member.name}", torch.tensor(0)))
+            mine = scores_G[member.offset : member.offset + member.n_slots]
+            mine.copy_(_ranks_in_rows(mine.view(member.sizes), row_dim).reshape(-1))
+        return scores_G
+
+
+def _ranks_in_rows(scores_S: Tensor, row_dim: int) -> Tensor:
+    """The rank of every slot within its row, as a fraction of the row's length."""
+    by_row = scores_S.movedim(row_dim, 0)
+    flat_RS = by_row.reshape(by_row.shape[0], -1)
+    order = torch.argsort(flat_RS, dim=1, stable=True)
+    places = torch.arange(flat_RS.shape[1], device=order.device).expand_as(order)
+    ranks = torch.empty_like(order).scatter_(1, order, places)
+    return (ranks.float() / flat_RS.shape[1]).view(by_row.shape).movedim(0, row_dim)
+
+
+def _consumers(grouping: Grouping) -> Grouping:
+    """The members that read a group's activation: input columns of its consumers, or the weights themselves."""
+    return grouping.of_role("in", "element")
+
+
+def _known_last(scores_G: Tensor, grouping: Grouping, known: dict[str, Tensor]) -> Tensor:
+    """Groups whose activation nobody reads score infinity."""
+
+    def ones(member: Member) -> Tensor | None:
+        return torch.ones_like(member.parameter) if member.name in known else None
+
+    read_G = reduce_sum(_consumers(grouping), ones, torch.float32)
+    return torch.where(read_G.to(scores_G.device) > 0, scores_G, torch.inf)
+
+
+@register("criterion", "variance", "VBP")
+@dataclass(frozen=True)
+class Variance(_FromActivations):
+    """``sigma_c^2``, the variance of a channel's activation after norm and non-linearity.
+
+    It is measured where the consumers read it, and averaged over them. A group of single weights takes the mean
+    variance of the inputs that they multiply.
+
+    Args:
+        momentum: how much earlier batches still count at the next one; 1 for all alike.
+        in_eval: listen in eval mode too (calibration), not only while training.
+    """
+
+    def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
+        """See :class:`~pruningawaretraining.statistics.Criterion`."""
+        variance_G, known = self._variance(grouping, statistics)
+        return _known_last(variance_G, grouping, known)
+
+    def _variance(self, grouping: Grouping, statistics: Statistics) -> tuple[Tensor, dict[str, Tensor]]:
+        known = _factors(grouping, statistics, "input_variance", self)
+        mean: Reduction = lookup("reduction", "mean")
+
+        def values(member: Member) -> Tensor | None:
+            factor = known.get(member.name)
+            parameter = member.parameter
+            return None if factor is None else factor.to(parameter.device).expand(parameter.shape).contiguous()
+
+        return mean(_consumers(grouping), values, torch.float32), known
+
+
+@register("criterion", "variance_next")
+@dataclass(frozen=True)
+class VarianceNext(Variance):
+    """``||W_next[:, c]|| sigma_c``: how far the consumers' outputs move when the channel goes (in squares over all).
+
+    Args:
+        momentum: how much earlier batches still count at the next one; 1 for all alike.
+        in_eval: listen in eval mode too (calibration), not only while training.
+    """
+
+    def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
+        """See :class:`~pruningawaretraining.statistics.Criterion`."""
+        known = _factors(grouping, statistics, "input_variance", self)
+
+        def values(member: Member) -> Tensor | None:
+            factor = known.get(member.name)
+            weight_W = member.parameter.detach().float()
+            return None if factor is None else weight_W.square() * factor.to(weight_W)
+
+        moved_G = reduce_sum(_consumers(grouping), values, torch.float32).sqrt()
+        return _known_last(moved_G, grouping, known)
+
+
+@register("criterion", "variance_magnitude")
+@dataclass(frozen=True)
+class VarianceMagnitude(Variance):
+    """Group magnitude times ``sigma_c``.
+
+    Args:
+        momentum: how much earlier batches still count at the next one; 1 for all alike.
+        in_eval: listen in eval mode too (calibration), not only while training.
+        p: of the magnitude, the mean over members of the sum of ``|w|^p``.
+    """
+
+    p: float = 2.0
+
+    def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
+        """See :class:`~pruningawaretraining.statistics.Criterion`."""
+        variance_G, known = self._variance(grouping, statistics)
+        magnitude_G = magnitude_scores(grouping, self.p).to(variance_G)
+        return _known_last(magnitude_G * variance_G.sqrt(), grouping, known)

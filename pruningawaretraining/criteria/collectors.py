@@ -1,0 +1,371 @@
+"""Collectors: gradients and activations, gathered while the model trains.
+
+Shape suffixes: ``_G`` groups, ``_W`` any weight, ``_F`` features (input channels) of a layer, ``_M`` gradients kept.
+
+Nothing here waits for the device: a step whose gradients are not finite is weighed with 0 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pruningawaretraining.criteria.reductions import Reduction, device_of
+from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.registry import lookup
+
+Combine = Callable[[Tensor, Tensor], Tensor]
+Finish = Callable[[Tensor], Tensor]
+
+SCORE, SEEN, STEPS = "score", "seen", "steps"
+
+
+@dataclass(frozen=True)
+class GradientRule:
+    """What a step adds: ``score <- momentum * score + gain * finish(reduce(combine(w, g)))``.
+
+    Args:
+        combine: elementwise ``(weight, gradient) -> value``; may reuse neither.
+        finish: applied to the value of a group.
+        reduction: a registered reduction. "max" keeps the moving score of every weight, the others only of groups.
+        momentum: 0 keeps the last step, 1 sums all steps.
+        gain: weight of a new step.
+        dtype: of the scores that are kept.
+    """
+
+    combine: Combine
+    finish: Finish
+    reduction: str
+    momentum: float
+    gain: float = 1.0
+    dtype: torch.dtype = torch.float32
+
+
+class GradientCollector:
+    """Keeps a :class:`GradientRule`'s score of every group (or weight)."""
+
+    def __init__(self, rule: GradientRule) -> None:
+        self.rule = rule
+        self.scores: list[Tensor] = []  # one over groups, or with "max" one a distinct parameter
+        self.names: list[str] = []
+        self.seen: dict[str, bool] = {}
+        self.steps: Tensor = torch.zeros((), dtype=torch.int64)
+
+    def attach(self, model: nn.Module, grouping: Grouping) -> None:
+        """Nothing to hook: gradients are read before each step."""
+
+    def detach(self) -> None:
+        """Nothing is hooked."""
+
+    @torch.no_grad()
+    def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:
+        """See :class:`~pruningawaretraining.statistics.Collector`."""
+
+        def values(member: Member) -> Tensor | None:
+            gradient_W = member.parameter.grad
+            if gradient_W is None:
+                return None
+            self.seen[member.name] = True
+            return self.rule.combine(member.parameter.detach().float(), _unscaled(gradient_W, scale))
+
+        if self.rule.reduction == "max":
+            distinct = {member.name: member for member in grouping.members}
+            found = [(name, values(member)) for name, member in distinct.items()]
+            self._update(
+                [name for name, _ in found],
+                [
+                    self.rule.finish(value) if value is not None else torch.zeros_like(distinct[name].parameter)
+                    for name, value in found
+                ],
+            )
+            return
+        reduce: Reduction = lookup("reduction", self.rule.reduction)
+        self._update([""], [self.rule.finish(reduce(grouping, values, torch.float32))])
+
+    def _update(self, names: list[str], fresh: list[Tensor]) -> None:
+        total = torch.stack([value.sum().to(fresh[0].device) for value in fresh]).sum()
+        fine = torch.isfinite(total)
+        if not self.scores:
+            self.names = names
+            self.scores = [torch.zeros_like(value, dtype=self.rule.dtype) for value in fresh]
+        self.steps = self.steps.to(fine.device) + fine
+        decay = torch.where(fine, self.rule.momentum, 1.0)
+        for number, value in enumerate(fresh):
+            score = self.scores[number] = self.scores[number].to(value.device)
+            usable = fine.to(value.device)
+            score.mul_(decay.to(value.device, score.dtype))
+            score.add_(torch.where(usable, value, 0.0).to(score.dtype), alpha=self.rule.gain)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``score`` (or ``score.NAME`` of each parameter), ``seen.NAME`` and ``steps``."""
+        keys = [f"{SCORE}.{name}" if name else SCORE for name in self.names]
+        seen = {f"{SEEN}.{name}": torch.tensor(True) for name in self.seen}
+        return {**dict(zip(keys, self.scores, strict=True)), **seen, STEPS: self.steps}
+
+    def restrict(self, grouping: Grouping, keep_G: Tensor) -> None:
+        """Drop the scores of removed groups; the scores of single weights begin anew."""
+        if self.rule.reduction == "max":
+            self.scores, self.names, self.steps = [], [], torch.zeros_like(self.steps)
+        else:
+            self.scores = [score[keep_G.to(score.device)] for score in self.scores]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+        return {
+            "names": list(self.names),
+            "scores": [score.clone() for score in self.scores],
+            "seen": sorted(self.seen),
+            "steps": int(self.steps),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :class:`~pruningawaretraining.statistics.Collector`."""
+        shapes = [tuple(score.shape) for score in state["scores"]]
+        mine = [tuple(score.shape) for score in self.scores]
+        if mine and shapes and mine != shapes:
+            raise CheckpointError(f"state: scores of the shapes {shapes[:4]} do not fit {mine[:4]}")
+        self.names = list(state["names"])
+        self.scores = [score.to(self.rule.dtype).clone() for score in state["scores"]]
+        self.seen = dict.fromkeys(state["seen"], True)
+        self.steps = torch.tensor(state["steps"])
+
+
+def _unscaled(gradient_W: Tensor, scale: Tensor | float) -> Tensor:
+    gradient_W = gradient_W.detach().float()
+    if isinstance(scale, (int, float)):
+        return gradient_W if scale == 1 else gradient_W / scale
+    return gradient_W / scale.to(gradient_W.device)
+
+
+class MaskGradientCollector:
+    """Keeps the last gradients with respect to the groups' masks: ``dL/dm = reduce(w * g)`` at m = 1.
+
+    Args:
+        samples: how many are kept; the sum of their squares is over all.
+        most: with more groups than this only the sum is kept.
+    """
+
+    def __init__(self, samples: int, most: int) -> None:
+        self.samples, self.most = samples, most
+        self.squares_G: Tensor | None = None
+        self.kept_MG: Tensor | None = None
+        self.steps = 0
+
+    def attach(self, model: nn.Module, grouping: Grouping) -> None:
+        """Nothing to hook: gradients are read before each step."""
+
+    def detach(self) -> None:
+        """Nothing is hooked."""
+
+    @torch.no_grad()
+    def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:
+        """See :class:`~pruningawaretraining.statistics.Collector`."""
+
+        def values(member: Member) -> Tensor | None:
+            gradient_W = member.parameter.grad
+            return None if gradient_W is None else member.parameter.detach().float() * _unscaled(gradient_W, scale)
+
+        sums: Reduction = lookup("reduction", "sum")
+        slope_G = sums(grouping, values, torch.float32)
+        slope_G = torch.where(torch.isfinite(slope_G.sum()), slope_G, 0.0)
+        if self.squares_G is None:
+            self.squares_G = torch.zeros(grouping.size, device=device_of(grouping))
+            if grouping.size <= self.most:
+                self.kept_MG = torch.zeros(self.samples, grouping.size, device=device_of(grouping))
+        self.squares_G = self.squares_G.to(slope_G.device).addcmul_(slope_G, slope_G)
+        if self.kept_MG is not None:
+            self.kept_MG = self.kept_MG.to(slope_G.device)
+            self.kept_MG[self.steps % self.samples] = slope_G
+        self.steps += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``mask_gradient_squares`` and, of few groups, ``mask_gradients``."""
+        if self.squares_G is None:
+            return {}
+        kept = {} if self.kept_MG is None else {"mask_gradients": self.kept_MG[: min(self.steps, self.samples)]}
+        return {"mask_gradient_squares": self.squares_G, **kept}
+
+    def restrict(self, grouping: Grouping, keep_G: Tensor) -> None:
+        """Drop what belongs to removed groups."""
+        if self.squares_G is not None:
+            self.squares_G = self.squares_G[keep_G.to(self.squares_G.device)]
+        if self.kept_MG is not None:
+            self.kept_MG = self.kept_MG[:, keep_G.to(self.kept_MG.device)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+        none = torch.zeros(0)
+        return {
+            "squares": none if self.squares_G is None else self.squares_G.clone(),
+            "kept": none if self.kept_MG is None else self.kept_MG.clone(),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :class:`~pruningawaretraining.statistics.Collector`."""
+        squares_G, kept_MG = state["squares"], state["kept"]
+        if self.squares_G is not None and squares_G.numel() and squares_G.shape != self.squares_G.shape:
+            raise CheckpointError(f"state: {len(squares_G)} groups' gradients do not fit {len(self.squares_G)} groups")
+        self.squares_G = squares_G.clone() if squares_G.numel() else None
+        self.kept_MG = kept_MG.clone() if kept_MG.numel() else None
+        self.steps = int(state["steps"])
+
+
+@dataclass
+class Moments:
+    """Mean and spread of a layer's inputs by feature, over everything that it has seen.
+
+    Args:
+        count: values of each feature.
+        mean_F: their mean.
+        spread_F: the sum of squared distances from it.
+    """
+
+    count: Tensor
+    mean_F: Tensor
+    spread_F: Tensor
+
+    def add(self, values_NF: Tensor, momentum: float) -> None:
+        """Add a batch (Chan et al. 1983); ``momentum`` below 1 lets earlier batches fade."""
+        values_NF = values_NF.float()
+        fresh_F = values_NF.mean(0)
+        fresh_spread_F = (values_NF - fresh_F).square().sum(0)
+        earlier = self.count * momentum
+        total = earlier + values_NF.shape[0]
+        delta_F = fresh_F - self.mean_F
+        self.spread_F = self.spread_F * momentum + fresh_spread_F
+        self.spread_F = self.spread_F + delta_F.square() * (earlier * values_NF.shape[0] / total)
+        self.mean_F = self.mean_F + delta_F * (values_NF.shape[0] / total)
+        self.count = total
+
+    @property
+    def variance_F(self) -> Tensor:
+        return self.spread_F / self.count.clamp(min=1)
+
+    @property
+    def squares_F(self) -> Tensor:
+        """The sum of squares of each feature."""
+        return self.spread_F + self.count * self.mean_F.square()
+
+
+class _InputHook:
+    """Forward pre-hook that hands a layer's input on; a copy or a saved model keeps one that does nothing."""
+
+    def __init__(self, see: Callable[[nn.Module, Tensor], None] | None = None) -> None:
+        self.see = see
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self.see is not None and inputs and isinstance(inputs[0], Tensor):
+            self.see(module, inputs[0])
+
+    def __reduce__(self) -> tuple[type[_InputHook], tuple[()]]:
+        return _InputHook, ()
+
+
+class ActivationCollector:
+    """Moments of the inputs of every layer whose weight is in the grouping.
+
+    Args:
+        momentum: how much earlier batches still count at the next; 1 for all alike.
+        in_eval: listen in eval mode too (calibration), not only while training.
+    """
+
+    def __init__(self, momentum: float = 1.0, in_eval: bool = True) -> None:
+        self.momentum, self.in_eval = momentum, in_eval
+        self.moments: dict[str, Moments] = {}
+        self._layers: dict[str, nn.Module] = {}
+        self._parameters: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, model: nn.Module, grouping: Grouping) -> None:
+        """Put a forward pre-hook on every layer."""
+        self.detach()
+        layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
+        self._layers = {
+            name: layers[name]
+            for name in dict.fromkeys(member.name.rpartition(".")[0] for member in grouping.members)
+            if name in layers
+        }
+        for name, layer in self._layers.items():
+            hook = _InputHook(partial(self._see, name))
+            self._handles.append(layer.register_forward_pre_hook(hook))
+
+    def detach(self) -> None:
+        """Take the hooks out."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @torch.no_grad()
+    def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
+        if not (module.training or self.in_eval) or x.numel() == 0:
+            return
+        dim = -1 if isinstance(module, nn.Linear) else x.dim() - len(module.kernel_size) - 1  # type: ignore[arg-type]
+        values_NF = x.detach().movedim(dim, -1).reshape(-1, x.shape[dim])
+        known = self.moments.get(name)
+        if known is None or known.mean_F.device != x.device:
+            zeros_F = torch.zeros(values_NF.shape[1], device=x.device)
+            known = known or Moments(torch.zeros(()), zeros_F, zeros_F)
+            known = Moments(*(tensor.to(x.device) for tensor in (known.count, known.mean_F, known.spread_F)))
+            self.moments[name] = known
+        known.add(values_NF, self.momentum)
+
+    def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:
+        """Nothing to read before a step."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``input_squares.NAME`` and ``input_variance.NAME`` by parameter, each in a shape that broadcasts to it, and
+        ``row_dim.NAME``, the dimension of its output channels."""
+        out: dict[str, Tensor] = {}
+        for name, moments in self.moments.items():
+            layer = self._layers.get(name)
+            if layer is None:
+                continue
+            key = f"{name}.weight" if name else "weight"
+            out[f"input_squares.{key}"] = along_inputs(layer, moments.squares_F)
+            out[f"input_variance.{key}"] = along_inputs(layer, moments.variance_F)
+            out[f"row_dim.{key}"] = torch.tensor(int(getattr(layer, "transposed", False)))
+        return out
+
+    def restrict(self, grouping: Grouping, keep_G: Tensor) -> None:
+        """The layers have other inputs now: begin anew."""
+        self.moments = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+        return {
+            name: [moments.count.clone(), moments.mean_F.clone(), moments.spread_F.clone()]
+            for name, moments in self.moments.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :class:`~pruningawaretraining.statistics.Collector`."""
+        unknown = sorted(set(state) - set(self._layers))
+        if unknown and self._layers:
+            raise CheckpointError(f"state: activations of {unknown[0]!r}, which is no layer of the grouping")
+        self.moments = {name: Moments(*(tensor.clone() for tensor in values)) for name, values in state.items()}
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+
+
+def along_inputs(layer: nn.Module, values_F: Tensor) -> Tensor:
+    """One value for each input feature of a layer, in a shape that broadcasts to its weight."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    ones = [1] * (weight.dim() - 2)
+    if getattr(layer, "transposed", False):
+        return values_F.view(-1, 1, *ones)
+    groups = int(getattr(layer, "groups", 1))  # type: ignore[arg-type]
+    if groups == 1:
+        return values_F.view(1, -1, *ones)
+    by_group = values_F.view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
+    return by_group.view(weight.shape[0], weight.shape[1], *ones)
