@@ -1,0 +1,183 @@
+"""The keys of step-wise pattern pruning, in their 2022 names and those of 2.x, what each means and what it allows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
+
+from pruningawaretraining.config.dialects.base import TAG
+from pruningawaretraining.config.dialects.sirc_keys import one_of
+from pruningawaretraining.config.strict import Amount, Count, Share, Strict, Whole
+from pruningawaretraining.errors import ConfigError
+
+TAG_OF_PRUNERS = "!Pruner"
+
+SAME = {
+    "prune_type": "pruning_type",
+    "criterion_type": "pruning_type",
+    "names": "op_names",
+    "prune_layer_type": "pruning_op_types",
+    "prune_domain": "pruning_scope",
+    "update_frequency_on_step": "pruning_frequency",
+    "max_sparsity_ratio_per_layer": "max_sparsity_ratio_per_op",
+    "min_sparsity_ratio_per_layer": "min_sparsity_ratio_per_op",
+}
+"""The 2022 name of a key -> its 2.x name."""
+
+EXCLUDING = (
+    "excluded_op_names",
+    "exclude_names",
+    "not_to_prune_names",
+    "excluded_names",
+    "extra_excluded_names",
+    "extra_excluded_op_names",
+)
+"""Names for layers to leave alone; all of them add up, those of the whole file and those of one pruner."""
+
+
+class Parameters(Strict):
+    """``parameters``."""
+
+    reg_coeff: Amount | None = Field(None, description="Strength of the regulariser.")
+
+
+Reduce = Annotated[str, one_of("mean", "sum", "max")]
+Scope = Annotated[str, one_of("global", "local")]
+RegType = Annotated[str, one_of("none", "group_lasso")]
+
+
+class PrunerKeys(Strict):
+    """What may be said of one pruner, or of all of them at once; None where nothing was said."""
+
+    start_step: Whole | None = Field(None, description="Step at which pruning begins; 0 when absent.")
+    end_step: Whole | None = Field(None, description="Step at which it ends; 0 when absent. As start_step: at once.")
+    target_sparsity: Share | None = Field(None, description="Fraction of the weights to zero; 0.9 when absent.")
+    pruning_type: str | None = Field(None, description="What scores weights; snip_momentum when absent.")
+    prune_type: str | None = Field(None, description="Another name for pruning_type.")
+    criterion_type: str | None = Field(None, description="Another name for pruning_type.")
+    pattern: str | None = Field(None, description="NxM, N:M, channelx1, 1xchannel or mha; 4x1 when absent.")
+    op_names: list[str] | None = Field(None, description="Regular expressions to find in names of layers; [] for all.")
+    names: list[str] | None = Field(None, description="Another name for op_names.")
+    excluded_op_names: list[str] | None = Field(None, description="Regular expressions of layers to leave alone.")
+    exclude_names: list[str] | None = Field(None, description="Another name for excluded_op_names.")
+    not_to_prune_names: list[str] | None = Field(None, description="Another name for excluded_op_names.")
+    excluded_names: list[str] | None = Field(None, description="Another name for excluded_op_names.")
+    extra_excluded_names: list[str] | None = Field(None, description="Another name for excluded_op_names.")
+    extra_excluded_op_names: list[str] | None = Field(None, description="Another name for excluded_op_names.")
+    pruning_op_types: list[str] | None = Field(None, description="Parts of class names; Conv and Linear when absent.")
+    prune_layer_type: list[str] | None = Field(None, description="Another name for pruning_op_types.")
+    pruning_scope: Scope | None = Field(None, description="global or local; global when absent.")
+    prune_domain: Scope | None = Field(None, description="Another name for pruning_scope.")
+    pruning_frequency: Count | None = Field(None, description="Steps between pruning events; 1 when absent.")
+    update_frequency_on_step: Count | None = Field(None, description="Another name for pruning_frequency.")
+    max_sparsity_ratio_per_op: Share | None = Field(None, description="Most that a layer loses; 0.98 when absent.")
+    max_sparsity_ratio_per_layer: Share | None = Field(None, description="Another name of it.")
+    min_sparsity_ratio_per_op: Share | None = Field(None, description="Least that a layer loses; 0 when absent.")
+    min_sparsity_ratio_per_layer: Share | None = Field(None, description="Another name of it.")
+    sparsity_decay_type: str | None = Field(None, description="exp, linear, cos, cube or cubic; exp when absent.")
+    criterion_reduce_type: Reduce | None = Field(None, description="mean, sum or max in a block; mean when absent.")
+    reg_type: RegType | None = Field(None, description="group_lasso, or none.")
+    reg_coeff: Amount | None = Field(None, description="Strength of the regulariser; 0 when absent.")
+    parameters: Parameters | None = Field(None, description="Holds reg_coeff, too.")
+    low_memory_usage: bool | None = Field(None, description="Scores in half precision.")
+    resume_from_pruned_checkpoint: bool | None = Field(None, description="Keep the zeros that the weights have.")
+
+    lists: ClassVar[tuple[str, ...]] = ("op_names", "names", *EXCLUDING, "pruning_op_types", "prune_layer_type")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _untag(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        if values.get(TAG, TAG_OF_PRUNERS) != TAG_OF_PRUNERS:
+            raise ConfigError(f"{TAG}: {values[TAG]!r} is not known. Allowed: {TAG_OF_PRUNERS}")
+        return {key: value for key, value in values.items() if key != TAG}
+
+    @field_validator(*lists, mode="before")
+    @classmethod
+    def _is_a_list(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str):
+            value = [value]
+        if info.field_name in ("pruning_op_types", "prune_layer_type") or not isinstance(value, list):
+            return value
+        for number, entry in enumerate(value):
+            _check_expression(entry, f"{info.field_name}[{number}]")
+        return value
+
+    @field_validator("reg_type", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: Any) -> Any:
+        return "none" if value is None else value
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        self.said()
+        return self
+
+    def said(self) -> dict[str, Any]:
+        """What was said, under 2.x names; ``excluded_op_names`` holds all exclusions, ``reg_coeff`` that of
+        ``parameters``.
+
+        Raises:
+            ConfigError: a key is there under two names with two values.
+        """
+        out: dict[str, Any] = {}
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            if value is None or key in (*EXCLUDING, "parameters", "pruners", "pruning_configs", "backend"):
+                continue
+            name = SAME.get(key, key)
+            if out.setdefault(name, value) != value:
+                raise ConfigError(f"{key}: {value!r} is not the {out[name]!r} that it is elsewhere. Allowed: one value")
+        inner = self.parameters.reg_coeff if self.parameters else None
+        if inner is not None and out.setdefault("reg_coeff", inner) != inner:
+            raise ConfigError(f"parameters.reg_coeff: {inner} is not the reg_coeff {out['reg_coeff']}")
+        excluded = [entry for key in EXCLUDING for entry in getattr(self, key) or []]
+        return {**out, **({"excluded_op_names": excluded} if excluded else {})}
+
+
+def _check_expression(entry: Any, where: str) -> None:
+    if not isinstance(entry, str) or not entry:
+        raise ConfigError(f"{where}: {entry!r} is no regular expression")
+    try:
+        re.compile(entry)
+    except re.error as error:
+        raise ConfigError(f"{where}: {entry!r} is no regular expression: {error}") from error
+
+
+class Section(PrunerKeys):
+    """``pruning.approach.weight_compression_pytorch``: settings for all, and the pruners."""
+
+    pruners: list[PrunerKeys] = Field([], description="One pruner each, with what differs from the settings for all.")
+
+
+class Approach(Strict):
+    """``pruning.approach``."""
+
+    weight_compression_pytorch: Section = Field(description="Settings for all, and the pruners.")
+
+
+class PruningSection(Strict):
+    """``pruning``."""
+
+    approach: Approach = Field(description="What to prune and how.")
+
+
+class File2022(Strict):
+    """The form of 2022."""
+
+    version: Any = Field(None, description="Ignored.")
+    model: Any = Field(None, description="Ignored: the model is handed to the pruner.")
+    device: Any = Field(None, description="Ignored: the model's own device is used.")
+    pruning: PruningSection = Field(description="What to prune and how.")
+
+
+class Flat2x(PrunerKeys):
+    """The flat form of 2.x."""
+
+    pruning_configs: list[PrunerKeys] = Field([], description="One pruner each, with what differs from the rest.")
+    backend: Any = Field(None, description="Ignored.")

@@ -1,0 +1,190 @@
+"""Step-wise pattern pruning by YAML: the form of 2022 with its tags, and the flat form of 2.x."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pruningawaretraining import load_config
+from pruningawaretraining.config.schema import Rule, Target
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.patterns.stacking import check_stacking
+from pruningawaretraining.registry import build
+
+DATA = Path(__file__).parent / "data" / "step_wise"
+
+
+def bert_like() -> nn.ModuleDict:
+    """The names of a two-layer BERT."""
+
+    def layer() -> nn.ModuleDict:
+        heads = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("query", "key", "value")})
+        attention = nn.ModuleDict({"self": heads, "output": nn.ModuleDict({"dense": nn.Linear(8, 8)})})
+        inner = {"intermediate": nn.Linear(8, 16), "output": nn.Linear(16, 8)}
+        parts = {name: nn.ModuleDict({"dense": module}) for name, module in inner.items()}
+        return nn.ModuleDict({"attention": attention, **parts})
+
+    bert = {
+        "embeddings": nn.ModuleDict({"word_embeddings": nn.Embedding(10, 8)}),
+        "encoder": nn.ModuleDict({"layer": nn.ModuleList([layer(), layer()])}),
+        "pooler": nn.ModuleDict({"dense": nn.Linear(8, 8)}),
+    }
+    return nn.ModuleDict({"bert": nn.ModuleDict(bert), "classifier": nn.Linear(8, 2)})
+
+
+def layers_of(rule: Rule, model: nn.Module) -> list[str]:
+    grouping = build("pattern", rule.pattern).build(model, rule.layers, rule.exclude)
+    return [one.name for one in grouping.sets]
+
+
+def test_the_seeds_yaml_means_two_rules() -> None:
+    single, blocks = load_config(DATA / "bert_mini.yaml").rules
+    assert single.name == "pruning.approach.weight_compression_pytorch.pruners[0]"
+    assert single.pattern == {"type": "unstructured", "types": ["Linear"], "spare_last": True}
+    assert blocks.pattern == {"type": "block", "rows": 4, "columns": 1, "types": ["Linear"], "spare_last": True}
+    for rule in (single, blocks):
+        assert rule.criterion == {"type": "snip_momentum", "reduction": "mean", "half": False}
+        assert (rule.schedule, rule.scope, rule.unit) == ("exponential", "global", "step")
+        assert (rule.start, rule.end, rule.every) == (0, 0, 100)
+        assert (rule.target, rule.max_sparsity, rule.min_sparsity) == (Target(sparsity=0.9), 0.98, 0.0)
+
+
+def test_the_seeds_pruners_share_no_layer_and_leave_none_out() -> None:
+    model = bert_like()
+    rules = load_config(DATA / "bert_mini.yaml").rules
+    single, blocks = (layers_of(rule, model) for rule in rules)
+    assert {name.split(".")[-1] for name in blocks} == {"query", "key", "value"}
+    assert len(single) == 6
+    assert not any("pooler" in name or "classifier" in name for name in [*single, *blocks])
+    check_stacking([("a", "unstructured", single), ("b", "block", blocks)])
+
+
+def test_the_flat_form() -> None:
+    model = bert_like()
+    local, progressive = load_config(DATA / "flat.yaml").rules
+    assert (local.name, progressive.name) == ("pruning_configs[0]", "pruning_configs[1]")
+    assert local.pattern == {"type": "block", "rows": 0, "columns": 1, "types": ["Linear"], "spare_last": True}
+    assert (local.scope, local.target.sparsity) == ("local", 0.6)
+    assert (progressive.scope, progressive.target.sparsity) == ("global", 0.5)
+    assert (local.progressive, progressive.progressive) == (1, 4)
+    assert progressive.criterion == {"type": "snip_momentum", "reduction": "mean", "half": True}
+    assert (local.end, local.every, local.min_sparsity, local.max_sparsity) == (10, 2, 0.1, 0.98)
+    assert local.exclude == progressive.exclude == ["re:.*(?:pooler).*"]
+    assert {name.split(".")[-1] for name in layers_of(local, model)} == {"query", "key", "value"}
+
+
+def flat(**changes: Any) -> Rule:
+    (rule,) = load_config({"pattern": "4x1", **changes}).rules
+    return rule
+
+
+def test_defaults() -> None:
+    rule = flat()
+    assert rule.criterion == {"type": "snip_momentum", "reduction": "mean", "half": False}
+    assert (rule.target.sparsity, rule.schedule, rule.scope) == (0.9, "exponential", "global")
+    assert (rule.start, rule.end, rule.every, rule.unit) == (0, 0, 1, "step")
+    assert (rule.min_sparsity, rule.max_sparsity) == (0.0, 0.98)
+    assert (rule.layers, rule.exclude, rule.regularizer) == (None, [], None)
+    assert (rule.keep_zeros, rule.progressive, rule.mode, rule.enabled) == (False, 1, "prune", True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"prune_type": "magnitude"}, {"criterion": {"type": "weight", "reduction": "mean", "half": False}}),
+        ({"criterion_reduce_type": "max"}, {"criterion": {"type": "snip_momentum", "reduction": "max", "half": False}}),
+        ({"pruning_type": "retrain_free"}, {"criterion": {"type": "retrain_free"}}),
+        ({"pruning_type": "block_mask"}, {"criterion": {"type": "block_mask"}}),
+        ({"pruning_type": "pattern_lock"}, {"mode": "lock"}),
+        ({"pruning_type": "snip_progressive"}, {"progressive": 4}),
+        ({"sparsity_decay_type": "cube"}, {"schedule": "cube"}),
+        ({"sparsity_decay_type": "cubic"}, {"schedule": "cubic"}),
+        ({"sparsity_decay_type": "cos"}, {"schedule": "cosine"}),
+        ({"prune_domain": "local"}, {"scope": "local"}),
+        ({"update_frequency_on_step": 7}, {"every": 7}),
+        ({"max_sparsity_ratio_per_layer": 0.5}, {"max_sparsity": 0.5}),
+        ({"resume_from_pruned_checkpoint": True}, {"keep_zeros": True}),
+        ({"reg_type": "group_lasso", "reg_coeff": 0.01}, {"regularizer": {"type": "block_lasso", "strength": 0.01}}),
+        (
+            {"reg_type": "group_lasso", "parameters": {"reg_coeff": 0.02}},
+            {"regularizer": {"type": "block_lasso", "strength": 0.02}},
+        ),
+        ({"reg_type": "group_lasso"}, {"regularizer": None}),
+        ({"target_sparsity": 0}, {"enabled": False}),
+        ({"names": ["fc"]}, {"layers": ["re:.*(?:fc).*"]}),
+        ({"op_names": []}, {"layers": None}),
+        ({"extra_excluded_names": ["a"], "excluded_names": "b"}, {"exclude": ["re:.*(?:b).*", "re:.*(?:a).*"]}),
+    ],
+)
+def test_keys(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    values = flat(**changes).model_dump()
+    assert {key: values[key] for key in expected} == expected
+
+
+def test_local_wins_over_global_over_default_and_exclusions_add_up() -> None:
+    first, second = load_config(
+        {
+            "target_sparsity": 0.8,
+            "reg_type": "group_lasso",
+            "reg_coeff": 0.01,
+            "excluded_op_names": ["a"],
+            "pruning_configs": [{"target_sparsity": 0.5, "exclude_names": ["b"]}, {"reg_coeff": 0.02}],
+        }
+    ).rules
+    assert (first.target.sparsity, second.target.sparsity) == (0.5, 0.8)
+    assert first.exclude == ["re:.*(?:a).*", "re:.*(?:b).*"]
+    assert second.exclude == ["re:.*(?:a).*"], "the exclusions of one pruner do not leak into the next"
+    assert first.regularizer == {"type": "block_lasso", "strength": 0.01}
+    assert second.regularizer == {"type": "block_lasso", "strength": 0.02}
+
+
+def test_configs_do_not_leak_into_each_other() -> None:
+    assert flat(excluded_op_names=["a"]).exclude == ["re:.*(?:a).*"]
+    assert flat().exclude == []
+
+
+def test_sparing_the_classifier_spares_nothing_else() -> None:
+    model = nn.ModuleDict({"fc1": nn.Linear(8, 8), "fc": nn.Linear(8, 8)})
+    assert layers_of(flat(), model) == ["fc1"]
+    assert layers_of(flat(op_names=["fc$"]), model) == ["fc"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_sparity": 0.9}, "target_sparity: 'target_sparity' is not known; did you mean 'target_sparsity'?"),
+        ({"pruning_configs": [{"prune_tpe": "snip"}]}, r"pruning_configs\[0\].prune_tpe: .*did you mean 'prune_type'"),
+        ({"pattern": "4y1"}, "pattern: '4y1' is not known; did you mean '4x1'"),
+        ({"pruning_type": "snipp"}, "pruning_type: 'snipp' is not known; did you mean 'snip'"),
+        ({"pattern": "2:4"}, "target_sparsity: 0.9 is out of reach of the pattern 2:4. Allowed: at most 0.5"),
+        ({"start_step": 5, "end_step": 3}, "end_step: 3 is before start_step"),
+        ({"pruning_type": "snip", "prune_type": "gradient"}, "prune_type: 'gradient' is not the 'snip'"),
+        ({"target_sparsity": 1.2}, r"target_sparsity: 1.2 is not allowed. Allowed: a number in \[0, 1\]"),
+        ({"prune_domain": "globl"}, "prune_domain: 'globl' is not known; did you mean 'global'"),
+        ({"op_names": ["("]}, r"op_names\[0\]: '\(' is no regular expression"),
+        ({"sparsity_decay_type": "expp"}, "sparsity_decay_type: 'expp' is not known; did you mean 'exp'"),
+        ({"reg_coeff": 1, "parameters": {"reg_coeff": 2}}, "parameters.reg_coeff: 2.* is not the reg_coeff 1"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        flat(**changes)
+
+
+def test_other_tags_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("pruning: {approach: {weight_compression_pytorch: {pruners: [!!python/object:os.system {a: 1}]}}}")
+    with pytest.raises(ConfigError, match="the tag .* is not known. Allowed: .*!Pruner"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("pattern", ["4x1", "2:4", "channelx1", "1xchannel", "1x1", "slice"])
+def test_native_rules_name_patterns_as_configs_do(pattern: str) -> None:
+    (rule,) = load_config({"rules": [{"pattern": pattern, "target": {"sparsity": 0.5}}]}).rules
+    model = nn.Sequential(nn.Conv2d(4, 8, 3))
+    assert build("pattern", rule.pattern).build(model).size > 0
+    assert torch.is_tensor(model[0].weight)
