@@ -7,10 +7,18 @@ from pruningawaretraining.checkpoint import load_pruned, save_pruned
 from pruningawaretraining.config import PruningConfig, load_config
 from pruningawaretraining.costs.latency import measure_latency
 from pruningawaretraining.costs.macs import count_macs
-from pruningawaretraining.criteria import cost_aware, magnitude  # noqa: F401  (importing them registers the criteria)
+from pruningawaretraining.criteria import (  # noqa: F401  (importing them registers the criteria)
+    activation,
+    cost_aware,
+    geometric,
+    gradient,
+    magnitude,
+)
 from pruningawaretraining.export import export_onnx
+from pruningawaretraining.patterns import block, slice  # noqa: F401  (importing them registers the patterns)
 from pruningawaretraining.pruning import Pruner, Pruning
 from pruningawaretraining.registry import register
+from pruningawaretraining.regularizers_elements import BlockLasso as _BlockLasso  # noqa: F401  (registers them)
 from pruningawaretraining.state_dict import load_state_dict_pruned
 from pruningawaretraining.version import __version__
 
