@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.criteria.collectors import ActivationCollector, Moments, along_inputs
 from pruningawaretraining.criteria.geometric import geometric_median
 from pruningawaretraining.criteria.gradient import RetrainFree, rearrange
+from pruningawaretraining.criteria.moments import ActivationCollector, Moments, along_inputs
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.patterns.block import Block, Unstructured
 from pruningawaretraining.patterns.channel import Channel

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruningawaretraining.criteria.collectors import ActivationCollector
 from pruningawaretraining.criteria.magnitude import magnitude_scores
+from pruningawaretraining.criteria.moments import ActivationCollector
 from pruningawaretraining.criteria.reductions import Reduction, reduce_sum
 from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.registry import lookup, register
