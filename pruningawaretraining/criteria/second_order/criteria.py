@@ -1,0 +1,223 @@
+"""The second-order criteria as a config names them.
+
+They need gradients (SparseGPT: layer inputs), so they work where data is at hand: in ``one_shot`` and in the gradual
+pruner. Shape suffixes: ``_G`` groups, ``_M`` gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining.criteria.second_order.bank import Budget, storage
+from pruningawaretraining.criteria.second_order.channels import gate_scores
+from pruningawaretraining.criteria.second_order.gradients import Calibration
+from pruningawaretraining.criteria.second_order.layerwise import FastCapSolver, SparseGptSolver
+from pruningawaretraining.criteria.second_order.methods import CapMethod, ObsMethod
+from pruningawaretraining.criteria.second_order.solve import BlockMethod, BlockSolver, Choose, Results
+from pruningawaretraining.criteria.second_order.weights import PrunableWeight
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.registry import lookup, register
+from pruningawaretraining.statistics import Statistics
+
+GATE_GRADIENTS = "gate_gradients"
+"""Key of :attr:`Statistics.tensors`: the gradients of channel gates, (gradients, groups)."""
+
+
+class Solver(Protocol):
+    """Prunes weights at several sparsities from one collection of statistics."""
+
+    def solve(self, fractions: Sequence[float]) -> Results:
+        """The weights at each fraction."""
+
+
+def _check(**limits: tuple[float | int | None, float]) -> None:
+    for key, (value, least) in limits.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"{key}: {value!r} is not allowed. Allowed: {least:g} or more")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What every second-order criterion takes.
+
+    Args:
+        num_grads: gradients behind the curvature.
+        micro_batch: samples behind each gradient; None for the loader's batches.
+        num_recomputations: rounds, each with fresh curvature; the sparsity rises from one to the next.
+        recomputation_schedule: how it rises: a registered schedule.
+    """
+
+    num_grads: int = 1024
+    micro_batch: int | None = None
+    num_recomputations: int = 1
+    recomputation_schedule: str = "linear"
+
+    def __post_init__(self) -> None:
+        _check(num_grads=(self.num_grads, 1), micro_batch=(self.micro_batch, 1))
+        _check(num_recomputations=(self.num_recomputations, 1))
+        lookup("schedule", self.recomputation_schedule, "recomputation_schedule")
+
+    @property
+    def block_size(self) -> int:
+        """Entries of a Fisher block."""
+        raise NotImplementedError
+
+    def solver(self, weights: Sequence[PrunableWeight], calibration: Calibration, choose: Choose) -> Solver:
+        """Ready to prune some weights."""
+        raise NotImplementedError
+
+    def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
+        """Channels: :func:`gate_scores` of the gradients that were gathered.
+
+        Raises:
+            ConfigError: none were: the criterion was used without data.
+        """
+        if GATE_GRADIENTS not in statistics.tensors:
+            raise ConfigError(
+                f"criterion: {type(self).__name__} needs gradients; use one_shot(model, rule, dataloader, loss_fn)"
+            )
+        return gate_scores(statistics.tensors[GATE_GRADIENTS], grouping, getattr(self, "damp", 0.0))
+
+
+@dataclass(frozen=True)
+class BlockFisher(Sampling):
+    """What criteria with a Fisher block for every run of weights take.
+
+    Args:
+        damp: added to the diagonal of the Fisher.
+        fisher_block_size: weights in a block; rounded up to whole tiles.
+        blocks_in_parallel: blocks that are factored at once; None for what fits in 64 MiB.
+        fisher_inv_device: device of the Fisher, such as "cpu" or "cuda:1"; None for the CPU.
+        traces_backup_dir: folder to spool the Fisher to, so that it takes no memory.
+        max_memory: bytes that the Fisher may take on each rank; what does not fit is gathered in several passes.
+    """
+
+    damp: float = 1e-7
+    fisher_block_size: int = 50
+    blocks_in_parallel: int | None = None
+    fisher_inv_device: str | None = None
+    traces_backup_dir: str | None = None
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(fisher_block_size=(self.fisher_block_size, 1), blocks_in_parallel=(self.blocks_in_parallel, 1))
+        _check(max_memory=(self.max_memory, 1))
+        if not self.damp > 0:
+            raise ValueError(f"damp: {self.damp!r} is not allowed. Allowed: above 0")
+
+    @property
+    def block_size(self) -> int:
+        return self.fisher_block_size
+
+    def method(self) -> BlockMethod:
+        """What is done with the blocks."""
+        raise NotImplementedError
+
+    def solver(self, weights: Sequence[PrunableWeight], calibration: Calibration, choose: Choose) -> Solver:
+        where = storage(self.fisher_inv_device, self.traces_backup_dir)
+        budget = Budget(self.num_grads, self.damp, self.max_memory, self.blocks_in_parallel, where)
+        return BlockSolver(weights, self.method(), calibration, budget, choose)
+
+
+@register("criterion", "obs", "obert", "OBS")
+@dataclass(frozen=True)
+class Obs(BlockFisher):
+    """Optimal brain surgeon with a blocked empirical Fisher (Kurtic et al. 2022, oBERT).
+
+    Every tile is scored as if it went alone: ``1/2 w_Q' (F^-1_QQ)^-1 w_Q``.
+
+    Args:
+        compensation: how the rest follows: "independent" (oBERT's sum of single corrections), "joint" or "none".
+    """
+
+    compensation: str = "independent"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lookup("compensation", self.compensation, "compensation")
+
+    def method(self) -> BlockMethod:
+        return ObsMethod(self.compensation)
+
+
+@register("criterion", "cap", "CAP")
+@dataclass(frozen=True)
+class Cap(BlockFisher):
+    """Correlation-aware pruning: greedily within each block, correlations included (Kuznedelev et al. 2023).
+
+    Args:
+        merge: how the blocks' orders become one ranking: "running_max" of marginal losses, or "cumulative" losses (as
+            published).
+    """
+
+    merge: str = "running_max"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lookup("merge", self.merge, "merge")
+
+    def method(self) -> BlockMethod:
+        return CapMethod(self.merge)
+
+
+@register("criterion", "fast_cap", "FastCAP")
+@dataclass(frozen=True)
+class FastCap(Sampling):
+    """One Fisher block a layer, shared by all its blocks, and a column sweep; the same sparsity in every layer.
+
+    Args:
+        damp: added to the diagonal, as a fraction of its mean.
+        fisher_block_size: weights in a block.
+    """
+
+    damp: float = 1e-2
+    fisher_block_size: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(damp=(self.damp, 0), fisher_block_size=(self.fisher_block_size, 1))
+
+    @property
+    def block_size(self) -> int:
+        return self.fisher_block_size
+
+    def solver(self, weights: Sequence[PrunableWeight], calibration: Calibration, choose: Choose) -> Solver:
+        return FastCapSolver(weights, calibration, self.num_grads, self.damp)
+
+
+@register("criterion", "sparse_gpt", "SparseGPT", "sparsegpt")
+@dataclass(frozen=True)
+class SparseGpt(Sampling):
+    """Layer by layer, least change of each layer's outputs (Frantar and Alistarh 2023); the same sparsity in every one.
+
+    ``num_grads`` counts micro-batches of inputs here.
+
+    Args:
+        damp: added to the diagonal, as a fraction of its mean.
+    """
+
+    num_grads: int = 128
+    damp: float = 1e-2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(damp=(self.damp, 0))
+
+    @property
+    def block_size(self) -> int:
+        return 1
+
+    def solver(self, weights: Sequence[PrunableWeight], calibration: Calibration, choose: Choose) -> Solver:
+        return SparseGptSolver(weights, calibration, self.num_grads, self.damp)
+
+
+def gate_statistics(gradients_MG: Tensor) -> Statistics:
+    """Statistics that hold the gradients of channel gates."""
+    return Statistics(tensors={GATE_GRADIENTS: torch.as_tensor(gradients_MG)})

@@ -1,0 +1,232 @@
+"""Gradients and layer inputs for the second-order criteria, gathered without a trace in the model.
+
+Shape suffixes: ``_W`` the shape of a weight, ``_XX`` a square over a layer's inputs.
+
+``.grad``, train and eval modes, buffers (running statistics), ``requires_grad`` and the random states of torch, numpy,
+Python and the data loader are afterwards as they were.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.inputs import call, differentiable, evaluating, move, tensors_of
+
+log = logging.getLogger(__name__)
+
+LossFn = Callable[[Any, Any], Tensor]
+Statistic = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(eq=False)
+class Calibration:
+    """The data, the model and the loss whose curvature is measured.
+
+    Args:
+        model: the model, without a wrapper.
+        dataloader: batches, each ``(inputs, targets)`` or a mapping of keyword inputs; anything that can be iterated,
+            again and again or once.
+        loss_fn: ``(outputs, targets) -> loss``; for a mapping the targets are its "labels" (or the whole batch).
+        micro_batch: samples behind each gradient; None for the loader's batches.
+    """
+
+    model: nn.Module
+    dataloader: Iterable[Any]
+    loss_fn: LossFn
+    micro_batch: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """(inputs, targets) of one micro-batch after the other, over and over.
+
+        Ends when the loader gives nothing at a second pass, as an iterator does that can be read only once.
+
+        Raises:
+            ConfigError: the loader is empty.
+        """
+        for turn in itertools.count():
+            seen = False
+            for batch in self.dataloader:
+                for part in split(batch, self.micro_batch):
+                    seen = True
+                    inputs, targets = inputs_and_targets(part)
+                    yield move(inputs, self.device), move(targets, self.device)
+            if not seen:
+                if turn == 0:
+                    raise ConfigError("dataloader: it is empty; second-order pruning needs at least one batch")
+                return
+
+    def example(self) -> Any:
+        """The inputs of the first micro-batch."""
+        with untouched(self.model, self.dataloader):
+            return next(self.batches())[0]
+
+    def loss(self, inputs: Any, targets: Any) -> Tensor:
+        """The loss of one micro-batch.
+
+        Raises:
+            ModelError: it is no single finite number.
+        """
+        loss = self.loss_fn(call(self.model, inputs), targets)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ModelError(f"loss_fn: it gives {_shown(loss)}; a tensor with one element is needed")
+        if not bool(torch.isfinite(loss.detach()).all()):
+            raise ModelError(f"loss_fn: the loss is {float(loss.detach())}; the model or the data is not finite")
+        return loss.reshape(())
+
+    def each_gradient(self, parameters: Sequence[Tensor], count: int, consume: Callable[[list[Tensor]], None]) -> int:
+        """Hand ``count`` gradients of the loss, one at a time, to a function.
+
+        Args:
+            parameters: what to differentiate by.
+            count: how many; fewer if the data ends for good, which is said.
+            consume: called with one tensor for each parameter.
+
+        Returns:
+            How many there were.
+        """
+        done = 0
+        with untouched(self.model, self.dataloader), differentiable(self.model), torch.enable_grad():
+            for inputs, targets in itertools.islice(self.batches(), count):
+                found = torch.autograd.grad(self.loss(inputs, targets), list(parameters), allow_unused=True)
+                consume([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
+                done += 1
+        if done < count:
+            log.warning("num_grads: %d were asked for, the data gave %d", count, done)
+        return done
+
+    def run(self, count: int) -> int:
+        """Run the model on ``count`` micro-batches for its hooks' sake, without gradients."""
+        done = 0
+        with untouched(self.model, self.dataloader), torch.no_grad():
+            for inputs, _ in itertools.islice(self.batches(), count):
+                call(self.model, inputs)
+                done += 1
+        return done
+
+    def outputs(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """(outputs, targets) of given batches, in eval mode."""
+        with untouched(self.model, self.dataloader), torch.no_grad():
+            for batch in batches:
+                inputs, targets = inputs_and_targets(batch)
+                yield call(self.model, move(inputs, self.device)), move(targets, self.device)
+
+    def normalise_anew(self, norms: Sequence[nn.modules.batchnorm._BatchNorm], count: int) -> list[Statistic]:
+        """Running means and variances of batch norms as plain averages over ``count`` micro-batches.
+
+        The norms are in train mode while that is measured, everything else in eval mode; the model is afterwards as it
+        was.
+
+        Returns:
+            (mean, variance, batches seen) of each norm.
+        """
+        momenta = [norm.momentum for norm in norms]
+        try:
+            with untouched(self.model, self.dataloader), torch.no_grad():
+                for norm in norms:
+                    norm.reset_running_stats()
+                    norm.momentum = None  # a cumulative average
+                    norm.training = True
+                for inputs, _ in itertools.islice(self.batches(), count):
+                    call(self.model, inputs)
+                return [_statistic(norm) for norm in norms]
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+def _statistic(norm: nn.modules.batchnorm._BatchNorm) -> Statistic:
+    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    return norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    """A batch as what the model is called with, and what the loss gets beside the outputs.
+
+    Raises:
+        ConfigError: it is neither a pair nor a mapping.
+    """
+    if isinstance(batch, Mapping):
+        return batch, batch.get("labels", batch)
+    if isinstance(batch, (list, tuple)) and len(batch) >= 2:
+        inputs = batch[0] if len(batch) == 2 else tuple(batch[:-1])
+        return tuple(inputs) if isinstance(inputs, list) else inputs, batch[-1]
+    raise ConfigError(f"dataloader: a batch is {_shown(batch)}. Allowed: (inputs, targets), or a mapping of inputs")
+
+
+def split(batch: Any, size: int | None) -> Iterator[Any]:
+    """A batch in pieces of ``size`` samples (along the first dimension of its tensors)."""
+    if size is None:
+        yield batch
+        return
+    lengths = {tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim()}
+    if len(lengths) != 1:
+        raise ConfigError(f"micro_batch: a batch with first dimensions {sorted(lengths)} cannot be split")
+    length = lengths.pop()
+    for start in range(0, length, size):
+        yield _narrow(batch, start, min(size, length - start))
+
+
+def _narrow(nest: Any, start: int, size: int) -> Any:
+    if isinstance(nest, Tensor):
+        return nest.narrow(0, start, size) if nest.dim() else nest
+    if isinstance(nest, Mapping):
+        return {key: _narrow(value, start, size) for key, value in nest.items()}
+    if isinstance(nest, (list, tuple)):
+        return type(nest)(_narrow(value, start, size) for value in nest)
+    return nest
+
+
+@contextmanager
+def untouched(model: nn.Module, dataloader: Any = None) -> Iterator[None]:
+    """In eval mode inside the block; modes, buffers and random states are restored after it."""
+    with ExitStack() as stack:
+        stack.enter_context(_random_states(dataloader))
+        stack.enter_context(_buffers(model))
+        stack.enter_context(evaluating(model))
+        yield
+
+
+@contextmanager
+def _buffers(model: nn.Module) -> Iterator[None]:
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+@contextmanager
+def _random_states(dataloader: Any) -> Iterator[None]:
+    sources = (dataloader, getattr(dataloader, "sampler", None))
+    generators = {id(one): one for one in (getattr(source, "generator", None) for source in sources)}
+    states = [(one, one.get_state()) for one in generators.values() if isinstance(one, torch.Generator)]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for generator, state in states:
+            generator.set_state(state)

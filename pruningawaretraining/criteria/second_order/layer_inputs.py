@@ -1,0 +1,100 @@
+"""The Hessian of a layer's output error over its inputs, ``2/n X X'``: what SparseGPT prunes by.
+
+Shape suffixes: ``_N`` positions (samples, pixels, tokens), ``_D`` inputs of one output (channels by kernel positions),
+``_G`` groups of a grouped convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pruningawaretraining.errors import ConfigError
+
+
+def check_supported(name: str, module: nn.Module) -> None:
+    """Refuse layers whose inputs cannot be unfolded.
+
+    Raises:
+        ConfigError: it is neither linear nor a plain one- or two-dimensional convolution.
+    """
+    if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+        raise ConfigError(
+            f"criterion: input Hessians are not known for {name!r}, a {type(module).__name__}. Allowed: Linear, Conv1d "
+            "and Conv2d; leave it out with 'exclude', or use obs, cap or fast_cap"
+        )
+
+
+def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
+    """What each output position sees: (groups, positions, inputs), inputs channel by channel as in the weight."""
+    if isinstance(module, nn.Linear):
+        return inputs.reshape(1, -1, inputs.shape[-1])
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+    one_dimensional = isinstance(module, nn.Conv1d)
+    batched = inputs if inputs.dim() == module.weight.dim() else inputs[None]
+    pad = module._reversed_padding_repeated_twice
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = functional.pad(batched, pad, mode=mode)
+    padded = padded[:, :, None] if one_dimensional else padded
+    lift = (1,) if one_dimensional else ()
+    columns = functional.unfold(
+        padded, (*lift, *module.kernel_size), dilation=(*lift, *module.dilation), stride=(*lift, *module.stride)
+    )
+    grouped = columns.reshape(columns.shape[0], module.groups, -1, columns.shape[-1])
+    return grouped.permute(1, 0, 3, 2).reshape(module.groups, -1, grouped.shape[2])
+
+
+class InputHessians:
+    """Forward hooks that add up ``X X'`` for layers.
+
+    Args:
+        layers: (name, module), each a linear layer or convolution.
+        bias: append a constant input of 1, so that a bias is part of what is fitted.
+    """
+
+    def __init__(self, layers: Sequence[tuple[str, nn.Module]], bias: bool = False) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.bias = bias
+        self._handles = []
+        for name, module in layers:
+            check_supported(name, module)
+            self._handles.append(module.register_forward_pre_hook(self._hook(name)))
+
+    def _hook(self, name: str) -> Any:
+        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen_GND = unfolded(module, args[0].detach()).float()
+            if self.bias:
+                seen_GND = functional.pad(seen_GND, (0, 1), value=1.0)
+            square = (seen_GND.mT @ seen_GND).double()
+            self.sums[name] = self.sums[name] + square if name in self.sums else square
+            self.counts[name] = self.counts.get(name, 0) + seen_GND.shape[1]
+
+        return add
+
+    def remove(self) -> None:
+        """Take the hooks out."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def hessian(self, name: str) -> Tensor:
+        """``2/n X X'`` of a layer, (groups, inputs, inputs), float64.
+
+        Raises:
+            ConfigError: the layer was never run.
+        """
+        if name not in self.sums:
+            raise ConfigError(f"criterion: the layer {name!r} saw no input; leave it out with 'exclude'")
+        return self.sums[name] * (2.0 / self.counts[name])
+
+
+def reordered(hessian_GDD: Tensor, kernel: int) -> Tensor:
+    """From channel by channel to kernel position by kernel position, as :meth:`Layout.rows_of` orders columns."""
+    groups, width, _ = hessian_GDD.shape
+    order = torch.arange(width).reshape(width // kernel, kernel).mT.reshape(-1).to(hessian_GDD.device)
+    return hessian_GDD[:, order][:, :, order]
