@@ -378,14 +378,48 @@ def test_line_search_over_the_pruned_weights() -> None:
     assert optimizer.param_groups[0]["params"][0] is weight
 
 
+@pytest.mark.parametrize("phase", ["warmup", "proximal", "healing"])
+def test_closures_work_in_every_phase(phase: str) -> None:
+    one, other = weights((6, 4)), weights((6, 4))
+    options = {"prox_type": "MinSparsityConstraint", "min_sparsity": 0.5}
+    phases = {"warmup": (9, None), "proximal": (0, None), "healing": (0, 2)}[phase]
+    first = PruneOptimizer(BASES["sgd"]([group(one, **options)]), *phases)
+    second = PruneOptimizer(BASES["sgd"]([group(other, **options)]), *phases)
+    for step in range(5):
+
+        def closure(step: int = step) -> Tensor:
+            pull(one, step)
+            return one[0].detach().sum()
+
+        before = one[0].detach().sum()
+        assert torch.equal(first.step(closure), before)
+        pull(other, step)
+        assert second.step() is None
+        torch.testing.assert_close(one[0], other[0], rtol=0, atol=0)
+    assert int((one[0] == 0).all(1).sum()) == (0 if phase == "warmup" else 3)
+
+
+def test_subclasses_of_pytorchs_optimizers_take_the_short_way() -> None:
+    class Mine(torch.optim.SGD):
+        pass
+
+    class Other(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step(closure)
+
+    (weight,) = weights((4, 4))
+    assert PruneOptimizer(Mine([group([weight])], lr=0.1)).redirect
+    assert not PruneOptimizer(Other([group([weight])], lr=0.1)).redirect
+    assert not PruneOptimizer(Foreign([group([weight])])).redirect
+
+
 def test_a_failing_step_leaves_everything_in_its_place() -> None:
     class Broken(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             raise RuntimeError("no")
 
-    Broken.__module__ = "torch.optim.broken"
     ours = weights((4, 4))
-    optimizer = PruneOptimizer(Broken([group(ours)], lr=0.1))
+    optimizer = PruneOptimizer(Broken([group(ours)], lr=0.1), redirect=True)
     pull(ours, 0)
     with pytest.raises(RuntimeError, match="no"):
         optimizer.step()

@@ -131,5 +131,5 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def reads_param_groups(base: Optimizer) -> bool:
-    """Whether an optimizer is known to read its weights from ``param_groups`` at every step: PyTorch's own."""
-    return type(base).__module__.startswith("torch.optim.")
+    """Whether an optimizer is known to read its weights from ``param_groups`` at every step: its step is PyTorch's."""
+    return str(getattr(type(base).step, "__module__", "")).startswith("torch.optim.")
