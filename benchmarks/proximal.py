@@ -16,6 +16,7 @@ import importlib.util
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -169,7 +170,8 @@ def main() -> None:
             for name in (*CASES, HEALING, COUPLED, DEFAULT):
                 rows.append(measure(name, device, theirs, options.rounds))
                 print(markdown(rows[-1:]), flush=True)
-        note = "torchao is not installed" if theirs is None else f"torchao's {PEER_MODULE} beside ours"
+        peer_name = "" if theirs is None else f"torchao {version('torchao')}, {PEER_MODULE}, beside ours"
+        note = peer_name or "torchao is not installed"
         suffix = "" if device.type == "cpu" else f"_{device.type}"
         save(f"proximal{suffix}", rows, f"A proximal step on ResNet-50's weights ({environment()['device']})", note)
         print(markdown(rows))

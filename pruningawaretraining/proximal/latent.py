@@ -54,11 +54,10 @@ def take_own(state: dict[Tensor, Any], weights: Sequence[Tensor]) -> list[dict[s
     """Take our entries out of the optimizer's state; a state that is then empty goes."""
     taken = []
     for weight in weights:
-        inner = state.get(weight)
-        own = {} if inner is None else {key: inner.pop(key) for key in OWN_KEYS if key in inner}
-        if inner is not None and not inner:
-            del state[weight]
-        taken.append(own)
+        inner = state.pop(weight, None) or {}
+        taken.append({key: inner.pop(key) for key in OWN_KEYS if key in inner})
+        if inner:
+            state[weight] = inner
     return taken
 
 
@@ -84,21 +83,24 @@ class Redirect:
 
     def enter(self) -> None:
         state: dict[Tensor, Any] = self.base.state
-        self.own = take_own(state, [place.weight for place in self.places])
+        self.own = []
         for place, latent in zip(self.places, self.latents, strict=True):
-            place.params[place.index] = latent
+            inner = state.pop(place.weight, None) or {}
+            self.own.append({key: inner.pop(key) for key in OWN_KEYS if key in inner})
+            if inner:
+                state[latent] = inner
             latent.grad = place.weight.grad
-            if place.weight in state:
-                state[latent] = state.pop(place.weight)
+            place.params[place.index] = latent
 
     def leave(self) -> None:
         state: dict[Tensor, Any] = self.base.state
-        for place, latent in zip(self.places, self.latents, strict=True):
+        for place, latent, own in zip(self.places, self.latents, self.own, strict=True):
             place.params[place.index] = place.weight
             latent.grad = None
-            if latent in state:
-                state[place.weight] = state.pop(latent)
-        give_own(state, [place.weight for place in self.places], self.own)
+            inner = state.pop(latent, None) or {}
+            inner.update(own)
+            if inner:
+                state[place.weight] = inner
 
 
 class CopyIn:

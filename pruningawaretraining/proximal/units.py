@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -42,7 +43,9 @@ class Unit:
 
     def __init__(self, indices: Sequence[int], options: GroupOptions) -> None:
         self.indices, self.options = tuple(indices), options
-        self._key: tuple[Any, ...] = ()
+        self._key: list[int] = []
+        self._places: list[Place] = []
+        self._seen: list[tuple[list[Tensor], list[Tensor]]] = []
         self._plan: Plan | None = None
 
     def scale(self, groups: Sequence[ParamGroup]) -> Scale:
@@ -52,12 +55,21 @@ class Unit:
         return scale
 
     def places(self, groups: Sequence[ParamGroup]) -> list[Place]:
-        """All the weights of the unit."""
-        return [
-            Place(groups[number]["params"], index, weight, weight_name(groups[number], number, index))
-            for number in self.indices
-            for index, weight in enumerate(groups[number]["params"])
-        ]
+        """All the weights of the unit; looked up again only when one of them has been replaced."""
+        lists = [groups[number]["params"] for number in self.indices]
+        same = len(self._seen) == len(lists) and all(
+            params is known and len(params) == len(seen) and all(map(operator.is_, params, seen))
+            for params, (known, seen) in zip(lists, self._seen, strict=True)
+        )
+        if not same:
+            self._seen = [(params, list(params)) for params in lists]
+            self._places = [
+                Place(params, index, weight, weight_name(groups[number], number, index))
+                for number, params in zip(self.indices, lists, strict=True)
+                for index, weight in enumerate(params)
+            ]
+            self._plan = None
+        return self._places
 
     def check(self, groups: Sequence[ParamGroup]) -> None:
         """Refuse weights that the grouper cannot group.
@@ -95,8 +107,9 @@ class Unit:
 
     def plan(self, places: Sequence[Place], sources: Sequence[Tensor]) -> Plan:
         """The plan for these weights and sources; made once, and again when a tensor has been replaced or moved."""
-        pairs = zip(places, sources, strict=True)
-        key = tuple((id(p.weight), local(p.weight).data_ptr(), local(s).data_ptr()) for p, s in pairs)
+        key = [id(place) for place in places]
+        key += [local(place.weight).data_ptr() for place in places]
+        key += [local(source).data_ptr() for source in sources]
         if self._plan is None or key != self._key:
             self._plan, self._key = self._make(places, sources), key
         return self._plan
