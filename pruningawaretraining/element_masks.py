@@ -1,0 +1,109 @@
+"""Masks of slices, blocks, N:M and single weights: one byte a group, applied through views of the weights.
+
+Shape suffixes: ``_G`` groups, ``_S`` slots of one member, ``_W`` any weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from pruningawaretraining.criteria.reductions import device_of
+from pruningawaretraining.folding import fill_groups, slots_of
+from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.optimizer_state import mask_state
+
+
+class ElementMasks:
+    """Holds and applies the masks of one grouping whose members have consecutive slots.
+
+    Args:
+        grouping: its groups.
+    """
+
+    def __init__(self, grouping: Grouping) -> None:
+        self.grouping = grouping
+        self.keep_G = torch.ones(grouping.size, dtype=torch.bool, device=device_of(grouping))
+        self._drops: list[tuple[Member, Tensor]] = []  # members with anything masked, and which of their slots
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is masked."""
+        return bool(self._drops)
+
+    def set(self, keep_G: Tensor) -> None:
+        """Take new masks (True = keep) and zero what they switch off."""
+        self.clear()
+        self.keep_G = keep_G.detach().to(device_of(self.grouping), torch.bool).clone()
+        for member in self.grouping.members:
+            drop_S = ~slots_of(self.grouping, member, self.keep_G)
+            if bool(drop_S.any()):
+                self._drops.append((member, drop_S.to(member.parameter.device)))
+        for index, (member, _) in enumerate(self._drops):
+            if member.parameter.requires_grad:
+                hook = partial(self._mask_gradient, index=index)
+                handle = member.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
+        self.apply()
+
+    def clear(self) -> None:
+        """Forget the masks; the weights stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._drops = [], []
+        self.keep_G = torch.ones_like(self.keep_G)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set masked weights to exactly 0."""
+        for index, (member, _) in enumerate(self._drops):
+            self._fill(index, member.parameter)
+
+    @torch.no_grad()
+    def apply_to_gradients(self) -> None:
+        """Set the gradients of masked weights to 0, so that they enter no norm and no moving average."""
+        for index, (member, _) in enumerate(self._drops):
+            self._mask_gradient(member.parameter, index)
+
+    @torch.no_grad()
+    def apply_to_state(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Set the optimizers' state of masked weights (momenta, averages) to 0."""
+        known = list(optimizers)
+        for index, (member, _) in enumerate(self._drops):
+            keep_W = torch.ones(member.parameter.shape, dtype=torch.bool, device=member.parameter.device)
+            self._fill(index, keep_W)
+            mask_state(known, [member.parameter], [keep_W])
+
+    @torch.no_grad()
+    def _mask_gradient(self, parameter: Tensor, index: int) -> None:
+        if parameter.grad is not None and parameter.grad.layout is torch.strided:
+            self._fill(index, parameter.grad)
+
+    def _fill(self, index: int, values_W: Tensor) -> None:
+        """Write 0 over the masked entries; the masks follow a model that has been moved to another device."""
+        member, drop_S = self._drops[index]
+        if drop_S.device != values_W.device:
+            drop_S = drop_S.to(values_W.device)
+            self._drops[index] = member, drop_S
+        fill_groups(member, values_W.detach(), drop_S, 0.0)
+
+    def masked_weights(self) -> int:
+        """How many weights are masked."""
+        total = 0
+        for index, (member, _) in enumerate(self._drops):
+            keep_W = torch.ones(member.parameter.shape, dtype=torch.bool, device=member.parameter.device)
+            self._fill(index, keep_W)
+            total += int((~keep_W).sum())
+        return total
+
+    def by_parameter(self) -> dict[str, Tensor]:
+        """Name of each weight -> keep mask of its groups, on the CPU."""
+        return {
+            member.name: slots_of(self.grouping, member, self.keep_G).detach().cpu().clone()
+            for member in self.grouping.members
+        }

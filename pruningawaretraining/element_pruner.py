@@ -1,0 +1,283 @@
+"""Slices, blocks, N:M and single weights through a whole training: score, allocate and mask on a schedule.
+
+Shape suffixes: ``_G`` groups of one rule.
+
+An event of a rule takes place in an epoch's ``prune`` or at the start of a step, once each. Where its criterion needs
+gradients or activations and none has been seen, it waits for the first ones, which come before the weights move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.allocation_elements import progressive, zero_groups
+from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.element_rules import (
+    ElementPattern,
+    ElementRule,
+    ElementState,
+    decide,
+    has_seen,
+    make_rule,
+    scores_of,
+)
+from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.registry import build
+from pruningawaretraining.regularizers_elements import BlockLasso, RateOf, SlicePenalty
+
+PHASES = ("regularize", "prune", "finetune", "done")
+Optimizers = Sequence[torch.optim.Optimizer]
+
+
+class ElementPruner:
+    """Drives the rules of one model that prune finer than channels.
+
+    Args:
+        model: the model.
+        rules: (key, rule, built pattern, whether a channel rule works on the same layers), enabled ones.
+    """
+
+    def __init__(self, model: nn.Module, rules: Iterable[tuple[str, Rule, ElementPattern, bool]]) -> None:
+        self.model = model
+        self.rules = [make_rule(model, *one) for one in rules]
+        self.count = 0  # real steps that have been taken notice of
+        self._gathered = False
+
+    @property
+    def phase(self) -> str:
+        """The earliest phase of any rule."""
+        return min((one.state.phase for one in self.rules), key=PHASES.index, default="done")
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """(groups, those that are masked) of all rules."""
+        return (
+            sum(one.grouping.size for one in self.rules),
+            sum(int((~one.masks.keep_G).sum()) for one in self.rules),
+        )
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of all groups that are masked."""
+        groups, gone = self.groups
+        return gone / groups if groups else 0.0
+
+    # --- events -------------------------------------------------------------------------------------------------
+
+    def at_init(self, optimizers: Optimizers) -> None:
+        """Let rules that begin with the pruner have their one event."""
+        for one in self.rules:
+            if one.rule.at_init and one.rule.start <= 0 and one.state.last is None:
+                self._fire(one, one.rule.start, optimizers)
+
+    def tick(self, unit: str, now: int, optimizers: Optimizers) -> list[str]:
+        """Let every rule that counts in ``unit`` ("epoch" or "step") have the event or part that is due.
+
+        Returns:
+            One line for each event.
+        """
+        lines: list[str] = []
+        for one in self.rules:
+            if one.rule.unit == unit:
+                self._advance(one, now, optimizers)
+                lines += self._fire(one, now, optimizers) if one.due(now) else []
+        return lines
+
+    def on_round(self, scale: Tensor | float, optimizers: Optimizers) -> list[str]:
+        """Gradients are complete and no weight has moved: gather what criteria need; events that waited take place.
+
+        Args:
+            scale: what the gradients are still multiplied with.
+            optimizers: those of the model.
+        """
+        lines: list[str] = []
+        for one in self.rules:
+            if one.collector is not None and one.gathers and not self._gathered:
+                one.collector.on_before_step(one.grouping, scale)
+            if one.state.waiting is not None:
+                lines += self._fire(one, one.state.waiting, optimizers)
+        self._gathered = True
+        return lines
+
+    def on_stepped(self, count: int, rate_of: RateOf, optimizers: Optimizers) -> list[str]:
+        """Weights have moved: shrink blocks, zero what is masked, and have the last event of a schedule at once.
+
+        Args:
+            count: real steps so far.
+            rate_of: parameter -> learning rate.
+            optimizers: those of the model.
+        """
+        self._gathered = False
+        if count > self.count:
+            self._shrink(rate_of)
+        self.count = count
+        for one in self.rules:
+            one.masks.apply()
+        lines: list[str] = []
+        for one in self.rules:
+            if one.rule.unit == "step" and count == one.last_event and one.due(count):
+                self._advance(one, count, optimizers)
+                lines += self._fire(one, count, optimizers)
+        return lines
+
+    def finish(self, optimizers: Optimizers) -> None:
+        """Training ends: events in parts are completed, and nothing listens any more."""
+        for one in self.rules:
+            if one.next_G is not None:
+                self._mask(one, one.next_G, optimizers)
+            if one.collector is not None:
+                one.collector.detach()
+
+    def _fire(self, one: ElementRule, now: int, optimizers: Optimizers) -> list[str]:
+        if one.gathers and not has_seen(one):
+            one.state.waiting = now
+            return []
+        one.state.waiting = None
+        if one.state.event == 0 and (one.rule.keep_zeros or one.rule.mode == "lock"):
+            self._mask(one, one.masks.keep_G & ~zero_groups(one.grouping).to(one.masks.keep_G.device), optimizers)
+            one.state.initial = one.sparsity
+        one.state.event += 1
+        one.state.last = now
+        if one.rule.mode == "prune":
+            last = one.rule.at_init or (now - one.rule.start) // one.rule.every + 1 >= one.events
+            self._prune(one, now, last, optimizers)
+        else:
+            if one.rule.mode == "unprune":
+                one.masks.clear()
+            last = True
+        one.state.phase = "finetune" if last else "prune"
+        return [f"{one.key}: {one.rule.unit} {now}: {one.rule.mode}d, sparsity {one.sparsity:.4f}"]
+
+    def _prune(self, one: ElementRule, now: int, last: bool, optimizers: Optimizers) -> None:
+        scores_G = scores_of(one)
+        next_G = decide(self.model, one, scores_G, self._progress(one, now, last))
+        if min(one.rule.progressive, one.rule.every) > 1:
+            one.next_G, one.scores_G, one.state.begun, one.state.part = next_G, scores_G, now, 0
+            self._advance(one, now, optimizers)
+        else:
+            self._mask(one, next_G, optimizers)
+
+    def _progress(self, one: ElementRule, now: int, last: bool) -> float:
+        return 1.0 if last else ((now - one.rule.start) // one.rule.every + 1) / one.events
+
+    def _advance(self, one: ElementRule, now: int, optimizers: Optimizers) -> None:
+        """Of an event in parts, mask the parts that are due by now."""
+        if one.next_G is None or one.scores_G is None or one.state.begun is None:
+            return
+        parts = min(one.rule.progressive, one.rule.every)
+        part = (now - one.state.begun) * parts // one.rule.every + 1
+        if part >= parts:
+            self._mask(one, one.next_G, optimizers)
+            return
+        if part > one.state.part:
+            left, going = parts - one.state.part, part - one.state.part
+            keep_G = progressive(one.masks.keep_G, one.next_G, one.scores_G, going, left)
+            one.state.part = part
+            self._set(one, keep_G, optimizers)
+
+    def _mask(self, one: ElementRule, keep_G: Tensor, optimizers: Optimizers) -> None:
+        one.next_G = one.scores_G = one.state.begun = None
+        one.state.part = 0
+        self._set(one, keep_G, optimizers)
+
+    def _set(self, one: ElementRule, keep_G: Tensor, optimizers: Optimizers) -> None:
+        one.masks.set(keep_G)
+        one.masks.apply_to_gradients()
+        one.masks.apply_to_state(optimizers)
+
+    # --- regularising -------------------------------------------------------------------------------------------
+
+    def penalty(self) -> Tensor:
+        """The differentiable penalty of all rules that have one and are not done."""
+        total = torch.zeros((), device=next((p.device for p in self.model.parameters()), torch.device("cpu")))
+        for one, options in self._regularizers():
+            if isinstance(options, SlicePenalty):
+                total = total + options.penalty(one.grouping).to(total.device)
+        return total
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether blocks are shrunk after steps."""
+        return any(isinstance(options, BlockLasso) for _, options in self._regularizers())
+
+    def _shrink(self, rate_of: RateOf) -> None:
+        for one, options in self._regularizers():
+            if isinstance(options, BlockLasso):
+                options.after_step(one.grouping, rate_of)
+
+    def _regularizers(self) -> list[tuple[ElementRule, Any]]:
+        regularized = [one for one in self.rules if one.rule.regularizer is not None and one.works]
+        return [(one, build("regularizer", one.rule.regularizer, f"{one.key}.regularizer")) for one in regularized]
+
+    # --- changes of the model, and state ------------------------------------------------------------------------
+
+    def rebuild(self, optimizers: Optimizers) -> None:
+        """Label the weights anew after channels have been removed; rules that had begun keep their sparsity."""
+        for number, old in enumerate(self.rules):
+            old.masks.clear()
+            if old.collector is not None:
+                old.collector.detach()
+            new = self.rules[number] = make_rule(self.model, old.key, old.rule, old.pattern, old.stacked)
+            new.state = old.state
+            new.state.begun, new.state.part = None, 0
+            if not old.state.event:
+                continue
+            if old.rule.mode == "prune":
+                progress = 1.0 if old.state.phase == "finetune" else old.state.event / old.events
+                self._set(new, decide(self.model, new, scores_of(new), progress), optimizers)
+            elif old.rule.mode == "lock":
+                self._set(new, ~zero_groups(new.grouping), optimizers)
+
+    def adopt(self, keys: Iterable[str]) -> None:
+        """Rules that a loaded file has seen through: the zeros of its weights are their masks."""
+        for one in self.rules:
+            if one.key in set(keys):
+                one.masks.set(~zero_groups(one.grouping))
+                one.state.phase, one.state.event = "finetune", one.events
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, scores, and where each rule stands: tensors and plain data."""
+        return {"count": self.count, "rules": [_state_of(one) for one in self.rules]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; load the model's weights as well.
+
+        Raises:
+            CheckpointError: it is of other rules or another model.
+        """
+        keys = [one["key"] for one in state["rules"]]
+        if keys != [one.key for one in self.rules]:
+            raise CheckpointError(f"state: it is of the rules {keys}, not of {[one.key for one in self.rules]}")
+        for one, values in zip(self.rules, state["rules"], strict=True):
+            _load(one, values)
+        self.count = int(state["count"])
+
+
+def _state_of(one: ElementRule) -> dict[str, Any]:
+    return {
+        "key": one.key,
+        "sets": {group_set.name: group_set.size for group_set in one.grouping.sets},
+        "state": vars(one.state).copy(),
+        "keep": one.masks.keep_G.cpu().clone(),
+        "next": None if one.next_G is None else one.next_G.cpu().clone(),
+        "scores": None if one.scores_G is None else one.scores_G.cpu().clone(),
+        "collector": None if one.collector is None else one.collector.state_dict(),
+    }
+
+
+def _load(one: ElementRule, values: Mapping[str, Any]) -> None:
+    sets = {group_set.name: group_set.size for group_set in one.grouping.sets}
+    if values["sets"] != sets:
+        other = sorted(set(sets.items()) ^ set(values["sets"].items()))[0]
+        raise CheckpointError(f"state: {one.key} was saved for other groups: {other[0]!r} of {other[1]} differs")
+    device = one.masks.keep_G.device
+    one.state = ElementState(**values["state"])
+    one.masks.set(values["keep"])
+    one.next_G = None if values["next"] is None else values["next"].to(device)
+    one.scores_G = None if values["scores"] is None else values["scores"].to(device)
+    if one.collector is not None and values["collector"] is not None:
+        one.collector.load_state_dict(values["collector"])
