@@ -132,6 +132,20 @@ class Allocator:
         """Keep mask with everything gone that the limits allow."""
         return self.at(1.0)
 
+    def check_sparsity(self, fraction: float, key: str) -> None:
+        """Refuse a sparsity that the limits make unreachable; the last channels of every set are not counted.
+
+        Raises:
+            TargetError: the message says what is reachable.
+        """
+        wanted = math.floor(fraction * self.grouping.size + SLACK)
+        reachable = int((~self.smallest()).sum())
+        if wanted - reachable > len(self.grouping.sets):
+            raise TargetError(
+                f"{key}: {fraction:.4g} is out of reach: caps and multiples let at most "
+                f"{reachable / self.grouping.size:.4f} of the groups go. Lower it, or raise max_sparsity"
+            )
+
     def to_cost(self, cost: Cost, budget: float, *, at_least: float = 0.0, key: str = "target") -> Tensor:
         """Keep mask whose cost is at most ``budget``, and to which no removed group can be given back.
 

@@ -70,6 +70,12 @@ def test_scores_weighed_by_macs(options: dict[str, object], expected: list[float
     assert scores.tolist() == pytest.approx(expected)
 
 
+def test_sets_without_a_norm_stay_last_when_weighed_by_macs() -> None:
+    _, found, statistics = two_layers()
+    spec = {"type": "mac_aware", "base": "bn_scale", "mode": "per_mac"}
+    assert build("criterion", spec).score(found.grouping, statistics).tolist() == [torch.inf] * 6
+
+
 def test_random_scores_are_the_same_every_time() -> None:
     grouping = two_layers()[1].grouping
     first, second = (build("criterion", {"type": "random", "seed": 1}).score(grouping, Statistics()) for _ in range(2))

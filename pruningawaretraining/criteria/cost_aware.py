@@ -80,4 +80,7 @@ class MacAware:
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
         weigh: Callable[..., Tensor] = lookup("mac_weighting", self.mode)
         scores_G = self.base.score(grouping, statistics).detach().cpu().double()
-        return weigh(scores_G, grouping, statistics, self.alpha, self.beta)
+        finite_G = torch.isfinite(scores_G)  # groups that a criterion puts last stay last
+        largest = scores_G[finite_G].max() if bool(finite_G.any()) else scores_G.new_ones(())
+        weighed_G = weigh(torch.where(finite_G, scores_G, largest), grouping, statistics, self.alpha, self.beta)
+        return torch.where(finite_G, weighed_G, scores_G)

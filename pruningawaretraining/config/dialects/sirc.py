@@ -85,7 +85,7 @@ def channel_rule(args: ChannelArgs) -> dict[str, Any]:
         "start": args.start_epoch,
         "end": args.start_epoch if at_once else args.end_epoch,
         "every": args.epoch_rate,
-        "target": channel_target(args.global_prune_rate or None, args.mac_target),
+        "target": channel_target(_capped(args.global_prune_rate, args.max_pruning_rate), args.mac_target),
         "final_sparsity": 1.0,
         "max_sparsity": args.max_pruning_rate,
         "multiple": args.block_size,
@@ -171,3 +171,11 @@ def _note_ignored(args: ChannelArgs) -> None:
     if args.regularize and args.pruning_method == "BNScalePruner":
         for key in sorted(args.regularize.model_fields_set - {"reg"}):
             note_ignored(f"{section}.regularize.{key}", "the BN scale penalty has no strength but reg")
+
+
+def _capped(rate: float | None, most: float) -> float | None:
+    """The overall rate, which the old system cut silently where every layer's cap is lower."""
+    if rate and most and rate > most:
+        note_ignored("channel_sparsity_args.global_prune_rate", f"max_pruning_rate {most} is lower and decides")
+        return most
+    return rate or None
