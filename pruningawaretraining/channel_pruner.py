@@ -146,12 +146,13 @@ class ChannelPruner:
         """Refuse a MAC target that no mask within the limits reaches, before any training is spent on it."""
         for one in self.rules:
             target = one.rule.target.macs
-            if target is not None and one.rule.enabled:
-                scores_R = torch.zeros(one.grouping.size)
-                allocator = Allocator(one.grouping, scores_R, one.limits(), one.rule.scope)
+            allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), one.limits(), one.rule.scope)
+            if target is not None:
                 cost = _SubCost(self.macs_cost, one.groups_D, self.keep_D)
                 if cost(allocator.smallest()) > target * self.macs_cost.dense:
                     allocator.to_cost(cost, target * self.macs_cost.dense, key=f"{one.key}.target.macs")
+            if one.rule.target.sparsity is not None:
+                allocator.check_sparsity(one.rule.target.sparsity, f"{one.key}.target.sparsity")
 
     @property
     def phase(self) -> str:
@@ -178,12 +179,18 @@ class ChannelPruner:
                     self._regularizers.append((one, ready, mine_G))
         return self._regularizers
 
-    def regularize(self, scale: Tensor | float = 1.0) -> None:
-        """Add every active regulariser to the gradients in place (while regularising and pruning, not after)."""
+    def penalties(self) -> list[tuple[Regularizer, Tensor]]:
+        """Every active regulariser (while regularising and pruning, not after) with its factors at these weights."""
+        found = []
         for one, ready, mine_G in self.regularizers():
             if one.state.phase in ("regularize", "prune"):
-                keep_G = self._keep_for(ready, mine_G) if self.masks.active else None
-                ready(keep_G, scale)
+                found.append((ready, ready.factors(self._keep_for(ready, mine_G) if self.masks.active else None)))
+        return found
+
+    def regularize(self, scale: Tensor | float = 1.0) -> None:
+        """Add every active regulariser to the gradients in place, in the gradients' own ``scale``."""
+        for ready, factor_G in self.penalties():
+            ready.add(factor_G * scale)
 
     def _keep_for(self, ready: Regularizer, mine_G: Tensor) -> Tensor:
         keep_G = self.masks.keep_on(ready.index.device)
@@ -282,7 +289,13 @@ class ChannelPruner:
         surroundings.after_removal()
 
     def _check_removed(self, before: list[Tensor]) -> None:
-        after = outputs_of(self.model, self.inputs, self.forward_fn)
+        try:
+            after = outputs_of(self.model, self.inputs, self.forward_fn)
+        except ModelError as error:
+            raise ModelError(
+                f"removal: the removed model does not run: {error.__cause__ or error}; the model is put back as it was, "
+                "masked. Some width is written into its code: leave those layers out with 'exclude'"
+            ) from error
         for expected, actual in zip(before, after, strict=True):
             scale = float(expected.abs().max().clamp(min=1e-30)) if expected.numel() else 1.0
             same = expected.shape == actual.shape

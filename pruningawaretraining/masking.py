@@ -123,7 +123,8 @@ class Masks:
             parameter = self._parameters[indices[0]]
             if parameter.requires_grad:
                 hook = partial(self._mask_gradient, indices=indices)
-                self._gradient_handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._gradient_handles.append(handle)
 
     @torch.no_grad()
     def _mask_gradient(self, parameter: Tensor, indices: list[int]) -> None:

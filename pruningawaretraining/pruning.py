@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pruningawaretraining.channel_pruner import ChannelPruner, Surroundings
 from pruningawaretraining.checkpoint import describe_with, record_of
@@ -21,10 +20,13 @@ from pruningawaretraining.config.schema import PruningConfig, Rule
 from pruningawaretraining.costs.macs import count_macs
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.inputs import ForwardFn, from_shapes, move, tensors_of
+from pruningawaretraining.optimizer_state import clear_state
 from pruningawaretraining.patterns.channel import Channel, find_channels, producer_names
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.registry import build
+from pruningawaretraining.regularizers import Regularizer
 from pruningawaretraining.report.summary import Report
+from pruningawaretraining.steps import Steps
 
 log = logging.getLogger(__name__)
 
@@ -83,15 +85,13 @@ class Pruning:
         self.model = unwrap(model)
         self.config = load_config(config)
         self._forward_fn = forward_fn
-        self._optimizers: list[torch.optim.Optimizer] = []
-        self._handles: list[Any] = []
+        self._steps = Steps(self.model, self)
+        self._penalties: list[tuple[Regularizer, Tensor]] = []
         self._followers = [] if ema is None else list(ema) if isinstance(ema, (list, tuple)) else [ema]
         self._channels: ChannelPruner | None = None
         self._inputs = self._first_inputs(example_inputs)
         self._capture: Any = None
-        self._penalised = False
         self._ended = False
-        self.steps = 0
         self.record = record_of(self.model)
         if self._inputs is None:
             self._capture = self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
@@ -99,7 +99,6 @@ class Pruning:
             self._build()
         if optimizer is not None:
             self.attach(optimizer)
-        self._watch_optimizers()
         this = weakref.ref(self)
         describe_with(self.model, lambda: {} if (pruner := this()) is None else pruner.describe())
 
@@ -163,8 +162,9 @@ class Pruning:
         if self._channels is None and self._inputs is not None and not self.config.infer:
             self._build()
         if self._channels is None:
-            why = "the model has not been run yet" if self._inputs is None else "no rule is enabled"
-            raise ModelError(f"pruner: there are no channel groups: {why}; pass example_inputs=")
+            idle = "no rule is enabled, or the model is loaded for inference"
+            why = "the model has not been run yet; pass example_inputs=" if self._active else idle
+            raise ModelError(f"pruner: there are no channel groups: {why}")
         return self._channels
 
     @property
@@ -177,71 +177,38 @@ class Pruning:
         return not self.config.infer and any(rule.enabled for rule in self.config.rules)
 
     def _surroundings(self) -> Surroundings:
-        return Surroundings(self._optimizers, self._followers, self._after_removal)
+        return Surroundings(self._steps.optimizers, self._followers, self._after_removal)
 
     def _after_removal(self) -> None:
         if self.config.reset_optimizer:
-            for optimizer in self._optimizers:
-                optimizer.state.clear()
+            for optimizer in self._steps.optimizers:
+                clear_state(optimizer)
 
     # --- optimizers ---------------------------------------------------------------------------------------------
 
+    @property
+    def steps(self) -> int:
+        """How many real optimizer steps there have been; reading it waits for the device."""
+        return self._steps.count
+
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Let masks and regularisers act in every step of an optimizer, and let a removal keep its state."""
-        if any(known is optimizer for known in self._optimizers):
-            return
-        self._optimizers.append(optimizer)
-        this = weakref.ref(self)
+        self._steps.attach(optimizer)
 
-        def before(*_: Any) -> None:
-            pruner = this()
-            if pruner is not None:
-                pruner._before_step(optimizer)
+    def on_round(self) -> None:
+        """A real step begins; see :mod:`pruningawaretraining.steps`."""
+        acts = self._active and not self._ended and self._inputs is not None
+        self._penalties = self.channel_pruner.penalties() if acts else []
 
-        def after(*_: Any) -> None:
-            pruner = this()
-            if pruner is not None:
-                pruner._after_step(optimizer)
+    def on_gradients(self, scale: Tensor | float, only: set[int] | None) -> None:
+        """Add the regularisers to gradients that are about to be used."""
+        for ready, factor_G in self._penalties:
+            ready.add(factor_G * scale, only)
 
-        self._handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-
-    def _watch_optimizers(self) -> None:
-        """Find optimizers of the model's parameters at their first step."""
-        this = weakref.ref(self)
-
-        def found(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            pruner = this()
-            if pruner is not None:
-                pruner._meet(optimizer)
-
-        handle = register_optimizer_step_post_hook(found)
-        weakref.finalize(self, handle.remove)
-
-    def _meet(self, optimizer: torch.optim.Optimizer) -> None:
-        if any(known is optimizer for known in self._optimizers):
-            return
-        mine = {id(parameter) for parameter in self.model.parameters()}
-        if any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
-            self.attach(optimizer)
-            self._after_step(optimizer)
-
-    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if optimizer is self._optimizers[0] and not self._penalised:
-            self._penalise(optimizer)
-
-    def _penalise(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Add the regularisers once in a real step, in the scale that the gradients have."""
-        loss_scale = getattr(optimizer, "grad_scale", None)
-        if self._active and self._inputs is not None:
-            self.channel_pruner.regularize(1.0 if loss_scale is None else loss_scale)
-        self._penalised = True
-
-    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def on_stepped(self) -> None:
+        """Weights have moved: masked ones go back to 0."""
         if self._channels is not None:
             self._channels.masks.apply()
-        if optimizer is self._optimizers[0]:
-            self.steps += 1
-            self._penalised = False
 
     # --- hooks of a training loop -------------------------------------------------------------------------------
 
@@ -256,19 +223,16 @@ class Pruning:
 
     def on_before_optimizer_step(self) -> None:
         """After backward, before clipping and the optimizer's step: regularise, and mask the gradients."""
-        if not self._optimizers and not self._penalised:
-            self._penalise()
+        self._steps.look_around()
+        if not self._steps.optimizers and not self._steps.by_hand:
+            self._steps.gradients_by_hand()
         if self._channels is not None:
             self._channels.masks.apply_to_gradients()
 
     def on_after_optimizer_step(self) -> None:
         """After the optimizer's step: masked weights are set to 0 again."""
-        if self._optimizers:
-            return  # done by the optimizer's own hooks
-        if self._channels is not None:
-            self._channels.masks.apply()
-        self.steps += 1
-        self._penalised = False
+        if not self._steps.optimizers:  # else the optimizer's own hooks have done it
+            self._steps.stepped_by_hand()
 
     def on_epoch_end(self, epoch: int) -> None:
         """At the end of an epoch."""
@@ -285,10 +249,9 @@ class Pruning:
         out and once for any number of accumulated backward passes; the call then changes nothing.
         """
         self._check_same(model)
-        if self._optimizers or not self._active or self._ended:
-            return
-        if self._inputs is not None:
-            self._penalise()
+        self._steps.look_around()
+        if not self._steps.optimizers:
+            self._steps.gradients_by_hand()
 
     def slice_regularize(self, model: nn.Module | None = None) -> Tensor:
         """The penalty of the slice rules, to be added to the loss: 0 without any."""
@@ -312,10 +275,12 @@ class Pruning:
             return
         for line in self.channel_pruner.prune(int(epoch), self._surroundings()):
             _tell(log, line)
+        self._steps.end_round()
 
     def remove(self) -> None:
         """Physically remove what is masked now, whatever the schedule says."""
         self.channel_pruner.remove(self._surroundings())
+        self._steps.end_round()
 
     def _check_same(self, model: nn.Module | None) -> None:
         if model is not None and unwrap(model) is not self.model:
@@ -446,7 +411,7 @@ class Pruning:
         Raises:
             ModelError: the state is of another model, or the model has been pruned already.
         """
-        self.steps, self._ended = int(state["steps"]), bool(state["ended"])
+        self._steps.count, self._ended = int(state["steps"]), bool(state["ended"])
         if state["channels"] is not None:
             self.channel_pruner.load_state_dict(state["channels"], self._surroundings())
 

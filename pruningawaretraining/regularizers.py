@@ -116,12 +116,17 @@ class GroupIndex:
     def _largest_block(self) -> int:
         return max(max(BLOCK, w.parameter[0].numel() if w.parameter.dim() else 1) for w in self.weights)
 
-    def add_to_gradients(self, factor_G: Tensor) -> None:
-        """``grad += factor * weight`` for every member; a weight in two groups takes the sum of their factors."""
+    def add_to_gradients(self, factor_G: Tensor, only: set[int] | None = None) -> None:
+        """``grad += factor * weight`` for every member; a weight in two groups takes the sum of their factors.
+
+        Args:
+            factor_G: one factor for each group.
+            only: ids of the parameters that are meant; None for all.
+        """
         factor_N = torch.cat([factor_G, factor_G.new_zeros(1)])[self.entries_N]
         for weight in self.weights:
             gradient = weight.parameter.grad
-            if gradient is None:
+            if gradient is None or (only is not None and id(weight.parameter) not in only):
                 continue
             factors = [
                 (dim, factor_N[first:last].to(gradient.dtype))
@@ -194,16 +199,23 @@ class Regularizer:
         self.strength_G = strength_G.to(index.device, torch.float32)
 
     @torch.no_grad()
-    def __call__(self, keep_G: Tensor | None = None, scale: Tensor | float = 1.0) -> None:
-        """Add the penalty's gradient in place.
+    def factors(self, keep_G: Tensor | None = None) -> Tensor:
+        """What each group's weights are multiplied with in the penalty's gradient, at the weights as they are now.
 
         Args:
             keep_G: groups that are not masked (True), on the index's device; None for all.
-            scale: the gradients' own scale (a loss scale that is not yet divided out).
         """
-        norms_G = self.index.squared_norms()
-        factor_G = self.factor(norms_G, self.index, keep_G) * self.strength_G * scale
-        self.index.add_to_gradients(factor_G if keep_G is None else factor_G * keep_G)
+        factor_G = self.factor(self.index.squared_norms(), self.index, keep_G) * self.strength_G
+        return factor_G if keep_G is None else factor_G * keep_G
+
+    @torch.no_grad()
+    def add(self, factor_G: Tensor, only: set[int] | None = None) -> None:
+        """Add the penalty's gradient in place; see :meth:`GroupIndex.add_to_gradients`."""
+        self.index.add_to_gradients(factor_G, only)
+
+    def __call__(self, keep_G: Tensor | None = None, scale: Tensor | float = 1.0) -> None:
+        """Add the penalty's gradient in place, in the gradients' own ``scale``."""
+        self.add(self.factors(keep_G) * scale)
 
 
 def _strengths(grouping: Grouping, strength: float, mac_strength: float, saving_G: Tensor | None) -> Tensor:

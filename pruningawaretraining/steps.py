@@ -1,0 +1,229 @@
+"""The real steps of training: which optimizers a model has, when one of them steps, and when a step did not count.
+
+A real step may have several backward passes (accumulation), several optimizers, and several evaluations of a closure
+(LBFGS); a gradient scaler may skip it after an overflow. A regulariser belongs into each real step once, in the scale
+that the gradients have then. This module finds those moments through the optimizers' own hooks.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+log = logging.getLogger(__name__)
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Listener(Protocol):
+    """What happens at the moments of a real step."""
+
+    def on_round(self) -> None:
+        """A real step begins: gradients are complete, no weight has moved yet."""
+
+    def on_gradients(self, scale: Tensor | float, only: set[int] | None) -> None:
+        """Gradients are about to be used: add what belongs to them.
+
+        Args:
+            scale: what they are still multiplied with (a loss scale that is not yet divided out).
+            only: ids of the parameters that are meant; None for all.
+        """
+
+    def on_stepped(self) -> None:
+        """Weights have moved."""
+
+
+class Steps:
+    """The optimizers of one model and the real steps they make.
+
+    Several optimizers make one real step together: it ends when one of them steps a second time.
+
+    Args:
+        model: its parameters tell which optimizers are meant.
+        listener: is called at the moments of a step; held weakly.
+    """
+
+    def __init__(self, model: nn.Module, listener: Listener) -> None:
+        self.model = model
+        self._listener = weakref.ref(listener)
+        self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
+        self._strangers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._looked = False  # whether optimizers that exist already have been looked for
+        self._by_hand = False  # whether this round's gradients have been dealt with by an explicit call
+        self._round: set[int] = set()  # optimizers that have stepped in this round
+        self._done: set[int] = set()  # parameters dealt with in this round
+        self._all_done = False  # whether every parameter has been dealt with in this round
+        self._rounds = 0
+        self._skipped: Tensor | int = 0
+        self._last: Tensor | int = 1  # 1 while nothing has counted in the round: none has stepped, or it was skipped
+        this = weakref.ref(self)
+
+        def found(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            steps = this()
+            if steps is not None:
+                steps._meet(optimizer)
+
+        weakref.finalize(self, register_optimizer_step_pre_hook(found).remove)
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers that are known and alive."""
+        return [optimizer for one in self._optimizers if (optimizer := one()) is not None]
+
+    @property
+    def count(self) -> int:
+        """How many real steps there have been; those that a gradient scaler skipped are none."""
+        return self._rounds - int(self._skipped) - (int(self._last) if self._round else 0)
+
+    @count.setter
+    def count(self, value: int) -> None:
+        self._rounds, self._skipped, self._last = value, 0, 0
+        self.end_round()
+
+    def end_round(self) -> None:
+        """Whatever steps next begins a real step: after masks or the model have changed."""
+        if self._round:
+            self._skipped = self._skipped + self._last
+        self._round, self._done, self._all_done, self._last = set(), set(), False, 1
+        self._strangers.clear()
+
+    # --- optimizers ---------------------------------------------------------------------------------------------
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take part in every step of an optimizer (of the one inside, for a wrapper without hooks of its own)."""
+        while "_optimizer_step_pre_hooks" not in vars(optimizer) and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        if any(known is optimizer for known in self.optimizers):
+            return
+        self._optimizers = [one for one in self._optimizers if one() is not None]
+        self._optimizers.append(weakref.ref(optimizer))
+        this = weakref.ref(self)
+
+        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Arguments | None:
+            steps = this()
+            return None if steps is None else steps._before(optimizer, args, kwargs)
+
+        def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            steps = this()
+            if steps is not None:
+                steps._after(optimizer)
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+
+    def _meet(self, optimizer: torch.optim.Optimizer) -> None:
+        """Any optimizer is about to step: is it one of this model's?"""
+        if optimizer in self._strangers or any(known is optimizer for known in self.optimizers):
+            return
+        mine = {id(parameter) for parameter in self.model.parameters()}
+        if mine & _parameters_of(optimizer):
+            self.attach(optimizer)
+        else:
+            self._strangers.add(optimizer)
+
+    def look_around(self) -> None:
+        """Find optimizers before their first step; done once, and only if the known ones leave parameters out."""
+        if self._looked:
+            return
+        self._looked = True
+        known = set().union(*(_parameters_of(optimizer) for optimizer in self.optimizers))
+        if all(id(parameter) in known for parameter in self.model.parameters() if parameter.requires_grad):
+            return
+        for one in gc.get_objects():
+            if issubclass(type(one), torch.optim.Optimizer) and "_optimizer_step_pre_hooks" in vars(one):
+                self._meet(one)
+
+    # --- steps --------------------------------------------------------------------------------------------------
+
+    def gradients_by_hand(self) -> None:
+        """An explicit call after backward, for loops whose optimizer has no hooks."""
+        listener = self._listener()
+        assert listener is not None
+        listener.on_round()
+        listener.on_gradients(1.0, None)
+        self._by_hand = True
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether an explicit call has dealt with the gradients of the coming step."""
+        return self._by_hand
+
+    def stepped_by_hand(self) -> None:
+        """An explicit call after a step, for loops whose optimizer has no hooks."""
+        listener = self._listener()
+        assert listener is not None
+        self._by_hand = False
+        self._rounds += 1
+        listener.on_stepped()
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Any) -> Arguments | None:
+        if not self._round or id(optimizer) in self._round:
+            self.look_around()
+            self.end_round()
+            self._rounds += 1
+            if not self._by_hand:
+                self._start()
+        self._round.add(id(optimizer))
+        closure, replace = _closure_in(args, kwargs)
+        if closure is None:
+            if not self._by_hand:
+                self._deal_with(optimizer)
+            return None
+
+        def evaluate() -> Any:
+            """Each evaluation makes new gradients, possibly at other weights."""
+            loss = closure()
+            self._start()
+            self._done, self._all_done = self._done - _parameters_of(optimizer), False
+            self._deal_with(optimizer)
+            return loss
+
+        return replace(evaluate)
+
+    def _start(self) -> None:
+        listener = self._listener()
+        if listener is not None:
+            listener.on_round()
+
+    def _deal_with(self, optimizer: torch.optim.Optimizer) -> None:
+        listener = self._listener()
+        if listener is None or self._all_done:
+            return
+        scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler for fused optimizers
+        only = None
+        if len(self.optimizers) > 1:
+            only = _parameters_of(optimizer) - self._done
+            self._done |= only
+        self._all_done = only is None
+        listener.on_gradients(1.0 if scale is None else scale, only)
+
+    def _after(self, optimizer: torch.optim.Optimizer) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # not read here, so that nothing waits for the device
+        skipped = 0 if found_inf is None else (found_inf > 0).long().amax()
+        self._last = self._last * skipped
+        self._by_hand = False
+        listener = self._listener()
+        if listener is not None:
+            listener.on_stepped()
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _closure_in(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[[], Any] | None, Callable[[Callable[[], Any]], Arguments]]:
+    """The closure among the arguments of ``step`` (the optimizer comes first), and how to put another in its place."""
+    if len(args) > 1 and callable(args[1]):
+        return args[1], lambda new: ((args[0], new, *args[2:]), kwargs)
+    if callable(kwargs.get("closure")):
+        return kwargs["closure"], lambda new: (args, {**kwargs, "closure": new})
+    return None, lambda new: (args, kwargs)
