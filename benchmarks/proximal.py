@@ -37,6 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
 DEFAULT = "rows, group lasso, over SGD that is not fused"
 HEALING = "rows, group lasso, healing"
 COUPLED = "coupled channels, group lasso"
+SLOW = 2.0
+"""A case with a step of more seconds gets three rounds."""
 PEER_MODULE = "torchao.prototype.pat.optim"
 
 
@@ -104,7 +106,10 @@ def measure(name: str, device: torch.device, theirs: Any, rounds: int) -> dict[s
     """One row of the table of times."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
-    times = interleaved(case_functions(name, device, theirs), rounds, 3, clock)
+    functions = case_functions(name, device, theirs)
+    once = interleaved(functions, 1, 0, clock)
+    slow = max(once.values()) > SLOW
+    times = interleaved(functions, 3 if slow else rounds, 0 if slow else 3, clock)
     bare, ours, other = times["bare"], times["ours"], times.get("torchao")
     return {
         "groups and map": name,
