@@ -126,13 +126,16 @@ class Masks:
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self._gradient_handles.append(handle)
 
-    @torch.no_grad()
     def _mask_gradient(self, parameter: Tensor, indices: list[int]) -> None:
         gradient = parameter.grad
         if gradient is None or gradient.layout is not torch.strided:
             return
+        gradient = gradient.detach()
         for index in indices:
-            gradient.mul_(self._factors[index].to(gradient.device, gradient.dtype))
+            factor = self._factors[index]
+            if factor.dtype is not gradient.dtype or factor.device != gradient.device:
+                factor = factor.to(gradient.device, gradient.dtype)
+            gradient.mul_(factor)
 
     def _hook_norms(self) -> None:
         self._unhook()
