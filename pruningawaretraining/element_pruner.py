@@ -26,10 +26,12 @@ from pruningawaretraining.element_rules import (
     scores_of,
 )
 from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.folding import slot_sums
 from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers_elements import BlockLasso, RateOf, SlicePenalty
 
 PHASES = ("regularize", "prune", "finetune", "done")
+DONE = {"prune": "pruned", "unprune": "masks lifted", "lock": "zeros locked"}
 Optimizers = Sequence[torch.optim.Optimizer]
 
 
@@ -65,6 +67,28 @@ class ElementPruner:
         """Fraction of all groups that are masked."""
         groups, gone = self.groups
         return gone / groups if groups else 0.0
+
+    @property
+    def finished(self) -> list[str]:
+        """Keys of the rules that have reached what they were to reach."""
+        return [one.key for one in self.rules if one.state.phase == "finetune"]
+
+    def norms(self) -> dict[str, Tensor]:
+        """L2 norms of all groups by the name of their weight, on the CPU."""
+        return {
+            member.name: slot_sums(member, member.parameter.detach().float().square()).sqrt().cpu()
+            for one in self.rules
+            for member in one.grouping.members
+        }
+
+    def describe_groups(self) -> list[dict[str, Any]]:
+        """One dict for each layer of each rule: source, dependencies (none), size and kept groups."""
+        rows = []
+        for one in self.rules:
+            for name, keep_S in one.masks.by_parameter().items():
+                row = {"source": name, "dependencies": [], "size": len(keep_S), "kept": int(keep_S.sum())}
+                rows.append(row)
+        return rows
 
     # --- events -------------------------------------------------------------------------------------------------
 
@@ -124,6 +148,13 @@ class ElementPruner:
                 lines += self._fire(one, count, optimizers)
         return lines
 
+    def release(self) -> None:
+        """Take every hook out of the model; the weights stay as they are."""
+        for one in self.rules:
+            one.masks.clear()
+            if one.collector is not None:
+                one.collector.detach()
+
     def finish(self, optimizers: Optimizers) -> None:
         """Training ends: events in parts are completed, and nothing listens any more."""
         for one in self.rules:
@@ -150,7 +181,7 @@ class ElementPruner:
                 one.masks.clear()
             last = True
         one.state.phase = "finetune" if last else "prune"
-        return [f"{one.key}: {one.rule.unit} {now}: {one.rule.mode}d, sparsity {one.sparsity:.4f}"]
+        return [f"{one.key}: {one.rule.unit} {now}: {DONE[one.rule.mode]}, sparsity {one.sparsity:.4f}"]
 
     def _prune(self, one: ElementRule, now: int, last: bool, optimizers: Optimizers) -> None:
         scores_G = scores_of(one)

@@ -13,16 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.channel_pruner import ChannelPruner, Surroundings
+from pruningawaretraining.channel_pruner import PHASES, ChannelPruner, Surroundings, layer_widths
 from pruningawaretraining.checkpoint import describe_with, record_of
+from pruningawaretraining.config.dialects.intel_update import updated
 from pruningawaretraining.config.load import load_config
 from pruningawaretraining.config.schema import PruningConfig, Rule
-from pruningawaretraining.costs.macs import count_macs
+from pruningawaretraining.costs.macs import count_macs, macs_per_layer
+from pruningawaretraining.element_pruner import ElementPruner
+from pruningawaretraining.element_rules import ElementPattern
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.inputs import ForwardFn, from_shapes, move, tensors_of
 from pruningawaretraining.optimizer_state import clear_state
 from pruningawaretraining.patterns.channel import Channel, find_channels, producer_names
 from pruningawaretraining.patterns.selection import select
+from pruningawaretraining.patterns.stacking import check_stacking
 from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer
 from pruningawaretraining.report.summary import Report
@@ -31,6 +35,7 @@ from pruningawaretraining.steps import Steps
 log = logging.getLogger(__name__)
 
 Log = Callable[[str], None] | logging.Logger
+Source = str | Path | Mapping[str, Any] | PruningConfig
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Pruning:
     """Prunes a model while it trains.
 
     Args:
-        model: the model; it may be wrapped by DataParallel or torch.compile.
+        model: the model; it may be wrapped by DataParallel or torch.compile. With the config alone, as in
+            ``Pruning("config.yaml")``, the model is assigned later: ``pruner.model = model``.
         config: a path to a .json, .yaml or .yml file, a folder that holds ``pruning_config.*``, a dict, or a
             ``PruningConfig``. The user's file is only read.
         forward_fn: how to run the model on example inputs, if not as ``model(*inputs)``: ``model.forward`` itself, or a
@@ -74,35 +80,116 @@ class Pruning:
 
     def __init__(
         self,
-        model: nn.Module,
-        config: str | Path | Mapping[str, Any] | PruningConfig,
+        model: nn.Module | Source | None = None,
+        config: Source | None = None,
         forward_fn: ForwardFn | None = None,
         *,
         example_inputs: Any = None,
         optimizer: torch.optim.Optimizer | None = None,
         ema: nn.Module | list[nn.Module] | None = None,
     ) -> None:
-        self.model = unwrap(model)
+        if config is None and not isinstance(model, nn.Module):
+            model, config = None, model
+        if config is None or not (model is None or isinstance(model, nn.Module)):
+            raise ConfigError(f"config: {config!r} is none. Allowed: Pruning(model, config), or Pruning(config)")
         self.config = load_config(config)
         self._forward_fn = forward_fn
-        self._steps = Steps(self.model, self)
         self._penalties: list[tuple[Regularizer, Tensor]] = []
         self._followers = [] if ema is None else list(ema) if isinstance(ema, (list, tuple)) else [ema]
+        self._model: nn.Module | None = None
+        self._known_steps: Steps | None = None
         self._channels: ChannelPruner | None = None
-        self._inputs = self._first_inputs(example_inputs)
+        self._elements: ElementPruner | None = None
+        self._channel_rules: list[tuple[str, Rule]] = []
         self._capture: Any = None
-        self._ended = False
-        self.record = record_of(self.model)
-        if self._inputs is None:
-            self._capture = self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
-        else:
-            self._build()
+        self.record: dict[str, Any] | None = None
+        self._inputs: Any = example_inputs
+        self._begun = self._ended = self._says_before = False
+        if model is not None:
+            self.model = model
         if optimizer is not None:
             self.attach(optimizer)
-        this = weakref.ref(self)
-        describe_with(self.model, lambda: {} if (pruner := this()) is None else pruner.describe())
 
     # --- construction -------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; it may be assigned once where the pruner was made without one.
+
+        Raises:
+            ModelError: there is none yet, or another is assigned.
+        """
+        if self._model is None:
+            raise ModelError("model: the pruner was made without one; assign it first: pruner.model = model")
+        return self._model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        if self._model is not None:
+            self._check_same(model)
+            return
+        self._model = unwrap(model)
+        self._known_steps = Steps(self._model, self)
+        self.record = record_of(self._model)
+        self._inputs = self._first_inputs(self._inputs)
+        self._prepare()
+        this = weakref.ref(self)
+        describe_with(self._model, lambda: {} if (pruner := this()) is None else pruner.describe())
+
+    @property
+    def _steps(self) -> Steps:
+        if self._known_steps is None:
+            self._check_same(self.model)  # says that there is none
+        assert self._known_steps is not None
+        return self._known_steps
+
+    def _prepare(self) -> None:
+        """Build what the rules ask for: channels once there are inputs to trace with."""
+        if self._elements is not None:
+            self._elements.release()
+        self._channels = self._elements = None
+        channels, elements = self._split()
+        self._channel_rules = channels
+        if elements and not self.config.infer:
+            stacked = bool(channels)
+            self._elements = ElementPruner(self.model, [(*one, stacked) for one in elements])
+            self._check_stacking()
+            self._elements.adopt((self.record or {}).get("elements", ()))
+        if self._inputs is not None:
+            self._build()
+        elif self._capture is None:
+            self._capture = self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
+        if self._elements is not None:
+            self._elements.at_init(self._steps.optimizers)
+
+    def _split(self) -> tuple[list[tuple[str, Rule]], list[tuple[str, Rule, ElementPattern]]]:
+        """The rules that are enabled: those for channels, and those for what is finer."""
+        channels: list[tuple[str, Rule]] = []
+        elements: list[tuple[str, Rule, ElementPattern]] = []
+        for number, rule in enumerate(self.config.rules):
+            key = rule.name or f"rules[{number}]"
+            pattern = build("pattern", rule.pattern, f"{key}.pattern")
+            if not rule.enabled:
+                continue
+            if isinstance(pattern, Channel):
+                channels.append((key, rule))
+            elif isinstance(pattern, ElementPattern):
+                elements.append((key, rule, pattern))
+            else:
+                raise ConfigError(f"{key}.pattern: {rule.pattern!r} cannot be trained")
+        return channels, elements
+
+    def _check_stacking(self) -> None:
+        assert self._elements is not None
+        producers = producer_names(self.model)
+        claims = []
+        for key, rule in self._channel_rules:
+            layers = select(self.model, rule.layers, producers, f"{key}.layers")
+            layers -= select(self.model, rule.exclude, producers, f"{key}.exclude")
+            claims.append((key, "channel", sorted(layers)))
+        for one in self._elements.rules:
+            claims.append((one.key, one.grouping.name, [layer.name for layer in one.grouping.sets]))
+        check_stacking(claims)
 
     def _first_inputs(self, given: Any) -> Any:
         if given is not None:
@@ -124,15 +211,9 @@ class Pruning:
     def _build(self) -> None:
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         self._inputs = move(self._inputs, device)
-        rules = [(rule.name or f"rules[{number}]", rule) for number, rule in enumerate(self.config.rules)]
-        for key, rule in rules:
-            pattern = build("pattern", rule.pattern, f"{key}.pattern")
-            if not isinstance(pattern, Channel):
-                raise ConfigError(f"{key}.pattern: {rule.pattern!r} cannot be trained yet. Allowed: channel")
-        active = [(key, rule) for key, rule in rules if rule.enabled]
-        if not active or self.config.infer:
+        if not self._channel_rules or self.config.infer:
             return
-        self._channels = self._build_channels(active)
+        self._channels = self._build_channels(self._channel_rules)
         if self._loaded_pruned:
             for one in self._channels.rules:
                 one.state.phase = "finetune"
@@ -180,6 +261,8 @@ class Pruning:
         return Surroundings(self._steps.optimizers, self._followers, self._after_removal)
 
     def _after_removal(self) -> None:
+        if self._elements is not None:
+            self._elements.rebuild(self._steps.optimizers)
         if self.config.reset_optimizer:
             for optimizer in self._steps.optimizers:
                 clear_state(optimizer)
@@ -197,11 +280,14 @@ class Pruning:
 
     def on_round(self) -> None:
         """A real step begins; see :mod:`pruningawaretraining.steps`."""
-        acts = self._active and not self._ended and self._inputs is not None
+        acts = bool(self._channel_rules) and self._active and not self._ended and self._inputs is not None
         self._penalties = self.channel_pruner.penalties() if acts else []
 
     def on_gradients(self, scale: Tensor | float, only: set[int] | None) -> None:
         """Add the regularisers to gradients that are about to be used."""
+        if self._elements is not None and not self._ended:  # scores are of the loss alone, so before the penalties
+            self._tell_all(self._elements.on_round(scale, self._steps.optimizers))
+            self._tell_all(self._elements.tick("step", self._elements.count, self._steps.optimizers))
         for ready, factor_G in self._penalties:
             ready.add(factor_G * scale, only)
 
@@ -209,36 +295,67 @@ class Pruning:
         """Weights have moved: masked ones go back to 0."""
         if self._channels is not None:
             self._channels.masks.apply()
+        if self._elements is not None:
+            self._tell_all(self._elements.on_stepped(self._steps.count, self._rate_of(), self._steps.optimizers))
+
+    def _rate_of(self) -> Callable[[Tensor], float]:
+        """Parameter -> learning rate, 0 for those of no optimizer."""
+        if self._elements is None or not self._elements.shrinks:
+            return lambda parameter: 0.0
+        groups = [group for optimizer in self._steps.optimizers for group in optimizer.param_groups]
+        rates = {id(parameter): float(group["lr"]) for group in groups for parameter in group["params"]}
+        return lambda parameter: rates.get(id(parameter), 0.0)
+
+    def _tell_all(self, lines: list[str], target: Log | None = None) -> None:
+        for line in lines:
+            _tell(target, line)
+        if lines:
+            self._begun = True
 
     # --- hooks of a training loop -------------------------------------------------------------------------------
 
     def on_train_begin(self, dataloader: Any = None) -> None:
-        """Before the first epoch."""
+        """Before the first epoch: from here on, settings stay as they are."""
+        self._check_same(self.model)
+        self._begun = True
 
     def on_epoch_begin(self, epoch: int) -> None:
         """At the start of an epoch (counted from 0)."""
 
     def on_step_begin(self, step: int) -> None:
-        """At the start of a step."""
+        """At the start of a step: rules that count steps have the event that is due.
+
+        Args:
+            step: not used: loops count anew in every epoch, and the pruner counts the optimizer's real steps itself.
+        """
+        self._begun = True
+        if self._elements is not None and self._active and not self._ended:
+            self._steps.look_around()
+            self._tell_all(self._elements.tick("step", self._elements.count, self._steps.optimizers))
 
     def on_before_optimizer_step(self) -> None:
         """After backward, before clipping and the optimizer's step: regularise, and mask the gradients."""
+        self._says_before = True
         self._steps.look_around()
         if not self._steps.optimizers and not self._steps.by_hand:
             self._steps.gradients_by_hand()
         if self._channels is not None:
             self._channels.masks.apply_to_gradients()
+        for one in self._elements.rules if self._elements is not None else ():
+            one.masks.apply_to_gradients()
 
     def on_after_optimizer_step(self) -> None:
         """After the optimizer's step: masked weights are set to 0 again."""
-        if not self._steps.optimizers:  # else the optimizer's own hooks have done it
-            self._steps.stepped_by_hand()
+        if not self._steps.optimizers and (self._steps.by_hand or not self._says_before):
+            self._steps.stepped_by_hand()  # else the optimizer's own hooks have done it, or an earlier call
 
     def on_epoch_end(self, epoch: int) -> None:
         """At the end of an epoch."""
 
     def on_train_end(self) -> None:
         """After the last epoch: nothing prunes or regularises any more; masks stay."""
+        if self._elements is not None and not self._ended:
+            self._elements.finish(self._steps.optimizers)
         self._ended = True
         log.info("training ended: sparsity %.4f", self.sparsity)
 
@@ -256,6 +373,8 @@ class Pruning:
     def slice_regularize(self, model: nn.Module | None = None) -> Tensor:
         """The penalty of the slice rules, to be added to the loss: 0 without any."""
         self._check_same(model)
+        if self._elements is not None and not self._ended:
+            return self._elements.penalty()
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         return torch.zeros((), device=device)
 
@@ -273,9 +392,28 @@ class Pruning:
         self._check_same(model)
         if not self._active or self._ended:
             return
-        for line in self.channel_pruner.prune(int(epoch), self._surroundings()):
-            _tell(log, line)
+        self._begun = True
+        if self._channel_rules:
+            self._tell_all(self.channel_pruner.prune(int(epoch), self._surroundings()), log)
+        if self._elements is not None:  # after the channels, on those that are left
+            self._tell_all(self._elements.tick("epoch", int(epoch), self._steps.optimizers), log)
         self._steps.end_round()
+
+    def update_items_for_all_pruners(self, **items: Any) -> None:
+        """Change settings of all rules before training begins.
+
+        Args:
+            items: ``start_step``, ``end_step``, ``target_sparsity``, ``pruning_frequency``, ``pattern`` ... by any of
+                their names, or fields of a rule.
+
+        Raises:
+            ConfigError: an unknown key, a value that is not allowed, or training has begun.
+        """
+        if self._begun:
+            raise ConfigError(f"update: {', '.join(items)}: training has begun. Allowed: before it does")
+        self.config = updated(self.config, items)
+        if self._model is not None:
+            self._prepare()
 
     def remove(self) -> None:
         """Physically remove what is masked now, whatever the schedule says."""
@@ -296,13 +434,30 @@ class Pruning:
         """One of "regularize" (no event yet), "prune" (target not met), "finetune" and "done" (training has ended)."""
         if self._ended:
             return "done"
+        if self._elements is not None:
+            ours = self._elements.phase
+            return min(ours, self._channel_phase, key=PHASES.index) if self._channel_rules else ours
+        return self._channel_phase
+
+    @property
+    def _channel_phase(self) -> str:
         if self._channels is None:
             return "regularize" if self._active and not self._loaded_pruned else "finetune"
         return self._channels.phase
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the prunable groups that are masked or removed."""
+        """Fraction of the prunable groups that are masked or removed; of channels, slices ... together."""
+        if self._elements is None:
+            return self._channel_sparsity
+        groups, gone = self._elements.groups
+        if self._channels is not None:
+            groups += len(self._channels.keep_D)
+            gone += round(self._channel_sparsity * len(self._channels.keep_D))
+        return gone / groups if groups else 0.0
+
+    @property
+    def _channel_sparsity(self) -> float:
         if self.record and self._channels is not None and not self._channels.removed:
             return max(float(self.record["sparsity"]), self._channels.sparsity)
         return self._channels.sparsity if self._channels is not None else 0.0
@@ -321,45 +476,81 @@ class Pruning:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Group name -> keep mask over the dense model's groups (True = keep)."""
-        return self._channels.keep_by_set() if self._channels is not None else {}
+        """Name -> keep mask (True = keep): of a set of channels over the dense model's, and of a weight, such as
+        "conv1.weight", over its slices, blocks or entries."""
+        masks = self._channels.keep_by_set() if self._channels is not None else {}
+        for one in self._elements.rules if self._elements is not None else ():
+            masks.update(one.masks.by_parameter())
+        return masks
 
     def norms(self) -> dict[str, Tensor]:
         """Group name -> L2 norms of the groups that are there, on the CPU."""
-        return self.channel_pruner.norms()
+        norms = self.channel_pruner.norms() if self._channel_rules else {}
+        if self._elements is not None:
+            norms.update(self._elements.norms())
+        return norms
 
     def describe_groups(self) -> list[dict[str, Any]]:
         """One dict for each set of coupled layers: number, source, dependencies, size and kept groups."""
-        keep = self.masks
+        finer = self._elements.describe_groups() if self._elements is not None else []
+        channels = self._describe_channels() if self._channel_rules or not finer else []
+        rows = [*channels, *finer]
+        return [{"number": number, **row} for number, row in enumerate(rows, start=1)]
+
+    def _describe_channels(self) -> list[dict[str, Any]]:
         engine = self.channel_pruner
+        keep = engine.keep_by_set()
         return [
             {
-                "number": number,
                 "source": one.name,
                 "dependencies": list(one.layers[1:]),
                 "size": one.size * one.width,
                 "kept": int(keep[one.name].sum()) * one.width,
             }
-            for number, one in enumerate(engine.dense_sets, start=1)
+            for one in engine.dense_sets
         ]
 
     def report(self) -> Report:
         """What has been reached: per layer, and in all; prints as a table, has ``to_dict()``."""
-        engine, macs = self.channel_pruner, self.macs
-        kept_parameters = round(engine.parameters_cost(engine.keep_D))
-        dense_parameters = int(self.record["parameters"]) if self.record else engine.dense_parameters
+        macs = self.macs
+        engine = None if self._elements is not None and not self._channel_rules else self.channel_pruner
+        dense_parameters = kept_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        if engine is not None:
+            kept_parameters = round(engine.parameters_cost(engine.keep_D))
+            dense_parameters = int(self.record["parameters"]) if self.record else engine.dense_parameters
+        if self._elements is not None:
+            kept_parameters -= sum(one.masks.masked_weights() for one in self._elements.rules)
         counts = {"dense": dense_parameters, "kept": kept_parameters}
         return Report(
             phase=self.phase,
             sparsity=self.sparsity,
             macs={"dense": macs.dense, "kept": macs.kept, "fraction": macs.fraction},
             parameters={**counts, "fraction": kept_parameters / max(dense_parameters, 1)},
-            layers=self._layer_rows(),
+            layers=self._layer_rows(engine) if engine is not None else self._plain_rows(),
             groups=self.describe_groups(),
         )
 
-    def _layer_rows(self) -> list[dict[str, Any]]:
-        engine = self.channel_pruner
+    def _plain_rows(self) -> list[dict[str, Any]]:
+        """Rows of the layers of a model whose widths stay."""
+        macs = macs_per_layer(self.model, self._inputs, self._forward_fn) if self._inputs is not None else {}
+        modules = dict(self.model.named_modules())
+        return [
+            {
+                "name": name,
+                "type": type(modules[name]).__name__,
+                "set": None,
+                "dense_out": outputs,
+                "kept_out": outputs,
+                "dense_in": inputs,
+                "kept_in": inputs,
+                "dense_macs": macs.get(name, 0),
+                "kept_macs": macs.get(name, 0),
+                "parameters": sum(parameter.numel() for parameter in modules[name].parameters(recurse=False)),
+            }
+            for name, (outputs, inputs) in layer_widths(self.model).items()
+        ]
+
+    def _layer_rows(self, engine: ChannelPruner) -> list[dict[str, Any]]:
         kept_macs = dict(zip(engine.macs_cost.names, engine.macs_cost.layers(engine.keep_D).tolist(), strict=True))
         modules = dict(self.model.named_modules())
         kept = engine.kept_widths()
@@ -386,7 +577,7 @@ class Pruning:
 
     def describe(self) -> dict[str, Any]:
         """What ``save_pruned`` writes beside the tensors: phase, sparsity, MACs, parameters and widths."""
-        if self._channels is None:
+        if self._channels is None and self._elements is None:
             return dict(self.record or {})
         report = self.report()
         return {
@@ -396,6 +587,7 @@ class Pruning:
             "kept_macs": report.macs["kept"],
             "parameters": report.parameters["dense"],
             "groups": {row["source"]: [row["size"], row["kept"]] for row in report.groups},
+            "elements": [] if self._elements is None else self._elements.finished,
         }
 
     # --- state --------------------------------------------------------------------------------------------------
@@ -403,7 +595,14 @@ class Pruning:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs beside the weights: tensors and plain data."""
         channels = None if self._channels is None else self._channels.state_dict()
-        return {"version": 1, "steps": self.steps, "ended": self._ended, "channels": channels}
+        elements = None if self._elements is None else self._elements.state_dict()
+        return {
+            "version": 1,
+            "steps": self.steps,
+            "ended": self._ended,
+            "channels": channels,
+            "elements": elements,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Bring a freshly built dense model to a checkpoint's architecture and masks; load the weights after it.
@@ -414,6 +613,9 @@ class Pruning:
         self._steps.count, self._ended = int(state["steps"]), bool(state["ended"])
         if state["channels"] is not None:
             self.channel_pruner.load_state_dict(state["channels"], self._surroundings())
+        if self._elements is not None and state.get("elements") is not None:
+            self._elements.load_state_dict(state["elements"])
+        self._begun = self._begun or self._steps.count > 0
 
 
 def _tell(target: Log | None, line: str) -> None:

@@ -281,12 +281,12 @@ def test_untraceable_models_are_refused() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["slice", "4x1", "2:4", "unstructured"])
-def test_patterns_that_the_readme_calls_untrainable_are_refused(pattern: str) -> None:
-    assert "`Pruning`\nrefuses to train them so far" in (ROOT / "README.md").read_text(encoding="utf-8")
-    with pytest.raises(ConfigError, match="cannot be trained"):
-        Pruning(
-            Shared(), {"rules": [{"pattern": pattern, "target": {"sparsity": 0.5}}]}, example_inputs=torch.randn(2, 8)
-        )
+def test_patterns_that_the_readme_calls_masked_are(pattern: str) -> None:
+    assert "masks slices, blocks, N:M and single weights" in (ROOT / "README.md").read_text(encoding="utf-8")
+    rule = {"pattern": pattern, "layers": ["first"], "target": {"sparsity": 0.5}}
+    pruner = Pruning(Shared(), {"rules": [rule]}, example_inputs=torch.randn(2, 8))
+    pruner.prune(epoch=0)
+    assert pruner.sparsity == 0.5
 
 
 @pytest.mark.parametrize("criterion", ["snip", "variance"])
