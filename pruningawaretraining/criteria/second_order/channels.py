@@ -159,7 +159,7 @@ def compensate_readers(found: list[Reader], hooks: InputHessians, compensate: Co
             moments_XX = _without_constant(moments_XX)
         changed_OD, shift_O = compensate(weight.detach().flatten(1).double(), moments_XX, lost_D)
         weight.copy_((changed_OD * ~lost_D).reshape(weight.shape))
-        else:
+        if bias is not None:
             bias.add_(shift_O.to(bias))
 
 

@@ -92,7 +92,7 @@ class BlockFisher(Sampling):
     Args:
         damp: added to the diagonal of the Fisher.
         fisher_block_size: weights in a block; rounded up to whole tiles.
-        blocks_in_parallel: blocks that are factored at once; None for what fits in 64 MiB.
+        blocks_in_parallel: blocks that are factored at once; None for what fits in 32 MiB.
         fisher_inv_device: device of the Fisher, such as "cpu" or "cuda:1"; None for the CPU.
         traces_backup_dir: folder to spool the Fisher to, so that it takes no memory.
         max_memory: bytes that the Fisher may take on each rank; what does not fit is gathered in several passes.

@@ -27,7 +27,7 @@ from pruningawaretraining.errors import ConfigError, ModelError
 
 log = logging.getLogger(__name__)
 
-WORKSPACE = 64 * 2**20
+WORKSPACE = 32 * 2**20
 """Bytes of float64 squares that are worked on at once unless ``blocks_in_parallel`` says otherwise."""
 SQUARES = 4
 """Squares that are alive at once in the worst case (matrix, factor, inverse, and one in the making)."""
