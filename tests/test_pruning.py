@@ -348,6 +348,7 @@ class Unprunable(nn.Module):
         ({"target": {"macs": 1.5}}, "macs"),
         ({"target": {"macs": 0.0005}}, r"leave at least 0\.\d+"),
         ({"target": {"macs": 0.3}, "max_sparsity": 0.1}, "out of reach"),
+        ({"target": {"sparsity": 0.9}, "max_sparsity": 0.3}, r"target.sparsity: 0.9 is out of reach.*at most 0\.2708"),
         ({"start": 5, "end": 2}, "end: 2 is before start"),
         ({"typo": 1}, "typo"),
     ],

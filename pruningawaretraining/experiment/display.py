@@ -48,7 +48,7 @@ class Display:
         if self.console is None:
             LOG.info(text)
         else:
-            self.console.print(text, highlight=False, markup=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def show(self, renderable: Any) -> None:
         """A table or the like; only on a console."""
