@@ -5,18 +5,15 @@ Shape suffixes: ``_W`` the shape of a weight, ``_G`` groups, ``_N`` candidates o
 
 from __future__ import annotations
 
-import copy
 import itertools
-import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pruningawaretraining.allocation import Allocator, Limits
-from pruningawaretraining.allocation_elements import ElementLimits, allocate, classes_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.criteria.second_order.channels import (
     compensate_readers,
@@ -25,26 +22,18 @@ from pruningawaretraining.criteria.second_order.channels import (
     measure,
     recalibrate_norms,
 )
-from pruningawaretraining.criteria.second_order.criteria import Sampling, Solver, gate_statistics
+from pruningawaretraining.criteria.second_order.criteria import Sampling, gate_statistics
 from pruningawaretraining.criteria.second_order.gradients import Calibration, LossFn
-from pruningawaretraining.criteria.second_order.layout import WeightPattern
-from pruningawaretraining.criteria.second_order.scored import ScoredSolver
-from pruningawaretraining.criteria.second_order.solve import Candidates, Choose, Pruned, share_of
-from pruningawaretraining.criteria.second_order.weights import PrunableWeight, prunable_weights
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.grouping import Grouping, GroupSet
-from pruningawaretraining.patterns.block import Block, NofM, Unstructured
 from pruningawaretraining.patterns.channel import Channel, find_channels, producer_names
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.pruning import unwrap
 from pruningawaretraining.registry import build, lookup
 from pruningawaretraining.removal import remove
-from pruningawaretraining.schedules import sparsity_at
 from pruningawaretraining.statistics import Statistics
+from pruningawaretraining.weight_pruner import WeightPruner, on_model, put, unchanged_copy, weight_pattern
 
-log = logging.getLogger(__name__)
-
-DEFAULT_BLOCK = 64  # of criteria that have none of their own: only the work's granularity
+__all__ = ["AfterPruning", "accuracy", "one_shot"]
 
 
 @dataclass(frozen=True)
@@ -100,17 +89,13 @@ def one_shot(
     calibration = Calibration(inner, dataloader, loss_fn, micro_batch)
     if isinstance(pattern, Channel):
         return _one_shot_channels(calibration, rule, criterion, wanted, after)
-    if not isinstance(pattern, (Unstructured, Block, NofM)):
-        raise ConfigError(
-            f"pattern: {rule.pattern!r} cannot be pruned in one shot. Allowed: channel, unstructured, block, n_of_m"
-        )
-    pruner = WeightPruner(calibration, rule, pattern, criterion)
+    pruner = WeightPruner(calibration, rule, weight_pattern(pattern), criterion)
     models = {}
     for sparsity, weights in pruner.prune(wanted).items():
-        pruned = _unchanged_copy(inner)
+        pruned = unchanged_copy(inner)
         put(pruned, weights)
         if after.norm_batches:
-            recalibrate_norms(pruned, _on(calibration, pruned), after.norm_batches)
+            recalibrate_norms(pruned, on_model(calibration, pruned), after.norm_batches)
         models[sparsity] = pruned
     return models
 
@@ -124,130 +109,6 @@ def _checked(sparsities: Sequence[float] | None, rule: Rule) -> list[float]:
         if isinstance(one, bool) or not isinstance(one, (int, float)) or not 0 <= one <= 1:
             raise ConfigError(f"sparsities: {one!r} is not allowed. Allowed: numbers in [0, 1]")
     return list(dict.fromkeys(float(one) for one in sparsities))
-
-
-def _unchanged_copy(model: nn.Module) -> nn.Module:
-    """A deep copy; gradients are not copied."""
-    memo: dict[int, Any] = {id(p.grad): None for p in model.parameters() if p.grad is not None}
-    return copy.deepcopy(model, memo)
-
-
-def _on(calibration: Calibration, model: nn.Module) -> Calibration:
-    return Calibration(model, calibration.dataloader, calibration.loss_fn, calibration.micro_batch)
-
-
-@torch.no_grad()
-def put(model: nn.Module, weights: Mapping[str, Pruned]) -> None:
-    """Copy pruned weights into a model, in place."""
-    for name, pruned in weights.items():
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        weight.copy_(pruned.weight_W)
-
-
-# --- weights ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class WeightPruner:
-    """Prunes the weights of a model by one rule, in one round or in several.
-
-    Args:
-        calibration: model and data.
-        rule: layers, scope, bounds.
-        pattern: what goes together.
-        criterion: what scores it.
-        collections: how many times statistics have been gathered.
-    """
-
-    calibration: Calibration
-    rule: Rule
-    pattern: WeightPattern
-    criterion: Any
-    collections: int = field(default=0, init=False)
-
-    def weights(self, model: nn.Module, keep: Mapping[str, Tensor] | None = None) -> list[PrunableWeight]:
-        """The rule's weights in a model."""
-        size = self.criterion.block_size if isinstance(self.criterion, Sampling) else DEFAULT_BLOCK
-        return prunable_weights(model, self.pattern, size, self.rule.layers, self.rule.exclude, keep)
-
-    def prune(
-        self, sparsities: Sequence[float], keep: Mapping[str, Tensor] | None = None
-    ) -> dict[float, dict[str, Pruned]]:
-        """The pruned weights at each sparsity.
-
-        Args:
-            sparsities: fractions of the dense groups.
-            keep: masks so far by layer (True = keep): what they have zeroed stays so, and counts.
-
-        Raises:
-            TargetError: N:M and another sparsity than its own.
-        """
-        rounds = self.criterion.num_recomputations if isinstance(self.criterion, Sampling) else 1
-        weights = self.weights(self.calibration.model, keep)
-        finals = {one: share_of(weights[0].layout, one) for one in sparsities}
-        if rounds == 1:
-            found = self._solve(self.calibration, weights, list(dict.fromkeys(finals.values())))
-            return {sparsity: found[final] for sparsity, final in finals.items()}
-        return self._in_rounds(weights, finals, rounds, keep)
-
-    def _in_rounds(
-        self, weights: list[PrunableWeight], finals: dict[float, float], rounds: int, keep: Mapping[str, Tensor] | None
-    ) -> dict[float, dict[str, Pruned]]:
-        """Recompute the statistics between rounds; the first round's serve every sparsity."""
-        before = _sparsity_of(weights)
-        schedule = self.criterion.recomputation_schedule
-        paths = {
-            final: [sparsity_at(schedule, step / rounds, min(before, final), final) for step in range(1, rounds + 1)]
-            for final in finals.values()
-        }
-        first = self._solve(self.calibration, weights, list(dict.fromkeys(path[0] for path in paths.values())))
-        results = {}
-        for final, path in paths.items():
-            pruned = first[path[0]]
-            stage = _unchanged_copy(self.calibration.model)
-            for fraction in path[1:]:
-                put(stage, pruned)
-                masks = {**(keep or {}), **{name: one.keep_W for name, one in pruned.items()}}
-                pruned = self._solve(_on(self.calibration, stage), self.weights(stage, masks), [fraction])[fraction]
-            results[final] = pruned
-        return {sparsity: results[final] for sparsity, final in finals.items()}
-
-    def _solve(
-        self, calibration: Calibration, weights: list[PrunableWeight], fractions: list[float]
-    ) -> dict[float, dict[str, Pruned]]:
-        self.collections += 1
-        return self._solver(calibration, weights).solve(fractions)
-
-    def _solver(self, calibration: Calibration, weights: list[PrunableWeight]) -> Solver:
-        choose = chooser(weights, self.rule.scope, ElementLimits(self.rule.min_sparsity, self.rule.max_sparsity))
-        if isinstance(self.criterion, Sampling):
-            return self.criterion.solver(weights, calibration, choose)
-        return ScoredSolver(weights, self.criterion, self.pattern, calibration.model, choose)
-
-
-def _sparsity_of(weights: Sequence[PrunableWeight]) -> float:
-    valid = sum(int(weight.valid_BT.sum()) for weight in weights)
-    return 1 - sum(int(weight.open_BT.sum()) for weight in weights) / valid
-
-
-def chooser(weights: Sequence[PrunableWeight], scope: str, limits: ElementLimits) -> Choose:
-    """How a scope and bounds share a sparsity out over layers, with exact counts under ties."""
-    sets = tuple(
-        GroupSet(one.name, number, number + 1, 1, f"{type(one.module).__name__}:{one.layout.shape}", (one.name,))
-        for number, one in enumerate(weights)
-    )
-    classes_S = classes_of(Grouping("weight", (), sets), scope)
-
-    def choose(layers: Sequence[Candidates], fraction: float) -> list[Tensor]:
-        sizes = [len(one.scores_N) for one in layers]
-        scores, removed, exempt = (
-            torch.cat([getattr(one, key) for one in layers]) for key in ("scores_N", "removed_N", "exempt_N")
-        )
-        keep = allocate(scores, sizes, fraction, limits, classes_S, removed, exempt)
-        return list(torch.split(keep, sizes))
-
-    return choose
 
 
 # --- channels -----------------------------------------------------------------------------------------------------
@@ -275,14 +136,14 @@ def _one_shot_channels(
     models = {}
     for sparsity in sparsities:
         keep_G = allocator.at(sparsity)
-        pruned = _unchanged_copy(model)
+        pruned = unchanged_copy(model)
         found = find_channels(pruned, inputs, chosen)
         if hooks is not None:
             lost = list(losing_readers(pruned, found.grouping, keep_G))
             compensate_readers(lost, hooks, lookup("channel_compensation", after.compensation))
         remove(pruned, found.grouping, keep_G, norms=found.norms)
         if after.norm_batches:
-            recalibrate_norms(pruned, _on(calibration, pruned), after.norm_batches)
+            recalibrate_norms(pruned, on_model(calibration, pruned), after.norm_batches)
         models[sparsity] = pruned
     return models
 
@@ -295,6 +156,3 @@ def accuracy(model: nn.Module, dataloader: Iterable[Any], batches: int | None = 
         right += int((outputs.argmax(-1) == targets).sum())
         seen += targets.numel()
     return right / max(seen, 1)
-
-
-__all__ = ["AfterPruning", "WeightPruner", "accuracy", "chooser", "one_shot", "put"]

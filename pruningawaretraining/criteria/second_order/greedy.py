@@ -29,7 +29,8 @@ def tile_solve(squares: Tensor, values: Tensor) -> Tensor:
     """``squares^-1 values`` for tiles of any size: (..., group, group) and (..., group)."""
     if squares.shape[-1] == 1:
         return values / squares[..., 0].clamp(min=TINY)
-    return torch.linalg.solve(squares, values[..., None])[..., 0]
+    solved: Tensor = torch.linalg.solve(squares, values[..., None])
+    return solved[..., 0]
 
 
 def obs_scores(weights_BD: Tensor, inverse_BDD: Tensor, group: int = 1) -> Tensor:

@@ -43,6 +43,11 @@ class Tile:
     keep: int = 0
     of: int = 0
 
+    @property
+    def most(self) -> float:
+        """Largest fraction that can go."""
+        return 1 - self.keep / self.of if self.of else 1.0
+
     @classmethod
     def in_weight(cls, pattern: WeightPattern, weight: LayerWeight) -> Tile:
         """A pattern's tile in one weight.

@@ -254,7 +254,7 @@ def share_of(layout: Layout, sparsity: float, key: str = "sparsities") -> float:
     tile = layout.tile
     if not tile.of:
         return sparsity
-    only = 1 - tile.keep / tile.of
+    only = tile.most
     if abs(sparsity - only) > 1e-6:
         raise TargetError(f"{key}: {sparsity} cannot be had with {tile.keep}:{tile.of}. Allowed: {only:.4g}")
     return 1.0
