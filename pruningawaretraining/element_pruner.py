@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.allocation_elements import progressive, zero_groups
 from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.criteria.second_order import Calibration, Sampling
 from pruningawaretraining.element_rules import (
     ElementPattern,
     ElementRule,
@@ -26,9 +27,11 @@ from pruningawaretraining.element_rules import (
     scores_of,
 )
 from pruningawaretraining.errors import CheckpointError
-from pruningawaretraining.folding import slot_sums
+from pruningawaretraining.folding import slot_maxima, slot_sums
 from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers_elements import BlockLasso, RateOf, SlicePenalty
+from pruningawaretraining.schedules import sparsity_at
+from pruningawaretraining.weight_pruner import WeightPruner, put, weight_pattern
 
 PHASES = ("regularize", "prune", "finetune", "done")
 DONE = {"prune": "pruned", "unprune": "masks lifted", "lock": "zeros locked"}
@@ -47,6 +50,7 @@ class ElementPruner:
         self.model = model
         self.rules = [make_rule(model, *one) for one in rules]
         self.count = 0  # real steps that have been taken notice of
+        self.calibration: Calibration | None = None  # data that second-order criteria measure curvature on
         self._gathered = False
 
     @property
@@ -90,6 +94,17 @@ class ElementPruner:
                 rows.append(row)
         return rows
 
+    def calibrate(self, calibration: Calibration) -> None:
+        """Let second-order rules measure curvature on this data.
+
+        Raises:
+            ConfigError: such a rule has a pattern that they cannot prune.
+        """
+        for one in self.rules:
+            if isinstance(one.criterion, Sampling):
+                weight_pattern(one.pattern, f"{one.key}.pattern")
+        self.calibration = calibration
+
     # --- events -------------------------------------------------------------------------------------------------
 
     def at_init(self, optimizers: Optimizers) -> None:
@@ -120,7 +135,7 @@ class ElementPruner:
         """
         lines: list[str] = []
         for one in self.rules:
-            if one.collector is not None and one.gathers and not self._gathered:
+            if one.collector is not None and one.gathers and not self._gathered and not self._by_curvature(one):
                 one.collector.on_before_step(one.grouping, scale)
             if one.state.waiting is not None:
                 lines += self._fire(one, one.state.waiting, optimizers)
@@ -164,7 +179,7 @@ class ElementPruner:
                 one.collector.detach()
 
     def _fire(self, one: ElementRule, now: int, optimizers: Optimizers) -> list[str]:
-        if one.gathers and not has_seen(one):
+        if one.gathers and not has_seen(one) and not self._by_curvature(one):
             one.state.waiting = now
             return []
         one.state.waiting = None
@@ -183,7 +198,15 @@ class ElementPruner:
         one.state.phase = "finetune" if last else "prune"
         return [f"{one.key}: {one.rule.unit} {now}: {DONE[one.rule.mode]}, sparsity {one.sparsity:.4f}"]
 
+    def _by_curvature(self, one: ElementRule) -> bool:
+        """Whether the rule's events measure curvature and compensate what stays."""
+        return self.calibration is not None and isinstance(one.criterion, Sampling)
+
     def _prune(self, one: ElementRule, now: int, last: bool, optimizers: Optimizers) -> None:
+        if self.calibration is not None and self._by_curvature(one):
+            keep_G = prune_by_curvature(self.calibration, one, self._progress(one, now, last))
+            self._mask(one, keep_G, optimizers)
+            return
         scores_G = scores_of(one)
         next_G = decide(self.model, one, scores_G, self._progress(one, now, last))
         if min(one.rule.progressive, one.rule.every) > 1:
@@ -312,3 +335,33 @@ def _load(one: ElementRule, values: Mapping[str, Any]) -> None:
     one.scores_G = None if values["scores"] is None else values["scores"].to(device)
     if one.collector is not None and values["collector"] is not None:
         one.collector.load_state_dict(values["collector"])
+
+
+def prune_by_curvature(calibration: Calibration, one: ElementRule, progress: float) -> Tensor:
+    """One event of a second-order rule: measure, decide, and move the weights that stay to where the loss rises least.
+
+    Args:
+        calibration: model, data and loss.
+        one: the rule; the weights change in place.
+        progress: of its schedule.
+
+    Returns:
+        Its new masks, those of single weights also where groups are larger.
+    """
+    target = one.rule.target.sparsity or 0.0
+    sparsity = sparsity_at(one.rule.schedule, progress, min(one.state.initial, target), target)
+    pruner = WeightPruner(calibration, one.rule, weight_pattern(one.pattern, f"{one.key}.pattern"), one.criterion)
+    masks = {member.name: keep_W for member, keep_W in one.grouping.expand(one.masks.keep_G.cpu())}
+    so_far = {
+        group_set.name: masks[member.name].expand(member.parameter.shape).contiguous()
+        for group_set, member in zip(one.grouping.sets, one.grouping.members, strict=True)
+    }
+    pruned = pruner.event(sparsity, so_far)
+    put(calibration.model, pruned)
+    kept = [
+        slot_maxima(member, pruned[group_set.name].keep_W.float())
+        if group_set.name in pruned
+        else torch.ones(member.n_slots)
+        for group_set, member in zip(one.grouping.sets, one.grouping.members, strict=True)
+    ]
+    return torch.cat(kept).to(one.masks.keep_G.device) > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from pruningawaretraining.config.dialects.intel_update import updated
 from pruningawaretraining.config.load import load_config
 from pruningawaretraining.config.schema import PruningConfig, Rule
 from pruningawaretraining.costs.macs import count_macs, macs_per_layer
+from pruningawaretraining.criteria.second_order import Calibration
+from pruningawaretraining.criteria.second_order.gradients import LossFn
 from pruningawaretraining.element_pruner import ElementPruner
 from pruningawaretraining.element_rules import ElementPattern
 from pruningawaretraining.errors import ConfigError, ModelError
@@ -102,6 +104,7 @@ class Pruning:
         self._elements: ElementPruner | None = None
         self._channel_rules: list[tuple[str, Rule]] = []
         self._capture: Any = None
+        self._calibration: tuple[Iterable[Any], LossFn] | None = None
         self.record: dict[str, Any] | None = None
         self._inputs: Any = example_inputs
         self._begun = self._ended = self._says_before = False
@@ -154,6 +157,7 @@ class Pruning:
             stacked = bool(channels)
             self._elements = ElementPruner(self.model, [(*one, stacked) for one in elements])
             self._check_stacking()
+            self._hand_calibration()
             self._elements.adopt((self.record or {}).get("elements", ()))
         if self._inputs is not None:
             self._build()
@@ -318,6 +322,21 @@ class Pruning:
         """Before the first epoch: from here on, settings stay as they are."""
         self._check_same(self.model)
         self._begun = True
+
+    def calibrate_with(self, dataloader: Iterable[Any], loss_fn: LossFn) -> None:
+        """Give second-order criteria data of their own: every event of theirs then measures curvature on it and moves
+        the weights that stay to where the loss rises least (OBS, CAP, FastCAP, SparseGPT; see docs/second_order.md).
+
+        Args:
+            dataloader: batches ``(inputs, targets)``, or mappings of keyword inputs with "labels".
+            loss_fn: ``(outputs, targets) -> loss``.
+        """
+        self._calibration = (dataloader, loss_fn)
+        self._hand_calibration()
+
+    def _hand_calibration(self) -> None:
+        if self._calibration is not None and self._elements is not None and self._model is not None:
+            self._elements.calibrate(Calibration(self._model, *self._calibration))
 
     def on_epoch_begin(self, epoch: int) -> None:
         """At the start of an epoch (counted from 0)."""

@@ -1,11 +1,14 @@
 """The second-order criteria as a config names them.
 
-They need gradients (SparseGPT: layer inputs), so they work where data is at hand: in ``one_shot`` and in the gradual
-pruner. Shape suffixes: ``_G`` groups, ``_M`` gradients.
+Shape suffixes: ``_G`` groups, ``_M`` gradients.
+
+With data at hand (``one_shot``, or ``pruner.calibrate_with``) they measure curvature at every event and compensate what
+stays. Without, and for channels, they score groups by the gradients of masks that training shows, one a step.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pruningawaretraining.criteria.collectors import MaskGradientCollector
+from pruningawaretraining.criteria.magnitude import magnitude_scores
 from pruningawaretraining.criteria.second_order.bank import Budget, storage
 from pruningawaretraining.criteria.second_order.channels import gate_scores
 from pruningawaretraining.criteria.second_order.gradients import Calibration
@@ -20,13 +25,16 @@ from pruningawaretraining.criteria.second_order.layerwise import FastCapSolver, 
 from pruningawaretraining.criteria.second_order.methods import CapMethod, ObsMethod
 from pruningawaretraining.criteria.second_order.solve import BlockMethod, BlockSolver, Choose, Results
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight
-from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.registry import lookup, register
 from pruningawaretraining.statistics import Statistics
 
-GATE_GRADIENTS = "gate_gradients"
-"""Key of :attr:`Statistics.tensors`: the gradients of channel gates, (gradients, groups)."""
+log = logging.getLogger(__name__)
+
+GRADIENTS, SQUARES = "mask_gradients", "mask_gradient_squares"
+"""Keys of :attr:`Statistics.tensors`: gradients by masks of groups, (gradients, groups), and sums of their squares."""
+MOST_STEPS, MOST_GROUPS = 256, 4096
+"""How many training steps' gradients are kept, and of how many groups at most."""
 
 
 class Solver(Protocol):
@@ -73,16 +81,18 @@ class Sampling:
         raise NotImplementedError
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
-        """Channels: :func:`gate_scores` of the gradients that were gathered.
+        """:func:`gate_scores` of the gradients that were gathered; of too many groups for that, the diagonal's."""
+        known = statistics.tensors
+        if GRADIENTS in known:
+            return gate_scores(known[GRADIENTS].cpu(), grouping, getattr(self, "damp", 0.0))
+        if SQUARES in known:
+            return known[SQUARES] / 2
+        log.warning("%s: no gradient has been seen yet; weights are ranked by size", type(self).__name__)
+        return magnitude_scores(grouping, 2.0)
 
-        Raises:
-            ConfigError: none were: the criterion was used without data.
-        """
-        if GATE_GRADIENTS not in statistics.tensors:
-            raise ConfigError(
-                f"criterion: {type(self).__name__} needs gradients; use one_shot(model, rule, dataloader, loss_fn)"
-            )
-        return gate_scores(statistics.tensors[GATE_GRADIENTS], grouping, getattr(self, "damp", 0.0))
+    def collector(self) -> MaskGradientCollector:
+        """Gathers the gradients of training by the groups' masks."""
+        return MaskGradientCollector(min(self.num_grads, MOST_STEPS), MOST_GROUPS)
 
 
 @dataclass(frozen=True)
@@ -220,4 +230,4 @@ class SparseGpt(Sampling):
 
 def gate_statistics(gradients_MG: Tensor) -> Statistics:
     """Statistics that hold the gradients of channel gates."""
-    return Statistics(tensors={GATE_GRADIENTS: torch.as_tensor(gradients_MG)})
+    return Statistics(tensors={GRADIENTS: torch.as_tensor(gradients_MG)})
