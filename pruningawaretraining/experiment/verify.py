@@ -54,7 +54,7 @@ def masked_scores(
     pruner = Pruning(twin, config, example_inputs=images_BCHW[:1])
     if pruner.channel_pruner.removed:
         return None
-    pruner.channel_pruner.masks.set(torch.cat(list(masks.values())))
+    pruner.channel_pruner.masks.set(torch.cat([masks[one.name] for one in pruner.channel_pruner.dense_sets]))
     return scores(twin, images_BCHW)
 
 
