@@ -128,9 +128,9 @@ class Steps:
         else:
             self._strangers.add(optimizer)
 
-    def look_around(self) -> None:
-        """Find optimizers before their first step; done once, and only if the known ones leave parameters out."""
-        if self._looked:
+    def look_around(self, again: bool = False) -> None:
+        """Find optimizers before their first step: once, or again, if the known ones leave parameters out."""
+        if self._looked and not again:
             return
         self._looked = True
         known = set().union(*(_parameters_of(optimizer) for optimizer in self.optimizers))
