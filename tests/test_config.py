@@ -653,7 +653,7 @@ def test_another_dialect_is_a_class_with_two_methods(tmp_path: Path) -> None:
     assert (rule.name, rule.start, rule.target) == ("!Halve", 1, Target(sparsity=0.5))
     path.write_text("recipe: !Halve [1]\n")
     assert "the tag '!Halve' must be on a mapping" in problems(path)[0]
-    assert "another form (flat, intel, recipe, sirc)" in problems({"recipes": 1})[0]
+    assert "another form (flat, intel, recipe, sirc, sparseml)" in problems({"recipes": 1})[0]
 
 
 # --- the JSON schema ------------------------------------------------------------------------------

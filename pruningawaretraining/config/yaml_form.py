@@ -11,6 +11,7 @@ import yaml
 from pruningawaretraining.config.dialects.base import TAG
 
 _MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
+_NUMBER = "tag:yaml.org,2002:float"
 _EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
 
 
@@ -26,6 +27,8 @@ class ConfigLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag == _MERGE:
                 continue
+            if key.tag == _NUMBER:
+                key.tag = _TEXT  # {0.8: [...]}: a number that names something
             if key.tag != _TEXT:
                 raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} is not text", key.start_mark)
             if key.value in seen:
