@@ -38,6 +38,7 @@ def criteria(grads: int, micro_batch: int, block: int, damp: float) -> dict[str,
     return {
         "magnitude": {"type": "magnitude", "normalize": "none"},
         "OBS": {"type": "obs", **fisher},
+        "OBS, damp 1e-7": {"type": "obs", **fisher, "damp": 1e-7},
         "OBS, joint update": {"type": "obs", **fisher, "compensation": "joint"},
         "CAP, cumulative": {"type": "cap", **fisher, "merge": "cumulative"},
         "CAP, running max": {"type": "cap", **fisher},
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument("--grads", type=int, default=1024)
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--block", type=int, default=128)
-    parser.add_argument("--damp", type=float, default=1e-7)
+    parser.add_argument("--damp", type=float, default=1e-5)
     parser.add_argument("--norms", type=int, default=0, help="micro-batches over which batch norms are measured again")
     parser.add_argument("--name", default="one_shot_cifar", help="of the result; rows of other networks in it are kept")
     args = parser.parse_args()

@@ -13,9 +13,12 @@ from pruningawaretraining.criteria import (  # noqa: F401  (importing them regis
     geometric,
     gradient,
     magnitude,
+    second_order,
 )
 from pruningawaretraining.export import export_onnx
+from pruningawaretraining.one_shot import one_shot
 from pruningawaretraining.patterns import block, slice  # noqa: F401  (importing them registers the patterns)
+from pruningawaretraining.proximal import PruneOptimizer
 from pruningawaretraining.pruning import Pruner, Pruning
 from pruningawaretraining.registry import register
 from pruningawaretraining.regularizers_elements import BlockLasso as _BlockLasso  # noqa: F401  (registers them)
@@ -23,6 +26,7 @@ from pruningawaretraining.state_dict import load_state_dict_pruned
 from pruningawaretraining.version import __version__
 
 __all__ = [
+    "PruneOptimizer",
     "Pruner",
     "Pruning",
     "PruningConfig",
@@ -33,6 +37,7 @@ __all__ = [
     "load_pruned",
     "load_state_dict_pruned",
     "measure_latency",
+    "one_shot",
     "register",
     "save_pruned",
 ]

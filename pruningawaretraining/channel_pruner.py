@@ -8,8 +8,8 @@ Targets, caps and counts always speak of the dense model, also when every event 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pruningawaretraining.allocation import Allocator, Limits
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
-from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
 from pruningawaretraining.grouping import Grouping, GroupSet
 from pruningawaretraining.inputs import ForwardFn, outputs_of
 from pruningawaretraining.masking import Masks
@@ -28,7 +28,8 @@ from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer, prepare
 from pruningawaretraining.removal import remove
 from pruningawaretraining.schedules import sparsity_at
-from pruningawaretraining.statistics import Criterion, Statistics
+from pruningawaretraining.statistics import Criterion, Statistics, collector_of
+from pruningawaretraining.surgery import Surgery
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +40,22 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 @dataclass
 class RuleState:
-    """Where one rule stands: ``event`` firings so far, the last epoch that fired, and whether it has met its target."""
+    """Where one rule stands.
+
+    Args:
+        phase: one of ``PHASES``.
+        event: firings so far.
+        last: the last epoch (or step) that fired.
+        scale: what the first event divided the scores of each set by.
+        first: scores of all groups before that, at the first event. Later events divide by the same scale, corrected
+            for how the groups that are left have changed, so that those that are gone do not change how layers compare.
+    """
 
     phase: str = "regularize"
     event: int = 0
     last: int | None = None
+    scale: list[float] | None = None
+    first: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -140,11 +152,12 @@ class ChannelPruner:
         self.masks = Masks(model, found.grouping, found.norms)
         self.reset_optimizer = False
         self._regularizers: list[tuple[ChannelRule, Regularizer, Tensor]] | None = None
-        self._check_targets()
+        self._surgery: Surgery | None = None  # the removal that a state being loaded asked for
 
-    def _check_targets(self) -> None:
+    def check_targets(self) -> None:
         """Refuse a MAC target that no mask within the limits reaches, before any training is spent on it."""
         for one in self.rules:
+            _refuse_what_channels_lack(one)
             target = one.rule.target.macs
             allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), one.limits(), one.rule.scope)
             if target is not None:
@@ -252,7 +265,12 @@ class ChannelPruner:
         mine_G = torch.isin(self.live_D, one.groups_D)
         live_R = torch.isin(one.groups_D, self.live_D)
         cost = _LiveCost(self.macs_cost, self.keep_D, self.live_D[mine_G])
-        scores = one.criterion.score(grouping, Statistics(macs=cost, keep_G=self.keep_D[self.live_D[mine_G]]))
+        statistics = Statistics(cost, self.keep_D[self.live_D[mine_G]], one.state.scale)
+        if one.state.first is not None:
+            statistics.first_G = one.state.first[live_R]
+        scores = one.criterion.score(grouping, statistics)
+        if one.state.first is None and bool(live_R.all()):
+            one.state.scale, one.state.first = statistics.scale, statistics.first_G
         scores_R = torch.full((len(one.groups_D),), -torch.inf, dtype=torch.float64)
         scores_R[live_R] = scores.detach().cpu().double()
         if bool(torch.isnan(scores_R).any()):
@@ -293,8 +311,8 @@ class ChannelPruner:
             after = outputs_of(self.model, self.inputs, self.forward_fn)
         except ModelError as error:
             raise ModelError(
-                f"removal: the removed model does not run: {error.__cause__ or error}; the model is put back as it was, "
-                "masked. Some width is written into its code: leave those layers out with 'exclude'"
+                f"removal: the removed model does not run: {error.__cause__ or error}; the model is put back as it "
+                "was, masked. Some width is written into its code: leave those layers out with 'exclude'"
             ) from error
         for expected, actual in zip(before, after, strict=True):
             scale = float(expected.abs().max().clamp(min=1e-30)) if expected.numel() else 1.0
@@ -358,40 +376,104 @@ class ChannelPruner:
     # --- state --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, what has been removed, and where each rule stands: tensors and plain data."""
-        removed_D = torch.ones(len(self.keep_D), dtype=torch.bool)
-        removed_D[self.live_D] = False
+        """Masks, what has been removed, widths, and where each rule stands: tensors and plain data."""
         return {
-            "sets": {one.name: one.size for one in self.dense_sets},
+            "sets": self._set_sizes(),
             "keep": self.keep_D.clone(),
-            "removed": removed_D,
+            "removed": self._removed_D(),
+            "widths": {name: list(widths) for name, widths in layer_widths(self.model).items()},
             "rules": [vars(one.state).copy() for one in self.rules],
             "reset_optimizer": self.reset_optimizer,
         }
 
-    def load_state_dict(self, state: dict[str, Any], surroundings: Surroundings) -> None:
+    def _set_sizes(self) -> dict[str, int]:
+        return {one.name: one.size for one in self.dense_sets}
+
+    def _removed_D(self) -> Tensor:
+        removed_D = torch.ones(len(self.keep_D), dtype=torch.bool)
+        removed_D[self.live_D] = False
+        return removed_D
+
+    def load_state_dict(self, state: Mapping[str, Any], surroundings: Surroundings) -> Callable[[], None]:
         """Bring a dense model to the architecture and masks of a checkpoint (weights are loaded after that).
 
+        Returns:
+            A function that puts the architecture and the masks back as they were.
+
         Raises:
-            ModelError: the checkpoint is of another model.
+            CheckpointError: the checkpoint is of another model, or of a time before this one lost channels.
+            KeyError, TypeError, ValueError, RuntimeError: it is damaged; the architecture is as it was.
         """
-        sets = {one.name: one.size for one in self.dense_sets}
+        keep_D, removed_D = self._read_masks(state)
+        rules = [RuleState(**values) for _, values in zip(self.rules, state["rules"], strict=True)]
+        reset = bool(state["reset_optimizer"])
+        undo = self._memory()
+        try:
+            self._remove_more(removed_D, surroundings)
+            self._check_widths(state["widths"])
+        except (CheckpointError, ModelError, KeyError, RuntimeError):
+            undo()
+            raise
+        self.keep_D = keep_D
+        self.masks.set(keep_D[self.live_D])
+        for one, rule_state in zip(self.rules, rules, strict=True):
+            one.state = rule_state
+        self.reset_optimizer = reset
+        return undo
+
+    def _read_masks(self, state: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        sets = self._set_sizes()
         if state["sets"] != sets:
             other = sorted(set(sets.items()) ^ set(state["sets"].items()))[0]
-            raise ModelError(f"state: it was saved for other channel groups: {other[0]!r} of {other[1]} differs")
-        if self.removed:
-            raise ModelError("state: the model has been pruned already; load into a freshly built dense model")
-        keep_D, removed_D = state["keep"].cpu().bool(), state["removed"].cpu().bool()
-        if bool(removed_D.any()):
-            grouping, norms = self.found.grouping, self.found.norms
-            remove(self.model, grouping, ~removed_D, surroundings.optimizers, surroundings.followers, norms)
-            self._restrict(~removed_D)
-            surroundings.after_removal()
-        self.keep_D = keep_D.clone()
-        self.masks.set(self.keep_D[self.live_D])
-        for one, values in zip(self.rules, state["rules"], strict=True):
-            one.state = RuleState(**values)
-        self.reset_optimizer = bool(state["reset_optimizer"])
+            raise CheckpointError(
+                f"state: it was saved for other channel groups: {other[0]!r} of {other[1]} differs. "
+                "Build the model as it was before pruning"
+            )
+        keep_D, removed_D = state["keep"].cpu().bool().clone(), state["removed"].cpu().bool()
+        if keep_D.shape != self.keep_D.shape or removed_D.shape != keep_D.shape or bool((keep_D & removed_D).any()):
+            raise CheckpointError("state: its masks contradict each other, or its groups; it is damaged")
+        if bool((self._removed_D() & ~removed_D).any()):
+            raise CheckpointError(
+                "state: this model has lost channels that the state still has; load into a freshly built dense model"
+            )
+        return keep_D, removed_D
+
+    def _remove_more(self, removed_D: Tensor, surroundings: Surroundings) -> None:
+        """Remove what a checkpoint's model has lost and this one not yet; the caller remembers how to undo it."""
+        keep_G = ~removed_D[self.live_D]
+        if bool(keep_G.all()):
+            return
+        grouping, norms = self.found.grouping, self.found.norms
+        self.masks.clear()
+        self._surgery = remove(self.model, grouping, keep_G, surroundings.optimizers, surroundings.followers, norms)
+        self._restrict(keep_G)
+
+    def _check_widths(self, widths: Mapping[str, Any]) -> None:
+        now = {name: list(found) for name, found in layer_widths(self.model).items()}
+        for name, (outputs, inputs) in now.items():
+            if widths[name] != [outputs, inputs]:
+                raise CheckpointError(
+                    f"state: {name!r} has {widths[name]} outputs and inputs in it, and [{outputs}, {inputs}] here"
+                )
+
+    def _memory(self) -> Callable[[], None]:
+        """A function that puts architecture, masks and rules back as they are now."""
+        values = {name: getattr(self, name) for name in ("found", "live_D", "keep_D", "masks", "reset_optimizer")}
+        keep_G, states = self.masks.keep_G, [replace(one.state) for one in self.rules]
+        self._surgery = None
+
+        def undo() -> None:
+            self.masks.clear()
+            if self._surgery is not None:
+                self._surgery.undo()
+            for name, value in values.items():
+                setattr(self, name, value)
+            self._regularizers = None
+            self.masks.set(keep_G)
+            for one, state in zip(self.rules, states, strict=True):
+                one.state = state
+
+        return undo
 
 
 @dataclass
@@ -459,6 +541,27 @@ def _channel_rule(grouping: Grouping, key: str, rule: Rule, numbers: list[int]) 
         start += one.size
     groups_D = torch.cat([torch.arange(grouping.sets[number].start, grouping.sets[number].stop) for number in numbers])
     return ChannelRule(rule, key, numbers, groups_D, Grouping(grouping.name, (), tuple(sets)))
+
+
+def _refuse_what_channels_lack(one: ChannelRule) -> None:
+    """Refuse what only rules on weights can do, instead of passing over it.
+
+    Raises:
+        ConfigError: a mode or option of weight patterns, or a criterion that gathers statistics in training.
+    """
+    if one.rule.mode != "prune":
+        raise ConfigError(f"{one.key}.mode: {one.rule.mode!r} is for slices, blocks and weights. Allowed: 'prune'")
+    if one.rule.unit != "epoch":
+        raise ConfigError(f"{one.key}.unit: {one.rule.unit!r} is for slices, blocks and weights. Allowed: 'epoch'")
+    for option in ("keep_zeros", "progressive"):
+        value, default = getattr(one.rule, option), Rule.model_fields[option].default
+        if value != default:
+            raise ConfigError(f"{one.key}.{option}: {value!r} is for slices, blocks and weights. Allowed: {default!r}")
+    if collector_of(one.criterion) is not None:
+        raise ConfigError(
+            f"{one.key}.criterion: {one.rule.criterion!r} needs gradients or activations, which rules on channels do "
+            "not gather. Allowed: bn_scale, l1, lamp, mac_aware, magnitude, random"
+        )
 
 
 def _set_of_layer(grouping: Grouping) -> dict[str, str]:

@@ -23,7 +23,7 @@ from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.criteria.second_order.gradients import LossFn
 from pruningawaretraining.element_pruner import ElementPruner
 from pruningawaretraining.element_rules import ElementPattern
-from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
 from pruningawaretraining.inputs import ForwardFn, from_shapes, move, tensors_of
 from pruningawaretraining.optimizer_state import clear_state
 from pruningawaretraining.patterns.channel import Channel, find_channels, producer_names
@@ -32,6 +32,14 @@ from pruningawaretraining.patterns.stacking import check_stacking
 from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer
 from pruningawaretraining.report.summary import Report
+from pruningawaretraining.run_state import (
+    VERSION,
+    all_or_nothing,
+    check_version,
+    plain_or_none,
+    rng_state,
+    set_rng_state,
+)
 from pruningawaretraining.steps import Steps
 
 log = logging.getLogger(__name__)
@@ -217,10 +225,13 @@ class Pruning:
         self._inputs = move(self._inputs, device)
         if not self._channel_rules or self.config.infer:
             return
-        self._channels = self._build_channels(self._channel_rules)
+        channels = self._build_channels(self._channel_rules)
         if self._loaded_pruned:
-            for one in self._channels.rules:
+            for one in channels.rules:
                 one.state.phase = "finetune"
+        else:
+            channels.check_targets()
+        self._channels = channels
         for one in self._channels.rules:
             if one.rule.at_init and one.rule.start <= 0 and one.state.phase == "regularize":
                 self._channels.prune(one.rule.start, self._surroundings())
@@ -262,6 +273,7 @@ class Pruning:
         return not self.config.infer and any(rule.enabled for rule in self.config.rules)
 
     def _surroundings(self) -> Surroundings:
+        self._steps.look_around(again=self.steps == 0)  # one that has not stepped yet follows a removal all the same
         return Surroundings(self._steps.optimizers, self._followers, self._after_removal)
 
     def _after_removal(self) -> None:
@@ -612,29 +624,65 @@ class Pruning:
     # --- state --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs beside the weights: tensors and plain data."""
-        channels = None if self._channels is None else self._channels.state_dict()
-        elements = None if self._elements is None else self._elements.state_dict()
+        """Everything that a resumed run needs beside the weights: tensors and plain data.
+
+        Phase and position of every rule, masks, what has been removed, what criteria have gathered, random generators,
+        and the inputs where the model itself has shown them.
+        """
         return {
-            "version": 1,
+            "version": VERSION,
             "steps": self.steps,
             "ended": self._ended,
-            "channels": channels,
-            "elements": elements,
+            "channels": None if self._channels is None else self._channels.state_dict(),
+            "elements": None if self._elements is None else self._elements.state_dict(),
+            "inputs": None if self._capture is None else plain_or_none(self._inputs),
+            "rng": rng_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Bring a freshly built dense model to a checkpoint's architecture and masks; load the weights after it.
 
+        Random generators are put back as well. A state may be loaded again, or one that is further on.
+
         Raises:
-            ModelError: the state is of another model, or the model has been pruned already.
+            CheckpointError: the state is damaged, or of another model, or this model has lost channels that it still
+                has; model, optimizers and masks are as they were.
         """
-        self._steps.count, self._ended = int(state["steps"]), bool(state["ended"])
-        if state["channels"] is not None:
-            self.channel_pruner.load_state_dict(state["channels"], self._surroundings())
-        if self._elements is not None and state.get("elements") is not None:
-            self._elements.load_state_dict(state["elements"])
-        self._begun = self._begun or self._steps.count > 0
+        check_version(state)
+        with all_or_nothing([self.model, *self._followers]) as undo:
+            steps, ended = int(state["steps"]), bool(state["ended"])
+            if self._inputs is None and state["inputs"] is not None:
+                self._inputs = state["inputs"]
+            if self._elements is not None:
+                undo.append(self._memory_of_elements())
+            if state["channels"] is not None:
+                self._load_channels(state["channels"], undo)
+            if self._elements is not None and state["elements"] is not None:
+                self._elements.load_state_dict(state["elements"])
+            set_rng_state(state["rng"])
+        self._steps.count, self._ended = steps, ended
+        self._begun = self._begun or steps > 0
+
+    def _load_channels(self, state: Mapping[str, Any], undo: list[Callable[[], None]]) -> None:
+        if self._channels is None and self._inputs is not None and self.config.infer and self._channel_rules:
+            self._channels = self._build_channels(self._channel_rules)  # for the architecture; nothing acts on it
+        engine = self._channels or self.channel_pruner
+        before = len(engine.live_D)
+        undo.append(engine.load_state_dict(state, self._surroundings()))
+        if len(engine.live_D) < before:
+            self._after_removal()
+
+    def _memory_of_elements(self) -> Callable[[], None]:
+        """A function that puts the element rules back as they are now, once the channels are."""
+        elements = self._elements
+        assert elements is not None
+        state = elements.state_dict()
+
+        def undo() -> None:
+            elements.rebuild(self._steps.optimizers)
+            elements.load_state_dict(state)
+
+        return undo
 
 
 def _tell(target: Log | None, line: str) -> None:
@@ -750,5 +798,7 @@ class Pruner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :meth:`Pruning.load_state_dict`."""
-        self.epoch = int(state["epoch"])
+        if not isinstance(state, Mapping) or not {"epoch", "pruning"} <= state.keys():
+            raise CheckpointError("state: it is no state of Pruner.state_dict(); that of Pruning is another")
         self.pruning.load_state_dict(state["pruning"])
+        self.epoch = int(state["epoch"])

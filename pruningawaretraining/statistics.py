@@ -27,11 +27,15 @@ class Statistics:
     Args:
         macs: the MACs of the model as a function of its masks, None for patterns that save none.
         keep_G: groups that are not masked yet, None for all.
+        scale: for each set, what a criterion divided its scores by at the first event; None before it.
+        first_G: the scores that it divided, on the CPU.
         tensors: named statistics that a criterion gathered (moving averages, activations), one a member or group.
     """
 
     macs: GroupCost | None = None
     keep_G: Tensor | None = None
+    scale: list[float] | None = None
+    first_G: Tensor | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 

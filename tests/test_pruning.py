@@ -149,6 +149,20 @@ def test_linear_schedule_reaches_its_sparsity_in_equal_steps() -> None:
     assert reached == [6, 12, 18, 24]  # of 16 + 32 groups
 
 
+@pytest.mark.parametrize("application", ["mask", "remove"])
+def test_many_small_events_end_where_one_large_one_does(application: str) -> None:
+    """Without training in between: what is masked must not change how layers compare."""
+    widths = []
+    for events in (1, 2, 5, 8):
+        model = net()
+        config = rules(target={"sparsity": 0.5}, end=events - 1, application=application)
+        pruner = Pruning(model, config, example_inputs=X[:1])
+        for epoch in range(events):
+            pruner.prune(model, epoch)
+        widths.append(model.stem.out_channels)
+    assert max(widths) - min(widths) <= 2, widths
+
+
 def test_a_skipped_last_event_is_made_up_for() -> None:
     model = net()
     pruner = Pruning(model, rules(target={"sparsity": 0.5}, end=3), example_inputs=X[:1])
@@ -349,6 +363,10 @@ class Unprunable(nn.Module):
         ({"target": {"macs": 0.0005}}, r"leave at least 0\.\d+"),
         ({"target": {"macs": 0.3}, "max_sparsity": 0.1}, "out of reach"),
         ({"target": {"sparsity": 0.9}, "max_sparsity": 0.3}, r"target.sparsity: 0.9 is out of reach.*at most 0\.2708"),
+        ({"criterion": "taylor"}, "criterion: 'taylor' needs gradients or activations"),
+        ({"mode": "unprune"}, "mode: 'unprune' is for slices"),
+        ({"unit": "step"}, "unit: 'step' is for slices"),
+        ({"progressive": 4}, "progressive: 4 is for slices"),
         ({"start": 5, "end": 2}, "end: 2 is before start"),
         ({"typo": 1}, "typo"),
     ],

@@ -100,5 +100,5 @@ def _json_type(hint: Any) -> dict[str, Any]:
 
 
 def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    plain = isinstance(field.default, (str, int, float, bool, type(None))) and field.default is not dataclasses.MISSING
-    return {"default": field.default} if plain else {}
+    value: object = field.default
+    return {"default": value} if isinstance(value, (str, int, float, bool, type(None))) else {}

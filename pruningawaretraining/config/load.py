@@ -63,7 +63,7 @@ def translate(mapping: Mapping[str, Any]) -> PruningConfig:
 
 
 def _unrecognised(mapping: Mapping[str, Any], known: Mapping[str, Dialect]) -> str:
-    native = [key for key in PruningConfig.model_fields]
+    native = list(PruningConfig.model_fields)
     allowed = [*native, *(key for dialect in known.values() for key in dialect.keys)]
     seen = [key for key in mapping if key != "$schema"]
     if not seen:

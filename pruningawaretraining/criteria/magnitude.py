@@ -58,22 +58,43 @@ def unchanged(scores_G: Tensor, grouping: Grouping) -> Tensor:
 @register("normalizer", "mean")
 def by_mean(scores_G: Tensor, grouping: Grouping) -> Tensor:
     """Divided by the mean of the set, so that layers of different scale compare."""
-    return _divided(scores_G, grouping, torch.mean)
+    return _over_scale(scores_G, grouping, _scale(scores_G, grouping, torch.mean))
 
 
 @register("normalizer", "max")
 def by_max(scores_G: Tensor, grouping: Grouping) -> Tensor:
     """Divided by the largest score of the set."""
-    return _divided(scores_G, grouping, torch.max)
+    return _over_scale(scores_G, grouping, _scale(scores_G, grouping, torch.max))
 
 
-def _divided(scores_G: Tensor, grouping: Grouping, by: Callable[[Tensor], Tensor]) -> Tensor:
-    """Every set's scores divided by what ``by`` makes of them, set by set: an index over groups would be larger."""
+SET_SCALES: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "max": torch.max}
+"""Normalizers that divide a set by one number, which stays the same from the first event on."""
+
+
+def _scale(scores_G: Tensor, grouping: Grouping, by: Callable[[Tensor], Tensor]) -> list[float]:
+    return [float(by(scores_G[one.start : one.stop])) if one.size else 1.0 for one in grouping.sets]
+
+
+def _scale_since(scores_G: Tensor, grouping: Grouping, statistics: Statistics) -> list[float]:
+    """The scale of the first event, times how the groups that are kept have changed on average since then."""
+    assert statistics.scale is not None and statistics.first_G is not None
+    first_G = statistics.first_G.to(scores_G)
+    keep_G = torch.ones_like(scores_G, dtype=torch.bool)
+    if statistics.keep_G is not None:
+        keep_G = statistics.keep_G.to(scores_G.device)
+    scale = []
+    for one, divisor in zip(grouping.sets, statistics.scale, strict=True):
+        kept = keep_G[one.start : one.stop]
+        now, then = scores_G[one.start : one.stop][kept].sum(), first_G[one.start : one.stop][kept].sum()
+        scale.append(divisor * float(now / then) if float(then) > 0 else divisor)
+    return scale
+
+
+def _over_scale(scores_G: Tensor, grouping: Grouping, scale: list[float]) -> Tensor:
+    """Every set's scores divided by its number, set by set: an index over groups would be larger."""
     out_G, tiny = scores_G.clone(), torch.finfo(scores_G.dtype).tiny
-    for one in grouping.sets:
-        if one.size:
-            part_G = out_G[one.start : one.stop]
-            part_G.div_(by(part_G).clamp(min=tiny))
+    for one, divisor in zip(grouping.sets, scale, strict=True):
+        out_G[one.start : one.stop].div_(max(divisor, tiny))
     return out_G
 
 
@@ -107,8 +128,16 @@ class Magnitude:
         lookup("normalizer", self.normalize, "normalize")
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
-        normalize: Callable[[Tensor, Grouping], Tensor] = lookup("normalizer", self.normalize)
-        return normalize(magnitude_scores(grouping, self.p), grouping)
+        scores_G = magnitude_scores(grouping, self.p)
+        by = SET_SCALES.get(self.normalize)
+        if by is None:
+            normalize: Callable[[Tensor, Grouping], Tensor] = lookup("normalizer", self.normalize)
+            return normalize(scores_G, grouping)
+        if statistics.scale is None or statistics.first_G is None:
+            statistics.scale = _scale(scores_G, grouping, by)
+            statistics.first_G = scores_G.detach().cpu().clone()
+            return _over_scale(scores_G, grouping, statistics.scale)
+        return _over_scale(scores_G, grouping, _scale_since(scores_G, grouping, statistics))
 
 
 @register("criterion", "l1", "l1_norm")
