@@ -118,7 +118,8 @@ def run(name: str, blocks: int, width: int, count: int) -> dict[str, Any]:
     # The buffer of gradients was in the peak before; it is counted with the method again.
     own = peak / 1024 + blocks * 64 * width * 4 / 2**20
     error = largest_error(inverse, blocks, width, count)
-    return {"CPU s": round(clock.cpu, 2), "wall s": round(clock.wall, 2), "peak MB": round(own), "error": f"{error:.1e}"}
+    times = {"CPU s": round(clock.cpu, 2), "wall s": round(clock.wall, 2)}
+    return {**times, "peak MB": round(own), "error": f"{error:.1e}"}
 
 
 def cap_times(width: int, weights: int) -> dict[str, float]:

@@ -549,6 +549,12 @@ def _refuse_what_channels_lack(one: ChannelRule) -> None:
     Raises:
         ConfigError: a mode or option of weight patterns, or a criterion that gathers statistics in training.
     """
+    regularizer = None if one.rule.regularizer is None else build("regularizer", one.rule.regularizer)
+    if regularizer is not None and not hasattr(regularizer, "prepare"):
+        raise ConfigError(
+            f"{one.key}.regularizer: {one.rule.regularizer!r} is for slices and blocks. "
+            "Allowed: bn_scale, group_lasso, growing_l2"
+        )
     if one.rule.mode != "prune":
         raise ConfigError(f"{one.key}.mode: {one.rule.mode!r} is for slices, blocks and weights. Allowed: 'prune'")
     if one.rule.unit != "epoch":

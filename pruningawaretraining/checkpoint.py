@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import CheckpointError, nearest
+from pruningawaretraining.inputs import unwrap
 from pruningawaretraining.surgery import Surgery, successor
 from pruningawaretraining.version import __version__
 
@@ -94,12 +95,13 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
     """Save a pruned (or masked, or dense) model as safetensors with a JSON description.
 
     Args:
-        model: the model, without a wrapper.
+        model: the model; wrappers (DataParallel, torch.compile) are looked through.
         path: the file; it appears whole or not at all.
 
     Returns:
         The path.
     """
+    model = unwrap(model)
     state = model.state_dict()
     seen: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
@@ -166,6 +168,7 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: the file is missing, truncated or foreign, or does not fit the model; the model is untouched.
     """
+    wrapped, model = model, unwrap(model)
     tensors, description = _read(Path(path))
     for alias, name in description["aliases"].items():
         tensors[alias] = tensors[name]
@@ -178,7 +181,7 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
         surgery.undo()
         raise CheckpointError(f"path: {str(path)!r} does not fit {type(model).__name__}: {error}") from error
     _RECORDS[model] = description["record"]
-    return model
+    return wrapped
 
 
 def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> None:

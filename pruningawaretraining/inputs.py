@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.compiled import uncompiled
 from pruningawaretraining.errors import ConfigError, ModelError
 
 ForwardFn = Callable[..., Any]
@@ -61,6 +62,11 @@ def call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> 
         inputs: see above.
         forward_fn: None; a bound ``model.forward``; or a function of ``(model, inputs)`` or of ``(inputs)`` alone.
     """
+    with uncompiled():
+        return _call(model, inputs, forward_fn)
+
+
+def _call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> Any:
     if forward_fn is not None and getattr(forward_fn, "__self__", None) is None:
         return forward_fn(model, inputs) if _takes_two(forward_fn) else forward_fn(inputs)
     target: Callable[..., Any] = model
@@ -152,3 +158,11 @@ def checked_call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = N
             "Pass example_inputs= as a tensor, a tuple of positional inputs or a dict of keyword inputs, "
             "or a forward_fn(model, inputs)"
         ) from error
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside DataParallel, DistributedDataParallel or torch.compile."""
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = inner.module
+    return inner if inner is model else unwrap(inner)

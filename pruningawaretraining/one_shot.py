@@ -25,9 +25,9 @@ from pruningawaretraining.criteria.second_order.channels import (
 from pruningawaretraining.criteria.second_order.criteria import Sampling, gate_statistics
 from pruningawaretraining.criteria.second_order.gradients import Calibration, LossFn
 from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.inputs import unwrap
 from pruningawaretraining.patterns.channel import Channel, find_channels, producer_names
 from pruningawaretraining.patterns.selection import select
-from pruningawaretraining.pruning import unwrap
 from pruningawaretraining.registry import build, lookup
 from pruningawaretraining.removal import remove
 from pruningawaretraining.statistics import Statistics

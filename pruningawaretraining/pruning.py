@@ -24,7 +24,7 @@ from pruningawaretraining.criteria.second_order.gradients import LossFn
 from pruningawaretraining.element_pruner import ElementPruner
 from pruningawaretraining.element_rules import ElementPattern
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
-from pruningawaretraining.inputs import ForwardFn, from_shapes, move, tensors_of
+from pruningawaretraining.inputs import ForwardFn, from_shapes, move, tensors_of, unwrap
 from pruningawaretraining.optimizer_state import clear_state
 from pruningawaretraining.patterns.channel import Channel, find_channels, producer_names
 from pruningawaretraining.patterns.selection import select
@@ -58,14 +58,6 @@ class Macs:
     @property
     def fraction(self) -> float:
         return self.kept / self.dense if self.dense else 1.0
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside DataParallel, DistributedDataParallel or torch.compile."""
-    inner = getattr(model, "_orig_mod", model)
-    if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner = inner.module
-    return inner if inner is model else unwrap(inner)
 
 
 class Pruning:

@@ -280,6 +280,15 @@ def test_a_reloaded_pruned_model_is_not_pruned_again(tmp_path: Path) -> None:
     assert torch.equal(outputs_of(model, X)[0], outputs_of(again, X)[0])
 
 
+def test_wrapped_models_save_files_for_plain_ones(tmp_path: Path) -> None:
+    model = net()
+    pruner = Pruning(nn.DataParallel(model), rules(target={"macs": 0.6}), example_inputs=X[:1])
+    pruner.prune(epoch=0)
+    save_pruned(nn.DataParallel(model), tmp_path / "m.safetensors")
+    again = load_pruned(net(), tmp_path / "m.safetensors")
+    assert torch.equal(outputs_of(model, X)[0], outputs_of(again, X)[0])
+
+
 @pytest.mark.parametrize("stop", [0, 2, 5])
 def test_state_resumes_masks_phase_and_architecture(stop: int) -> None:
     def start() -> tuple[Net, torch.optim.Optimizer, Pruning]:
@@ -365,6 +374,7 @@ class Unprunable(nn.Module):
         ({"target": {"sparsity": 0.9}, "max_sparsity": 0.3}, r"target.sparsity: 0.9 is out of reach.*at most 0\.2708"),
         ({"criterion": "taylor"}, "criterion: 'taylor' needs gradients or activations"),
         ({"mode": "unprune"}, "mode: 'unprune' is for slices"),
+        ({"regularizer": "block_lasso"}, "regularizer: 'block_lasso' is for slices and blocks"),
         ({"unit": "step"}, "unit: 'step' is for slices"),
         ({"progressive": 4}, "progressive: 4 is for slices"),
         ({"start": 5, "end": 2}, "end: 2 is before start"),

@@ -143,7 +143,7 @@ def channel_groups(model: nn.Module, dependencies: DependencyMap, chosen: set[st
         reason = blocked.get(component) or _not_chosen(names, chosen)
         if reason:
             for name in names:
-                skipped.setdefault(name, reason)
+                skipped.setdefault(name, reason if name in chosen or component in blocked else "not selected")
         else:
             members.setdefault(tuple(sorted(spaces)), []).append(component)
     runs = sorted(members.items(), key=lambda run: min(order[dependencies.spaces[index].name] for index in run[0]))
