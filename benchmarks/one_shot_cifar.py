@@ -32,7 +32,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def criteria(grads: int, micro_batch: int, block: int) -> dict[str, dict[str, Any]]:
-    """Name in the table -> criterion. Dampening: 1e-3 for OBS, 1e-6 for CAP were best on images held out of training data."""
+    """Name in the table -> criterion. The dampenings were best on training images that are in no gradient."""
     sampling = {"num_grads": grads, "micro_batch": micro_batch}
     fisher = {**sampling, "fisher_block_size": block}
     obs, cap = {"type": "obs", **fisher, "damp": 1e-3}, {"type": "cap", **fisher, "damp": 1e-6}
@@ -139,11 +139,12 @@ def main() -> None:
                 row = {"network": f"ResNet-{depth}", "pattern": pattern, "criterion": name, "dense": dense}
                 rows.append({**row, **measure(model, train, test, pattern, criterion, args.norms)})
                 print(rows[-1], file=sys.stderr, flush=True)
+        norms = f"measured again over {args.norms} micro-batches" if args.norms else "as they were"
         note = (
-            f"Top-1 on {len(test.labels):,} test images, nothing trained after pruning, batch norms "
-            f"{'as they were' if not args.norms else f'measured again over {args.norms} micro-batches'}; {args.grads} "
-            f"gradients of {args.micro_batch} image(s) each, blocks of {args.block}, damp 1e-3 for OBS and "
-            "1e-6 for CAP (best on 1,000 training images that are not in the gradients). The first convolution stays dense. Magnitude, OBS and CAP rank all layers together."
+            f"Top-1 on {len(test.labels):,} test images, nothing trained after pruning, batch norms {norms}; "
+            f"{args.grads} gradients of {args.micro_batch} image(s) each, blocks of {args.block}, damp 1e-3 for OBS, "
+            "1e-6 for CAP (best on 1,000 training images that are in no gradient). The first convolution stays dense. "
+            "Magnitude, OBS and CAP rank all layers together; FastCAP and SparseGPT prune every layer alike."
         )
         save(args.name, rows, "One-shot pruning of pretrained CIFAR-10 ResNets", note)
     print(markdown(rows))
