@@ -9,15 +9,17 @@ forward hook, so that the masked model equals the removed one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.kept_norms import KEPT_NORMS, KeptNorm
 from pruningawaretraining.optimizer_state import mask_state
 
 
@@ -37,6 +39,7 @@ class Masks:
         self.keep_G = torch.ones(grouping.size, dtype=torch.bool)
         self._handles: list[RemovableHandle] = []
         self._gradient_handles: list[RemovableHandle] = []
+        self._norm_hooks: dict[str, KeptNorm] = {}
         self._parameters: list[Tensor] = []
         self._factors: list[Tensor] = []
         self._keep_on: dict[torch.device, Tensor] = {}
@@ -138,19 +141,32 @@ class Masks:
             gradient.mul_(factor)
 
     def _hook_norms(self) -> None:
-        self._unhook()
+        """Let norms over channels know which are kept: all of them, once one has to.
+
+        A hook that is there is only told, so that nothing has to be compiled anew.
+        """
         keep_G1 = torch.cat([self.keep_G, torch.ones(1, dtype=torch.bool)])
         modules = dict(self.model.named_modules())
-        for name, groups_C in self.norms.items():
-            keep_C = keep_G1[groups_C]
-            kind = next((hook for type_, hook in KEPT_NORMS.items() if isinstance(modules[name], type_)), None)
-            if kind is not None and not bool(keep_C.all()):
-                self._handles.append(modules[name].register_forward_hook(kind(keep_C)))
+        keep_of = {name: keep_G1[groups_C] for name, groups_C in self.norms.items() if _kept_norm(modules[name])}
+        if not self._norm_hooks and not all(bool(keep_C.all()) for keep_C in keep_of.values()):
+            device = next((one.device for one in self._parameters), torch.device("cpu"))
+            for name in keep_of:
+                make = _kept_norm(modules[name])
+                assert make is not None
+                self._norm_hooks[name] = hook = make(modules[name], device)
+                self._handles.append(modules[name].register_forward_hook(hook))
+            forget_compiled()
+        for name, hook in self._norm_hooks.items():
+            hook.keep_C.copy_(keep_of[name])
 
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._norm_hooks = [], {}
+
+
+def _kept_norm(module: nn.Module) -> Callable[[Any, torch.device], KeptNorm] | None:
+    return next((hook for kind, hook in KEPT_NORMS.items() if isinstance(module, kind)), None)
 
 
 def _for_multiplication(member: Member, keep_W: Tensor) -> Tensor:
@@ -159,64 +175,3 @@ def _for_multiplication(member: Member, keep_W: Tensor) -> Tensor:
     if len(shape) > 2 and shape[0] == 1:  # input columns of a convolution: spell out the kernel
         shape[2:] = member.parameter.shape[2:]
     return keep_W.to(member.parameter.device, member.parameter.dtype).expand(shape).contiguous()
-
-
-class KeptLayerNorm:
-    """Forward hook: a LayerNorm over the kept channels only, 0 elsewhere.
-
-    Args:
-        keep_C: for each channel, True if it is kept.
-    """
-
-    def __init__(self, keep_C: Tensor) -> None:
-        self.kept = torch.nonzero(keep_C).flatten()
-        self.axis: int | None = None
-
-    def __call__(self, module: nn.LayerNorm, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]
-        if self.axis is None:
-            self.axis = _normalised_axis(module, x, output)
-        self.kept = self.kept.to(x.device)
-        last = x.movedim(self.axis, -1)
-        weight = None if module.weight is None else module.weight[self.kept]
-        bias = None if module.bias is None else module.bias[self.kept]
-        kept = functional.layer_norm(last[..., self.kept], (len(self.kept),), weight, bias, module.eps)
-        return torch.zeros_like(last, dtype=kept.dtype).index_copy(-1, self.kept, kept).movedim(-1, self.axis)
-
-
-def _normalised_axis(module: nn.LayerNorm, x: Tensor, output: Tensor) -> int:
-    """The axis that a LayerNorm (or a subclass for images, channels first) normalises."""
-    width = module.normalized_shape[-1]
-    if type(module).forward is nn.LayerNorm.forward:
-        return -1
-    candidates = [axis for axis in (1, -1) if x.shape[axis] == width]
-    if len(candidates) == 1:
-        return candidates[0]
-    with torch.no_grad():
-        plain = functional.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
-        return -1 if torch.allclose(plain, output, atol=1e-4) else 1
-
-
-class KeptGroupNorm:
-    """Forward hook: a GroupNorm over the kept channels only (equally many in every group), 0 elsewhere.
-
-    Args:
-        keep_C: for each channel, True if it is kept.
-    """
-
-    def __init__(self, keep_C: Tensor) -> None:
-        self.kept = torch.nonzero(keep_C).flatten()
-
-    def __call__(self, module: nn.GroupNorm, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]
-        self.kept = self.kept.to(x.device)
-        weight = None if module.weight is None else module.weight[self.kept]
-        bias = None if module.bias is None else module.bias[self.kept]
-        kept = functional.group_norm(x[:, self.kept], module.num_groups, weight, bias, module.eps)
-        return torch.zeros_like(x, dtype=kept.dtype).index_copy(1, self.kept, kept)
-
-
-KEPT_NORMS: dict[type[nn.Module], type[KeptLayerNorm] | type[KeptGroupNorm]] = {
-    nn.LayerNorm: KeptLayerNorm,
-    nn.GroupNorm: KeptGroupNorm,
-}

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.optimizer_state import follow
@@ -84,6 +85,7 @@ def remove(
     except BaseException:
         surgery.undo()
         raise
+    forget_compiled()
     return surgery
 
 

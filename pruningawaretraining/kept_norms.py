@@ -1,0 +1,108 @@
+"""Norms over channels while some of these are masked: statistics over the kept ones, as the removed model will have.
+
+Shape suffixes: ``_C`` channels, ``_GC`` channels in groups, ``_B`` batch, ``_P`` positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class KeptNorm:
+    """Forward hook: a norm whose statistics are those of the kept channels, and whose output is 0 elsewhere.
+
+    It only multiplies, so that compiled code stays the same whichever and however many channels are kept.
+
+    Args:
+        channels: how many there are.
+        device: where they are.
+
+    Attributes:
+        keep_C: for each channel, 1 if it is kept, else 0; changed in place.
+    """
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.keep_C = torch.ones(channels, device=device)
+
+    def __call__(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """The output in place of the module's own."""
+        raise NotImplementedError
+
+    def _keep(self, x: Tensor) -> Tensor:
+        if self.keep_C.device != x.device:
+            self.keep_C = self.keep_C.to(x.device)
+        return self.keep_C
+
+
+def _standardised(x: Tensor, keep: Tensor, dims: list[int], count: Tensor, eps: float) -> Tensor:
+    """``(x - mean) / sqrt(variance + eps)`` over the kept entries, 0 elsewhere; ``count`` is how many they are."""
+    centred = (x - (x * keep).sum(dim=dims, keepdim=True) / count) * keep
+    return centred * torch.rsqrt(centred.square().sum(dim=dims, keepdim=True) / count + eps)
+
+
+def _scaled(x: Tensor, module: nn.LayerNorm | nn.GroupNorm, shape: Sequence[int], keep: Tensor) -> Tensor:
+    for parameter, apply in ((module.weight, torch.mul), (module.bias, torch.add)):
+        if parameter is not None:
+            x = apply(x, parameter.to(x.dtype).view(shape))
+    return x * keep
+
+
+def _at_least_float(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float64 else x.float()
+
+
+class KeptLayerNorm(KeptNorm):
+    """A LayerNorm over the kept channels only; see :class:`KeptNorm`."""
+
+    def __init__(self, module: nn.LayerNorm, device: torch.device) -> None:
+        super().__init__(module.normalized_shape[-1], device)
+        self.axis = -1 if type(module).forward is nn.LayerNorm.forward else None
+
+    def __call__(self, module: nn.LayerNorm, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = _at_least_float(inputs[0])
+        if self.axis is None:
+            self.axis = _normalised_axis(module, inputs[0], output)
+        shape = [1] * x.dim()
+        shape[self.axis] = -1
+        keep = self._keep(x).to(x.dtype).view(shape)
+        normal = _standardised(x, keep, [self.axis], keep.sum(), module.eps)
+        return _scaled(normal, module, shape, keep).to(output.dtype)
+
+
+def _normalised_axis(module: nn.LayerNorm, x: Tensor, output: Tensor) -> int:
+    """The axis that a LayerNorm (or a subclass for images, channels first) normalises."""
+    width = module.normalized_shape[-1]
+    candidates = [axis for axis in (1, -1) if x.shape[axis] == width]
+    if len(candidates) == 1:
+        return candidates[0]
+    with torch.no_grad():
+        plain = functional.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+        return -1 if torch.allclose(plain, output, atol=1e-4) else 1
+
+
+class KeptGroupNorm(KeptNorm):
+    """A GroupNorm over the kept channels only (equally many in every group); see :class:`KeptNorm`."""
+
+    def __init__(self, module: nn.GroupNorm, device: torch.device) -> None:
+        super().__init__(module.num_channels, device)
+
+    def __call__(self, module: nn.GroupNorm, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = _at_least_float(inputs[0])
+        keep_C = self._keep(x).to(x.dtype)
+        x_BGCP = x.reshape(len(x), module.num_groups, x.shape[1] // module.num_groups, -1)
+        keep_GC = keep_C.view(1, module.num_groups, -1, 1)
+        count = keep_GC.sum(2, keepdim=True) * x_BGCP.shape[3]
+        normal = _standardised(x_BGCP, keep_GC, [2, 3], count, module.eps).reshape(x.shape)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        return _scaled(normal, module, shape, keep_C.view(shape)).to(output.dtype)
+
+
+KEPT_NORMS: dict[type[nn.Module], Callable[[Any, torch.device], KeptNorm]] = {
+    nn.LayerNorm: KeptLayerNorm,
+    nn.GroupNorm: KeptGroupNorm,
+}

@@ -1,0 +1,148 @@
+"""torch.compile: masks break no graph and are not compiled anew at every event; a removed model is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from pruningawaretraining import Pruning
+
+
+class BatchNormNet(nn.Module):
+    """A residual block with BatchNorm, the norm that needs no hook while it is masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv1, self.norm1 = nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)
+        self.conv2 = nn.Conv2d(32, 16, 3, padding=1)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        return self.fc((x + self.conv2(torch.relu(self.norm1(self.conv1(x))))).mean((2, 3)))
+
+
+def batch(number: int) -> Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return (BatchNormNet() if name == "batch norm" else zoo.architecture("groupnorm")[0]).train()
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+    counters.clear()
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def outside(model: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
+    return torch.compile(model, fullgraph=True, **options)
+
+
+def in_place(model: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
+    model.compile(fullgraph=True, **options)
+    return model
+
+
+def train(
+    model: nn.Module, call: Callable[[Tensor], Tensor], pruner_of: Callable[..., Pruning], epochs: int = 6
+) -> tuple[Pruning, list[int]]:
+    """Two steps an epoch and a pruning event; returns how many graphs there were at the end of each epoch."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    pruner, made = pruner_of(optimizer), []
+    for epoch in range(epochs):
+        for step in range(2):
+            optimizer.zero_grad()
+            call(batch(2 * epoch + step)).square().mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        made.append(graphs())
+        pruner.prune(model, epoch)
+    return pruner, made
+
+
+def rules(**rule: Any) -> dict[str, Any]:
+    return {"rules": [{"target": {"sparsity": 0.5}, "start": 1, "end": 3, "regularizer": "growing_l2", **rule}]}
+
+
+@pytest.mark.parametrize("compiled", [outside, in_place])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("batch norm", [1, 1, 1, 1, 2, 2]),  # events after epochs 1, 2 and 3, of which the last removes
+        ("norms over channels", [1, 1, 2, 2, 3, 3]),  # these are hooked at the first mask, and told of the others
+    ],
+)
+def test_masks_break_no_graph_and_removal_compiles_once(
+    name: str, expected: list[int], backend: str, compiled: Callable[..., Any]
+) -> None:
+    model, plain = build(name), build(name)
+    call = compiled(model, backend=backend)
+
+    def pruner_of(one: nn.Module) -> Callable[[Any], Pruning]:
+        return lambda optimizer: Pruning(one, rules(), example_inputs=batch(0), optimizer=optimizer)
+
+    pruner, made = train(model, call, pruner_of(call))
+    assert made == expected
+    assert sum(counters["graph_break"].values()) == 0
+    other, _ = train(plain, plain, pruner_of(plain))
+    assert pruner.phase == other.phase == "finetune"
+    for (key, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5), key
+
+
+@pytest.mark.parametrize("name", ["batch norm", "norms over channels"])
+def test_the_masked_compiled_model_computes_what_the_masked_model_does(name: str) -> None:
+    model = build(name).eval()
+    call = torch.compile(model, backend="eager", fullgraph=True)
+    call(batch(0))
+    pruner = Pruning(model, rules(), example_inputs=batch(0))
+    for epoch in range(1, 4):
+        pruner.prune(model, epoch)
+        assert torch.allclose(call(batch(epoch)), model(batch(epoch)), atol=1e-6)
+
+
+def test_a_model_that_shrinks_at_every_event_is_compiled_every_time() -> None:
+    model = build("batch norm")
+    call = torch.compile(model, backend="eager", fullgraph=True)
+    config = rules(start=0, end=11, application="remove", scope="local", target={"sparsity": 0.75})
+
+    def pruner_of(optimizer: torch.optim.Optimizer) -> Pruning:
+        return Pruning(model, config, example_inputs=batch(0), optimizer=optimizer)
+
+    _, made = train(model, call, pruner_of, 13)
+    assert model.conv1.out_channels == 8
+    assert made == list(range(1, 14))  # more than torch._dynamo.config.recompile_limit
+    assert sum(counters["graph_break"].values()) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["batch norm", "norms over channels"])
+def test_inductor_trains_masked_and_removed_models(name: str) -> None:
+    model, plain = build(name), build(name)
+    call = torch.compile(model, fullgraph=True)
+
+    def pruner_of(one: nn.Module) -> Callable[[Any], Pruning]:
+        return lambda optimizer: Pruning(one, rules(), example_inputs=batch(0), optimizer=optimizer)
+
+    train(model, call, pruner_of(call))
+    train(plain, plain, pruner_of(plain))
+    for (key, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-3), key
