@@ -1,4 +1,4 @@
-"""The command line: ``pat run``, ``pat demo``, ``pat inspect``, ``pat schema``.
+"""The command line: ``pat run``, ``pat demo``, ``pat oneshot``, ``pat inspect``, ``pat schema``.
 
 Bad input ends with one line on stderr for each problem and exit code 2; ``--debug`` adds the traceback.
 """
@@ -13,13 +13,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from pruningawaretraining.version import __version__
+
+if TYPE_CHECKING:
+    from pruningawaretraining.experiment.schema import ExperimentConfig
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -84,6 +87,34 @@ def demo(out: Out = None, resume: Resume = False, debug: Debug = False) -> None:
 
 
 @app.command()
+def oneshot(
+    config: Annotated[str, typer.Argument(help="An experiment config whose model has weights; nothing is trained.")],
+    sparsities: Annotated[
+        list[float] | None, typer.Option(help="Fractions to remove, all from one calibration; the rule's own if none.")
+    ] = None,
+    data: Data = None,
+    out: Out = None,
+    save: Annotated[bool, typer.Option("--save", help="Save every pruned model.")] = False,
+    compensation: Annotated[
+        str, typer.Option(help="Of removed channels: none, bias, bias_variance or least_squares.")
+    ] = "none",
+    norms: Annotated[int, typer.Option(help="Batches over which batch norms are measured again.")] = 0,
+    wandb: Annotated[str | None, typer.Option(help="Project of Weights & Biases to log to.")] = None,
+    more: Annotated[list[float] | None, typer.Argument(help="More sparsities.", hidden=True)] = None,
+    debug: Debug = False,
+) -> None:
+    """Prune a trained model at once, to several sparsities, and compare: `--sparsities 0.5 0.6 0.75 0.9`."""
+    with _reported(debug):
+        from pruningawaretraining.experiment.one_shot_run import OneShotOptions, results_table, run_one_shot
+        from pruningawaretraining.one_shot import AfterPruning
+
+        experiment = _experiment(config, data, out)
+        levels = (*(sparsities or ()), *(more or ())) or None
+        options = OneShotOptions(levels, experiment.folder(), save, AfterPruning(compensation, norms), wandb)
+        Console().print(results_table(run_one_shot(experiment, options)))
+
+
+@app.command()
 def inspect(
     source: Annotated[str, typer.Argument(metavar="MODEL_OR_CONFIG", help="A model by name, or an experiment config.")],
     input_shape: Annotated[str | None, typer.Option(help="Shape of the example input, e.g. 1,3,224,224.")] = None,
@@ -119,6 +150,15 @@ def main() -> None:
 
 def _run(config: str, data: Path | None, out: Path | None, resume: bool, overwrite: bool) -> None:
     from pruningawaretraining.experiment.run import run_experiment
+
+    experiment = _experiment(config, data, out)
+    console = Console()
+    summary = run_experiment(experiment, resume=resume, overwrite=overwrite, console=console)
+    _show(summary, experiment.folder(), console)
+
+
+def _experiment(config: str, data: Path | None, out: Path | None) -> ExperimentConfig:
+    """The experiment, with what the command line says instead."""
     from pruningawaretraining.experiment.schema import load_experiment
     from pruningawaretraining.experiment.shipped import find_config
 
@@ -128,10 +168,7 @@ def _run(config: str, data: Path | None, out: Path | None, resume: bool, overwri
         changes["data"] = experiment.data.model_copy(update={"root": str(data)})
     if out is not None:
         changes["out"] = str(out)
-    experiment = experiment.model_copy(update=changes)
-    console = Console()
-    summary = run_experiment(experiment, resume=resume, overwrite=overwrite, console=console)
-    _show(summary, experiment.folder(), console)
+    return experiment.model_copy(update=changes)
 
 
 def _show(summary: Mapping[str, Any], folder: Path, console: Console) -> None:

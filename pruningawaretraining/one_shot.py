@@ -153,6 +153,7 @@ def accuracy(model: nn.Module, dataloader: Iterable[Any], batches: int | None = 
     calibration = Calibration(model, dataloader, lambda outputs, targets: outputs)
     right = seen = 0
     for outputs, targets in calibration.outputs(itertools.islice(dataloader, batches)):
-        right += int((outputs.argmax(-1) == targets).sum())
+        scores = getattr(outputs, "logits", outputs)
+        right += int((scores.argmax(-1) == targets).sum())
         seen += targets.numel()
     return right / max(seen, 1)

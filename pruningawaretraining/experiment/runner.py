@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import build_model
+from pruningawaretraining.experiment.calibration import SourceBatches, loss_of
 from pruningawaretraining.experiment.data import DataSet, Pipeline
 from pruningawaretraining.experiment.display import Display, StageDisplay
 from pruningawaretraining.experiment.finish import Trained, prunes, save_dense
@@ -105,6 +106,8 @@ class Runner:
         pruner = None
         if name == "pruned":
             pruner = Pruning(model, config.pruning, example_inputs=self.images[:1], optimizer=optimizer)
+            batches = SourceBatches(self.pipeline, self.data.train, config.batch_size, self.device)
+            pruner.calibrate_with(batches, loss_of)  # read by second-order criteria only
         precision = Precision.of(config, self.device)
         learner = Learner(model, optimizer, precision, config.label_smoothing, config.clip_norm, pruner)
         torch.manual_seed(config.seed)

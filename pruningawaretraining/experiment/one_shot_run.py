@@ -1,0 +1,166 @@
+"""``pat oneshot``: prune an experiment's trained model at once, to several sparsities, and compare.
+
+Nothing is trained: the model comes with its weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from torch import nn
+
+from pruningawaretraining.checkpoint import save_pruned
+from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.experiment.build import build_model
+from pruningawaretraining.experiment.calibration import SourceBatches, loss_of
+from pruningawaretraining.experiment.data import Pipeline
+from pruningawaretraining.experiment.datasets import load_data
+from pruningawaretraining.experiment.run import find_device
+from pruningawaretraining.experiment.schema import ExperimentConfig
+from pruningawaretraining.one_shot import AfterPruning, accuracy, one_shot
+
+LOG = logging.getLogger(__name__)
+TEST_BATCH = 500
+DENSE = 0.0
+
+
+@dataclass(frozen=True)
+class OneShotOptions:
+    """What ``pat oneshot`` is asked for.
+
+    Args:
+        sparsities: fractions to remove; None for the rules' own targets.
+        out: folder of the results.
+        save: whether to save every pruned model.
+        after: compensation of channels, and measuring norms again.
+        wandb: project of Weights & Biases to log to, or None.
+    """
+
+    sparsities: tuple[float, ...] | None = None
+    out: Path | None = None
+    save: bool = False
+    after: AfterPruning = AfterPruning()
+    wandb: str | None = None
+
+
+def run_one_shot(config: ExperimentConfig, options: OneShotOptions) -> list[dict[str, Any]]:
+    """Prune the config's model, which is to be trained already, by its rules.
+
+    Args:
+        config: model (with its weights), data and pruning rules; nothing is trained.
+        options: see there.
+
+    Returns:
+        A row for the dense model and one for each sparsity: "sparsity", "zeros" (of all weights of more than one
+        dimension), "parameters" and "accuracy" on the test images. Also written to ``oneshot.json`` and pictures.
+
+    Raises:
+        ConfigError: sparsities for several rules, or anything that the config gets wrong.
+    """
+    device = find_device(config.device)
+    data = load_data(config.data)
+    model = build_model(config.model, len(data.classes), data.shape[0]).to(device).eval()
+    if config.model.weights is None:
+        LOG.warning("model.weights: none are given; what is pruned is as the model's name builds it")
+    pipeline = Pipeline(data.mean, data.std, channels_last=config.channels_last)
+    train = SourceBatches(pipeline, data.train, config.batch_size, device)
+    test = SourceBatches(pipeline, data.test, TEST_BATCH, device)
+    models = prune_by_rules(model, config.pruning.rules, train, options)
+    rows = [_row(DENSE, model, test), *(_row(sparsity, one, test) for sparsity, one in models.items())]
+    folder = options.out or config.folder()
+    write_results(rows, folder, config.name)
+    if options.save:
+        for sparsity, one in models.items():
+            save_pruned(one, folder / f"pruned_{sparsity:g}.safetensors")
+    if options.wandb is not None:
+        log_to_wandb(rows, options.wandb, config.name)
+    return rows
+
+
+def prune_by_rules(
+    model: nn.Module, rules: Sequence[Rule], train: SourceBatches, options: OneShotOptions
+) -> dict[float, nn.Module]:
+    """One rule at every sparsity, or several rules one after the other, each to its own target.
+
+    Raises:
+        ConfigError: no rule is enabled, or sparsities are given for several.
+    """
+    active = [rule for rule in rules if rule.enabled and rule.mode == "prune"]
+    if not active:
+        raise ConfigError("pruning.rules: none prunes. Allowed: one rule with a target, or several")
+    if len(active) == 1:
+        return one_shot(model, active[0], train, loss_of, options.sparsities, after=options.after)
+    if options.sparsities is not None:
+        raise ConfigError(f"--sparsities: the config has {len(active)} rules, each with a target of its own")
+    for number, rule in enumerate(active):
+        last = number == len(active) - 1
+        after = options.after if last else AfterPruning(options.after.compensation)
+        (model,) = one_shot(model, rule, train, loss_of, after=after).values()
+    return {zeros_of(model): model}
+
+
+def zeros_of(model: nn.Module) -> float:
+    """The fraction of zeros among all weights of more than one dimension."""
+    weights = [weight for weight in model.parameters() if weight.dim() > 1]
+    return sum(int((weight == 0).sum()) for weight in weights) / max(sum(weight.numel() for weight in weights), 1)
+
+
+def _row(sparsity: float, model: nn.Module, test: SourceBatches) -> dict[str, Any]:
+    return {
+        "sparsity": sparsity,
+        "zeros": round(zeros_of(model), 4),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "accuracy": round(accuracy(model, test), 4),
+    }
+
+
+def write_results(rows: Sequence[Mapping[str, Any]], folder: Path, name: str) -> None:
+    """``oneshot.json``, ``oneshot.png`` and ``oneshot.svg``: accuracy against sparsity."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "oneshot.json").write_text(json.dumps({"name": name, "rows": list(rows)}, indent=1) + "\n")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    pruned = sorted((row["sparsity"], row["accuracy"]) for row in rows[1:])
+    axes.axhline(100 * rows[0]["accuracy"], color="0.6", linestyle="--", label="dense")
+    axes.plot([100 * x for x, _ in pruned], [100 * y for _, y in pruned], marker="o", label="pruned, not fine-tuned")
+    axes.set(xlabel="sparsity, %", ylabel="accuracy, %", title=name, ylim=(0, 102))
+    axes.legend()
+    for suffix in ("png", "svg"):
+        figure.savefig(folder / f"oneshot.{suffix}", dpi=150)
+
+
+def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows for a terminal."""
+    table = Table("", "sparsity", "zeros", "parameters", "accuracy", box=box.SIMPLE)
+    for number, row in enumerate(rows):
+        name = "pruned" if number else "dense"
+        level, zeros = f"{row['sparsity']:.4g}" if number else "", f"{row['zeros']:.1%}"
+        table.add_row(name, level, zeros, f"{row['parameters']:,}", f"{row['accuracy']:.2%}")
+    return table
+
+
+def log_to_wandb(rows: Sequence[Mapping[str, Any]], project: str, name: str) -> None:
+    """Log the rows to Weights & Biases, one step each.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError("--wandb: it is not installed. Allowed: pip install 'pruningawaretraining[wandb]'") from error
+    run = wandb.init(project=project, name=name)
+    for row in rows:
+        run.log(dict(row))
+    run.finish()

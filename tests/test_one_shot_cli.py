@@ -1,0 +1,132 @@
+"""``pat oneshot``: a table, a picture, saved models."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from pruningawaretraining import load_pruned
+from pruningawaretraining.cli import app
+from pruningawaretraining.experiment.models import digits_resnet
+
+CAP = {"type": "cap", "num_grads": 32, "micro_batch": 2, "fisher_block_size": 32}
+RECIPE = """modifiers:
+  - !CAPruningModifier {params: ["re:stages.1.*weight"], mask_type: "2:4", num_grads: 8}
+  - !GlobalMagnitudePruningModifier {params: [linear.weight], final_sparsity: 0.5}
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    torch.manual_seed(0)
+    model = digits_resnet()
+    torch.save(model.state_dict(), tmp_path / "dense.pt")
+
+    def write(pruning):
+        values = {
+            "name": "digits",
+            "model": {"name": "pruningawaretraining.experiment.models:digits_resnet", "weights": "dense.pt"},
+            "data": {"name": "digits", "train_fraction": 0.1},
+            "pruning": pruning,
+            "epochs": 3,
+            "batch_size": 32,
+            "dense_baseline": False,
+            "latency": None,
+            "onnx": None,
+            "threads": 1,
+        }
+        path = tmp_path / "experiment.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return str(path)
+
+    return write
+
+
+def rules(*specs):
+    return {"rules": [{"pattern": "unstructured", "target": {"sparsity": 0.5}, **spec} for spec in specs]}
+
+
+def test_sparsities_make_a_table_a_picture_and_models(experiment, tmp_path):
+    out = tmp_path / "out"
+    config = experiment(rules({"criterion": CAP, "layers": ["stages.2", "linear"]}))
+    done = CliRunner().invoke(
+        app, ["oneshot", config, "--sparsities", "0.5", "0.75", "0.9", "--out", str(out), "--save"]
+    )
+    assert done.exit_code == 0, done.output
+    rows = json.loads((out / "oneshot.json").read_text())["rows"]
+    assert [row["sparsity"] for row in rows] == [0.0, 0.5, 0.75, 0.9]
+    assert rows[0]["zeros"] == 0 and rows[1]["zeros"] < rows[2]["zeros"] < rows[3]["zeros"]
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    assert (out / "oneshot.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (out / "oneshot.svg").read_text()
+    assert "0.75" in done.output and "dense" in done.output
+    model = load_pruned(digits_resnet(), out / "pruned_0.75.safetensors")
+    weights = [p for name, p in model.named_parameters() if p.dim() > 1 and name.startswith(("stages.2", "linear"))]
+    total = sum(p.numel() for p in weights)
+    assert sum(int((p == 0).sum()) for p in weights) == int(0.75 * total)
+
+
+def test_channels_too(experiment, tmp_path):
+    config = experiment(rules({"criterion": CAP, "pattern": "channel"}))
+    done = CliRunner().invoke(
+        app,
+        [
+            "oneshot",
+            config,
+            "--sparsities",
+            "0.25",
+            "--compensation",
+            "least_squares",
+            "--norms",
+            "2",
+            "--out",
+            str(tmp_path),
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "oneshot.json").read_text())["rows"]
+    assert rows[1]["parameters"] < rows[0]["parameters"]
+
+
+def test_a_recipe_of_several_modifiers_prunes_each_to_its_own_target(experiment, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    config = experiment("recipe.yaml")
+    done = CliRunner().invoke(app, ["oneshot", config, "--out", str(tmp_path / "out"), "--save"])
+    assert done.exit_code == 0, done.output
+    (saved,) = (tmp_path / "out").glob("pruned_*.safetensors")
+    model = load_pruned(digits_resnet(), saved)
+    assert int((model.linear.weight == 0).sum()) == model.linear.weight.numel() // 2
+    weight = model.get_submodule("stages.1.1.conv1").weight.movedim(1, -1)
+    assert ((weight.unflatten(-1, (-1, 4)) != 0).sum(-1) == 2).all()
+    refused = CliRunner().invoke(app, ["oneshot", config, "--sparsities", "0.5"])
+    assert refused.exit_code == 2 and "--sparsities: the config has 2 rules" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--sparsities", "1.5"], "sparsities: 1.5"), (["--compensation", "biass"], "did you mean 'bias'")],
+)
+def test_mistakes_end_with_a_line(experiment, tmp_path, arguments, message):
+    done = CliRunner().invoke(
+        app, ["oneshot", experiment(rules({"criterion": CAP})), "--out", str(tmp_path), *arguments]
+    )
+    assert done.exit_code == 2 and message in done.output
+
+
+def test_rows_are_logged_to_weights_and_biases_when_asked_for(experiment, tmp_path, monkeypatch):
+    logged = []
+    run = types.SimpleNamespace(log=logged.append, finish=lambda: logged.append("finished"))
+    module = types.SimpleNamespace(init=lambda project, name: logged.append((project, name)) or run)
+    config = experiment(rules({"criterion": "magnitude"}))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    done = CliRunner().invoke(app, ["oneshot", config, "--out", str(tmp_path), "--wandb", "mine"])
+    assert done.exit_code == 0, done.output
+    assert logged[0] == ("mine", "digits") and logged[-1] == "finished" and len(logged) == 4
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused = CliRunner().invoke(app, ["oneshot", config, "--out", str(tmp_path), "--wandb", "mine"])
+    assert refused.exit_code == 2 and "--wandb: it is not installed" in refused.output
