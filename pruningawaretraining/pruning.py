@@ -439,7 +439,9 @@ class Pruning:
             self._prepare()
 
     def remove(self) -> None:
-        """Physically remove what is masked now, whatever the schedule says."""
+        """Physically remove what is masked now, whatever the schedule says; zeros inside a weight stay where they are."""
+        if self._elements is not None and not self._channel_rules:
+            return
         self.channel_pruner.remove(self._surroundings())
         self._steps.end_round()
 

@@ -130,3 +130,12 @@ def test_rows_are_logged_to_weights_and_biases_when_asked_for(experiment, tmp_pa
     monkeypatch.setitem(sys.modules, "wandb", None)
     refused = CliRunner().invoke(app, ["oneshot", config, "--out", str(tmp_path), "--wandb", "mine"])
     assert refused.exit_code == 2 and "--wandb: it is not installed" in refused.output
+
+
+def test_pat_run_prunes_gradually_by_second_order(experiment, tmp_path):
+    pruning = rules({"criterion": CAP, "layers": ["stages"], "schedule": "cubic", "start": 0, "end": 2})
+    done = CliRunner().invoke(app, ["run", experiment(pruning), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    model = load_pruned(digits_resnet(), tmp_path / "run" / "pruned.safetensors")
+    weights = [p for name, p in model.named_parameters() if p.dim() > 1 and name.startswith("stages")]
+    assert sum(int((p == 0).sum()) for p in weights) == sum(p.numel() for p in weights) // 2

@@ -1,0 +1,145 @@
+"""Runs ``pat run --resume`` in processes that are killed with SIGKILL, again and again, until the run is finished.
+
+Usage: kill_driver.py CONFIG FOLDER CHAINS SEED. Everything is imported once, each run is a fork. Prints JSON: how the
+uninterrupted run went and every kill, with what the run was doing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pruningawaretraining import checkpoint, cli, removal, surgery
+from pruningawaretraining.experiment import data, datasets, finish, run, runner  # noqa: F401  (imported once, here)
+
+Sabotage = Callable[[], None]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(owner: Any, name: str, number: int, last_words: Callable[..., None] | None = None) -> Sabotage:
+    """Die at the so-many-th call of a function, after some last words."""
+
+    def arm() -> None:
+        whole, left = getattr(owner, name), [number]
+
+        def sabotaged(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                if last_words is not None:
+                    last_words(*args, **kwargs)
+                die()
+            return whole(*args, **kwargs)
+
+        setattr(owner, name, sabotaged)
+
+    return arm
+
+
+def half_a_file(value: Any, path: str) -> None:
+    whole_save(value, path)
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) // 2)
+
+
+whole_save = torch.save
+PRECISE: dict[str, Sabotage] = {
+    "removal begins": at_call(removal, "_slice_module", 1),
+    "removal, tensors half in place": at_call(surgery.Surgery, "set_attribute", 9),
+    "removal, optimizer half followed": at_call(surgery.Surgery, "rename_key", 3),
+    "removed, not saved": at_call(runner, "difference", 1),
+    "checkpoint half written": at_call(torch, "save", 4, half_a_file),
+    "checkpoint written, not synced": at_call(checkpoint.os, "fsync", 9),
+    "checkpoint synced, not renamed": at_call(checkpoint.os, "replace", 12),
+    "last checkpoint half written": at_call(torch, "save", 12, half_a_file),
+}
+
+
+def start(config: str, out: Path, sabotage: Sabotage | None = None) -> int:
+    """Fork a run; returns the process's number."""
+    child = os.fork()
+    if child:
+        return child
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(quiet, 1)
+    os.dup2(log, 2)
+    sys.argv = ["pat", "run", config, "--out", str(out), "--resume"]
+    if sabotage is not None:
+        sabotage()
+    code = 1
+    try:
+        cli.main()
+    except SystemExit as error:
+        code = int(error.code or 0)
+    finally:
+        os._exit(code)
+
+
+def wait(child: int, seconds: float) -> int | None:
+    """The exit status (negative: killed by that signal), or None if the process still runs after so many seconds."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return None
+
+
+def doing(out: Path) -> str:
+    """What the run was doing since its last checkpoint."""
+    if not (out / "checkpoint.pt").is_file():
+        return "starting"
+    state = torch.load(out / "checkpoint.pt", weights_only=True)  # at any moment it is whole
+    pruner = state["training"].get("pruner")
+    if state["stage"] == "dense" or not state["training"]:
+        return "dense"
+    return str(pruner["channels"]["rules"][0]["phase"])
+
+
+def chain(config: str, out: Path, seconds: float, rng: random.Random) -> list[str]:
+    """Kill a run at random moments until it is finished."""
+    kills = []
+    while True:
+        child = start(config, out)
+        status = wait(child, rng.uniform(0.05, 0.6) * seconds)
+        if status is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills.append(doing(out))
+        elif status == 0:
+            return kills
+        else:
+            raise RuntimeError(f"the run failed with {status}: {out.with_suffix('.log').read_text()[-2000:]}")
+
+
+def main(config: str, folder: str, chains: str, seed: str) -> None:
+    torch.set_num_threads(1)
+    rng, base = random.Random(int(seed)), Path(folder)
+    begun = time.monotonic()
+    assert wait(start(config, base / "whole"), 600) == 0, (base / "whole.log").read_text()[-2000:]
+    seconds = time.monotonic() - begun
+    precise = {}
+    for number, (name, sabotage) in enumerate(PRECISE.items()):
+        out = base / f"precise{number}"
+        status = wait(start(config, out, sabotage), 600)
+        precise[name] = [status, doing(out)]
+        assert wait(start(config, out), 600) == 0, out.with_suffix(".log").read_text()[-2000:]
+    random_kills = [chain(config, base / f"chain{number}", seconds, rng) for number in range(int(chains))]
+    print(json.dumps({"seconds": seconds, "precise": precise, "random": random_kills}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
