@@ -56,13 +56,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def save(name: str, rows: list[dict[str, Any]], title: str, note: str = "") -> Path:
-    """Write a benchmark's rows, with everything needed to repeat it, as JSON."""
+def save(name: str, rows: list[dict[str, Any]], title: str, note: str = "", command: str = "") -> Path:
+    """Write a benchmark's rows, with what is needed to repeat it, as JSON; the command is by default the one given."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(
-        json.dumps({"name": name, "title": title, "note": note, **environment(), "rows": rows}, indent=1) + "\n"
-    )
+    found = {"name": name, "title": title, "note": note, **environment(), "rows": rows}
+    path.write_text(json.dumps({**found, **({"command": command} if command else {})}, indent=1) + "\n")
     return path
 
 

@@ -27,6 +27,7 @@ from torch.nn import functional
 from pruningawaretraining.experiment.models import CifarResNet
 from pruningawaretraining.one_shot import AfterPruning, accuracy, one_shot
 
+COMMAND = "python benchmarks/one_shot_cifar.py --data FOLDER"
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -104,6 +105,15 @@ def known_rows(name: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 
+def merged(known: list[dict[str, Any]], new: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """The rows with a new one in its place: by network, pattern (unstructured first) and criterion."""
+
+    def place(row: dict[str, Any]) -> tuple[int, bool, int]:
+        return int(row["network"].split("-")[1]), row["pattern"] != "unstructured", names.index(row["criterion"])
+
+    return sorted([*(row for row in known if place(row) != place(new)), new], key=place)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
@@ -115,7 +125,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--norms", type=int, default=0, help="micro-batches over which batch norms are measured again")
-    parser.add_argument("--name", default="one_shot_cifar", help="of the result; rows of other networks in it are kept")
+    parser.add_argument("--name", default="one_shot_cifar", help="of the result; its rows not measured now are kept")
     args = parser.parse_args()
     if args.data is None:
         print("skipped: this benchmark needs --data FOLDER", file=sys.stderr)
@@ -126,27 +136,29 @@ def main() -> None:
     train = Batches(normalised(images[:needed]), torch.from_numpy(labels[:needed]), 256)
     images, labels, _ = loader.cifar10("test")
     test = Batches(normalised(images[: args.test]), torch.from_numpy(labels[: args.test]), 250)
-    rows = [row for row in known_rows(args.name) if int(row["network"].split("-")[1]) not in args.depths]
+    options = criteria(args.grads, args.micro_batch, args.block)
+    rows = known_rows(args.name)
+    norms = f"measured again over {args.norms} micro-batches" if args.norms else "as they were"
+    note = (
+        f"Top-1 on {len(test.labels):,} test images, nothing trained after pruning, batch norms {norms}; "
+        f"{args.grads} gradients of {args.micro_batch} image(s) each, blocks of {args.block}, damp 1e-3 for OBS, "
+        "1e-6 for CAP (best on 1,000 training images that are in no gradient). The first convolution stays dense. "
+        "Magnitude, OBS and CAP rank all layers together; FastCAP and SparseGPT prune every layer alike."
+    )
     for depth in args.depths:
         model = CifarResNet(depth)
         model.load_state_dict(loader.cifar_resnet_state(depth))
-        model.eval()
+        model.eval().to(memory_format=torch.channels_last)
         dense = round(100 * accuracy(model, test), 2)
         for pattern in args.patterns:
-            for name, criterion in criteria(args.grads, args.micro_batch, args.block).items():
+            for name, criterion in options.items():
                 if (args.only and name not in args.only) or (pattern != "unstructured" and "rounds" in name):
                     continue
                 row = {"network": f"ResNet-{depth}", "pattern": pattern, "criterion": name, "dense": dense}
-                rows.append({**row, **measure(model, train, test, pattern, criterion, args.norms)})
-                print(rows[-1], file=sys.stderr, flush=True)
-        norms = f"measured again over {args.norms} micro-batches" if args.norms else "as they were"
-        note = (
-            f"Top-1 on {len(test.labels):,} test images, nothing trained after pruning, batch norms {norms}; "
-            f"{args.grads} gradients of {args.micro_batch} image(s) each, blocks of {args.block}, damp 1e-3 for OBS, "
-            "1e-6 for CAP (best on 1,000 training images that are in no gradient). The first convolution stays dense. "
-            "Magnitude, OBS and CAP rank all layers together; FastCAP and SparseGPT prune every layer alike."
-        )
-        save(args.name, rows, "One-shot pruning of pretrained CIFAR-10 ResNets", note)
+                row.update(measure(model, train, test, pattern, criterion, args.norms))
+                print(row, file=sys.stderr, flush=True)
+                rows = merged(rows, row, list(options))
+                save(args.name, rows, "One-shot pruning of pretrained CIFAR-10 ResNets", note, COMMAND)
     print(markdown(rows))
 
 

@@ -143,8 +143,11 @@ def test_a_layer_that_sees_no_input_is_named():
 
     with pytest.raises(ConfigError, match="the layer 'idle' saw no input"):
         one_shot(Idle(), rule("unstructured", {"type": "sparse_gpt"}), batches(), cross_entropy)
-    out = one_shot(Idle(), rule("unstructured", {"type": "cap", "num_grads": 8}), batches(), cross_entropy)[0.5]
-    assert (out.idle.weight == 0).all()  # its gradient is 0: nothing is lost without it
+    # Its gradient is 0, so nothing is lost without it. That shows where the Fisher blocks of the other layer have full
+    # rank (48 different gradients, blocks of 16): where they have not, its weights too may cost only the dampening.
+    cap = {"type": "cap", "num_grads": 48, "micro_batch": 1, "fisher_block_size": 16}
+    out = one_shot(Idle(), rule("unstructured", cap), batches(6, 8), cross_entropy)[0.5]
+    assert (out.idle.weight == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
