@@ -69,11 +69,16 @@ def rank_one(blocks: int, width: int, count: int, clock: Clock) -> Tensor:
     return inverse
 
 
-def gram(blocks: int, width: int, count: int, clock: Clock) -> Tensor:
-    fisher = GramFisher(blocks, width, DAMP)
-    for chunk in chunks(blocks, width, count, 64):
+def gathered(fisher: Any, gradients: Iterator[Tensor], clock: Clock) -> Any:
+    """The Fisher with all gradients in it; the chunk is forgotten before anything is inverted, as in the library."""
+    for chunk in gradients:
         with clock:
             fisher.add(chunk)
+    return fisher
+
+
+def gram(blocks: int, width: int, count: int, clock: Clock) -> Tensor:
+    fisher = gathered(GramFisher(blocks, width, DAMP), chunks(blocks, width, count, 64), clock)
     alive = torch.ones(blocks, width, dtype=torch.bool)
     with clock:
         for part in parts(blocks, width):
@@ -82,10 +87,7 @@ def gram(blocks: int, width: int, count: int, clock: Clock) -> Tensor:
 
 
 def woodbury(blocks: int, width: int, count: int, clock: Clock) -> Tensor:
-    fisher = LowRankFisher(blocks, width, DAMP, count)
-    for chunk in chunks(blocks, width, count, 64):
-        with clock:
-            fisher.add(chunk)
+    fisher = gathered(LowRankFisher(blocks, width, DAMP, count), chunks(blocks, width, count, 64), clock)
     alive = torch.ones(blocks, width, dtype=torch.bool)
     inverse = torch.empty(blocks, width, width)
     with clock:
@@ -125,9 +127,7 @@ def run(name: str, blocks: int, width: int, count: int) -> dict[str, Any]:
 def cap_times(width: int, weights: int) -> dict[str, float]:
     """Seconds for the greedy order and for one joint solve, for a tenth of the weights."""
     blocks = weights // 10 // width
-    fisher = GramFisher(blocks, width, DAMP)
-    for chunk in chunks(blocks, width, 2 * width, 64):
-        fisher.add(chunk)
+    fisher = gathered(GramFisher(blocks, width, DAMP), chunks(blocks, width, 2 * width, 64), Clock())
     alive = torch.ones(blocks, width, dtype=torch.bool)
     values = torch.randn(blocks, width)
     greedy, joint = Clock(), Clock()
@@ -159,13 +159,14 @@ def main() -> None:
     rows = []
     for width, count in ((args.width, args.grads), (50, args.grads), (args.width, 64)):
         blocks = -(-args.weights // width)
-        size = round(blocks * width * width * 4 / 2**20)
+        size, chunk = blocks * width * width * 4 / 2**20, blocks * width * 64 * 4 / 2**20
         names = ("rank-1 updates", "Woodbury" if count < width else "chunked Gram, Cholesky")
         found = {name: in_own_process(name, blocks, width, count) for name in names}
         slowest = found["rank-1 updates"]["CPU s"]
         for name, result in found.items():
             faster = round(slowest / result["CPU s"], 1)
-            rows.append({"B": width, "m": count, "method": name, **result, "F^-1 MB": size, "times faster": faster})
+            memory = {"F^-1 MB": round(size), "F^-1 and a chunk, MB": round(size + chunk)}
+            rows.append({"B": width, "m": count, "method": name, **result, **memory, "times faster": faster})
     times = cap_times(args.width, args.weights)
     note = (
         f"{args.weights:,} weights. 'error' is the largest relative error of diag F^-1. A chunk of 64 gradients is in "
