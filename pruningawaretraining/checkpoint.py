@@ -36,6 +36,8 @@ ATTRIBUTES = (
 )  # fmt: skip
 """Attributes of layers that follow a removal."""
 
+PYTORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+
 _DESCRIBERS: WeakKeyDictionary[nn.Module, Callable[[], dict[str, Any]]] = WeakKeyDictionary()
 _RECORDS: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
@@ -144,6 +146,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
+        if path.suffix in PYTORCH_SUFFIXES:
+            raise CheckpointError(
+                f"path: {str(path)!r} was not written by save_pruned; for a state dict of torch.save use "
+                "load_state_dict_pruned(model, torch.load(path, weights_only=True))"
+            ) from error
         raise CheckpointError(f"path: {str(path)!r} is truncated or no safetensors file: {error}") from error
     if KEY not in metadata:
         raise CheckpointError(f"path: {str(path)!r} was not written by save_pruned; use load_state_dict_pruned for it")

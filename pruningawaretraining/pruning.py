@@ -60,6 +60,13 @@ class Macs:
         return self.kept / self.dense if self.dense else 1.0
 
 
+@dataclass
+class NoChannels:
+    """What ``channel_pruner`` is where no rule prunes channels: loops that read the flag of a removal go on."""
+
+    reset_optimizer: bool = False
+
+
 class Pruning:
     """Prunes a model while it trains.
 
@@ -108,6 +115,7 @@ class Pruning:
         self.record: dict[str, Any] | None = None
         self._inputs: Any = example_inputs
         self._begun = self._ended = self._says_before = False
+        self._no_channels = NoChannels()
         if model is not None:
             self.model = model
         if optimizer is not None:
@@ -241,8 +249,20 @@ class Pruning:
         return ChannelPruner(self.model, found, chosen, self._inputs, self._forward_fn)
 
     @property
-    def channel_pruner(self) -> ChannelPruner:
-        """The engine of the channel rules (its ``reset_optimizer`` is set by a removal).
+    def channel_pruner(self) -> ChannelPruner | NoChannels:
+        """The engine of the channel rules; its ``reset_optimizer`` is set by a removal. Without such a rule, a stand-in
+        whose flag is never set.
+
+        Raises:
+            ModelError: the model has not been run yet, so there are no inputs to trace it with.
+        """
+        if self._active and self._channel_rules:
+            return self.engine
+        return self._no_channels
+
+    @property
+    def engine(self) -> ChannelPruner:
+        """The engine of the channel rules.
 
         Raises:
             ModelError: there is none: nothing is enabled, or no inputs have been seen yet.
@@ -289,7 +309,7 @@ class Pruning:
     def on_round(self) -> None:
         """A real step begins; see :mod:`pruningawaretraining.steps`."""
         acts = bool(self._channel_rules) and self._active and not self._ended and self._inputs is not None
-        self._penalties = self.channel_pruner.penalties() if acts else []
+        self._penalties = self.engine.penalties() if acts else []
 
     def on_gradients(self, scale: Tensor | float, only: set[int] | None) -> None:
         """Add the regularisers to gradients that are about to be used."""
@@ -417,7 +437,7 @@ class Pruning:
             return
         self._begun = True
         if self._channel_rules:
-            self._tell_all(self.channel_pruner.prune(int(epoch), self._surroundings()), log)
+            self._tell_all(self.engine.prune(int(epoch), self._surroundings()), log)
         if self._elements is not None:  # after the channels, on those that are left
             self._tell_all(self._elements.tick("epoch", int(epoch), self._steps.optimizers), log)
         self._steps.end_round()
@@ -439,10 +459,10 @@ class Pruning:
             self._prepare()
 
     def remove(self) -> None:
-        """Physically remove what is masked now, whatever the schedule says; zeros inside a weight stay where they are."""
+        """Physically remove what is masked now, whatever the schedule says; zeros inside a weight stay there."""
         if self._elements is not None and not self._channel_rules:
             return
-        self.channel_pruner.remove(self._surroundings())
+        self.engine.remove(self._surroundings())
         self._steps.end_round()
 
     def _check_same(self, model: nn.Module | None) -> None:
@@ -510,7 +530,7 @@ class Pruning:
 
     def norms(self) -> dict[str, Tensor]:
         """Group name -> L2 norms of the groups that are there, on the CPU."""
-        norms = self.channel_pruner.norms() if self._channel_rules else {}
+        norms = self.engine.norms() if self._channel_rules else {}
         if self._elements is not None:
             norms.update(self._elements.norms())
         return norms
@@ -523,7 +543,7 @@ class Pruning:
         return [{"number": number, **row} for number, row in enumerate(rows, start=1)]
 
     def _describe_channels(self) -> list[dict[str, Any]]:
-        engine = self.channel_pruner
+        engine = self.engine
         keep = engine.keep_by_set()
         return [
             {
@@ -538,7 +558,7 @@ class Pruning:
     def report(self) -> Report:
         """What has been reached: per layer, and in all; prints as a table, has ``to_dict()``."""
         macs = self.macs
-        engine = None if self._elements is not None and not self._channel_rules else self.channel_pruner
+        engine = None if self._elements is not None and not self._channel_rules else self.engine
         dense_parameters = kept_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if engine is not None:
             kept_parameters = round(engine.parameters_cost(engine.keep_D))
@@ -660,7 +680,7 @@ class Pruning:
     def _load_channels(self, state: Mapping[str, Any], undo: list[Callable[[], None]]) -> None:
         if self._channels is None and self._inputs is not None and self.config.infer and self._channel_rules:
             self._channels = self._build_channels(self._channel_rules)  # for the architecture; nothing acts on it
-        engine = self._channels or self.channel_pruner
+        engine = self._channels or self.engine
         before = len(engine.live_D)
         undo.append(engine.load_state_dict(state, self._surroundings()))
         if len(engine.live_D) < before:

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +178,49 @@ def test_a_run_is_resumed_only_with_its_own_config(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="holds an interrupted run. Allowed: --resume, --overwrite"):
         run(tmp_path)
-    with pytest.raises(ConfigError, match=r"^optimizer.lr: 0.2, but the run in .* was started with 0.1"):
+    with pytest.raises(ConfigError, match=r"^optimizer.lr: 0.2 here, 0.1 there: the run in .* was started so"):
         run(tmp_path, resume=True, optimizer={"lr": 0.2})
     (tmp_path / record.CHECKPOINT).write_bytes((tmp_path / record.CHECKPOINT).read_bytes()[:100])
     with pytest.raises(CheckpointError, match="cannot be read"):
         run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 5, "optimizer": {"lr": 0.2}}, r"^epochs: 5 here, 4 there; optimizer.lr: 0.2 here, 0.1 there: the"),
+        (
+            {"pruning": {"rules": [{**tiny()["pruning"]["rules"][0], "start": 0, "target": {"macs": 0.7}}]}},
+            r"^pruning.rules\[0\].start: 0 here, 1 there; pruning.rules\[0\].target.macs: 0.7 here, 0.6 there: the run",
+        ),
+        (
+            {"pruning": {"rules": [{**tiny()["pruning"]["rules"][0], "regularizer": None}]}},
+            r"^pruning.rules\[0\].regularizer: None here, 'growing_l2' with its options there: the run",
+        ),
+        (
+            {"pruning": {"rules": tiny()["pruning"]["rules"] + [{"pattern": "2:4", "target": {"sparsity": 0.5}}]}},
+            r"^pruning.rules: 2 entries here, 1 entries there: the run",
+        ),
+    ],
+)
+def test_a_finished_run_is_not_shown_as_another(finished: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(finished, resume=True, **changes)
+    assert run(finished, resume=True, threads=2, name="other") == json.loads((finished / record.SUMMARY).read_text())
+
+
+def test_what_a_kill_left_half_written_is_taken_away(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / ".summary.json.abc.tmp").write_text("half")
+    (folder / ".notes.tmp").write_text("the user's")
+    report = (folder / record.REPORT).read_text()
+    (folder / record.REPORT).unlink()
+    run(folder, resume=True)  # killed after the summary, before the report
+    assert (folder / record.REPORT).read_text() == report
+    (folder / record.SUMMARY).unlink()
+    run(folder, resume=True)
+    assert [path.name for path in folder.glob(".*")] == [".notes.tmp"]
 
 
 def test_what_is_only_masked_at_the_end_is_removed(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
 from pruningawaretraining import Pruner, Pruning, count_macs, load_pruned, save_pruned
+from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.inputs import outputs_of
 
 
@@ -434,3 +436,33 @@ def test_several_rules_share_one_model() -> None:
     assert (model.conv1.out_channels, model.stem.out_channels, pruner.phase) == (8, 16, "regularize")
     pruner.prune(model, 1)
     assert (model.conv1.out_channels, model.stem.out_channels, pruner.phase) == (8, 12, "finetune")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rules": [{"pattern": "unstructured", "target": {"sparsity": 0.5}}]},
+        {"rules": [{"target": {"sparsity": 0.5}}], "infer": True},
+        {"rules": [{"target": {"sparsity": 0.5}, "enabled": False}]},
+    ],
+)
+def test_loops_read_the_flag_of_a_removal_where_no_channels_are_pruned(config: dict[str, Any]) -> None:
+    model = net()
+    pruner = Pruning(model, config, example_inputs=X[:1])
+    pruner.prune(model, 0)
+    assert not pruner.channel_pruner.reset_optimizer
+    pruner.channel_pruner.reset_optimizer = False
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.safetensors"])
+def test_files_of_others_are_led_to_the_shapes(tmp_path: Path, name: str) -> None:
+    model, path = net(), tmp_path / name
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    if path.suffix == ".safetensors":
+        save_file(model.state_dict(), path)
+    else:
+        torch.save(model.state_dict(), path)
+    message = "was not written by save_pruned; .*load_state_dict_pruned"
+    with pytest.raises(CheckpointError, match=message):
+        load_pruned(model, path)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())

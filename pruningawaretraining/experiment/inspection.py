@@ -93,7 +93,7 @@ def groups_text(inspected: Inspected) -> str:
     verb = "is" if len(groups) == 1 else "are"
     lines.append(f"There {verb} {len(groups)} {noun} of layers, with the following source convs:")
     lines.append(str([group["source"] for group in groups]))
-    skipped = pruner.channel_pruner.found.skipped
+    skipped = pruner.engine.found.skipped
     if skipped:
         lines += ["", "Left as they are:", *(f"{name}: {reason}" for name, reason in skipped.items())]
     return "\n".join(lines)

@@ -84,6 +84,13 @@ EDGES: tuple[float, ...] = tuple(
 """Bin edges of the norm histograms: fixed, so that the histograms of a resumed run line up."""
 
 
+def clear_temporary(folder: Path) -> None:
+    """Take away files that a killed process of this run was writing when it died."""
+    for name in FILES:
+        for left in folder.glob(f".{name}.*.tmp"):
+            left.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step."""
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from pydantic import ValidationError
 from rich.console import Console
 
 from pruningawaretraining.errors import ConfigError
@@ -18,7 +20,8 @@ from pruningawaretraining.experiment.display import Display
 from pruningawaretraining.experiment.finish import finish
 from pruningawaretraining.experiment.runner import Runner
 from pruningawaretraining.experiment.schema import ExperimentConfig
-from pruningawaretraining.experiment.state import load_state
+from pruningawaretraining.experiment.state import check_same, load_state
+from pruningawaretraining.report.html import write_report
 
 
 def run_experiment(
@@ -41,7 +44,10 @@ def run_experiment(
     """
     folder, display = config.folder(), Display(console)
     if resume and (folder / record.SUMMARY).is_file():
+        _check_finished(config, folder)
         display.say(f"{folder} is finished")
+        if not (folder / record.REPORT).is_file():  # killed between the two
+            write_report(folder)
         summary: dict[str, Any] = json.loads((folder / record.SUMMARY).read_text(encoding="utf-8"))
         return summary
     if not resume and not overwrite:
@@ -55,6 +61,7 @@ def _run(config: ExperimentConfig, resume: bool, display: Display) -> dict[str, 
     resolved = config.model_dump(mode="json")
     runner = Runner(config, load_data(config.data), find_device(config.device), display)
     runner.new_stage("pruned")  # bad input is found before anything is written or trained
+    record.clear_temporary(folder)
     if resume and (folder / record.CHECKPOINT).is_file():
         runner.state = load_state(folder, resolved)
         runner.recorder = record.Recorder(folder, runner.state.rows, runner.state.norms)
@@ -65,6 +72,15 @@ def _run(config: ExperimentConfig, resume: bool, display: Display) -> dict[str, 
         runner.state.config = resolved
     record.write_config(folder / record.CONFIG, resolved)
     return finish(runner.run(), display)
+
+
+def _check_finished(config: ExperimentConfig, folder: Path) -> None:
+    """Refuse to show a finished run as the result of another experiment."""
+    try:
+        before = ExperimentConfig.model_validate(yaml.safe_load((folder / record.CONFIG).read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, ValidationError):
+        return  # of another version, or taken away: there is nothing to compare with
+    check_same(config.model_dump(mode="json"), before.model_dump(mode="json"), folder)
 
 
 @contextlib.contextmanager

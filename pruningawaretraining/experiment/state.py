@@ -18,6 +18,8 @@ from pruningawaretraining.experiment.record import CHECKPOINT
 FORMAT = 1
 MAY_CHANGE = ("name", "out", "device", "threads", "latency", "onnx", "data.root", "data.workers", "data.memory_gib")
 """Keys of the experiment that may differ when a run is resumed: they do not change what is computed."""
+MOST_SHOWN = 6
+"""How many differing keys a message names."""
 
 
 @dataclass
@@ -75,23 +77,52 @@ def load_state(folder: Path, config: Mapping[str, Any]) -> RunState:
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise CheckpointError(f"--resume: {str(path)!r} is no checkpoint of this version")
     state = RunState(**values)
-    for key, now, before in _differences(config, state.config):
-        raise ConfigError(
-            f"{key}: {now!r}, but the run in {str(folder)!r} was started with {before!r}. "
-            "Allowed: the same, or another --out"
-        )
+    check_same(config, state.config, folder)
     return state
 
 
-def _differences(now: Any, before: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys that differ between two nests of plain data and may not, with both values."""
+def check_same(now: Mapping[str, Any], before: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on with another experiment than the one that was begun.
+
+    Args:
+        now: the resolved experiment that is asked for.
+        before: the one in the folder.
+        folder: of the run.
+
+    Raises:
+        ConfigError: every key that differs, with both values.
+    """
+    found = [f"{key}: {new} here, {old} there" for key, new, old in _differences(now, before)]
+    if found:
+        more = f"; {len(found) - MOST_SHOWN} more" if len(found) > MOST_SHOWN else ""
+        raise ConfigError(
+            f"{'; '.join(found[:MOST_SHOWN])}{more}: the run in {str(folder)!r} was started so. "
+            "Allowed: the same, or another --out"
+        )
+
+
+def _differences(now: Any, before: Any, key: str = "") -> Iterator[tuple[str, str, str]]:
+    """Dotted keys that differ between two nests of plain data and may not, with both values, short."""
     if key in MAY_CHANGE or now == before:
         return
     if isinstance(now, Mapping) and isinstance(before, Mapping):
         for inner in {**now, **before}:
-            yield from _differences(now.get(inner), before.get(inner), f"{key}.{inner}".removeprefix("."))
+            path = f"{key}.{inner}".removeprefix(".")
+            yield from _differences(now.get(inner), before.get(inner), path)
+    elif isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
+        for number, (new, old) in enumerate(zip(now, before, strict=True)):
+            yield from _differences(new, old, f"{key}[{number}]")
     else:
-        yield key, now, before
+        yield key, _shown(now), _shown(before)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: a nest of values only by what it is."""
+    if isinstance(value, list) and any(isinstance(one, (Mapping, list)) for one in value):
+        return f"{len(value)} entries"
+    if isinstance(value, Mapping):
+        return f"{value['type']!r} with its options" if "type" in value else f"{len(value)} keys"
+    return repr(value)
 
 
 def rng_state() -> dict[str, Any]:

@@ -52,9 +52,9 @@ def masked_scores(
     """
     twin.load_state_dict(state)
     pruner = Pruning(twin, config, example_inputs=images_BCHW[:1])
-    if pruner.channel_pruner.removed:
+    if pruner.engine.removed:
         return None
-    pruner.channel_pruner.masks.set(torch.cat([masks[one.name] for one in pruner.channel_pruner.dense_sets]))
+    pruner.engine.masks.set(torch.cat([masks[one.name] for one in pruner.engine.dense_sets]))
     return scores(twin, images_BCHW)
 
 
