@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from pruningawaretraining import load_pruned
 from pruningawaretraining.cli import app
 from pruningawaretraining.experiment.models import digits_resnet
+from pruningawaretraining.experiment.schema import load_experiment
 
 CAP = {"type": "cap", "num_grads": 32, "micro_batch": 2, "fisher_block_size": 32}
 RECIPE = """modifiers:
@@ -139,3 +141,41 @@ def test_pat_run_prunes_gradually_by_second_order(experiment, tmp_path):
     model = load_pruned(digits_resnet(), tmp_path / "run" / "pruned.safetensors")
     weights = [p for name, p in model.named_parameters() if p.dim() > 1 and name.startswith("stages")]
     assert sum(int((p == 0).sum()) for p in weights) == sum(p.numel() for p in weights) // 2
+
+
+GRADUAL = """modifiers:
+  - !EpochRangeModifier {start_epoch: 0, end_epoch: 4}
+  - !LearningRateFunctionModifier
+    {start_epoch: 0, end_epoch: 3, lr_func: cyclic_linear, init_lr: 0.02, final_lr: 0.002, cycle_epochs: 1}
+  - !SetLearningRateModifier {start_epoch: 3, learning_rate: 0.001}
+  - !CAPruningModifier
+    {params: ["re:stages.*weight"], final_sparsity: 0.75, start_epoch: 0, end_epoch: 2, update_frequency: 1,
+     num_grads: 16, fisher_block_size: 16, grad_sampler_kwargs: {batch_size: 2}}
+"""
+
+
+def test_pat_run_trains_a_recipe_with_its_epochs_and_learning_rates(experiment, tmp_path):
+    (tmp_path / "gradual.yaml").write_text(GRADUAL)
+    path = Path(experiment("gradual.yaml"))
+    values = yaml.safe_load(path.read_text())
+    del values["epochs"]
+    path.write_text(yaml.safe_dump(values))
+    done = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == pytest.approx([0.02, 0.02, 0.02, 0.001])
+    assert [row["sparsity"] for row in rows] == pytest.approx(
+        [0.75 * (1 - (2 / 3) ** 3), 0.75 * 26 / 27, 0.75, 0.75], abs=1e-3
+    )
+    again = load_experiment(tmp_path / "run" / "config.yaml")  # as it was resolved
+    assert again.epochs == 4 and len(again.rates) == 2
+
+
+def test_a_scheduler_of_the_experiment_goes_before_the_rates_of_a_recipe(experiment, tmp_path):
+    (tmp_path / "gradual.yaml").write_text(GRADUAL)
+    path = Path(experiment("gradual.yaml"))
+    assert [type(one).__name__ for one in load_experiment(path).rates] == ["RateFunction", "SetRate"]
+    assert load_experiment(path).epochs == 3
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**values, "scheduler": {"name": "StepLR", "kwargs": {"step_size": 2}}}))
+    assert load_experiment(path).rates == []

@@ -34,9 +34,21 @@ def cosine(epoch: float, length: float, first: float, last: float) -> float:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """The learning rate modifiers of a recipe."""
+    """The learning rate modifiers of a recipe.
+
+    Args:
+        modifiers: in its order.
+
+    Raises:
+        ConfigError: a cycle of no length.
+    """
 
     modifiers: tuple[SetRate | RateFunction, ...] = ()
+
+    def __post_init__(self) -> None:
+        for one in self.modifiers:
+            if isinstance(one, RateFunction) and one.lr_func == "cyclic_linear" and one.cycle_epochs <= 0:
+                raise ConfigError(f"recipe: cycle_epochs: {one.cycle_epochs} is not allowed. Allowed: above 0")
 
     def at(self, epoch: float) -> float | None:
         """The learning rate at a moment.
@@ -89,6 +101,13 @@ class Recipe:
     epochs: int
 
 
+def is_recipe(source: Any) -> bool:
+    """Whether a mapping, or the YAML file at a path, is a SparseML-style recipe."""
+    if isinstance(source, str) and source.lower().endswith((".yaml", ".yml")) and Path(source).expanduser().is_file():
+        source = read_mapping(Path(source).expanduser())
+    return isinstance(source, Mapping) and SparseMl().recognises(source)
+
+
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     """Read a SparseML-style recipe.
 
@@ -105,9 +124,6 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
         )
     found = [modifier for _, _, modifier in modifiers_of(mapping)]
     rates = tuple(one for one in found if isinstance(one, (SetRate, RateFunction)))
-    for one in rates:
-        if isinstance(one, RateFunction) and one.lr_func == "cyclic_linear" and one.cycle_epochs <= 0:
-            raise ConfigError(f"recipe: cycle_epochs: {one.cycle_epochs} is not allowed. Allowed: above 0")
     return Recipe(load_config(source), LearningRates(rates), _epochs(found))
 
 

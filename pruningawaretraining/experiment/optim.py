@@ -32,14 +32,14 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
 
 
 def build_scheduler(config: ExperimentConfig, optimizer: torch.optim.Optimizer) -> Scheduler | None:
-    """The learning rate schedule of an experiment, to be stepped after every epoch; None without one.
+    """The learning rate schedule of an experiment, to be stepped after every epoch; None without one, or with rates.
 
     Lengths that the user left open (T_max, total_steps, total_iters of a polynomial) span the epochs after warm-up.
 
     Raises:
         ConfigError: a keyword argument that the schedule does not take, lacks or refuses.
     """
-    if config.scheduler is None:
+    if config.scheduler is None or config.rates:
         return None
     spec = config.scheduler
     spec_kwargs = {**_spans(spec, max(1, config.epochs - spec.warmup)), **spec.kwargs}

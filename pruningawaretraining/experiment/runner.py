@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.config.recipe import LearningRates
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import build_model
 from pruningawaretraining.experiment.calibration import SourceBatches, loss_of
-from pruningawaretraining.experiment.data import DataSet, Pipeline
+from pruningawaretraining.experiment.data import Batch, DataSet, Pipeline
 from pruningawaretraining.experiment.display import Display, StageDisplay
 from pruningawaretraining.experiment.finish import Trained, prunes, save_dense
 from pruningawaretraining.experiment.optim import Scheduler, build_optimizer, build_scheduler, step_scheduler
@@ -82,6 +83,7 @@ class Runner:
         self.config, self.data, self.device, self.display = config, data, device, display
         self.folder = config.folder()
         self.pipeline = Pipeline(data.mean, data.std, config.data.flip, config.data.crop, config.channels_last)
+        self.rates = LearningRates(tuple(config.rates))
         self.recorder = record.Recorder(self.folder)
         self.state = RunState(stage="dense" if config.dense_baseline else "pruned")
         self.images = next(self.pipeline.test(data.test, VERIFIED_IMAGES, device))[0]
@@ -161,8 +163,9 @@ class Runner:
         started, learner, pruner = time.perf_counter(), stage.learner, stage.learner.pruner
         generator = torch.Generator().manual_seed(self.config.seed * EPOCH_SEEDS + epoch)
         phase = "train" if pruner is None else pruner.phase
+        self.rates.apply(learner.optimizer, epoch)
         rate = float(learner.optimizer.param_groups[0]["lr"])
-        batches = self.pipeline.train(self.data.train, self.config.batch_size, generator, self.device)
+        batches = self._rated(learner.optimizer, epoch, generator)
         loss, train_accuracy = train_epoch(learner, batches, shown.tick)
         if pruner is not None and prunes(pruner):
             self._change(learner.model, pruner, lambda: pruner.prune(learner.model, epoch, log=LOG))
@@ -184,6 +187,14 @@ class Runner:
         self.state.epoch = epoch + 1
         self._save(stage)
         shown.epoch(row)
+
+    def _rated(self, optimizer: torch.optim.Optimizer, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
+        """The batches of an epoch, with the learning rate of its moment set before each."""
+        steps = max(1, len(self.data.train) // self.config.batch_size)
+        batches = self.pipeline.train(self.data.train, self.config.batch_size, generator, self.device)
+        for number, batch in enumerate(batches):
+            self.rates.apply(optimizer, epoch + number / steps)
+            yield batch
 
     def _change(self, model: nn.Module, pruner: Pruning, change: Callable[[], None]) -> None:
         """Let the pruner change the model; the first time that it removes channels, compare with the masked model."""

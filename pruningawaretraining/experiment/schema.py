@@ -15,8 +15,10 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 import pruningawaretraining.costs.latency  # noqa: F401  (importing it registers the runtimes)
 from pruningawaretraining.config import PruningConfig, load_config
+from pruningawaretraining.config.dialects.sparseml_keys import RateFunction, SetRate
 from pruningawaretraining.config.editor import complete_schema
 from pruningawaretraining.config.load import find_file, read_mapping
+from pruningawaretraining.config.recipe import is_recipe, load_recipe
 from pruningawaretraining.config.strict import Amount, Count, Fraction, Strict, within
 from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.registry import canonical
@@ -158,6 +160,11 @@ class ExperimentConfig(Strict):
     batch_size: Count = Field(128, description="Images in a training batch.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer.")
     scheduler: SchedulerConfig | None = Field(SchedulerConfig(), description="The learning rate schedule; null: none.")
+    rates: list[RateFunction | SetRate] = Field(
+        [],
+        description="Learning rates as in recipes, set before every step instead of the schedule. Absent: those of "
+        "the recipe, if 'pruning' is one and there is no 'scheduler'.",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the cross entropy, in [0, 1).")
     clip_norm: Amount | None = Field(None, description="Largest norm of all gradients together; absent: not clipped.")
     dense_baseline: bool = Field(
@@ -196,15 +203,27 @@ def load_experiment(source: str | os.PathLike[str] | Mapping[str, Any] | Experim
     if isinstance(source, ExperimentConfig):
         return source
     if isinstance(source, Mapping):
-        return ExperimentConfig.model_validate(source)
+        return ExperimentConfig.model_validate(_with_recipe(source))
     path = find_file(Path(source).expanduser())
-    values = _anchored(read_mapping(path), path.parent)
+    values = _with_recipe(_anchored(read_mapping(path), path.parent))
     if isinstance(values.get("pruning"), str):
         values["pruning"] = load_config(values["pruning"])
     try:
         return ExperimentConfig.model_validate(values)
     except ConfigError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
+
+
+def _with_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping with the epochs and learning rates of a recipe, where it gives none of its own."""
+    values = dict(values)
+    if is_recipe(values.get("pruning")):
+        recipe = load_recipe(values["pruning"])
+        values["pruning"] = recipe.pruning
+        values.setdefault("epochs", recipe.epochs)
+        if recipe.rates.modifiers and "scheduler" not in values:
+            values.setdefault("rates", list(recipe.rates.modifiers))
+    return values
 
 
 def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
