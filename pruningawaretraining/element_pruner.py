@@ -196,7 +196,13 @@ class ElementPruner:
                 one.masks.clear()
             last = True
         one.state.phase = "finetune" if last else "prune"
-        return [f"{one.key}: {one.rule.unit} {now}: {DONE[one.rule.mode]}, sparsity {one.sparsity:.4f}"]
+        line = f"{one.key}: {one.rule.unit} {now}: {DONE[one.rule.mode]}, sparsity {one.sparsity:.4f}"
+        if last and one.rule.release:
+            if one.next_G is not None:
+                self._mask(one, one.next_G, optimizers)
+            one.masks.clear()
+            line += "; masks lifted"
+        return [line]
 
     def _by_curvature(self, one: ElementRule) -> bool:
         """Whether the rule's events measure curvature and compensate what stays."""
@@ -278,7 +284,7 @@ class ElementPruner:
             new = self.rules[number] = make_rule(self.model, old.key, old.rule, old.pattern, old.stacked)
             new.state = old.state
             new.state.begun, new.state.part = None, 0
-            if not old.state.event:
+            if not old.state.event or (old.rule.release and old.state.phase == "finetune"):
                 continue
             if old.rule.mode == "prune":
                 progress = 1.0 if old.state.phase == "finetune" else old.state.event / old.events

@@ -152,11 +152,11 @@ def test_what_differs_is_said(tmp_path, caplog):
     caplog.set_level("INFO", "pruningawaretraining")
     text = (
         "modifiers:\n  - !OBSPruningModifier {final_sparsity: 0.5, init_sparsity: 0.1, start_epoch: 0.5, end_epoch: 4, "
-        "leave_enabled: false, grad_sampler_kwargs: {batch_size: 2, num_workers: 4}}\n"
+        "grad_sampler_kwargs: {batch_size: 2, num_workers: 4}}\n"
     )
     (rule,) = load_config(written(tmp_path, text)).rules
     assert (rule.start, rule.end, rule.every) == (1, 4, 1)
-    for key in ("init_sparsity", "leave_enabled", "start_epoch", "grad_sampler_kwargs.num_workers"):
+    for key in ("init_sparsity", "start_epoch", "grad_sampler_kwargs.num_workers"):
         assert f"{key} is ignored" in caplog.text
 
 
@@ -188,6 +188,34 @@ def test_a_recipe_runs_gradually(tmp_path, kind):
             optimizer.step()
     assert seen == pytest.approx([0.05, 0.035, 0.02] * 4)
     assert zeros(model) == pytest.approx(0.6 * total(model), abs=5)
+
+
+@pytest.mark.parametrize("leave_enabled", [True, False])
+def test_masks_are_lifted_after_the_end_where_they_are_not_left_enabled(tmp_path, leave_enabled):
+    text = GRADUAL.replace("KIND", "CAPruningModifier").replace(
+        "final_sparsity", f"leave_enabled: {leave_enabled}, final_sparsity"
+    )
+    config = load_config(written(tmp_path, text))
+    model, data = small_net(), batches(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    pruner = Pruning(model, config, optimizer=optimizer)
+    pruner.calibrate_with(data, cross_entropy)
+    levels = []
+    for epoch in range(5):
+        pruner.prune(model, epoch)
+        levels.append(zeros(model) / total(model))
+        for inputs, targets in data:
+            optimizer.zero_grad()
+            cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+    assert levels[2] == pytest.approx(0.6, abs=0.01)
+    assert levels[4] == pytest.approx(0.6, abs=0.01) if leave_enabled else levels[4] < 0.2
+    assert pruner.phase == "finetune"
+
+
+def test_channels_are_never_released():
+    with pytest.raises(ConfigError, match="release: True is for slices, blocks and weights"):
+        load_config({"rules": [{"release": True, "target": {"sparsity": 0.5}}]})
 
 
 def test_a_recipe_runs_in_one_shot(tmp_path):

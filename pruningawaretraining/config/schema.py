@@ -99,6 +99,7 @@ class Rule(Strict):
         "the mask, for good.",
     )
     keep_zeros: bool = Field(False, description="Groups that are zero already at start count as pruned, and stay so.")
+    release: bool = Field(False, description="Lift the masks right after the last event: its zeros may come back.")
     progressive: Count = Field(
         1, description="Parts in which an event's weights are zeroed, evenly until the next event, lowest scores first."
     )
@@ -135,6 +136,9 @@ class Rule(Strict):
             )
         if self.enabled and self.layers is not None and not self.layers:
             raise ConfigError("layers: [] names no layer. Allowed: at least one, or leave the key out for all")
+        whole = self.pattern if isinstance(self.pattern, str) else self.pattern.get("type")
+        if self.release and whole in ("channel", "channels"):
+            raise ConfigError("release: True is for slices, blocks and weights. Allowed: False")
         aimless = self.target.sparsity is None and self.target.macs is None and self.regularizer is None
         if self.enabled and self.mode == "prune" and aimless:
             raise ConfigError("target: nothing to reach. Allowed: sparsity, macs or both, each in (0, 1]")

@@ -98,6 +98,7 @@ def _rules(where: str, tag: str, modifier: Pruning) -> Iterator[dict[str, Any]]:
             "end": end,
             "every": max(1, whole_epoch(modifier.update_frequency)),
             "target": {"sparsity": sparsity},
+            "release": not modifier.leave_enabled,
         }
 
 
@@ -151,8 +152,6 @@ def _criterion(tag: str, modifier: Pruning) -> dict[str, Any]:
 def _note_what_differs(where: str, modifier: Pruning) -> None:
     if modifier.init_sparsity not in (0.0, "__FROM_PARAM__"):
         note_ignored(f"{where}.init_sparsity", "the sparsity rises from what is there to the final one")
-    if not modifier.leave_enabled:
-        note_ignored(f"{where}.leave_enabled", "masks stay until a rule with mode 'unprune' lifts them")
     for key in ("start_epoch", "end_epoch", "update_frequency"):
         value = getattr(modifier, key)
         if value != int(value):
