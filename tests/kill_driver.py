@@ -1,7 +1,8 @@
 """Runs ``pat run --resume`` in processes that are killed with SIGKILL, again and again, until the run is finished.
 
-Usage: kill_driver.py CONFIG FOLDER CHAINS SEED. Everything is imported once, each run is a fork. Prints JSON: how the
-uninterrupted run went and every kill, with what the run was doing.
+Usage: kill_driver.py CONFIG FOLDER KILLS SEED. Everything is imported once, each run is a fork. Runs are killed until
+there have been so many kills, and some in every phase of pruning. Prints JSON: how long the uninterrupted run took and
+every kill, with what the run was doing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pruningawaretraining import checkpoint, cli, removal, surgery
 from pruningawaretraining.experiment import data, datasets, finish, run, runner  # noqa: F401  (imported once, here)
 
 Sabotage = Callable[[], None]
+MOST_CHAINS = 30
 
 
 def die() -> None:
@@ -125,7 +127,13 @@ def chain(config: str, out: Path, seconds: float, rng: random.Random) -> list[st
             raise RuntimeError(f"the run failed with {status}: {out.with_suffix('.log').read_text()[-2000:]}")
 
 
-def main(config: str, folder: str, chains: str, seed: str) -> None:
+def enough(chains: list[list[str]], kills: int) -> bool:
+    """Whether there have been so many kills, and some in every phase: how many a chain has depends on the machine."""
+    moments = [moment for chain in chains for moment in chain]
+    return len(moments) >= kills and {"dense", "regularize", "prune", "finetune"} <= set(moments)
+
+
+def main(config: str, folder: str, kills: str, seed: str) -> None:
     torch.set_num_threads(1)
     rng, base = random.Random(int(seed)), Path(folder)
     begun = time.monotonic()
@@ -137,7 +145,9 @@ def main(config: str, folder: str, chains: str, seed: str) -> None:
         status = wait(start(config, out, sabotage), 600)
         precise[name] = [status, doing(out)]
         assert wait(start(config, out), 600) == 0, out.with_suffix(".log").read_text()[-2000:]
-    random_kills = [chain(config, base / f"chain{number}", seconds, rng) for number in range(int(chains))]
+    random_kills: list[list[str]] = []
+    while not enough(random_kills, int(kills)) and len(random_kills) < MOST_CHAINS:
+        random_kills.append(chain(config, base / f"chain{len(random_kills):02}", seconds, rng))
     print(json.dumps({"seconds": seconds, "precise": precise, "random": random_kills}))
 
 

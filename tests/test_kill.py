@@ -14,7 +14,7 @@ from experiment_fixture import tiny
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
-CHAINS = 6
+KILLS = 50
 RULE = {
     "regularizer": {"type": "growing_l2", "strength": 1e-3},
     "start": 3, "end": 10, "target": {"macs": 0.5}, "final_sparsity": 0.5,
@@ -47,11 +47,13 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_any_moment_ends_like_one_that_is_not(tmp_path: Path) -> None:
-    config = tiny(epochs=12, scheduler={"name": "CosineAnnealingLR"}, pruning={"rules": [RULE]}, data={"train_fraction": 1.0})
+    config = tiny(
+        epochs=12, scheduler={"name": "CosineAnnealingLR"}, pruning={"rules": [RULE]}, data={"train_fraction": 1.0}
+    )
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     driver = [sys.executable, str(ROOT / "tests" / "kill_driver.py"), str(tmp_path / "tiny.yaml"), str(tmp_path)]
     done = subprocess.run(
-        [*driver, str(CHAINS), "0"],
+        [*driver, str(KILLS), "0"],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -64,9 +66,11 @@ def test_a_run_that_is_killed_at_any_moment_ends_like_one_that_is_not(tmp_path: 
     kills = [moment for chain in result["random"] for moment in chain]
     counts = {moment: kills.count(moment) for moment in sorted(set(kills))}
     print(f"\n{len(kills)} random kills: {counts}; {len(result['precise'])} precise ones: {result['precise']}")
-    assert len(kills) >= 20
-    assert {"regularize", "prune", "finetune"} <= set(kills)
+    assert len(kills) >= KILLS
+    assert {"dense", "regularize", "prune", "finetune"} <= set(kills)
     phases = {row["phase"] for row in rows(tmp_path / "whole")}
     assert phases == {"train", "regularize", "prune", "finetune"}
-    for folder in sorted(tmp_path.glob("chain[0-9]")) + sorted(tmp_path.glob("precise[0-9]")):
+    killed = [folder for folder in sorted(tmp_path.iterdir()) if folder.is_dir() and folder.name != "whole"]
+    assert len(killed) == len(result["random"]) + len(result["precise"])
+    for folder in killed:
         assert_same_run(folder, tmp_path / "whole")
