@@ -40,6 +40,7 @@ Data = Annotated[
 Out = Annotated[Path | None, typer.Option(help="Folder of the run; runs/<name> without it.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")]
+Wandb = Annotated[str | None, typer.Option(help="Project of Weights & Biases to log to.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the library's log.")]
 
 
@@ -72,11 +73,12 @@ def run(
     out: Out = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    wandb: Wandb = None,
     debug: Debug = False,
 ) -> None:
     """Run an experiment: train, prune, fine-tune, save, export, measure, report."""
     with _reported(debug):
-        _run(config, data, out, resume, overwrite)
+        _run(config, data, out, resume, overwrite, wandb)
 
 
 @app.command()
@@ -99,7 +101,7 @@ def oneshot(
         str, typer.Option(help="Of removed channels: none, bias, bias_variance or least_squares.")
     ] = "none",
     norms: Annotated[int, typer.Option(help="Batches over which batch norms are measured again.")] = 0,
-    wandb: Annotated[str | None, typer.Option(help="Project of Weights & Biases to log to.")] = None,
+    wandb: Wandb = None,
     more: Annotated[list[float] | None, typer.Argument(help="More sparsities.", hidden=True)] = None,
     debug: Debug = False,
 ) -> None:
@@ -148,12 +150,16 @@ def main() -> None:
     app()
 
 
-def _run(config: str, data: Path | None, out: Path | None, resume: bool, overwrite: bool) -> None:
+def _run(
+    config: str, data: Path | None, out: Path | None, resume: bool, overwrite: bool, wandb: str | None = None
+) -> None:
     from pruningawaretraining.experiment.run import run_experiment
+    from pruningawaretraining.experiment.tracking import tracked
 
     experiment = _experiment(config, data, out)
     console = Console()
-    summary = run_experiment(experiment, resume=resume, overwrite=overwrite, console=console)
+    with tracked(wandb, experiment.name) as watch:
+        summary = run_experiment(experiment, resume=resume, overwrite=overwrite, console=console, watch=watch)
     _show(summary, experiment.folder(), console)
 
 

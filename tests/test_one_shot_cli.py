@@ -129,6 +129,10 @@ def test_rows_are_logged_to_weights_and_biases_when_asked_for(experiment, tmp_pa
     done = CliRunner().invoke(app, ["oneshot", config, "--out", str(tmp_path), "--wandb", "mine"])
     assert done.exit_code == 0, done.output
     assert logged[0] == ("mine", "digits") and logged[-1] == "finished" and len(logged) == 4
+    logged.clear()
+    done = CliRunner().invoke(app, ["run", config, "--out", str(tmp_path / "run"), "--wandb", "mine"])
+    assert done.exit_code == 0, done.output
+    assert [row["epoch"] for row in logged[1:-1]] == [0, 1, 2] and logged[-1] == "finished"
     monkeypatch.setitem(sys.modules, "wandb", None)
     refused = CliRunner().invoke(app, ["oneshot", config, "--out", str(tmp_path), "--wandb", "mine"])
     assert refused.exit_code == 2 and "--wandb: it is not installed" in refused.output

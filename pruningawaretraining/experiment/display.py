@@ -38,10 +38,13 @@ class Display:
 
     Args:
         console: of the command line, or None.
+        watch: takes every epoch's line of ``metrics.jsonl`` too; None for nobody.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console
+    def __init__(
+        self, console: Console | None = None, watch: Callable[[Mapping[str, Any]], None] | None = None
+    ) -> None:
+        self.console, self.watch = console, watch
 
     def say(self, text: str) -> None:
         """One line."""

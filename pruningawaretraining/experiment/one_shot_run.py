@@ -5,7 +5,6 @@ Nothing is trained: the model comes with its weights.
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from pruningawaretraining.experiment.data import Pipeline
 from pruningawaretraining.experiment.datasets import load_data
 from pruningawaretraining.experiment.run import find_device
 from pruningawaretraining.experiment.schema import ExperimentConfig
+from pruningawaretraining.experiment.tracking import tracked
 from pruningawaretraining.one_shot import AfterPruning, accuracy, one_shot
 
 LOG = logging.getLogger(__name__)
@@ -81,8 +81,9 @@ def run_one_shot(config: ExperimentConfig, options: OneShotOptions) -> list[dict
     if options.save:
         for sparsity, one in models.items():
             save_pruned(one, folder / f"pruned_{sparsity:g}.safetensors")
-    if options.wandb is not None:
-        log_to_wandb(rows, options.wandb, config.name)
+    with tracked(options.wandb, config.name) as watch:
+        for row in rows:
+            watch(row)
     return rows
 
 
@@ -148,19 +149,3 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         level, zeros = f"{row['sparsity']:.4g}" if number else "", f"{row['zeros']:.1%}"
         table.add_row(name, level, zeros, f"{row['parameters']:,}", f"{row['accuracy']:.2%}")
     return table
-
-
-def log_to_wandb(rows: Sequence[Mapping[str, Any]], project: str, name: str) -> None:
-    """Log the rows to Weights & Biases, one step each.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError as error:
-        raise ConfigError("--wandb: it is not installed. Allowed: pip install 'pruningawaretraining[wandb]'") from error
-    run = wandb.init(project=project, name=name)
-    for row in rows:
-        run.log(dict(row))
-    run.finish()

@@ -21,11 +21,17 @@ from pruningawaretraining.experiment.finish import finish
 from pruningawaretraining.experiment.runner import Runner
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.state import check_same, load_state
+from pruningawaretraining.experiment.tracking import Watch
 from pruningawaretraining.report.html import write_report
 
 
 def run_experiment(
-    config: ExperimentConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    config: ExperimentConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Train, prune, save, export, measure and report; see :mod:`record` for what is written.
 
@@ -34,6 +40,7 @@ def run_experiment(
         resume: go on where the run in the folder was interrupted; begin if there is nothing yet.
         overwrite: replace the run that is in the folder.
         console: where to show progress; None logs it.
+        watch: is handed every epoch's line of ``metrics.jsonl``.
 
     Returns:
         What ``summary.json`` holds.
@@ -42,7 +49,7 @@ def run_experiment(
         ConfigError, ModelError, TargetError, CheckpointError: bad input; a finished or interrupted run in the folder
             is not touched then.
     """
-    folder, display = config.folder(), Display(console)
+    folder, display = config.folder(), Display(console, watch)
     if resume and (folder / record.SUMMARY).is_file():
         _check_finished(config, folder)
         display.say(f"{folder} is finished")

@@ -187,6 +187,8 @@ class Runner:
         self.state.epoch = epoch + 1
         self._save(stage)
         shown.epoch(row)
+        if self.display.watch is not None:
+            self.display.watch(row)
 
     def _rated(self, optimizer: torch.optim.Optimizer, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         """The batches of an epoch, with the learning rate of its moment set before each."""
