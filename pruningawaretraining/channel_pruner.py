@@ -152,6 +152,7 @@ class ChannelPruner:
         self.masks = Masks(model, found.grouping, found.norms)
         self.reset_optimizer = False
         self._regularizers: list[tuple[ChannelRule, Regularizer, Tensor]] | None = None
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # for each regulariser: all masks, and its own
         self._surgery: Surgery | None = None  # the removal that a state being loaded asked for
 
     def check_targets(self) -> None:
@@ -182,7 +183,7 @@ class ChannelPruner:
     def regularizers(self) -> list[tuple[ChannelRule, Regularizer, Tensor]]:
         """Each active rule's regulariser, with its live groups; built once after every removal."""
         if self._regularizers is None:
-            self._regularizers = []
+            self._regularizers, self._kept = [], {}
             saving_G = self.macs_cost.saving_G(self.keep_D)[self.live_D]
             for one in self.rules:
                 if one.rule.regularizer is not None and one.rule.enabled:
@@ -207,7 +208,12 @@ class ChannelPruner:
 
     def _keep_for(self, ready: Regularizer, mine_G: Tensor) -> Tensor:
         keep_G = self.masks.keep_on(ready.index.device)
-        return keep_G if len(mine_G) == len(keep_G) else keep_G[mine_G.to(keep_G.device)]
+        if len(mine_G) == len(keep_G):
+            return keep_G
+        known = self._kept.get(id(ready))
+        if known is None or known[0] is not keep_G:
+            known = self._kept[id(ready)] = (keep_G, keep_G[mine_G.to(keep_G.device)])
+        return known[1]
 
     # --- pruning ------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ forward hook, so that the masked model equals the removed one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pruningawaretraining import fused
 from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.kept_norms import KEPT_NORMS, KeptNorm
@@ -42,6 +44,7 @@ class Masks:
         self._norm_hooks: dict[str, KeptNorm] = {}
         self._parameters: list[Tensor] = []
         self._factors: list[Tensor] = []
+        self._cleared: list[_Cleared] = []
         self._keep_on: dict[torch.device, Tensor] = {}
 
     @property
@@ -67,25 +70,34 @@ class Masks:
     def clear(self) -> None:
         """Forget the masks and take the hooks out; the weights stay as they are."""
         self.keep_G = torch.ones_like(self.keep_G)
-        self._keep_on, self._parameters, self._factors = {}, [], []
+        self._keep_on, self._parameters, self._factors, self._cleared = {}, [], [], []
         self._hook_gradients()
         self._unhook()
 
     def _build_factors(self) -> None:
-        self._parameters, self._factors = [], []
+        self._parameters, self._factors, self._cleared = [], [], []
         if bool(self.keep_G.all()):
             return
         for member, keep_W in self.grouping.expand(self.keep_G.float(), outside=1.0):
             if bool((keep_W == 0).any()):
                 self._parameters.append(member.parameter)
                 self._factors.append(_for_multiplication(member, keep_W))
+        if fused.kernels() is not None:
+            self._cleared = _cleared(self._parameters, self._factors)
 
     @torch.no_grad()
     def apply(self) -> None:
         """Set masked weights to exactly 0."""
-        if self._parameters:
-            self._move_factors()
-            torch._foreach_mul_(self._parameters, self._factors)
+        if not self._parameters:
+            return
+        kernels = fused.kernels()
+        if kernels is not None and self._cleared and all(fused.fits(one.parameter) for one in self._cleared):
+            for one in self._cleared:
+                kernels.clear(fused.as_matrix(one.parameter.detach()), one.cleared_O, one.columns)
+                torch.autograd.graph.increment_version(one.parameter)
+            return
+        self._move_factors()
+        torch._foreach_mul_(self._parameters, self._factors)
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
@@ -163,6 +175,33 @@ class Masks:
         for handle in self._handles:
             handle.remove()
         self._handles, self._norm_hooks = [], {}
+
+
+@dataclass(frozen=True, eq=False)
+class _Cleared:
+    """The rows and columns of a parameter that are masked, as numpy arrays."""
+
+    parameter: Tensor
+    cleared_O: Any
+    columns: Any
+
+
+def _cleared(parameters: list[Tensor], factors: list[Tensor]) -> list[_Cleared]:
+    """What to set to 0, one entry for each parameter; nothing if some mask is not one of rows or columns."""
+    found: dict[int, tuple[Tensor, Tensor, list[Tensor]]] = {}
+    for parameter, factor in zip(parameters, factors, strict=True):
+        rows, columns = torch.zeros(len(parameter), dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
+        masked = (factor == 0).cpu()
+        if masked.numel() == len(parameter) == len(masked):
+            rows = masked.reshape(-1)
+        elif len(masked) == 1 and masked.numel() * len(parameter) == parameter.numel():
+            columns = torch.nonzero(masked.reshape(-1)).flatten()
+        else:
+            return []
+        _, known_rows, known_columns = found.setdefault(id(parameter), (parameter, torch.zeros_like(rows), []))
+        known_rows |= rows
+        known_columns.append(columns)
+    return [_Cleared(one, rows.numpy(), torch.cat(columns).numpy()) for one, rows, columns in found.values()]
 
 
 def _kept_norm(module: nn.Module) -> Callable[[Any, torch.device], KeptNorm] | None:

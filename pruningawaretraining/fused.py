@@ -1,0 +1,150 @@
+"""Single passes over a weight on the CPU, compiled if numba is installed (``pip install pruningawaretraining[fast]``).
+
+PyTorch has no operation that sums a matrix's squares along both dimensions in one pass, or that adds a matrix scaled
+along both: from its own, several passes are made, and these wait for memory. Everything here is float32, contiguous and
+on the CPU; without numba :func:`kernels` is None, and its callers use PyTorch's operations.
+
+Shape suffixes: ``_ON`` a weight as a matrix of its first dimension and all the others, ``_O``, ``_N`` along these.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Kernel = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The compiled passes; arguments are numpy arrays, an empty one stands for a dimension that does not count.
+
+    Attributes:
+        add_square_sums: ``(w_ON, rows, sums_O, sums_N)``: add the squares of some rows to the sums along both.
+        add_scaled: ``(g_ON, w_ON, rows, factor_O, factor_N)``: ``g += w * (factor_O + factor_N)`` on some rows.
+        clear: ``(w_ON, cleared_O, columns)``: set some rows, and some columns of the others, to 0.
+    """
+
+    add_square_sums: Kernel
+    add_scaled: Kernel
+    clear: Kernel
+
+
+def _add_square_sums(w_ON: Any, rows: Any, sums_O: Any, sums_N: Any) -> None:
+    """Four rows at a time: the sums along the columns are then read and written a quarter as often."""
+    four = len(rows) // 4 * 4
+    for i in range(0, four, 4):
+        a, b, c, d = w_ON[rows[i]], w_ON[rows[i + 1]], w_ON[rows[i + 2]], w_ON[rows[i + 3]]
+        total_a = a[0] * 0
+        total_b, total_c, total_d = total_a, total_a, total_a
+        if len(sums_N) > 0:
+            for n in range(w_ON.shape[1]):
+                square_a, square_b, square_c, square_d = a[n] * a[n], b[n] * b[n], c[n] * c[n], d[n] * d[n]
+                total_a += square_a
+                total_b += square_b
+                total_c += square_c
+                total_d += square_d
+                sums_N[n] += square_a + square_b + square_c + square_d
+        else:
+            for n in range(w_ON.shape[1]):
+                total_a += a[n] * a[n]
+                total_b += b[n] * b[n]
+                total_c += c[n] * c[n]
+                total_d += d[n] * d[n]
+        if len(sums_O) > 0:
+            sums_O[rows[i]] += total_a
+            sums_O[rows[i + 1]] += total_b
+            sums_O[rows[i + 2]] += total_c
+            sums_O[rows[i + 3]] += total_d
+    for i in range(four, len(rows)):
+        a = w_ON[rows[i]]
+        for n in range(w_ON.shape[1]):
+            if len(sums_O) > 0:
+                sums_O[rows[i]] += a[n] * a[n]
+            if len(sums_N) > 0:
+                sums_N[n] += a[n] * a[n]
+
+
+def _add_scaled(g_ON: Any, w_ON: Any, rows: Any, factor_O: Any, factor_N: Any) -> None:
+    """Two rows at a time."""
+    two = len(rows) // 2 * 2
+    for i in range(0, len(rows), 2):
+        first, second = rows[i], rows[min(i + 1, len(rows) - 1)]
+        a, b, to_a, to_b = w_ON[first], w_ON[second], g_ON[first], g_ON[second]
+        along_a = a[0] * 0
+        along_b = along_a
+        if len(factor_O) > 0:
+            along_a, along_b = factor_O[first], factor_O[second]
+        if len(factor_N) == 0:
+            for n in range(w_ON.shape[1]):
+                to_a[n] += a[n] * along_a
+            if i < two:
+                for n in range(w_ON.shape[1]):
+                    to_b[n] += b[n] * along_b
+        elif i < two:
+            for n in range(w_ON.shape[1]):
+                to_a[n] += a[n] * (along_a + factor_N[n])
+                to_b[n] += b[n] * (along_b + factor_N[n])
+        else:
+            for n in range(w_ON.shape[1]):
+                to_a[n] += a[n] * (along_a + factor_N[n])
+
+
+def _clear(w_ON: Any, cleared_O: Any, columns: Any) -> None:
+    for o in range(w_ON.shape[0]):
+        if cleared_O[o]:
+            for n in range(w_ON.shape[1]):
+                w_ON[o, n] = 0
+        else:
+            for n in columns:
+                w_ON[o, n] = 0
+
+
+def available() -> bool:
+    """Whether numba is installed."""
+    return importlib.util.find_spec("numba") is not None
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The compiled passes (compiled at the first call, then kept on disk), or None without numba."""
+    if not available():
+        return None
+    import numba
+
+    matrix, vector = numba.float32[:, ::1], numba.float32[::1]
+    rows, flags = numba.int64[::1], numba.boolean[::1]
+
+    def compiled(function: Kernel, *arguments: Any) -> Kernel:
+        made: Kernel = numba.njit([numba.void(*arguments)], fastmath={"reassoc", "contract"}, nogil=True, cache=True)(
+            function
+        )
+        return made
+
+    return Kernels(
+        compiled(_add_square_sums, matrix, rows, vector, vector),
+        compiled(_add_scaled, matrix, matrix, rows, vector, vector),
+        compiled(_clear, matrix, flags, rows),
+    )
+
+
+def fits(values_W: Tensor) -> bool:
+    """Whether the compiled passes can work on a tensor."""
+    return (
+        values_W.dtype is torch.float32
+        and values_W.device.type == "cpu"
+        and values_W.dim() > 0
+        and values_W.numel() > 0
+        and values_W.is_contiguous()
+    )
+
+
+def as_matrix(values_W: Tensor) -> Any:
+    """A tensor's memory as a numpy matrix whose rows are its first dimension."""
+    return values_W.view(values_W.shape[0], -1).numpy()

@@ -1,0 +1,244 @@
+"""Squared norms of channel groups and factors for their weights: an index built once, no loop over groups.
+
+Shape suffixes: ``_G`` groups, ``_S`` sets, ``_N`` entries of all members in a row, ``_W`` any weight, ``_O`` its first
+dimension.
+
+A weight is seen as a matrix of its first dimension and all the others. An entry is one row or one column of it, so
+that every sum over entries and every spreading of factors is one gather or scatter for all weights together, and a step
+costs one pass over the weights for the norms and one for the gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining import fused
+from pruningawaretraining.criteria.magnitude import members_per_set
+from pruningawaretraining.grouping import Grouping, Member
+
+BLOCK = 1 << 18
+"""Elements of a weight that PyTorch's operations work on at a time: a block and its squares stay in a core's cache."""
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One dimension of a weight whose channels belong to groups, and where its entries lie."""
+
+    dim: int
+    first: int
+    last: int
+
+
+@dataclass(eq=False)
+class _Weight:
+    """A parameter, its sides, and the rows that are not masked."""
+
+    parameter: Tensor
+    sides: list[_Side] = field(default_factory=list)
+    rows: Any = None  # int64, numpy
+    simple: bool = False  # at most one side along each of the first two dimensions
+
+    def side(self, dim: int) -> _Side | None:
+        return next((side for side in self.sides if side.dim == dim), None)
+
+
+class GroupIndex:
+    """Squared norms of all channel groups, and factors for their weights, without a loop over groups.
+
+    Args:
+        grouping: groups whose members each index one dimension.
+        roles: the members that count.
+    """
+
+    def __init__(self, grouping: Grouping, roles: Sequence[str]) -> None:
+        self.grouping = grouping.of_role(*roles)
+        self.device = self.grouping.members[0].parameter.device if self.grouping.members else torch.device("cpu")
+        self.weights, entries = self._lay_out()
+        self.entries_N = entries.to(self.device)
+        self.set_ids = grouping.set_ids.to(self.device)
+        self.n_sets = len(grouping.sets)
+        count_S = members_per_set(self.grouping).clamp(min=1).to(self.device)
+        self.members_G = count_S[self.set_ids].float()
+        self._keep_G: Tensor | None = None
+        self._all_rows()
+        self._room: Tensor | None = None
+        self._one: Tensor | None = None
+
+    def _lay_out(self) -> tuple[list[_Weight], Tensor]:
+        weights: dict[int, _Weight] = {}
+        entries: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
+        start = 0
+        for member in sorted(self.grouping.members, key=lambda member: member.parameter.dim() != 1):
+            dim = _only_dimension(member)
+            assert member.slots is not None
+            slots = member.slots.repeat_interleave(math.prod(member.parameter.shape[2:])) if dim == 1 else member.slots
+            weight = weights.setdefault(id(member.parameter), _Weight(member.parameter))
+            weight.sides.append(_Side(dim, start, start + len(slots)))
+            entries.append(slots)
+            start += len(slots)
+        for weight in weights.values():
+            dims = [side.dim for side in weight.sides]
+            weight.simple = len(set(dims)) == len(dims) and max(dims) < 2
+        return list(weights.values()), torch.cat(entries)
+
+    # --- which rows count ------------------------------------------------------------------------------------------
+
+    def _all_rows(self) -> None:
+        for weight in self.weights:
+            weight.rows = torch.arange(len(weight.parameter)).numpy()
+
+    def skip_masked(self, keep_G: Tensor | None) -> None:
+        """Leave rows of masked groups out of what follows: they are 0.
+
+        Args:
+            keep_G: groups that are not masked (True); None for all. Looked at once: the same tensor costs nothing.
+        """
+        if keep_G is self._keep_G or fused.kernels() is None:
+            return
+        self._keep_G = keep_G
+        self._all_rows()
+        if keep_G is None:
+            return
+        keep_N = torch.cat([keep_G.cpu(), torch.ones(1, dtype=torch.bool)])[self.entries_N.cpu()]
+        for weight in self.weights:
+            side = weight.side(0)
+            if side is not None and weight.simple:
+                weight.rows = torch.nonzero(keep_N[side.first : side.last]).flatten().numpy()
+
+    # --- norms -----------------------------------------------------------------------------------------------------
+
+    def squared_norms(self) -> Tensor:
+        """Sum of squares of every group over its members (vector of groups, float32)."""
+        sums_N = torch.zeros(len(self.entries_N), device=self.device)
+        kernels = fused.kernels() if self.device.type == "cpu" else None
+        array_N = sums_N.numpy() if kernels is not None else None
+        for weight in self.weights:
+            values_W = weight.parameter.detach()
+            if kernels is not None and weight.simple and fused.fits(values_W):
+                sums_O, sums_I = _parts(array_N, weight)
+                kernels.add_square_sums(fused.as_matrix(values_W), weight.rows, sums_O, sums_I)
+            else:
+                self._add_squares(values_W, [(side.dim, sums_N[side.first : side.last]) for side in weight.sides])
+        total = torch.zeros(self.grouping.size + 1, device=self.device).index_add_(0, self.entries_N, sums_N)
+        return total[:-1]
+
+    def _add_squares(self, values_W: Tensor, sides: list[tuple[int, Tensor]]) -> None:
+        """Add the squares of a weight, summed along all but one dimension, to each side's vector."""
+        if values_W.dim() == 1 or not _is_matrix(values_W, sides):
+            square_W = values_W.float().square()
+            for dim, sums in sides:
+                sums += _summed(square_W, dim)
+            return
+        flat = values_W.view(values_W.shape[0], -1)
+        for rows in _blocks(flat):
+            part = flat[rows]
+            square = torch.mul(part, part, out=self._scratch(part))
+            for dim, sums in sides:  # matrix-vector products are the fastest such reductions
+                if dim == 0:
+                    sums[rows] += square @ self._ones(part)[: part.shape[1]]
+                else:
+                    sums.addmv_(square.t(), self._ones(part)[: part.shape[0]])
+
+    def _scratch(self, like: Tensor) -> Tensor:
+        """Room for one block, reused for all: allocating it every time costs more than filling it."""
+        if self._room is None or self._room.dtype != like.dtype or self._room.device != like.device:
+            self._room = torch.empty(self._largest_block(), dtype=like.dtype, device=like.device)
+        return self._room[: like.numel()].view(like.shape)
+
+    def _ones(self, like: Tensor) -> Tensor:
+        if self._one is None or self._one.dtype != like.dtype or self._one.device != like.device:
+            longest = max(max(w.parameter.shape[0], w.parameter[0].numel()) for w in self.weights)
+            self._one = torch.ones(longest, dtype=like.dtype, device=like.device)
+        return self._one
+
+    def _largest_block(self) -> int:
+        return max(max(BLOCK, w.parameter[0].numel() if w.parameter.dim() else 1) for w in self.weights)
+
+    # --- gradients -------------------------------------------------------------------------------------------------
+
+    def add_to_gradients(self, factor_G: Tensor, only: set[int] | None = None) -> None:
+        """``grad += factor * weight`` for every member; a weight in two groups takes the sum of their factors.
+
+        Args:
+            factor_G: one factor for each group.
+            only: ids of the parameters that are meant; None for all.
+        """
+        factor_N = torch.cat([factor_G, factor_G.new_zeros(1)])[self.entries_N]
+        kernels = fused.kernels() if factor_N.device.type == "cpu" else None
+        array_N = factor_N.float().numpy() if kernels is not None else None
+        for weight in self.weights:
+            gradient_W = weight.parameter.grad
+            if gradient_W is None or (only is not None and id(weight.parameter) not in only):
+                continue
+            values_W = weight.parameter.detach()
+            if kernels is not None and weight.simple and fused.fits(values_W) and fused.fits(gradient_W):
+                factor_O, factor_I = _parts(array_N, weight)
+                gradient = fused.as_matrix(gradient_W.detach())
+                kernels.add_scaled(gradient, fused.as_matrix(values_W), weight.rows, factor_O, factor_I)
+            else:
+                factors = [(side.dim, factor_N[side.first : side.last].to(gradient_W.dtype)) for side in weight.sides]
+                _add_scaled(gradient_W, values_W, factors)
+
+    def extremes(self, values_G: Tensor, keep_G: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value of each group's set, over groups that are kept (two vectors of groups)."""
+        low_G = values_G if keep_G is None else values_G.masked_fill(~keep_G, math.inf)
+        high_G = values_G if keep_G is None else values_G.masked_fill(~keep_G, -math.inf)
+        low_S = values_G.new_full((self.n_sets,), math.inf).scatter_reduce_(0, self.set_ids, low_G, "amin")
+        high_S = values_G.new_full((self.n_sets,), -math.inf).scatter_reduce_(0, self.set_ids, high_G, "amax")
+        return low_S[self.set_ids], high_S[self.set_ids]
+
+
+def _only_dimension(member: Member) -> int:
+    return next(index for index, label in enumerate(member.labels) if label is not None)
+
+
+def _parts(array_N: Any, weight: _Weight) -> list[Any]:
+    """A weight's entries along its rows and along its columns (empty where there is no side)."""
+    return [array_N[:0] if side is None else array_N[side.first : side.last] for side in map(weight.side, (0, 1))]
+
+
+def _summed(values_W: Tensor, dim: int) -> Tensor:
+    """Sums over all but one dimension; along dimension 1 one for each column of the matrix."""
+    if dim == 1:
+        return values_W.sum(dim=0).reshape(-1)
+    others = [index for index in range(values_W.dim()) if index != dim]
+    return values_W.sum(dim=others) if others else values_W
+
+
+def _is_matrix(values_W: Tensor, sides: Sequence[tuple[int, Tensor]]) -> bool:
+    """Whether a weight can be seen as a matrix whose rows are its first dimension."""
+    return values_W.dtype == torch.float32 and values_W.is_contiguous() and all(dim < 2 for dim, _ in sides)
+
+
+def _blocks(flat: Tensor) -> list[slice]:
+    """Runs of rows: blocks that fit a cache on a CPU, the whole matrix elsewhere."""
+    if flat.device.type != "cpu" or flat.numel() <= BLOCK:
+        return [slice(0, flat.shape[0])]
+    step = max(1, BLOCK // flat.shape[1])
+    return [slice(first, first + step) for first in range(0, flat.shape[0], step)]
+
+
+def _add_scaled(gradient_W: Tensor, values_W: Tensor, factors: list[tuple[int, Tensor]]) -> None:
+    """``gradient += values * factor``, each factor along the rows, the columns or a later dimension."""
+    if values_W.dim() > 1 and gradient_W.is_contiguous() and _is_matrix(values_W, factors):
+        flat_gradient, flat = gradient_W.view(len(values_W), -1), values_W.view(len(values_W), -1)
+        along = [(dim, factor.view(-1, 1) if dim == 0 else factor.view(1, -1)) for dim, factor in factors]
+        for rows in _blocks(flat):
+            part, target = flat[rows], flat_gradient[rows]
+            for dim, factor in along:
+                target.addcmul_(part, factor[rows] if dim == 0 else factor)
+        return
+    parts = [_broadcast(factor, dim, values_W.shape) for dim, factor in factors]
+    gradient_W.addcmul_(values_W.to(gradient_W.dtype), sum(parts[1:], parts[0]))
+
+
+def _broadcast(factor: Tensor, dim: int, shape: torch.Size) -> Tensor:
+    if dim == 1:
+        return factor.view(1, *shape[1:])
+    return factor.view([-1 if index == dim else 1 for index in range(len(shape))])
