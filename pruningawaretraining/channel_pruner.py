@@ -20,10 +20,13 @@ from pruningawaretraining.allocation import Allocator, Limits
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
+from pruningawaretraining.exported import ExportedGraph
 from pruningawaretraining.grouping import Grouping, GroupSet
 from pruningawaretraining.inputs import ForwardFn, outputs_of
+from pruningawaretraining.kept_norms import KEPT_NORMS
 from pruningawaretraining.masking import Masks
 from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.quantization import resting
 from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer, prepare
 from pruningawaretraining.removal import remove
@@ -149,6 +152,7 @@ class ChannelPruner:
         self.keep_D = torch.ones(found.grouping.size, dtype=torch.bool)
         self.live_D = torch.arange(found.grouping.size)  # dense numbers of the groups that are still there
         self.rules = _assign(found.grouping, rules)
+        self.spared: frozenset[str] = frozenset()
         self.masks = Masks(model, found.grouping, found.norms)
         self.reset_optimizer = False
         self._regularizers: list[tuple[ChannelRule, Regularizer, Tensor]] | None = None
@@ -298,12 +302,18 @@ class ChannelPruner:
         keep_G = self.keep_D[self.live_D]
         if bool(keep_G.all()):
             return
-        before = outputs_of(self.model, self.inputs, self.forward_fn)
-        grouping, norms = self.found.grouping, self.found.norms
+        before = self._outputs(surroundings.graphs)
+        grouping, norms, graphs = self.found.grouping, self.found.norms, surroundings.graphs
         self.masks.clear()
-        surgery = remove(self.model, grouping, keep_G, surroundings.optimizers, surroundings.followers, norms)
         try:
-            self._check_removed(before)
+            surgery = remove(
+                self.model, grouping, keep_G, surroundings.optimizers, surroundings.followers, norms, graphs
+            )
+        except ModelError:
+            self.masks.set(keep_G)
+            raise
+        try:
+            self._check_removed(before, graphs)
         except (ModelError, RuntimeError):
             surgery.undo()
             self.masks.set(keep_G)
@@ -312,9 +322,17 @@ class ChannelPruner:
         self.reset_optimizer = True
         surroundings.after_removal()
 
-    def _check_removed(self, before: list[Tensor]) -> None:
+    def _outputs(self, graphs: Sequence[ExportedGraph]) -> list[Tensor]:
+        """What the model, and graphs that were exported from it, compute without quantization."""
+        with resting(self.model):
+            found = outputs_of(self.model, self.inputs, self.forward_fn)
+        for graph in graphs:
+            found += graph.outputs(self.inputs, self.forward_fn)
+        return found
+
+    def _check_removed(self, before: list[Tensor], graphs: Sequence[ExportedGraph]) -> None:
         try:
-            after = outputs_of(self.model, self.inputs, self.forward_fn)
+            after = self._outputs(graphs)
         except ModelError as error:
             raise ModelError(
                 f"removal: the removed model does not run: {error.__cause__ or error}; the model is put back as it "
@@ -336,8 +354,39 @@ class ChannelPruner:
     def _restrict(self, keep_G: Tensor) -> None:
         self.found = self.found.restrict(self.model, keep_G)
         self.live_D = self.live_D[keep_G]
-        self.masks = Masks(self.model, self.found.grouping, self.found.norms)
+        self.masks = Masks(self.model, self.found.grouping, self.found.norms, self.spared)
         self._regularizers = None
+
+    # --- exported graphs ----------------------------------------------------------------------------------------
+
+    def spare(self, graph: ExportedGraph) -> None:
+        """Let masks hold in a graph that was exported from the model.
+
+        A quantizer folds batch norms into layers and divides by their weights, so those of masked channels are 1, not
+        0; they have no influence, since everything that reads them is masked.
+
+        Raises:
+            ModelError: a norm over channels, whose statistics cannot be restricted in a graph; or the graph does not
+                run on the example inputs.
+        """
+        modules = dict(self.model.named_modules())
+        for name in self.found.norms:
+            if isinstance(modules[name], tuple(KEPT_NORMS)):
+                raise ModelError(
+                    f"graph: {name} ({type(modules[name]).__name__}) normalises over channels, of which some may be "
+                    "masked, and in an exported graph that cannot be told. Allowed: remove the channels before the "
+                    "export, or exclude the layers that it normalises"
+                )
+        graph.outputs(self.inputs, self.forward_fn)
+        keep_G, divisors = self.masks.keep_G, graph.divisors()
+        self.spared |= divisors
+        self.masks.clear()
+        self.masks = Masks(self.model, self.found.grouping, self.found.norms, self.spared)
+        self.masks.set(keep_G)
+        with torch.no_grad():
+            for member, keep_W in self.found.grouping.expand(keep_G.float(), outside=1.0):
+                if member.name in divisors:
+                    member.parameter[(keep_W == 0).to(member.parameter.device)] = 1.0
 
     # --- what has been reached ----------------------------------------------------------------------------------
 
@@ -451,7 +500,9 @@ class ChannelPruner:
             return
         grouping, norms = self.found.grouping, self.found.norms
         self.masks.clear()
-        self._surgery = remove(self.model, grouping, keep_G, surroundings.optimizers, surroundings.followers, norms)
+        self._surgery = remove(
+            self.model, grouping, keep_G, surroundings.optimizers, surroundings.followers, norms, surroundings.graphs
+        )
         self._restrict(keep_G)
 
     def _check_widths(self, widths: Mapping[str, Any]) -> None:
@@ -489,11 +540,13 @@ class Surroundings:
     Args:
         optimizers: their parameters and states.
         followers: moving averages of the model.
+        graphs: exported from the model.
         after_removal: called once the model has been changed.
     """
 
     optimizers: Sequence[torch.optim.Optimizer] = ()
     followers: Sequence[nn.Module] = ()
+    graphs: Sequence[ExportedGraph] = ()
     after_removal: Callable[[], None] = lambda: None
 
 

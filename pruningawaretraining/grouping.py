@@ -9,7 +9,7 @@ Everything else of the library composes with :meth:`Grouping.reduce` and :meth:`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -168,6 +168,11 @@ class Grouping:
     def without_role(self, *roles: str) -> Grouping:
         """The same groups over the members of every other role."""
         return replace(self, members=tuple(member for member in self.members if member.role not in roles), _cache={})
+
+    def without_tensors(self, names: Collection[str]) -> Grouping:
+        """The same groups over the members of every other tensor."""
+        members = tuple(member for member in self.members if member.name not in names)
+        return replace(self, members=members, _cache={}) if names else self
 
     def select_sets(self, numbers: Sequence[int]) -> Grouping:
         """The groups of some sets alone, renumbered in the order of ``numbers``; members index channels by slots."""

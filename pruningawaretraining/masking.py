@@ -32,10 +32,17 @@ class Masks:
         model: the model.
         grouping: its groups; buffers are never masked, so that a norm's statistics survive.
         norms: norm layer -> group of each channel (``grouping.size`` for none), for norms that mix channels.
+        spared: tensors that are not masked: what an exported graph divides by.
     """
 
-    def __init__(self, model: nn.Module, grouping: Grouping, norms: Mapping[str, Tensor] | None = None) -> None:
-        self.grouping = grouping.without_role("buffer")
+    def __init__(
+        self,
+        model: nn.Module,
+        grouping: Grouping,
+        norms: Mapping[str, Tensor] | None = None,
+        spared: frozenset[str] = frozenset(),
+    ) -> None:
+        self.grouping = grouping.without_role("buffer").without_tensors(spared)
         self.model = model
         self.norms = dict(norms or {})
         self.keep_G = torch.ones(grouping.size, dtype=torch.bool)

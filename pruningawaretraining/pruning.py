@@ -24,6 +24,7 @@ from pruningawaretraining.criteria.second_order.gradients import LossFn
 from pruningawaretraining.element_pruner import ElementPruner
 from pruningawaretraining.element_rules import ElementPattern
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
+from pruningawaretraining.exported import ExportedGraph, is_exported
 from pruningawaretraining.inputs import ForwardFn, from_shapes, move, tensors_of, unwrap
 from pruningawaretraining.optimizer_state import clear_state
 from pruningawaretraining.patterns.channel import Channel, find_channels, producer_names
@@ -105,6 +106,7 @@ class Pruning:
         self._forward_fn = forward_fn
         self._penalties: list[tuple[Regularizer, Tensor]] = []
         self._followers = [] if ema is None else list(ema) if isinstance(ema, (list, tuple)) else [ema]
+        self._graphs: list[ExportedGraph] = []
         self._model: nn.Module | None = None
         self._known_steps: Steps | None = None
         self._channels: ChannelPruner | None = None
@@ -139,6 +141,11 @@ class Pruning:
         if self._model is not None:
             self._check_same(model)
             return
+        if is_exported(model):
+            raise ModelError(
+                f"model: {type(model).__name__} is a graph that torch.export made; its layers are gone. Give the model "
+                "that it was exported from, and then the graph: pruner.follow(graph)"
+            )
         self._model = unwrap(model)
         self._known_steps = Steps(self._model, self)
         self.record = record_of(self._model)
@@ -286,7 +293,7 @@ class Pruning:
 
     def _surroundings(self) -> Surroundings:
         self._steps.look_around(again=self.steps == 0)  # one that has not stepped yet follows a removal all the same
-        return Surroundings(self._steps.optimizers, self._followers, self._after_removal)
+        return Surroundings(self._steps.optimizers, self._followers, self._graphs, self._after_removal)
 
     def _after_removal(self) -> None:
         if self._elements is not None:
@@ -305,6 +312,26 @@ class Pruning:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Let masks and regularisers act in every step of an optimizer, and let a removal keep its state."""
         self._steps.attach(optimizer)
+
+    def follow(self, graph: nn.Module) -> None:
+        """Let a graph that was exported from the model, and prepared for quantization-aware training, be pruned too.
+
+        The graph is trained and the pruner looks at the model: both have the same parameters. Masks hold in the graph,
+        and a removal slices its fake quantizers as well.
+
+        Args:
+            graph: what ``torch.export.export(model, inputs).module()`` gives, prepared by a quantizer or not.
+
+        Raises:
+            ModelError: it is no such graph, was exported from another model or copied, does not run on the example
+                inputs, or has a norm over channels that may be masked.
+        """
+        if any(known.graph is graph for known in self._graphs):
+            return
+        one = ExportedGraph(self.model, graph)
+        if self._channel_rules and self._active:
+            self.engine.spare(one)
+        self._graphs.append(one)
 
     def on_round(self) -> None:
         """A real step begins; see :mod:`pruningawaretraining.steps`."""

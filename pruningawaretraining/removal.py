@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.errors import ModelError
+from pruningawaretraining.exported import ExportedGraph
 from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.optimizer_state import follow
+from pruningawaretraining.quantization import follow_weights
 from pruningawaretraining.surgery import Keep, Surgery, slice_tensor, successor
 
 
@@ -56,6 +58,7 @@ def remove(
     optimizers: Iterable[torch.optim.Optimizer] = (),
     followers: Iterable[nn.Module] = (),
     norms: Mapping[str, Tensor] | None = None,
+    graphs: Iterable[ExportedGraph] = (),
 ) -> Surgery:
     """Remove the groups that are not kept from a model, physically.
 
@@ -66,6 +69,7 @@ def remove(
         optimizers: their parameters are exchanged, their state sliced as the parameter was.
         followers: moving averages or other copies of the model, sliced likewise (``AveragedModel`` included).
         norms: norm layer -> group of each channel, for norms without any tensor.
+        graphs: exported from the model; they get its new parameters, and their fake quantizers follow.
 
     Returns:
         The changes made, which can still be undone.
@@ -80,6 +84,8 @@ def remove(
         exchanged = _slice_module(model, kept, bare, surgery)
         for follower in followers:
             _slice_module(_inner(follower, kept), kept, bare, surgery)
+        for graph in graphs:
+            graph.slice(model, kept, surgery)
         for optimizer in optimizers:
             follow(optimizer, exchanged, surgery)
     except BaseException:
@@ -135,6 +141,7 @@ def _slice_module(
         _update_widths(owner, surgery)
     for name, width in bare.items():
         _set_norm_width(owners[name], width, surgery)
+    exchanged.update(follow_weights(model, kept, surgery))
     return exchanged
 
 

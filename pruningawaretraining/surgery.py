@@ -59,6 +59,10 @@ class Surgery:
 
         self._undo.append(undo)
 
+    def when_undone(self, action: Callable[[], Any]) -> None:
+        """Call this once everything that is changed from here on has been put back."""
+        self._undo.append(action)
+
     def undo(self) -> None:
         """Put everything back."""
         for step in reversed(self._undo):

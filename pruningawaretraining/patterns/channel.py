@@ -21,6 +21,7 @@ from pruningawaretraining.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.inputs import ForwardFn
 from pruningawaretraining.patterns.dependency import DependencyMap, Space, trace
 from pruningawaretraining.patterns.selection import select
+from pruningawaretraining.quantization import resting
 from pruningawaretraining.registry import register
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,9 @@ def find_channels(
     Raises:
         ModelError: the inputs are rejected, or nothing can be pruned.
     """
-    found = channel_groups(model, trace(model, inputs, forward_fn), chosen)
+    with resting(model):
+        dependencies = trace(model, inputs, forward_fn)
+    found = channel_groups(model, dependencies, chosen)
     if found.grouping.size == 0:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
         raise ModelError(
