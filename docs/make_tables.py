@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 import pruningawaretraining  # noqa: F401  (importing it registers everything)
+from pruningawaretraining.config.dialects.sparseml_keys import Pruning, RateFunction, SecondOrderPruning, SetRate
 from pruningawaretraining.config.schema import ExampleInputs, PruningConfig, Rule, Target
 from pruningawaretraining.experiment import schema as experiment
 from pruningawaretraining.registry import _ALIASES, lookup, names, spellings
@@ -28,7 +29,13 @@ DOCS = Path(__file__).parent
 MARK = re.compile(r"(<!-- begin: ([\w.]+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
 
-SECTIONS = {"Rule": "a-rule", "Target": "target", "ExampleInputs": "example_inputs"}
+SECTIONS = {
+    "Rule": "a-rule",
+    "Target": "target",
+    "ExampleInputs": "example_inputs",
+    "RateFunction": "rates",
+    "SetRate": "rates",
+}
 """Heading of the table of a model that another one holds; the others have the key's own name."""
 
 
@@ -87,11 +94,13 @@ def _bounds(schema: Mapping[str, Any]) -> str:
     return f" in {left}, {high:g}]" if high is not None else f" in {left}, {below:g})"
 
 
-def keys_of(model: type[BaseModel]) -> str:
-    """The keys of a config model: what each allows, its default and what it means."""
+def keys_of(model: type[BaseModel], beside: type[BaseModel] | None = None) -> str:
+    """The keys of a config model (beside those of another): what each allows, its default and what it means."""
     properties = model.model_json_schema()["properties"]
     rows = []
     for name, field in model.model_fields.items():
+        if beside is not None and name in beside.model_fields:
+            continue
         if name in NAMED and model is Rule:
             kind = "name" if name in ("schedule", "scope") else "name or `{type: name, ...options}`"
             what = kind + (" or none" if name == "regularizer" else "")
@@ -201,6 +210,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "DataConfig": lambda: keys_of(experiment.DataConfig),
     "OptimizerConfig": lambda: keys_of(experiment.OptimizerConfig),
     "SchedulerConfig": lambda: keys_of(experiment.SchedulerConfig),
+    "RateFunction": lambda: keys_of(RateFunction),
+    "SetRate": lambda: keys_of(SetRate),
+    "RecipePruning": lambda: keys_of(Pruning),
+    "RecipeSecondOrder": lambda: keys_of(SecondOrderPruning, Pruning),
     "LatencyConfig": lambda: keys_of(experiment.LatencyConfig),
     "OnnxConfig": lambda: keys_of(experiment.OnnxConfig),
     "forms": forms,

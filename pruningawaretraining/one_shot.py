@@ -80,7 +80,7 @@ def one_shot(
     Raises:
         ConfigError, ModelError, TargetError: an option, layer, batch or sparsity that cannot be used; it is named.
     """
-    rule = rule if isinstance(rule, Rule) else Rule.model_validate(dict(rule))
+    rule = rule if isinstance(rule, Rule) else _parsed(rule, sparsities is not None)
     wanted = _checked(sparsities, rule)
     pattern = build("pattern", rule.pattern, "pattern")
     criterion = build("criterion", rule.criterion, "criterion")
@@ -98,6 +98,11 @@ def one_shot(
             recalibrate_norms(pruned, on_model(calibration, pruned), after.norm_batches)
         models[sparsity] = pruned
     return models
+
+
+def _parsed(rule: Mapping[str, Any], aimless: bool) -> Rule:
+    """The rule; one without a target will do where sparsities are given."""
+    return Rule.model_validate({**({"target": {"sparsity": 1.0}} if aimless else {}), **rule})
 
 
 def _checked(sparsities: Sequence[float] | None, rule: Rule) -> list[float]:

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import typer
-import yaml
 from click.exceptions import Exit
 from torch import nn
 
@@ -27,6 +26,7 @@ from pruningawaretraining.cli import app
 from pruningawaretraining.config.dialects.flat import FlatConfig
 from pruningawaretraining.config.dialects.intel_keys import PrunerKeys
 from pruningawaretraining.config.dialects.sirc_keys import ChannelArgs, MacParams, Regularize, SliceArgs
+from pruningawaretraining.config.load import read_mapping
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.experiment.schema import load_experiment
 
@@ -116,9 +116,9 @@ def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("block", of("json", "yaml"))
 def test_configs_load(block: Block, tmp_path: Path) -> None:
-    values = json.loads(block.text) if block.language == "json" else yaml.safe_load(block.text)
     path = tmp_path / f"config.{block.language}"
     path.write_text(block.text, encoding="utf-8")
+    values = read_mapping(path)
     if "model" in values:
         assert load_experiment(path).pruning.rules
     else:

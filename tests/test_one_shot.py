@@ -248,6 +248,14 @@ def test_bad_rules_are_refused_with_the_key(others, sparsities, error, message):
         one_shot(small_net(), {**rule("unstructured", "magnitude"), **others}, batches(), cross_entropy, sparsities)
 
 
+def test_a_rule_needs_a_target_only_where_no_sparsities_are_given():
+    spec = {"criterion": "magnitude", "pattern": "unstructured"}
+    model = one_shot(small_net(), spec, batches(), cross_entropy, [0.5])[0.5]
+    assert zeros(model) == total(model) // 2
+    with pytest.raises(ConfigError, match="target: nothing to reach"):
+        one_shot(small_net(), spec, batches(), cross_entropy)
+
+
 # --- recomputation --------------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,7 @@ class Pruning(Modifier):
     """What every pruning modifier has."""
 
     params: str | list[str] = Field("__ALL_PRUNABLE__", description="Parameters: names, 're:...', or all.")
-    init_sparsity: Share | Literal["__FROM_PARAM__"] = Field(0.0, description="Sparsity of the first event.")
+    init_sparsity: Share | Literal["__FROM_PARAM__"] = Field(0.0, description="Ignored: it rises from what there is.")
     final_sparsity: Share | dict[str, list[str]] | None = Field(
         None, description="Sparsity of the last event, or sparsity -> parameters."
     )
