@@ -2,7 +2,8 @@
 
 Both compute the same growing L2 penalty on the same coupled groups. Reported as fractions of forward + backward
 (batch 32, 64 px) in CPU seconds on one thread, medians of interleaved rounds; the gradients of the two are compared
-where Torch-Pruning's are right (it leaves depthwise weights and LayerNorm out).
+where Torch-Pruning's are right (it leaves depthwise weights and LayerNorm out). Ours are its compiled passes
+(``pip install '.[fast]'``).
 
     python benchmarks/step_overhead.py [--rounds 9]
 """
@@ -20,10 +21,14 @@ import torchvision
 from common import interleaved, markdown, save
 from torch import nn
 
-from pruningawaretraining import Pruning
+from pruningawaretraining import Pruning, fused
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "densenet121", "convnext_tiny")
 REG = 1e-3
+NOTE = (
+    "Ours with numba (`pip install '.[fast]'`). n/a: Torch-Pruning leaves depthwise weights (mobilenet_v2) and "
+    "LayerNorm (convnext_tiny) out of the norm."
+)
 
 
 def peer(model: nn.Module, inputs: torch.Tensor) -> Any:
@@ -103,10 +108,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if not fused.available():
+        parser.error("numba is not installed: pip install '.[fast]'")
     rows = [measure(name, arguments.rounds) for name in MODELS]
     print(markdown(rows))
-    note = "n/a: Torch-Pruning leaves depthwise weights (mobilenet_v2) and LayerNorm (convnext_tiny) out of the norm."
-    print("saved", save("step_overhead", rows, "Regulariser and masks in a training step", note))
+    print("saved", save("step_overhead", rows, "Regulariser and masks in a training step", NOTE))
 
 
 if __name__ == "__main__":

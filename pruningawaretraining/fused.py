@@ -37,10 +37,12 @@ class Kernels:
 
 
 def _add_square_sums(w_ON: Any, rows: Any, sums_O: Any, sums_N: Any) -> None:
-    """Four rows at a time: the sums along the columns are then read and written a quarter as often."""
-    four = len(rows) // 4 * 4
-    for i in range(0, four, 4):
-        a, b, c, d = w_ON[rows[i]], w_ON[rows[i + 1]], w_ON[rows[i + 2]], w_ON[rows[i + 3]]
+    """Four rows at a time, each from a quarter of its own: the sums along the columns are then read and written a
+    quarter as often, and memory is read in four straight lines."""
+    quarter = len(rows) // 4
+    for i in range(quarter):
+        o_a, o_b, o_c, o_d = rows[i], rows[i + quarter], rows[i + 2 * quarter], rows[i + 3 * quarter]
+        a, b, c, d = w_ON[o_a], w_ON[o_b], w_ON[o_c], w_ON[o_d]
         total_a = a[0] * 0
         total_b, total_c, total_d = total_a, total_a, total_a
         if len(sums_N) > 0:
@@ -58,11 +60,11 @@ def _add_square_sums(w_ON: Any, rows: Any, sums_O: Any, sums_N: Any) -> None:
                 total_c += c[n] * c[n]
                 total_d += d[n] * d[n]
         if len(sums_O) > 0:
-            sums_O[rows[i]] += total_a
-            sums_O[rows[i + 1]] += total_b
-            sums_O[rows[i + 2]] += total_c
-            sums_O[rows[i + 3]] += total_d
-    for i in range(four, len(rows)):
+            sums_O[o_a] += total_a
+            sums_O[o_b] += total_b
+            sums_O[o_c] += total_c
+            sums_O[o_d] += total_d
+    for i in range(4 * quarter, len(rows)):
         a = w_ON[rows[i]]
         for n in range(w_ON.shape[1]):
             if len(sums_O) > 0:
@@ -72,28 +74,30 @@ def _add_square_sums(w_ON: Any, rows: Any, sums_O: Any, sums_N: Any) -> None:
 
 
 def _add_scaled(g_ON: Any, w_ON: Any, rows: Any, factor_O: Any, factor_N: Any) -> None:
-    """Two rows at a time."""
-    two = len(rows) // 2 * 2
-    for i in range(0, len(rows), 2):
-        first, second = rows[i], rows[min(i + 1, len(rows) - 1)]
-        a, b, to_a, to_b = w_ON[first], w_ON[second], g_ON[first], g_ON[second]
+    """Two rows at a time, each from a half of its own."""
+    half = len(rows) // 2
+    for i in range(half):
+        o_a, o_b = rows[i], rows[i + half]
+        a, b, to_a, to_b = w_ON[o_a], w_ON[o_b], g_ON[o_a], g_ON[o_b]
         along_a = a[0] * 0
         along_b = along_a
         if len(factor_O) > 0:
-            along_a, along_b = factor_O[first], factor_O[second]
-        if len(factor_N) == 0:
-            for n in range(w_ON.shape[1]):
-                to_a[n] += a[n] * along_a
-            if i < two:
-                for n in range(w_ON.shape[1]):
-                    to_b[n] += b[n] * along_b
-        elif i < two:
+            along_a, along_b = factor_O[o_a], factor_O[o_b]
+        if len(factor_N) > 0:
             for n in range(w_ON.shape[1]):
                 to_a[n] += a[n] * (along_a + factor_N[n])
                 to_b[n] += b[n] * (along_b + factor_N[n])
         else:
             for n in range(w_ON.shape[1]):
-                to_a[n] += a[n] * (along_a + factor_N[n])
+                to_a[n] += a[n] * along_a
+                to_b[n] += b[n] * along_b
+    for i in range(2 * half, len(rows)):
+        a, to_a = w_ON[rows[i]], g_ON[rows[i]]
+        for n in range(w_ON.shape[1]):
+            if len(factor_O) > 0:
+                to_a[n] += a[n] * factor_O[rows[i]]
+            if len(factor_N) > 0:
+                to_a[n] += a[n] * factor_N[n]
 
 
 def _clear(w_ON: Any, cleared_O: Any, columns: Any) -> None:

@@ -43,6 +43,17 @@ class _Weight:
     sides: list[_Side] = field(default_factory=list)
     rows: Any = None  # int64, numpy
     simple: bool = False  # at most one side along each of the first two dimensions
+    matrix: Any = None  # the parameter's memory, numpy, as long as it is at ``address``
+    address: int = -1
+    parts: tuple[Any, Any] = (None, None)  # its entries along rows and columns in the room for sums and factors
+
+    def as_matrix(self) -> Any:
+        """The parameter's memory as a numpy matrix, or None if the compiled passes cannot work on it."""
+        values_W = self.parameter.detach()
+        if values_W.data_ptr() != self.address or self.matrix is None:
+            self.address = values_W.data_ptr()
+            self.matrix = fused.as_matrix(values_W) if self.simple and fused.fits(values_W) else None
+        return self.matrix
 
     def side(self, dim: int) -> _Side | None:
         return next((side for side in self.sides if side.dim == dim), None)
@@ -65,8 +76,10 @@ class GroupIndex:
         self.n_sets = len(grouping.sets)
         count_S = members_per_set(self.grouping).clamp(min=1).to(self.device)
         self.members_G = count_S[self.set_ids].float()
+        self._row_N = torch.zeros(len(self.entries_N))  # room for sums and factors on the CPU
         self._keep_G: Tensor | None = None
         self._all_rows()
+        self._share_room()
         self._room: Tensor | None = None
         self._one: Tensor | None = None
 
@@ -86,6 +99,13 @@ class GroupIndex:
             dims = [side.dim for side in weight.sides]
             weight.simple = len(set(dims)) == len(dims) and max(dims) < 2
         return list(weights.values()), torch.cat(entries)
+
+    def _share_room(self) -> None:
+        array_N = self._row_N.numpy()
+        for weight in self.weights:
+            sides = [weight.side(dim) for dim in (0, 1)]
+            first, second = (array_N[:0] if side is None else array_N[side.first : side.last] for side in sides)
+            weight.parts = (first, second)
 
     # --- which rows count ------------------------------------------------------------------------------------------
 
@@ -115,16 +135,15 @@ class GroupIndex:
 
     def squared_norms(self) -> Tensor:
         """Sum of squares of every group over its members (vector of groups, float32)."""
-        sums_N = torch.zeros(len(self.entries_N), device=self.device)
         kernels = fused.kernels() if self.device.type == "cpu" else None
-        array_N = sums_N.numpy() if kernels is not None else None
+        sums_N = torch.zeros_like(self.entries_N, dtype=torch.float32) if kernels is None else self._row_N.zero_()
         for weight in self.weights:
-            values_W = weight.parameter.detach()
-            if kernels is not None and weight.simple and fused.fits(values_W):
-                sums_O, sums_I = _parts(array_N, weight)
-                kernels.add_square_sums(fused.as_matrix(values_W), weight.rows, sums_O, sums_I)
+            matrix = None if kernels is None else weight.as_matrix()
+            if kernels is not None and matrix is not None:
+                kernels.add_square_sums(matrix, weight.rows, *weight.parts)
             else:
-                self._add_squares(values_W, [(side.dim, sums_N[side.first : side.last]) for side in weight.sides])
+                sides = [(side.dim, sums_N[side.first : side.last]) for side in weight.sides]
+                self._add_squares(weight.parameter.detach(), sides)
         total = torch.zeros(self.grouping.size + 1, device=self.device).index_add_(0, self.entries_N, sums_N)
         return total[:-1]
 
@@ -169,21 +188,19 @@ class GroupIndex:
             factor_G: one factor for each group.
             only: ids of the parameters that are meant; None for all.
         """
-        factor_N = torch.cat([factor_G, factor_G.new_zeros(1)])[self.entries_N]
-        kernels = fused.kernels() if factor_N.device.type == "cpu" else None
-        array_N = factor_N.float().numpy() if kernels is not None else None
+        padded_G = torch.cat([factor_G, factor_G.new_zeros(1)])
+        kernels = fused.kernels() if padded_G.device.type == "cpu" and padded_G.dtype is torch.float32 else None
+        factor_N = torch.index_select(padded_G, 0, self.entries_N, out=None if kernels is None else self._row_N)
         for weight in self.weights:
             gradient_W = weight.parameter.grad
             if gradient_W is None or (only is not None and id(weight.parameter) not in only):
                 continue
-            values_W = weight.parameter.detach()
-            if kernels is not None and weight.simple and fused.fits(values_W) and fused.fits(gradient_W):
-                factor_O, factor_I = _parts(array_N, weight)
-                gradient = fused.as_matrix(gradient_W.detach())
-                kernels.add_scaled(gradient, fused.as_matrix(values_W), weight.rows, factor_O, factor_I)
+            matrix = None if kernels is None else weight.as_matrix()
+            if kernels is not None and matrix is not None and fused.fits(gradient_W):
+                kernels.add_scaled(fused.as_matrix(gradient_W.detach()), matrix, weight.rows, *weight.parts)
             else:
                 factors = [(side.dim, factor_N[side.first : side.last].to(gradient_W.dtype)) for side in weight.sides]
-                _add_scaled(gradient_W, values_W, factors)
+                _add_scaled(gradient_W, weight.parameter.detach(), factors)
 
     def extremes(self, values_G: Tensor, keep_G: Tensor | None) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of each group's set, over groups that are kept (two vectors of groups)."""
@@ -196,11 +213,6 @@ class GroupIndex:
 
 def _only_dimension(member: Member) -> int:
     return next(index for index, label in enumerate(member.labels) if label is not None)
-
-
-def _parts(array_N: Any, weight: _Weight) -> list[Any]:
-    """A weight's entries along its rows and along its columns (empty where there is no side)."""
-    return [array_N[:0] if side is None else array_N[side.first : side.last] for side in map(weight.side, (0, 1))]
 
 
 def _summed(values_W: Tensor, dim: int) -> Tensor:
