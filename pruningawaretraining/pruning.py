@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.arguments import check_model, epoch_of, followers_of, optimizers_of
 from pruningawaretraining.channel_pruner import PHASES, ChannelPruner, Surroundings, layer_widths
 from pruningawaretraining.checkpoint import describe_with, record_of
 from pruningawaretraining.config.dialects.intel_update import updated
@@ -30,6 +31,7 @@ from pruningawaretraining.optimizer_state import clear_state
 from pruningawaretraining.patterns.channel import Channel, find_channels, producer_names
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.patterns.stacking import check_stacking
+from pruningawaretraining.quantization import without_zero
 from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer
 from pruningawaretraining.report.summary import Report
@@ -68,6 +70,9 @@ class NoChannels:
     reset_optimizer: bool = False
 
 
+_PRUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Pruning]] = weakref.WeakKeyDictionary()
+
+
 class Pruning:
     """Prunes a model while it trains.
 
@@ -80,8 +85,8 @@ class Pruning:
             function of ``(model, inputs)`` or ``(inputs)``.
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs. Without it the config's
             shapes are used, and without those the first forward pass of the model shows them.
-        optimizer: the optimizer; masks and regularisers then act by themselves in every step, and removal keeps its
-            state. Without it the optimizer is found at its first step.
+        optimizer: the optimizer, or several; masks and regularisers then act by themselves in every step, and removal
+            keeps its state. Without it the optimizer is found at its first step.
         ema: a moving average of the model (``AveragedModel`` or a copy), or several; sliced as the model is.
 
     Raises:
@@ -95,17 +100,20 @@ class Pruning:
         forward_fn: ForwardFn | None = None,
         *,
         example_inputs: Any = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         ema: nn.Module | list[nn.Module] | None = None,
     ) -> None:
         if config is None and not isinstance(model, nn.Module):
             model, config = None, model
-        if config is None or not (model is None or isinstance(model, nn.Module)):
+        if config is None:
             raise ConfigError(f"config: {config!r} is none. Allowed: Pruning(model, config), or Pruning(config)")
+        if model is not None:
+            check_model(model)
+        optimizers = optimizers_of(optimizer)
         self.config = load_config(config)
         self._forward_fn = forward_fn
         self._penalties: list[tuple[Regularizer, Tensor]] = []
-        self._followers = [] if ema is None else list(ema) if isinstance(ema, (list, tuple)) else [ema]
+        self._followers = followers_of(ema)
         self._graphs: list[ExportedGraph] = []
         self._model: nn.Module | None = None
         self._known_steps: Steps | None = None
@@ -118,10 +126,10 @@ class Pruning:
         self._inputs: Any = example_inputs
         self._begun = self._ended = self._says_before = False
         self._no_channels = NoChannels()
-        if model is not None:
+        if isinstance(model, nn.Module):
             self.model = model
-        if optimizer is not None:
-            self.attach(optimizer)
+        for one in optimizers:
+            self.attach(one)
 
     # --- construction -------------------------------------------------------------------------------------------
 
@@ -138,6 +146,7 @@ class Pruning:
 
     @model.setter
     def model(self, model: nn.Module) -> None:
+        check_model(model)
         if self._model is not None:
             self._check_same(model)
             return
@@ -147,12 +156,36 @@ class Pruning:
                 "that it was exported from, and then the graph: pruner.follow(graph)"
             )
         self._model = unwrap(model)
+        self._take_over()
         self._known_steps = Steps(self._model, self)
         self.record = record_of(self._model)
         self._inputs = self._first_inputs(self._inputs)
         self._prepare()
+        for name in without_zero(self._model):
+            log.warning(
+                "%s: its fake quantizer does not keep zeros: what is masked has an influence until it is removed", name
+            )
         this = weakref.ref(self)
         describe_with(self._model, lambda: {} if (pruner := this()) is None else pruner.describe())
+
+    def _take_over(self) -> None:
+        """Be the pruner of the model: an earlier one that has not begun yet retires, as after a notebook's second run.
+
+        Raises:
+            ModelError: the earlier one is at work.
+        """
+        assert self._model is not None
+        known = _PRUNERS.get(self._model)
+        earlier = known() if known is not None else None
+        if earlier is not None and earlier.phase in ("regularize", "prune") and earlier._active:
+            if earlier._begun or earlier.steps > 0:
+                raise ModelError(
+                    f"model: another Pruning is at work on this {type(self._model).__name__}, phase {earlier.phase!r}. "
+                    "Allowed: all rules in one config, or first end the other: on_train_end()"
+                )
+            earlier._ended = True
+            log.warning("model: a Pruning that was made for it before is retired: it had not begun")
+        _PRUNERS[self._model] = weakref.ref(self)
 
     @property
     def _steps(self) -> Steps:
@@ -311,7 +344,8 @@ class Pruning:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Let masks and regularisers act in every step of an optimizer, and let a removal keep its state."""
-        self._steps.attach(optimizer)
+        for one in optimizers_of(optimizer):
+            self._steps.attach(one)
 
     def follow(self, graph: nn.Module) -> None:
         """Let a graph that was exported from the model, and prepared for quantization-aware training, be pruned too.
@@ -460,13 +494,14 @@ class Pruning:
             ValueError: another model, no example inputs, or a removal that would change the model's outputs.
         """
         self._check_same(model)
+        epoch = epoch_of(epoch)
         if not self._active or self._ended:
             return
         self._begun = True
         if self._channel_rules:
-            self._tell_all(self.engine.prune(int(epoch), self._surroundings()), log)
+            self._tell_all(self.engine.prune(epoch, self._surroundings()), log)
         if self._elements is not None:  # after the channels, on those that are left
-            self._tell_all(self._elements.tick("epoch", int(epoch), self._steps.optimizers), log)
+            self._tell_all(self._elements.tick("epoch", epoch, self._steps.optimizers), log)
         self._steps.end_round()
 
     def update_items_for_all_pruners(self, **items: Any) -> None:
@@ -493,6 +528,8 @@ class Pruning:
         self._steps.end_round()
 
     def _check_same(self, model: nn.Module | None) -> None:
+        if model is not None:
+            check_model(model)
         if model is not None and unwrap(model) is not self.model:
             raise ModelError(
                 f"model: this {type(model).__name__} is not the {type(self.model).__name__} that the pruner was "
@@ -773,7 +810,7 @@ class Pruner:
         total_steps: calls from ``start_epoch`` to ``end_epoch``, instead of ``end_epoch``; 10 if neither is given.
         example_inputs: as for :class:`Pruning`; without it the model's first forward pass shows them.
         optimizer: as for :class:`Pruning`.
-        macs: fraction of the MACs to keep, instead of ``target_sparsity``.
+        macs: fraction of the MACs to keep; with ``target_sparsity`` as well, at least that many channels go.
         options: any other field of a rule (criterion, layers, regularizer ...).
     """
 
@@ -787,7 +824,7 @@ class Pruner:
         end_epoch: int | None = None,
         total_steps: int | None = None,
         example_inputs: Any = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         macs: float | None = None,
         **options: Any,
     ) -> None:
