@@ -334,8 +334,9 @@ class ChannelPruner:
         try:
             after = self._outputs(graphs)
         except ModelError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise ModelError(
-                f"removal: the removed model does not run: {error.__cause__ or error}; the model is put back as it "
+                f"removal: the removed model does not run: {reason}; the model is put back as it "
                 "was, masked. Some width is written into its code: leave those layers out with 'exclude'"
             ) from error
         for expected, actual in zip(before, after, strict=True):

@@ -112,10 +112,15 @@ def float_tensors_of(nest: Any) -> list[Tensor]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside the block; every submodule's own mode is restored after it."""
+    """The model in eval mode inside the block; every submodule's own mode is restored after it.
+
+    ``eval()`` is not called: exported graphs refuse it, and what a user's own ``train`` does besides is not undone by
+    restoring the modes.
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        for module, _ in modes:
+            module.training = False
         yield
     finally:
         for module, training in modes:

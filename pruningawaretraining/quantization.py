@@ -144,6 +144,18 @@ def _group_size(config: Any) -> int | None:
 
 
 @torch.no_grad()
-def zeros_survive(quantizer: nn.Module, weight: Tensor) -> bool:
-    """Whether a weight's zeros are still zeros behind its fake quantizer."""
-    return bool((quantizer(weight)[weight == 0] == 0).all())
+def without_zero(model: nn.Module) -> list[str]:
+    """Layers whose fake quantizer makes something else of a weight that is 0, so that masks do not hold behind it.
+
+    Those are schemes with a zero point that is no integer; only quantizers of torchao's kind have them.
+    """
+    found = []
+    for name, module in model.named_modules():
+        quantizer, weight = getattr(module, WEIGHT_QUANTIZERS[0], None), getattr(module, "weight", None)
+        if not isinstance(quantizer, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:
+            continue
+        probe = weight.detach().clone()
+        probe[:, ::2] = 0
+        if _is_switched(quantizer) and bool((quantizer(probe)[:, ::2] != 0).any()):
+            found.append(name)
+    return found

@@ -36,6 +36,8 @@ FENCE = re.compile(
     r'^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```\n(?:<!-- setup\n(?P<setup>.*?)^-->\n)?',
     re.DOTALL | re.MULTILINE,
 )
+OPTIONAL = ("torchao",)
+"""Packages that a page may use and that need not be there."""
 LANGUAGES = {"python", "bash", "json", "yaml", "text"}
 
 
@@ -103,6 +105,9 @@ def own_registry() -> Iterator[None]:
 @pytest.mark.parametrize("block", of("python"))
 def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for package in OPTIONAL:
+        if f"from {package}" in block.setup + block.text:
+            pytest.importorskip(package)
     for other in blocks_of(block.page):
         if other.title is not None:
             Path(other.title).write_text(other.text, encoding="utf-8")
