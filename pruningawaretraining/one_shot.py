@@ -23,6 +23,7 @@ from pruningawaretraining.criteria.second_order.channels import (
     recalibrate_norms,
 )
 from pruningawaretraining.criteria.second_order.criteria import Sampling, gate_statistics
+from pruningawaretraining.criteria.second_order.gathering import gathered, on_model, unchanged_copy
 from pruningawaretraining.criteria.second_order.gradients import Calibration, LossFn
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.inputs import unwrap
@@ -30,8 +31,7 @@ from pruningawaretraining.patterns.channel import Channel, find_channels, produc
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.registry import build, lookup
 from pruningawaretraining.removal import remove
-from pruningawaretraining.statistics import Statistics
-from pruningawaretraining.weight_pruner import WeightPruner, on_model, put, unchanged_copy, weight_pattern
+from pruningawaretraining.weight_pruner import WeightPruner, put, weight_pattern
 
 __all__ = ["AfterPruning", "accuracy", "one_shot"]
 
@@ -53,8 +53,13 @@ class AfterPruning:
 
     def __post_init__(self) -> None:
         lookup("channel_compensation", self.compensation, "compensation")
+        for key, least in (("norm_batches", 0), ("input_batches", 1)):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{key}: {value!r} is not allowed. Allowed: whole numbers, {least} or more")
 
 
+@torch.inference_mode(False)
 def one_shot(
     model: nn.Module,
     rule: Rule | Mapping[str, Any],
@@ -68,7 +73,8 @@ def one_shot(
 
     Args:
         model: the model; it is unchanged.
-        rule: what to prune: pattern, layers, criterion, scope and bounds of a rule; its schedule is not used.
+        rule: what to prune: pattern, layers, criterion, scope and bounds of a rule; its schedule is not used. Criteria
+            that listen to training (snip, taylor, wanda, variance ...) listen to 64 micro-batches.
         dataloader: batches ``(inputs, targets)``, or mappings of keyword inputs with "labels".
         loss_fn: ``(outputs, targets) -> loss``.
         sparsities: fractions to remove; those of the rule's target when None.
@@ -80,7 +86,9 @@ def one_shot(
     Raises:
         ConfigError, ModelError, TargetError: an option, layer, batch or sparsity that cannot be used; it is named.
     """
-    rule = rule if isinstance(rule, Rule) else _parsed(rule, sparsities is not None)
+    rule = _parsed(rule, sparsities is not None)
+    if rule.mode != "prune" or not rule.enabled:
+        raise ConfigError(f"mode: {rule.mode!r}, enabled: {rule.enabled} prunes nothing. Allowed: 'prune', True")
     wanted = _checked(sparsities, rule)
     pattern = build("pattern", rule.pattern, "pattern")
     criterion = build("criterion", rule.criterion, "criterion")
@@ -100,16 +108,24 @@ def one_shot(
     return models
 
 
-def _parsed(rule: Mapping[str, Any], aimless: bool) -> Rule:
+def _parsed(rule: Any, aimless: bool) -> Rule:
     """The rule; one without a target will do where sparsities are given."""
+    if isinstance(rule, Rule):
+        return rule
+    if not isinstance(rule, Mapping):
+        raise ConfigError(
+            f"rule: a {type(rule).__name__} is not allowed. Allowed: a mapping, or a Rule such as config.rules[0]"
+        )
     return Rule.model_validate({**({"target": {"sparsity": 1.0}} if aimless else {}), **rule})
 
 
-def _checked(sparsities: Sequence[float] | None, rule: Rule) -> list[float]:
+def _checked(sparsities: Any, rule: Rule) -> list[float]:
     if sparsities is None:
         if rule.target.sparsity is None:
             raise ConfigError("sparsities: none given, and the rule has no target.sparsity")
         return [rule.target.sparsity]
+    if not isinstance(sparsities, Iterable) or isinstance(sparsities, str):
+        raise ConfigError(f"sparsities: {sparsities!r} is not allowed. Allowed: a list of numbers in [0, 1]")
     for one in sparsities:
         if isinstance(one, bool) or not isinstance(one, (int, float)) or not 0 <= one <= 1:
             raise ConfigError(f"sparsities: {one!r} is not allowed. Allowed: numbers in [0, 1]")
@@ -128,10 +144,14 @@ def _one_shot_channels(
     names = producer_names(model)
     chosen = select(model, rule.layers, names, "layers") - select(model, rule.exclude, names, "exclude")
     grouping = find_channels(model, inputs, chosen).grouping
-    statistics = Statistics()
     if isinstance(criterion, Sampling):
-        statistics = gate_statistics(gate_gradients(grouping, calibration, criterion.num_grads))
-    scores_G = criterion.score(grouping, statistics)
+        scores_G = criterion.score(
+            grouping, gate_statistics(gate_gradients(grouping, calibration, criterion.num_grads))
+        )
+    else:
+        scores_G = criterion.score(
+            *gathered(calibration, lambda one: find_channels(one, inputs, chosen).grouping, criterion)
+        )
     limits = Limits(rule.min_sparsity, rule.max_sparsity, rule.multiple)
     allocator = Allocator(grouping, scores_G, limits, rule.scope)
     hooks = None
@@ -154,11 +174,17 @@ def _one_shot_channels(
 
 
 def accuracy(model: nn.Module, dataloader: Iterable[Any], batches: int | None = None) -> float:
-    """Fraction of correct predictions (largest output) of a classifier; the model is left as it was."""
+    """Fraction of correct predictions (largest output) of a classifier; the model is left as it was.
+
+    Raises:
+        ConfigError: the loader is empty.
+    """
     calibration = Calibration(model, dataloader, lambda outputs, targets: outputs)
     right = seen = 0
     for outputs, targets in calibration.outputs(itertools.islice(dataloader, batches)):
         scores = getattr(outputs, "logits", outputs)
         right += int((scores.argmax(-1) == targets).sum())
         seen += targets.numel()
-    return right / max(seen, 1)
+    if not seen:
+        raise ConfigError("dataloader: it is empty; at least one batch is needed")
+    return right / seen

@@ -5,7 +5,6 @@ Shape suffixes: ``_W`` the shape of a weight, ``_S`` sets of groups (layers), ``
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from pruningawaretraining.allocation_elements import ElementLimits, allocate, classes_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.criteria.second_order.criteria import Sampling, Solver
+from pruningawaretraining.criteria.second_order.gathering import on_model, unchanged_copy
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layout import WeightPattern
 from pruningawaretraining.criteria.second_order.scored import ScoredSolver
@@ -48,17 +48,6 @@ def put(model: nn.Module, weights: Mapping[str, Pruned]) -> None:
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         weight.copy_(pruned.weight_W)
-
-
-def unchanged_copy(model: nn.Module) -> nn.Module:
-    """A deep copy; gradients are not copied."""
-    memo: dict[int, Any] = {id(p.grad): None for p in model.parameters() if p.grad is not None}
-    return copy.deepcopy(model, memo)
-
-
-def on_model(calibration: Calibration, model: nn.Module) -> Calibration:
-    """The same data and loss, for another model."""
-    return Calibration(model, calibration.dataloader, calibration.loss_fn, calibration.micro_batch)
 
 
 @dataclass(eq=False)
@@ -144,7 +133,7 @@ class WeightPruner:
         choose = chooser(weights, self.rule.scope, ElementLimits(self.rule.min_sparsity, self.rule.max_sparsity))
         if isinstance(self.criterion, Sampling):
             return self.criterion.solver(weights, calibration, choose)
-        return ScoredSolver(weights, self.criterion, self.pattern, calibration.model, choose)
+        return ScoredSolver(weights, self.criterion, self.pattern, calibration, choose)
 
 
 def _sparsity_of(weights: Sequence[PrunableWeight]) -> float:

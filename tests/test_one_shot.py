@@ -200,6 +200,11 @@ def test_the_loader_is_read_over_and_over_and_an_iterator_ends(caplog):
     [
         ([], cross_entropy, "dataloader: it is empty"),
         ([torch.zeros(2, 3, 8, 8)], cross_entropy, "dataloader: a batch is a tensor"),
+        (None, cross_entropy, "dataloader: a NoneType cannot be iterated"),
+        (batches, cross_entropy, "dataloader: a function cannot be iterated"),
+        (iter([]), cross_entropy, "dataloader: it has been read to its end"),
+        (batches(1), None, "loss_fn: a NoneType is no function"),
+        (batches(1), lambda outputs, targets: outputs.detach().sum(), "loss_fn: the loss does not depend"),
         (batches(1), lambda outputs, targets: outputs, "loss_fn: it gives a tensor of shape"),
         (batches(1), lambda outputs, targets: 3.0, "loss_fn: it gives a float"),
         (batches(1), lambda outputs, targets: outputs.sum() / 0, "loss_fn: the loss is"),
@@ -234,6 +239,11 @@ def test_mappings_of_keyword_inputs_and_several_inputs():
     [
         ({}, [1.5], ConfigError, "sparsities: 1.5"),
         ({}, [True], ConfigError, "sparsities: True"),
+        ({}, 0.5, ConfigError, "sparsities: 0.5 is not allowed. Allowed: a list"),
+        ({"mode": "unprune"}, [0.5], ConfigError, "mode: 'unprune'"),
+        ({"enabled": False}, [0.5], ConfigError, "enabled: False"),
+        ({"criterion": {"type": "cap", "fisher_inv_device": "cudaa"}}, [0.5], ConfigError, "'cudaa' is no device"),
+        ({"criterion": {"type": "cap", "traces_backup_dir": 3}}, [0.5], ConfigError, "traces_backup_dir: 3"),
         ({"layers": ["conv3"]}, [0.5], ConfigError, "did you mean 'conv"),
         ({"layers": ["norm"]}, [0.5], ModelError, "selects none"),
         ({"pattern": "slice"}, [0.5], ConfigError, "Slice cannot be pruned by second order"),
@@ -254,6 +264,66 @@ def test_a_rule_needs_a_target_only_where_no_sparsities_are_given():
     assert zeros(model) == total(model) // 2
     with pytest.raises(ConfigError, match="target: nothing to reach"):
         one_shot(small_net(), spec, batches(), cross_entropy)
+
+
+@pytest.mark.parametrize(("key", "value"), [("norm_batches", -1), ("input_batches", 0), ("norm_batches", 1.5)])
+def test_bad_counts_of_what_follows_are_refused(key, value):
+    with pytest.raises(ConfigError, match=f"{key}: {value}"):
+        AfterPruning(**{key: value})
+
+
+def test_a_rule_is_a_mapping_or_a_rule():
+    with pytest.raises(ConfigError, match="rule: a str is not allowed"):
+        one_shot(small_net(), "cap", batches(), cross_entropy, [0.5])
+
+
+def test_the_accuracy_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="it is empty"):
+        accuracy(small_net(), [])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_works_where_gradients_are_switched_off(mode):
+    model, data = small_net(), batches()
+    with mode():
+        pruned = one_shot(model, rule("unstructured", CRITERIA["cap"]), data, cross_entropy)[0.5]
+    assert zeros(pruned) == total(model) // 2
+
+
+# --- criteria that listen to training ---------------------------------------------------------------------------
+
+
+def test_snip_in_one_shot_is_the_gradient_times_the_weight():
+    model, data = small_net(), batches(1)
+    spec = rule("unstructured", {"type": "snip"}, layers=["head"])
+    pruned = one_shot(model, spec, data, cross_entropy)[0.5]
+    model.eval()
+    (gradient,) = torch.autograd.grad(cross_entropy(model(data[0][0]), data[0][1]), [model.head.weight])
+    scores = (gradient * model.head.weight).abs().flatten()
+    expected = torch.zeros_like(scores, dtype=torch.bool)
+    expected[scores.argsort(stable=True)[: len(scores) // 2]] = True
+    assert torch.equal((pruned.head.weight == 0).flatten(), expected)
+    assert all(one.grad is None for one in [*model.parameters(), *pruned.parameters()])
+
+
+def test_wanda_in_one_shot_weighs_by_the_norms_of_inputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4))
+    inputs = torch.randn(64, 6) * torch.tensor([0.01, 1.0, 1.0, 1.0, 1.0, 100.0])
+    data = [(inputs, torch.zeros(64, dtype=torch.long))]
+    pruned = one_shot(model, rule("unstructured", "wanda"), data, cross_entropy)[0.5]
+    scores = model[0].weight.detach().abs() * inputs.norm(dim=0)
+    expected = torch.zeros(4, 6, dtype=torch.bool).scatter_(1, scores.argsort(1)[:, :3], True)
+    assert torch.equal(pruned[0].weight == 0, expected)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "variance", "variance_next"])
+def test_channels_by_criteria_that_listen(criterion):
+    model = small_net()
+    spec = rule("channel", criterion, layers=["hidden"])
+    pruned = one_shot(model, spec, batches(), cross_entropy, [0.4])[0.4]
+    assert pruned.hidden.out_features == 9 and model.hidden.out_features == 15
+    assert not model.head._forward_pre_hooks and not model.hidden._forward_hooks
 
 
 # --- recomputation --------------------------------------------------------------------------------------------

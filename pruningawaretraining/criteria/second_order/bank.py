@@ -16,6 +16,7 @@ from pruningawaretraining.criteria.second_order.fisher import Fisher, Storage, m
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.ranks import ALONE, Ranks
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight
+from pruningawaretraining.errors import ConfigError
 
 CHUNK = (16, 256)
 """Least and most gradients that are gathered before they are added."""
@@ -205,5 +206,11 @@ class _Chunk:
 
 
 def storage(device: str | None, folder: str | None) -> Storage:
-    """Where the Fisher lives, from a config's options."""
+    """Where the Fisher lives, from a config's options.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"fisher_inv_device: there is no {device!r} here. Allowed: 'cpu', or leave it out")
     return Storage(None if device is None else torch.device(device), None if folder is None else Path(folder))

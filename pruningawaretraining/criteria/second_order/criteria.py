@@ -9,6 +9,7 @@ stays. Without, and for channels, they score groups by the gradients of masks th
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,6 +49,15 @@ def _check(**limits: tuple[float | int | None, float]) -> None:
     for key, (value, least) in limits.items():
         if value is not None and not value >= least:
             raise ValueError(f"{key}: {value!r} is not allowed. Allowed: {least:g} or more")
+
+
+def _check_places(device: object, folder: object) -> None:
+    try:
+        torch.device(str(device or "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"fisher_inv_device: {device!r} is no device. Allowed: 'cpu', 'cuda', 'cuda:1' ...") from error
+    if folder is not None and not isinstance(folder, (str, os.PathLike)):
+        raise ValueError(f"traces_backup_dir: {folder!r} is no folder. Allowed: a path")
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,7 @@ class BlockFisher(Sampling):
         super().__post_init__()
         _check(fisher_block_size=(self.fisher_block_size, 1), blocks_in_parallel=(self.blocks_in_parallel, 1))
         _check(max_memory=(self.max_memory, 1))
+        _check_places(self.fisher_inv_device, self.traces_backup_dir)
         if not self.damp > 0:
             raise ValueError(f"damp: {self.damp!r} is not allowed. Allowed: above 0")
 

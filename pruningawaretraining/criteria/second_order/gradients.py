@@ -56,8 +56,11 @@ class Calibration:
         Ends when the loader gives nothing at a second pass, as an iterator does that can be read only once.
 
         Raises:
-            ConfigError: the loader is empty.
+            ConfigError: the loader is empty, or cannot be iterated.
         """
+        given: Any = self.dataloader
+        if not isinstance(given, Iterable) and not hasattr(given, "__getitem__"):
+            raise ConfigError(f"dataloader: {_shown(given)} cannot be iterated. Allowed: batches")
         for turn in itertools.count():
             seen = False
             for batch in self.dataloader:
@@ -67,7 +70,9 @@ class Calibration:
                     yield move(inputs, self.device), move(targets, self.device)
             if not seen:
                 if turn == 0:
-                    raise ConfigError("dataloader: it is empty; second-order pruning needs at least one batch")
+                    ended = isinstance(self.dataloader, Iterator)
+                    what = "it has been read to its end; give one that can be read again" if ended else "it is empty"
+                    raise ConfigError(f"dataloader: {what}; at least one batch is needed")
                 return
 
     def example(self) -> Any:
@@ -79,14 +84,23 @@ class Calibration:
         """The loss of one micro-batch.
 
         Raises:
+            ConfigError: the loss is no function.
             ModelError: it is no single finite number.
         """
+        if not callable(self.loss_fn):
+            raise ConfigError(f"loss_fn: {_shown(self.loss_fn)} is no function of (outputs, targets)")
         loss = self.loss_fn(call(self.model, inputs), targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ModelError(f"loss_fn: it gives {_shown(loss)}; a tensor with one element is needed")
         if not bool(torch.isfinite(loss.detach()).all()):
             raise ModelError(f"loss_fn: the loss is {float(loss.detach())}; the model or the data is not finite")
         return loss.reshape(())
+
+    def _differentiable_loss(self, inputs: Any, targets: Any) -> Tensor:
+        loss = self.loss(inputs, targets)
+        if not loss.requires_grad:
+            raise ModelError("loss_fn: the loss does not depend on the weights; is an output detached on its way?")
+        return loss
 
     def each_gradient(self, parameters: Sequence[Tensor], count: int, consume: Callable[[list[Tensor]], None]) -> int:
         """Hand ``count`` gradients of the loss, one at a time, to a function.
@@ -100,14 +114,28 @@ class Calibration:
             How many there were.
         """
         done = 0
-        with untouched(self.model, self.dataloader), differentiable(self.model), torch.enable_grad():
+        with untouched(self.model, self.dataloader), differentiable(self.model), _recording():
             for inputs, targets in itertools.islice(self.batches(), count):
-                found = torch.autograd.grad(self.loss(inputs, targets), list(parameters), allow_unused=True)
+                loss = self._differentiable_loss(inputs, targets)
+                found = torch.autograd.grad(loss, list(parameters), allow_unused=True)
                 consume([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
                 done += 1
         if done < count:
             log.warning("num_grads: %d were asked for, the data gave %d", count, done)
         return done
+
+    def each_backward(self, count: int, consume: Callable[[], None]) -> None:
+        """Leave the gradients of one micro-batch after the other in ``.grad``, for models that are no one's but ours.
+
+        Args:
+            count: micro-batches; fewer if the data ends for good.
+            consume: called after each.
+        """
+        with untouched(self.model, self.dataloader), differentiable(self.model), _recording():
+            for inputs, targets in itertools.islice(self.batches(), count):
+                self.model.zero_grad(set_to_none=True)
+                self._differentiable_loss(inputs, targets).backward()  # type: ignore[no-untyped-call]
+                consume()
 
     def run(self, count: int) -> int:
         """Run the model on ``count`` micro-batches for its hooks' sake, without gradients."""
@@ -193,6 +221,13 @@ def _narrow(nest: Any, start: int, size: int) -> Any:
     if isinstance(nest, (list, tuple)):
         return type(nest)(_narrow(value, start, size) for value in nest)
     return nest
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Gradients are recorded, even if the caller is in no_grad or inference mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @contextmanager

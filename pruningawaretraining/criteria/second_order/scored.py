@@ -9,37 +9,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pruningawaretraining.criteria.second_order.gathering import gathered
+from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layout import WeightPattern
 from pruningawaretraining.criteria.second_order.methods import independent_ranking
 from pruningawaretraining.criteria.second_order.solve import Choose, Results, Table, choose_tiles, pruned
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight
+from pruningawaretraining.errors import ModelError
 from pruningawaretraining.patterns.block import Unstructured
-from pruningawaretraining.statistics import Criterion, Statistics
+from pruningawaretraining.statistics import Criterion
 
 
 @dataclass(eq=False)
 class ScoredSolver:
-    """Prunes by a criterion that needs only the weights.
+    """Prunes by the scores of any criterion.
 
     Args:
         weights: what to prune.
         criterion: what scores it.
         pattern: what goes together.
-        model: the model.
+        calibration: the model, and data for criteria that listen to it.
         choose: how sparsity is shared out.
     """
 
     weights: Sequence[PrunableWeight]
     criterion: Criterion
     pattern: WeightPattern
-    model: nn.Module
+    calibration: Calibration
     choose: Choose
 
     def solve(self, fractions: Sequence[float]) -> Results:
         """The weights at each sparsity."""
-        tables = [self._table(weight) for weight in self.weights]
+        scores = self._scores()
+        tables = [self._table(weight, scores[weight.name]) for weight in self.weights]
         results: Results = {}
         for fraction in fractions:
             chosen = choose_tiles(self.weights, tables, self.choose, fraction)
@@ -47,12 +51,18 @@ class ScoredSolver:
             results[fraction] = {weight.name: pruned(weight, weight.blocks(), prune_BT) for weight, prune_BT in pairs}
         return results
 
-    def _table(self, weight: PrunableWeight) -> Table:
-        single = weight.layout.group == 1  # N:M too: what it may not prune is seen to by the ranking
-        pattern = Unstructured() if single else self.pattern
-        grouping = pattern.build(self.model, [weight.name])
-        scores_G = self.criterion.score(grouping, Statistics()).detach().float().cpu()
-        ((_, spread),) = grouping.expand(scores_G)
+    def _scores(self) -> dict[str, Tensor]:
+        """Layer -> scores that can be expanded to its weight's shape."""
+        # N:M is scored weight by weight: what it may not prune is seen to by the ranking.
+        pattern = Unstructured() if self.weights[0].layout.group == 1 else self.pattern
+        names = [weight.name for weight in self.weights]
+        grouping, statistics = gathered(self.calibration, lambda model: pattern.build(model, names), self.criterion)
+        scores_G = self.criterion.score(grouping, statistics).detach().float().cpu()
+        if bool(torch.isnan(scores_G).any()):
+            raise ModelError(f"criterion: {type(self.criterion).__name__} gives NaN: the weights are not finite")
+        return {member.name.removesuffix(".weight"): spread for member, spread in grouping.expand(scores_G)}
+
+    def _table(self, weight: PrunableWeight, spread: Tensor) -> Table:
         values_BD = weight.layout.to_blocks(spread.expand(weight.layout.shape).contiguous())
         scores_BT = first_of_tiles(values_BD, weight.layout.valid(), weight.layout.group)
         ranking = independent_ranking(scores_BT, weight.open_BT, weight.layout)
