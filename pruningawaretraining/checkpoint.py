@@ -158,7 +158,22 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         description = json.loads(metadata[KEY])
     except json.JSONDecodeError as error:
         raise CheckpointError(f"path: the description in {str(path)!r} is damaged: {error}") from error
+    try:
+        tensors.update({alias: tensors[name] for alias, name in description["aliases"].items()})
+        for attributes in description["modules"].values():
+            if not attributes.keys() <= set(ATTRIBUTES) or not all(map(_is_width, attributes.values())):
+                raise ValueError(f"{attributes} are no widths")
+        description["record"].keys()
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"path: the description in {str(path)!r} is damaged: {reason}") from error
     return tensors, description
+
+
+def _is_width(value: Any) -> bool:
+    """Whether a value of a description is one number, or a list of them."""
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(one, int) and not isinstance(one, bool) for one in values)
 
 
 def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
@@ -177,8 +192,6 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
     """
     wrapped, model = model, unwrap(model)
     tensors, description = _read(Path(path))
-    for alias, name in description["aliases"].items():
-        tensors[alias] = tensors[name]
     _check_names(model, tensors)
     surgery = Surgery()
     try:
@@ -218,13 +231,19 @@ def _put_tensors(model: nn.Module, tensors: dict[str, Tensor], surgery: Surgery)
             name = f"{prefix}.{attribute}" if prefix else attribute
             if old is None or name not in tensors:
                 continue
-            new = tensors[name].to(old.device)
+            new = _laid_out_like(old, tensors[name].to(old.device))
             if isinstance(old, nn.Parameter):
                 if id(old) not in made:
-                    made[id(old)] = successor(old, new.clone())
+                    made[id(old)] = successor(old, new)
                 surgery.set_attribute(module, attribute, made[id(old)])
             else:
-                surgery.set_attribute(module, attribute, new.clone())
+                surgery.set_attribute(module, attribute, new)
+
+
+def _laid_out_like(old: Tensor, new: Tensor) -> Tensor:
+    """A copy in the memory format of the tensor that it takes the place of."""
+    channels_last = old.dim() == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last)
+    return new.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _put_widths(model: nn.Module, widths: dict[str, dict[str, Any]], surgery: Surgery) -> None:

@@ -1,0 +1,178 @@
+"""save_pruned and load_pruned: what a file keeps, what a model keeps, and files that are not whole."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pruningawaretraining import Pruning, load_pruned, save_pruned
+from pruningawaretraining.checkpoint import KEY, read_description, write_atomically
+from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.inputs import outputs_of
+
+
+def pruned(name: str, removed: bool = True) -> tuple[nn.Module, Tensor]:
+    model, inputs = zoo.architecture(name)
+    pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.4}, "end": 1}]}, example_inputs=inputs)
+    pruner.prune(model, 0)
+    if removed:
+        pruner.prune(model, 1)
+    return model, inputs
+
+
+def dense(name: str) -> nn.Module:
+    return zoo.architecture(name)[0]
+
+
+def contents(model: nn.Module) -> dict[str, Any]:
+    """Everything that a failed load must not change."""
+    widths = {f"{name}.{key}": value for name, one in model.named_modules() for key, value in vars(one).items()
+              if isinstance(value, (int, tuple))}  # fmt: skip
+    return {**widths, **{key: value.clone() for key, value in model.state_dict().items()}}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    now = contents(model)
+    assert now.keys() == before.keys()
+    for key, value in before.items():
+        assert torch.equal(now[key], value) if isinstance(value, Tensor) else now[key] == value, key
+
+
+@pytest.mark.parametrize("removed", [True, False], ids=["removed", "masked"])
+@pytest.mark.parametrize("name", [*zoo.SMALL, "mobilenet_v2", "convnext_tiny"])
+def test_a_file_brings_the_dense_class_to_the_same_outputs(name: str, removed: bool, tmp_path: Path) -> None:
+    model, inputs = pruned(name, removed)
+    again = load_pruned(dense(name), save_pruned(model, tmp_path / "new" / "m.safetensors"))
+    expected = outputs_of(model, inputs) if removed else None
+    if expected is not None:  # norms over channels know of masks through their hooks alone
+        assert all(torch.equal(*pair) for pair in zip(outputs_of(again, inputs), expected, strict=True))
+    assert [str(one) for one in again.modules() if not list(one.children())] == [
+        str(one) for one in model.modules() if not list(one.children())
+    ]
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+def test_the_model_keeps_what_is_its_own(tmp_path: Path) -> None:
+    path = save_pruned(pruned("shapes")[0], tmp_path / "m.safetensors")
+    model = dense("shapes").train().to(memory_format=torch.channels_last)
+    model.stem.eval()
+    model.merge.weight.requires_grad_(False)
+    seen: list[str] = []
+    model.merge.register_forward_hook(lambda *_: seen.append("module"))
+    model.stem.weight.register_hook(lambda gradient: seen.append("tensor"))
+    assert load_pruned(model, path) is model
+    assert (model.training, model.stem.training, model.merge.weight.requires_grad) == (True, False, False)
+    assert model.grouped.weight.is_contiguous(memory_format=torch.channels_last)
+    model(zoo.images(8)).sum().backward()
+    assert sorted(seen) == ["module", "tensor"]
+
+
+class Attention(nn.Module):
+    """What removal of heads leaves behind: attributes that no shape tells, and a tied weight."""
+
+    def __init__(self, heads: int = 4) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, 4
+        self.qkv, self.proj = nn.Linear(16, 3 * 4 * heads), nn.Linear(4 * heads, 16)
+        self.embed, self.out = nn.Embedding(11, 16), nn.Linear(16, 11, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(x + self.proj(y))
+
+
+def test_heads_and_tied_weights_are_kept(tmp_path: Path) -> None:
+    small, tokens = Attention(heads=3), torch.arange(10).view(2, 5)
+    again = load_pruned(Attention(), save_pruned(small, tmp_path / "m.safetensors"))
+    assert (again.num_heads, again.qkv.out_features, again.proj.in_features) == (3, 36, 12)
+    assert again.out.weight is again.embed.weight
+    assert torch.equal(again(tokens), small(tokens))
+    assert "out.weight" not in load_file(tmp_path / "m.safetensors") or "embed.weight" not in load_file(
+        tmp_path / "m.safetensors"
+    )
+
+
+@pytest.mark.parametrize("part", [0, 1, 7, 8, 9, 200, -4000, -1])
+def test_a_truncated_file_is_refused(part: int, tmp_path: Path) -> None:
+    path = save_pruned(pruned("groupnorm")[0], tmp_path / "m.safetensors")
+    path.write_bytes(path.read_bytes()[:part])
+    model = dense("groupnorm")
+    before = contents(model)
+    with pytest.raises(CheckpointError, match=r"m.safetensors' is truncated or no safetensors file"):
+        load_pruned(model, path)
+    assert_unchanged(model, before)
+
+
+DAMAGE: list[tuple[str, Any, str]] = [
+    ("not json", "{", "description in .* is damaged"),
+    ("no object", "[1]", "is damaged: TypeError"),
+    ("nothing in it", "{}", "is damaged: KeyError: 'aliases'"),
+    ("unknown alias", {"aliases": {"a": "b"}}, "is damaged: KeyError: 'b'"),
+    ("a list", {"modules": []}, "is damaged: AttributeError"),
+    ("another attribute", {"modules": {"conv1": {"forward": 3}}}, "are no widths"),
+    ("no number", {"modules": {"conv1": {"out_channels": "3"}}}, "are no widths"),
+    ("another layer", {"modules": {"conv9": {"out_channels": 3}}}, "does not fit GroupNormNet: 'conv9'"),
+    ("not its attribute", {"modules": {"conv1": {"num_heads": 3}}}, "does not fit GroupNormNet: .*num_heads"),
+    ("no record", {"record": None}, "is damaged: AttributeError"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [row[1:] for row in DAMAGE], ids=[row[0] for row in DAMAGE])
+def test_a_damaged_description_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    path = save_pruned(pruned("groupnorm")[0], tmp_path / "m.safetensors")
+    text = change if isinstance(change, str) else json.dumps({**read_description(path), **change})
+    save_file(load_file(path), path, {KEY: text})
+    model = dense("groupnorm")
+    before = contents(model)
+    with pytest.raises(CheckpointError, match=message):
+        load_pruned(model, path)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"conv1.weight": None}, "the file does not have 'conv1.weight'"),
+        ({"more": torch.ones(2)}, "the model does not have 'more'"),
+        ({"conv1.weight": torch.ones(3)}, "'conv1.weight' has 4 dimensions, in the file 1: another architecture"),
+    ],
+)
+def test_other_tensors_are_refused(tensors: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = save_pruned(pruned("groupnorm")[0], tmp_path / "m.safetensors")
+    text = json.dumps(read_description(path))
+    changed = {key: value for key, value in {**load_file(path), **tensors}.items() if value is not None}
+    save_file(changed, path, {KEY: text})
+    model = dense("groupnorm")
+    before = contents(model)
+    with pytest.raises(CheckpointError, match=message):
+        load_pruned(model, path)
+    assert_unchanged(model, before)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = save_pruned(pruned("groupnorm")[0], tmp_path / "m.safetensors")
+    before = path.read_bytes()
+
+    def fail(temporary: str) -> None:
+        Path(temporary).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, fail)
+    assert path.read_bytes() == before
+    assert [one.name for one in tmp_path.iterdir()] == ["m.safetensors"]
+    save_pruned(copy.deepcopy(dense("groupnorm")), path)
+    assert path.read_bytes() != before
+    with pytest.raises(CheckpointError, match="there is no file"):
+        load_pruned(dense("groupnorm"), tmp_path / "n.safetensors")
