@@ -102,8 +102,13 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
 
     Returns:
         The path.
+
+    Raises:
+        CheckpointError: it is no model, or the path is that of a folder.
     """
-    model = unwrap(model)
+    model = unwrap(_module(model))
+    if Path(path).is_dir():
+        raise CheckpointError(f"path: {str(path)!r} is a folder. Allowed: the path of a file")
     state = model.state_dict()
     seen: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
@@ -127,6 +132,12 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
     }
     metadata = {KEY: json.dumps(description), "format": "pt"}
     return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _module(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"model: {type(model).__name__} is no model. Allowed: an nn.Module")
+    return model
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
@@ -190,7 +201,7 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: the file is missing, truncated or foreign, or does not fit the model; the model is untouched.
     """
-    wrapped, model = model, unwrap(model)
+    wrapped, model = model, unwrap(_module(model))
     tensors, description = _read(Path(path))
     _check_names(model, tensors)
     surgery = Surgery()

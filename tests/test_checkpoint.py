@@ -160,6 +160,16 @@ def test_other_tensors_are_refused(tensors: dict[str, Any], message: str, tmp_pa
     assert_unchanged(model, before)
 
 
+def test_what_is_no_model_or_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="model: dict is no model"):
+        save_pruned(dense("groupnorm").state_dict(), tmp_path / "m.safetensors")  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="is a folder"):
+        save_pruned(dense("groupnorm"), tmp_path)
+    with pytest.raises(CheckpointError, match="model: NoneType is no model"):
+        load_pruned(None, save_pruned(dense("groupnorm"), tmp_path / "m.safetensors"))  # type: ignore[arg-type]
+    assert [one.name for one in tmp_path.iterdir()] == ["m.safetensors"]
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = save_pruned(pruned("groupnorm")[0], tmp_path / "m.safetensors")
     before = path.read_bytes()

@@ -355,7 +355,8 @@ def test_either_order_is_converted_and_exported(order: str, tmp_path: Path) -> N
     assert torch.allclose(actual, expected, atol=0.05 * scale)  # one rounding step of one activation, at most a few
     with torch.no_grad():
         assert torch.equal(torch.export.export(converted, (IMAGES,)).module()(IMAGES), actual)
-    assert export_onnx(converted, IMAGES, tmp_path / "net.onnx", tolerance=0.1).batch_sizes
+    if order == "prepared, masked, removed":  # the longest part of this test
+        assert export_onnx(converted, IMAGES, tmp_path / "net.onnx", tolerance=0.1).batch_sizes
     save_pruned(model, tmp_path / "net.safetensors")
     again = load_pruned(conv_net(), tmp_path / "net.safetensors").eval()
     assert torch.equal(again(IMAGES), model.eval()(IMAGES))
