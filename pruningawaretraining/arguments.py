@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.inputs import tensors_of
 
 
 def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:
@@ -60,6 +61,22 @@ def epoch_of(given: Any) -> int:
     if epoch is None or epoch < 0:
         raise ConfigError(f"epoch: {given!r} is not allowed. Allowed: a whole number, 0 or more: epochs count from 0")
     return epoch
+
+
+def check_inputs(given: Any) -> None:
+    """Refuse example inputs in which there is no tensor.
+
+    Raises:
+        ModelError: there is none; what a shape should have been is said.
+    """
+    if given is None or any(True for _ in tensors_of(given)):
+        return
+    sizes = isinstance(given, (list, tuple)) and len(given) > 0 and all(isinstance(one, int) for one in given)
+    meant = f": for a shape, torch.randn{tuple(given)}" if sizes else ""
+    raise ModelError(
+        f"example_inputs: {given!r} holds no tensor. Allowed: a tensor, a tuple of positional inputs or a dict of "
+        f"keyword inputs{meant}"
+    )
 
 
 def check_model(given: Any) -> None:

@@ -187,11 +187,10 @@ def _show(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
     for number, link in enumerate(chain(summary)):
         if number == 0:
             text.append(link.left)
-        sign, style = {True: ("=", "green"), False: ("≠", "bold red"), None: ("?", "dim")}[link.holds]
+        sign, style = {True: ("=", "green"), False: ("≠", "bold red"), None: ("→", "dim")}[link.holds]
         text.append(f" {sign} ", style)
         text.append(link.right)
-        if link.difference is not None:
-            text.append(f" ({link.difference:.1e})", "dim")
+        text.append(" (not run)" if link.difference is None else f" ({link.difference:.1e})", "dim")
     if text:
         console.print(text, Text("largest differences of the outputs", "dim"), soft_wrap=True)
     target, pruned, dense = (summary.get(key) or {} for key in ("target", "pruned", "dense"))

@@ -71,7 +71,7 @@ def export_onnx(
         path: the file to write; its folder is created.
         exporter: "dynamo" (torch.export, the default) or "torchscript" (tracing).
         dynamic_batch: leave the batch dimension of inputs and outputs free.
-        opset: version of the ONNX operator set; None is the exporter's own choice.
+        opset: version of the ONNX operator set; None is the exporter's own choice. Exporters do not know every one.
         tolerance: largest difference allowed, as a fraction of the largest absolute output.
         metadata: written to the file's metadata as text, beside this library's own entries.
 
@@ -88,6 +88,11 @@ def export_onnx(
         written, final = Path(folder) / "exported.onnx", Path(folder) / path.name
         export_graph(graph, written, exporter, opset)
         version = _finish(written, final, _properties(graph, exporter, metadata))
+        if opset not in (None, version):
+            raise ConfigError(
+                f"opset: {opset!r} is not what the exporter {exporter!r} wrote, which is {version}. Allowed: that, "
+                "None for the exporter's own choice, or another exporter. Nothing was written"
+            )
         difference, scale, sizes = _compare(graph, final)
         if not difference <= tolerance * max(scale, 1e-12):
             raise ModelError(

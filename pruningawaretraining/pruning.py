@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.arguments import check_model, epoch_of, followers_of, optimizers_of
+from pruningawaretraining.arguments import check_inputs, check_model, epoch_of, followers_of, optimizers_of
 from pruningawaretraining.channel_pruner import PHASES, ChannelPruner, Surroundings, layer_widths
 from pruningawaretraining.checkpoint import describe_with, record_of
 from pruningawaretraining.config.dialects.intel_update import updated
@@ -109,6 +109,7 @@ class Pruning:
             raise ConfigError(f"config: {config!r} is none. Allowed: Pruning(model, config), or Pruning(config)")
         if model is not None:
             check_model(model)
+        check_inputs(example_inputs)
         optimizers = optimizers_of(optimizer)
         self.config = load_config(config)
         self._forward_fn = forward_fn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import numpy as np
@@ -30,14 +31,16 @@ def model() -> nn.Module:
         ((None,), {}, ConfigError, "config: None is none"),
         ((model(), CONFIG), {"optimizer": "sgd"}, ConfigError, "optimizer: 'sgd' is a str"),
         ((model(), CONFIG), {"optimizer": [1]}, ConfigError, "optimizer: 1 is a int"),
+        ((model(), CONFIG), {"example_inputs": "image"}, ModelError, "example_inputs: 'image' holds no tensor"),
+        ((model(), CONFIG), {"example_inputs": (1, 3, 8, 8)}, ModelError, "for a shape, torch.randn(1, 3, 8, 8)"),
         ((model(), CONFIG), {"ema": 0.999}, ConfigError, "ema: 0.999 is a float"),
     ],
 )
 def test_what_is_no_model_optimizer_or_average_is_named(
     arguments: tuple[Any, ...], options: dict[str, Any], error: type[ValueError], message: str
 ) -> None:
-    with pytest.raises(error, match=message.replace("(", r"\(")):
-        Pruning(*arguments, example_inputs=EXAMPLE, **options)
+    with pytest.raises(error, match=re.escape(message)):
+        Pruning(*arguments, **{"example_inputs": EXAMPLE, **options})
 
 
 @pytest.mark.parametrize("epoch", ["a", None, 1.5, -1, True])

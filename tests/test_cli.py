@@ -62,6 +62,9 @@ def test_a_missed_target_is_said(tmp_path: Path) -> None:
     config = written(tmp_path, epochs=1, dense_baseline=False, onnx=None, latency=None, pruning={"rules": rules})
     result = pat("run", config, "--out", tmp_path / "out")
     assert result.exit_code == 0 and "The target was not met" in result.output
+    warning = "warning: pruning.rules[0].end: 90 lies after the last epoch, 0: the target will not be reached"
+    assert result.output.count(warning) == 1
+    assert result.output.index(warning) < result.output.index("The target was not met")
 
 
 RULE: dict[str, Any] = {"target": {"macs": 0.6}}
@@ -101,6 +104,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, changes: dict[str
         (["run", "demo.toml"], "demo.toml"),
         (["run", "{tmp}/broken.yaml"], "broken.yaml: line 3, column 1"),
         (["run", "{tmp}/list.yaml"], "it holds a list. Allowed: a mapping"),
+        (["run", "demmo"], "config: 'demmo' is not known; did you mean 'demo'? Allowed: cifar10_resnet56, demo, or"),
+        (["inspect", "timm:resnet1"], "model.name: 'timm:resnet1' is not known; did you mean"),
         (["inspect", "resnet17"], "model.name: 'resnet17' is not known"),
         (["inspect", "resnet18", "--input-shape", "1,x"], "--input-shape: '1,x' is no shape"),
         (["inspect", "resnet18", "--input-shape", "1,0,4,4"], "--input-shape: [1, 0, 4, 4] is no shape"),

@@ -181,3 +181,10 @@ def test_difference(expected: list[float], found: list[float], gap: float) -> No
 def test_export_says_nothing_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     export_onnx(cnn(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx")
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("opset", [9, 99])
+def test_an_opset_that_the_exporter_does_not_write_is_refused(opset: int, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"opset: {opset} is not what the exporter 'dynamo' wrote, which is"):
+        export_onnx(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), torch.randn(2, 4), tmp_path / "m.onnx", opset=opset)
+    assert not list(tmp_path.iterdir())

@@ -88,7 +88,7 @@ def find_model(name: str) -> Callable[..., Any]:
     close = nearest(rest or name, models.list_models())
     hint = f"; did you mean {close!r}?" if close else ""
     kinds = "a torchvision model, a timm model" + ("" if has_timm else " (timm is not installed)")
-    raise ConfigError(f"model.name: {name!r} is not known{hint} Allowed: {kinds}, or 'package.module:callable'")
+    raise ConfigError(f"model.name: {name!r} is not known{hint or '.'} Allowed: {kinds}, or 'package.module:callable'")
 
 
 class TimmBuilder:

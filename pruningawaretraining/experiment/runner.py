@@ -115,8 +115,21 @@ class Runner:
         torch.manual_seed(config.seed)
         return Stage(name, learner, scheduler)
 
+    def _warn_of_late_ends(self) -> None:
+        """Say at the start that a rule's last event lies after the training, and its target will not be met."""
+        steps = max(1, len(self.data.train) // self.config.batch_size)
+        for number, rule in enumerate(self.config.pruning.rules):
+            last = self.config.epochs * (steps if rule.unit == "step" else 1) - 1
+            end = rule.start if rule.end is None else rule.end
+            if rule.enabled and end > last:
+                key = rule.name or f"pruning.rules[{number}]"
+                self.display.say(
+                    f"warning: {key}.end: {end} lies after the last {rule.unit}, {last}: the target will not be reached"
+                )
+
     def run(self) -> Trained:
         """Train what is left to train; what is only masked at the end is removed."""
+        self._warn_of_late_ends()
         if self.state.stage == "dense":
             save_dense(self.train("dense").learner.model, self.folder)
             self.state = replace(self.state, stage="pruned", epoch=0, training={})
@@ -168,7 +181,7 @@ class Runner:
         batches = self._rated(learner.optimizer, epoch, generator)
         loss, train_accuracy = train_epoch(learner, batches, shown.tick)
         if pruner is not None and prunes(pruner):
-            self._change(learner.model, pruner, lambda: pruner.prune(learner.model, epoch, log=LOG))
+            self._change(learner.model, pruner, lambda: pruner.prune(learner.model, epoch))
         accuracy = self._accuracy(learner)
         step_scheduler(stage.scheduler, loss)
         row = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pruningawaretraining.errors import ConfigError, unknown
+
 PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
 """In an installed package they lie inside it; in a source tree, beside it."""
@@ -16,6 +18,14 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """The file that a user means: a path, or the name of a shipped experiment where there is no such path."""
-    path = Path(name)
-    return path if path.exists() else shipped_configs().get(name, path)
+    """The file that a user means: a path, or the name of a shipped experiment where there is no such path.
+
+    Raises:
+        ConfigError: there is neither, and it does not look like a path.
+    """
+    path, shipped = Path(name), shipped_configs()
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        return path
+    if name not in shipped:
+        raise ConfigError(unknown("config", name, shipped) + ", or the path of a .yaml or .json file")
+    return shipped[name]

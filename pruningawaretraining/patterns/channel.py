@@ -120,7 +120,7 @@ def find_channels(
         dependencies = trace(model, inputs, forward_fn)
     found = channel_groups(model, dependencies, chosen)
     if found.grouping.size == 0:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:4])
+        reasons = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in list(found.skipped.items())[:4])
         raise ModelError(
             f"model: {type(model).__name__} has no prunable channel group among {len(chosen)} selected layers. "
             f"{reasons}"
