@@ -97,9 +97,7 @@ def keep_largest(source: Block, target: Block, kept: int) -> None:
 def ranked(magnitudes: Sequence[Tensor], kept: int) -> list[Tensor]:
     """For each of a few tensors, where it is among the ``kept`` largest; the first of equals goes before."""
     size = len(magnitudes)
-    first_wins = {
-        (i, j): magnitudes[i] >= magnitudes[j] for i in range(size) for j in range(i + 1, size)
-    }
+    first_wins = {(i, j): magnitudes[i] >= magnitudes[j] for i in range(size) for j in range(i + 1, size)}
     beaten = {pair: ~won for pair, won in first_wins.items()}
     if (size, kept) == (4, 2):
         return [_at_most_one(*_losses(i, size, first_wins, beaten)) for i in range(size)]

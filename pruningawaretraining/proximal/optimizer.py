@@ -110,9 +110,7 @@ class PruneOptimizer(Wrapper):
             self._prox(unit, found)
         return loss if result is None else result
 
-    def _reevaluation(
-        self, closure: Closure, first: Any, way: Way, active: Sequence[Sequence[Place]]
-    ) -> Closure:
+    def _reevaluation(self, closure: Closure, first: Any, way: Way, active: Sequence[Sequence[Place]]) -> Closure:
         """What the base optimizer calls as its closure: the first time the loss is known, and after that (line search)
         the latents have moved and the model gets their image."""
         calls = 0

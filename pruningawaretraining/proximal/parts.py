@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """One weight in a plan.
