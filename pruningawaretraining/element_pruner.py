@@ -104,6 +104,9 @@ class ElementPruner:
             if isinstance(one.criterion, Sampling):
                 weight_pattern(one.pattern, f"{one.key}.pattern")
         self.calibration = calibration
+        for one in self.rules:
+            if one.state.waiting is not None and self._by_curvature(one):  # it was due when the pruner was made
+                self._fire(one, one.state.waiting, ())
 
     # --- events -------------------------------------------------------------------------------------------------
 

@@ -213,6 +213,26 @@ def test_masks_are_lifted_after_the_end_where_they_are_not_left_enabled(tmp_path
     assert pruner.phase == "finetune"
 
 
+def test_one_shot_and_fine_tuning_prunes_before_any_training(tmp_path):
+    text = "modifiers:\n  - !CAPruningModifier {params: __ALL_PRUNABLE__, final_sparsity: 0.5, num_grads: 8}\n"
+    config = load_config(written(tmp_path, text))
+    model, data = small_net(), batches(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    pruner = Pruning(model, config, optimizer=optimizer)
+    assert zeros(model) == 0
+    pruner.calibrate_with(data, cross_entropy)
+    expected = one_shot(small_net(), config.rules[0], data, cross_entropy)[0.5]
+    pairs = zip(layer_weights(model).values(), layer_weights(expected).values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs) and zeros(model) == total(model) // 2
+    for epoch in range(2):
+        pruner.prune(model, epoch)
+        for inputs, targets in data:
+            optimizer.zero_grad()
+            cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+        assert zeros(model) == total(model) // 2 and pruner.phase == "finetune"
+
+
 def test_channels_are_never_released():
     with pytest.raises(ConfigError, match="release: True is for slices, blocks and weights"):
         load_config({"rules": [{"release": True, "target": {"sparsity": 0.5}}]})

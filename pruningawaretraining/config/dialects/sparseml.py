@@ -98,6 +98,7 @@ def _rules(where: str, tag: str, modifier: Pruning) -> Iterator[dict[str, Any]]:
             "end": end,
             "every": max(1, whole_epoch(modifier.update_frequency)),
             "target": {"sparsity": sparsity},
+            "at_init": start == end == 0,  # once, before any training
             "release": not modifier.leave_enabled,
         }
 
