@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.errors import CheckpointError, nearest
 from pruningawaretraining.inputs import unwrap
+from pruningawaretraining.quantization import is_converted
 from pruningawaretraining.surgery import Surgery, successor
 from pruningawaretraining.version import __version__
 
@@ -104,7 +105,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
         The path.
 
     Raises:
-        CheckpointError: it is no model, or the path is that of a folder.
+        CheckpointError: it is no model, its weights are integers already, or the path is that of a folder.
     """
     model = unwrap(_module(model))
     if Path(path).is_dir():
@@ -116,6 +117,11 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             continue
+        if is_converted(tensor):
+            raise CheckpointError(
+                f"model: {name!r} is quantized already ({type(tensor).__name__}). Allowed: save_pruned before it is "
+                "converted, or torch.save and torch.export after"
+            )
         identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and identity in seen:
             aliases[name] = seen[identity]

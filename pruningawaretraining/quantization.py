@@ -27,6 +27,11 @@ WEIGHT_QUANTIZERS = ("weight_fake_quantizer", "weight_fake_quant")
 Exchanged = dict[Tensor, tuple[nn.Parameter, Keep]]
 
 
+def is_converted(tensor: Tensor) -> bool:
+    """Whether a tensor holds integers already, in torchao's or PyTorch's form: it cannot be trained or sliced."""
+    return tensor.is_quantized or type(tensor).__module__.startswith("torchao.")
+
+
 def is_observing(module: nn.Module) -> bool:
     """Whether a module is an observer or a fake quantizer of PyTorch's kind: it says which scale it has come to."""
     return hasattr(module, "calculate_qparams")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, export_onnx, load_pruned, save_pruned
-from pruningawaretraining.errors import ModelError
+from pruningawaretraining.errors import CheckpointError, ModelError
 from pruningawaretraining.quantization import resting
 
 pytest.importorskip("torchao", reason="pip install torchao")
@@ -198,6 +198,15 @@ def test_schemes_without_a_zero_are_told(caplog: pytest.LogCaptureFixture) -> No
     model = mlp(QATConfig(Int4WeightOnlyConfig(group_size=32), step="prepare"))
     pruner_of(model, adamw(model))
     assert "second: its fake quantizer does not keep zeros" in caplog.text
+
+
+def test_converted_models_are_refused_by_name(tmp_path: Path) -> None:
+    model = mlp()
+    quantize_(model, INT8)
+    with pytest.raises(ModelError, match="last: its weight is quantized already; prune before it is converted"):
+        Pruning(model, {"rules": [RULE]}, example_inputs=X)
+    with pytest.raises(CheckpointError, match="'first.weight' is quantized already .* save_pruned before it is"):
+        save_pruned(model, tmp_path / "mlp.safetensors")
 
 
 # --- convolutions, in an exported graph -------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pruningawaretraining.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.inputs import ForwardFn
 from pruningawaretraining.patterns.dependency import DependencyMap, Space, trace
 from pruningawaretraining.patterns.selection import select
-from pruningawaretraining.quantization import resting
+from pruningawaretraining.quantization import is_converted, resting
 from pruningawaretraining.registry import register
 
 log = logging.getLogger(__name__)
@@ -187,6 +187,8 @@ def _layer_problem(space: Space, owners: Counter[int]) -> str:
     assert module is not None
     if any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
         return "its weight is shared with another module"
+    if any(is_converted(parameter) for parameter in module.parameters(recurse=False)):
+        return "its weight is quantized already; prune before it is converted"
     if nn.utils.parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
         return "its weight is parametrized"
     if isinstance(module, Conv) and module.groups > 1:
