@@ -29,11 +29,13 @@ class Kernels:
         add_square_sums: ``(w_ON, rows, sums_O, sums_N)``: add the squares of some rows to the sums along both.
         add_scaled: ``(g_ON, w_ON, rows, factor_O, factor_N)``: ``g += w * (factor_O + factor_N)`` on some rows.
         clear: ``(w_ON, cleared_O, columns)``: set some rows, and some columns of the others, to 0.
+        shrink_rows: ``(source_ON, target_ON, threshold_O)``: shorten every row by a threshold, to 0 at least.
     """
 
     add_square_sums: Kernel
     add_scaled: Kernel
     clear: Kernel
+    shrink_rows: Kernel
 
 
 def _add_square_sums(w_ON: Any, rows: Any, sums_O: Any, sums_N: Any) -> None:
@@ -110,6 +112,40 @@ def _clear(w_ON: Any, cleared_O: Any, columns: Any) -> None:
                 w_ON[o, n] = 0
 
 
+def _shrink_rows(source_ON: Any, target_ON: Any, threshold_O: Any) -> None:
+    """Two rows at a time, each from a half of its own; while a row is written, the next one's norm is summed."""
+    rows, half = source_ON.shape[0], source_ON.shape[0] // 2
+    zero = threshold_O[0] * 0
+    next_a, next_b = zero, zero
+    for n in range(source_ON.shape[1] * min(half, 1)):
+        next_a += source_ON[0, n] * source_ON[0, n]
+        next_b += source_ON[half, n] * source_ON[half, n]
+    for o in range(half):
+        norm_a, norm_b, factor_a, factor_b = next_a**0.5, next_b**0.5, zero, zero
+        if norm_a > threshold_O[o]:
+            factor_a = (norm_a - threshold_O[o]) / norm_a
+        if norm_b > threshold_O[o + half]:
+            factor_b = (norm_b - threshold_O[o + half]) / norm_b
+        after = min(o + 1, half - 1)
+        a, b, to_a, to_b = source_ON[o], source_ON[o + half], target_ON[o], target_ON[o + half]
+        after_a, after_b = source_ON[after], source_ON[after + half]
+        next_a, next_b = zero, zero
+        for n in range(source_ON.shape[1]):
+            to_a[n] = a[n] * factor_a
+            next_a += after_a[n] * after_a[n]
+            to_b[n] = b[n] * factor_b
+            next_b += after_b[n] * after_b[n]
+    for o in range(2 * half, rows):
+        a, to_a, total, factor = source_ON[o], target_ON[o], zero, zero
+        for n in range(source_ON.shape[1]):
+            total += a[n] * a[n]
+        norm = total**0.5
+        if norm > threshold_O[o]:
+            factor = (norm - threshold_O[o]) / norm
+        for n in range(source_ON.shape[1]):
+            to_a[n] = a[n] * factor
+
+
 def available() -> bool:
     """Whether numba is installed."""
     return importlib.util.find_spec("numba") is not None
@@ -135,6 +171,7 @@ def kernels() -> Kernels | None:
         compiled(_add_square_sums, matrix, rows, vector, vector),
         compiled(_add_scaled, matrix, matrix, rows, vector, vector),
         compiled(_clear, matrix, flags, rows),
+        compiled(_shrink_rows, matrix, matrix, vector),
     )
 
 

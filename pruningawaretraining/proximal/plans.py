@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pruningawaretraining import fused
 from pruningawaretraining.grouping import Member
 from pruningawaretraining.proximal.coupled import Balance
 from pruningawaretraining.proximal.groupers import Block, Grouper, others
 from pruningawaretraining.proximal.low_rank import thresholds
-from pruningawaretraining.proximal.maps import GroupMap, Scale
+from pruningawaretraining.proximal.maps import GroupMap, ProxGroupLasso, Scale
 from pruningawaretraining.proximal.parts import Part, accumulation_dtype
 from pruningawaretraining.proximal.sharding import Shards, all_reduce_, local, local_labels
 
@@ -36,6 +38,15 @@ class _Entry:
     member: Member | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """A weight as matrices whose rows are its groups, and the row's thresholds: numpy arrays."""
+
+    source_RN: Any
+    target_RN: Any
+    threshold_R: Any
+
+
 class _BlockStage:
     """Rows of whole (unsharded) weights on one device."""
 
@@ -44,7 +55,7 @@ class _BlockStage:
         self.rows_R = torch.zeros(total, dtype=accumulation_dtype(like.dtype), device=like.device)
         self.norms: list[tuple[Tensor, tuple[int, ...], Tensor]] = []
         self.products: list[tuple[Tensor, Tensor, Tensor]] = []
-        start = 0
+        start, self.entries = 0, tuple(entries)
         for entry in entries:
             values_G = self.rows_R[start : start + entry.rows].view(entry.shape)
             start += entry.rows
@@ -64,6 +75,19 @@ class _BlockStage:
         """Write source times row into the targets."""
         for source, factor, target in self.products:
             torch.mul(source, factor, out=target)
+
+    def rows_of_memory(self) -> list[_Rows] | None:
+        """The blocks as matrices whose rows are the groups, for the compiled pass; None if some block is none."""
+        found, start = [], 0
+        for entry in self.entries:
+            threshold_R = self.rows_R[start : start + entry.rows]
+            start += entry.rows
+            source, target = entry.blocks[0]
+            whole = len(entry.blocks) == 1 and source.dims == tuple(range(1, source.view.dim()))
+            if not (whole and fused.fits(source.view) and fused.fits(target.view)):
+                return None
+            found.append(_Rows(fused.as_matrix(source.view), fused.as_matrix(target.view), threshold_R.numpy()))
+        return found
 
 
 class _LabelStage:
@@ -138,6 +162,10 @@ class NormPlan:
         slopes_G = [thresholds(slope, run.stop - run.start, counts) for run in self.runs] if slope else []
         self.base_G = self.sizes_G.sqrt() * (torch.cat(slopes_G) if slope else 1.0)
         self.balance = None if balance is None else balance.to(home.device)
+        stage = self.stages[0]
+        alone = total is None and balance is None and len(self.stages) == 1 and isinstance(prox, ProxGroupLasso)
+        able = alone and isinstance(stage, _BlockStage) and fused.kernels() is not None
+        self.shrinking = stage.rows_of_memory() if able and isinstance(stage, _BlockStage) else None
 
     def norms_G(self) -> Tensor:
         """L2 norm of every group, now."""
@@ -163,6 +191,9 @@ class NormPlan:
             scale: ``reg_lambda * gamma``.
             fraction: of the groups, to be zeroed by a hard map.
         """
+        if self.shrinking is not None:
+            self._shrink(scale)
+            return
         norms_G, base_G, protected_G = self.norms_G(), self.base_G, None
         if self.balance is not None:
             ratio_G = norms_G / base_G
@@ -175,6 +206,16 @@ class NormPlan:
             factors_G = torch.where(protected_G, 1.0, factors_G)
         self._multiply(factors_G)
         self.loose.run(scale, fraction)
+
+    def _shrink(self, scale: Scale) -> None:
+        """The group lasso of rows that lie together in memory: one pass over every weight."""
+        kernels, stage = fused.kernels(), self.stages[0]
+        assert kernels is not None and self.shrinking is not None and isinstance(stage, _BlockStage)
+        torch.mul(self.base_G, scale, out=stage.rows_R)
+        for one in self.shrinking:
+            kernels.shrink_rows(one.source_RN, one.target_RN, one.threshold_R)
+        torch.autograd.graph.increment_version([entry.part.target for entry in stage.entries])
+        self.loose.run(scale, 0.0)
 
     def _multiply(self, factors_G: Tensor) -> None:
         if self.group_R is not None:
