@@ -8,7 +8,8 @@ Targets, caps and counts always speak of the dense model, also when every event 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.allocation import Allocator, Limits
+from pruningawaretraining.channel_listening import Listener
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
+from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
 from pruningawaretraining.exported import ExportedGraph
 from pruningawaretraining.grouping import Grouping, GroupSet
@@ -31,7 +34,7 @@ from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer, prepare
 from pruningawaretraining.removal import remove
 from pruningawaretraining.schedules import sparsity_at
-from pruningawaretraining.statistics import Criterion, Statistics, collector_of
+from pruningawaretraining.statistics import Criterion, Statistics
 from pruningawaretraining.surgery import Surgery
 
 log = logging.getLogger(__name__)
@@ -152,6 +155,9 @@ class ChannelPruner:
         self.keep_D = torch.ones(found.grouping.size, dtype=torch.bool)
         self.live_D = torch.arange(found.grouping.size)  # dense numbers of the groups that are still there
         self.rules = _assign(found.grouping, rules)
+        self.listeners = [Listener(one.key, one.criterion, model, found, one.sets) for one in self.rules]
+        self._listens = False
+        self.calibration: Calibration | None = None  # data that criteria may look at instead of training
         self.spared: frozenset[str] = frozenset()
         self.masks = Masks(model, found.grouping, found.norms)
         self.reset_optimizer = False
@@ -171,6 +177,41 @@ class ChannelPruner:
                     allocator.to_cost(cost, target * self.macs_cost.dense, key=f"{one.key}.target.macs")
             if one.rule.target.sparsity is not None:
                 allocator.check_sparsity(one.rule.target.sparsity, f"{one.key}.target.sparsity")
+
+    # --- listening ----------------------------------------------------------------------------------------------
+
+    def listen(self) -> None:
+        """Let criteria that need it hear of training from now on, as long as their rules have events to come."""
+        self._listens = True
+        self._follow_phases()
+
+    def _follow_phases(self) -> None:
+        if not self._listens:
+            return
+        for one, listener in zip(self.rules, self.listeners, strict=True):
+            if one.rule.enabled and one.state.phase in ("regularize", "prune"):
+                listener.begin()
+            else:
+                listener.end()
+
+    def hear(self, scale: Tensor | float) -> None:
+        """Gradients are complete and no weight has moved; ``scale`` is what they are still multiplied with."""
+        for listener in self.listeners:
+            listener.hear(scale)
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Nothing is heard inside the block: what runs there is not training."""
+        self.release()
+        try:
+            yield
+        finally:
+            self._follow_phases()
+
+    def release(self) -> None:
+        """Take every hook out; masks stay."""
+        for listener in self.listeners:
+            listener.end()
 
     @property
     def phase(self) -> str:
@@ -249,6 +290,7 @@ class ChannelPruner:
             lines.append(f"{one.key}: epoch {now}: removed, {self._summary()}")
         if met:
             one.state.phase = "finetune"
+            self._follow_phases()
         return lines
 
     def _decide(self, one: ChannelRule, now: int) -> tuple[Tensor, bool]:
@@ -275,7 +317,8 @@ class ChannelPruner:
         mine_G = torch.isin(self.live_D, one.groups_D)
         live_R = torch.isin(one.groups_D, self.live_D)
         cost = _LiveCost(self.macs_cost, self.keep_D, self.live_D[mine_G])
-        statistics = Statistics(cost, self.keep_D[self.live_D[mine_G]], one.state.scale)
+        heard = self.listeners[self.rules.index(one)].statistics(self.calibration)
+        statistics = Statistics(cost, self.keep_D[self.live_D[mine_G]], one.state.scale, tensors=heard)
         if one.state.first is not None:
             statistics.first_G = one.state.first[live_R]
         scores = one.criterion.score(grouping, statistics)
@@ -299,6 +342,10 @@ class ChannelPruner:
         Raises:
             ModelError: the removed model does not compute what the masked one did; everything is put back first.
         """
+        with self.deaf():
+            self._remove(surroundings)
+
+    def _remove(self, surroundings: Surroundings) -> None:
         keep_G = self.keep_D[self.live_D]
         if bool(keep_G.all()):
             return
@@ -354,6 +401,8 @@ class ChannelPruner:
 
     def _restrict(self, keep_G: Tensor) -> None:
         self.found = self.found.restrict(self.model, keep_G)
+        for one, listener in zip(self.rules, self.listeners, strict=True):
+            listener.follow(self.found, keep_G[torch.isin(self.live_D, one.groups_D)])
         self.live_D = self.live_D[keep_G]
         self.masks = Masks(self.model, self.found.grouping, self.found.norms, self.spared)
         self._regularizers = None
@@ -439,6 +488,7 @@ class ChannelPruner:
             "removed": self._removed_D(),
             "widths": {name: list(widths) for name, widths in layer_widths(self.model).items()},
             "rules": [vars(one.state).copy() for one in self.rules],
+            "heard": [listener.state_dict() for listener in self.listeners],
             "reset_optimizer": self.reset_optimizer,
         }
 
@@ -464,9 +514,13 @@ class ChannelPruner:
         rules = [RuleState(**values) for _, values in zip(self.rules, state["rules"], strict=True)]
         reset = bool(state["reset_optimizer"])
         undo = self._memory()
+        self.release()
         try:
             self._remove_more(removed_D, surroundings)
             self._check_widths(state["widths"])
+            nothing = [None] * len(self.listeners)  # as in states of versions that did not listen
+            for listener, heard in zip(self.listeners, state.get("heard", nothing), strict=True):
+                listener.load_state_dict(heard)
         except (CheckpointError, ModelError, KeyError, RuntimeError):
             undo()
             raise
@@ -475,6 +529,7 @@ class ChannelPruner:
         for one, rule_state in zip(self.rules, rules, strict=True):
             one.state = rule_state
         self.reset_optimizer = reset
+        self._follow_phases()
         return undo
 
     def _read_masks(self, state: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -518,9 +573,11 @@ class ChannelPruner:
         """A function that puts architecture, masks and rules back as they are now."""
         values = {name: getattr(self, name) for name in ("found", "live_D", "keep_D", "masks", "reset_optimizer")}
         keep_G, states = self.masks.keep_G, [replace(one.state) for one in self.rules]
+        heard = [listener.state_dict() for listener in self.listeners]
         self._surgery = None
 
         def undo() -> None:
+            self.release()
             self.masks.clear()
             if self._surgery is not None:
                 self._surgery.undo()
@@ -530,6 +587,10 @@ class ChannelPruner:
             self.masks.set(keep_G)
             for one, state in zip(self.rules, states, strict=True):
                 one.state = state
+            self.listeners = [Listener(one.key, one.criterion, self.model, self.found, one.sets) for one in self.rules]
+            for listener, known in zip(self.listeners, heard, strict=True):
+                listener.load_state_dict(known)
+            self._follow_phases()
 
         return undo
 
@@ -607,7 +668,7 @@ def _refuse_what_channels_lack(one: ChannelRule) -> None:
     """Refuse what only rules on weights can do, instead of passing over it.
 
     Raises:
-        ConfigError: a mode or option of weight patterns, or a criterion that gathers statistics in training.
+        ConfigError: a mode or option of weight patterns.
     """
     regularizer = None if one.rule.regularizer is None else build("regularizer", one.rule.regularizer)
     if regularizer is not None and not hasattr(regularizer, "prepare"):
@@ -623,11 +684,6 @@ def _refuse_what_channels_lack(one: ChannelRule) -> None:
         value, default = getattr(one.rule, option), Rule.model_fields[option].default
         if value != default:
             raise ConfigError(f"{one.key}.{option}: {value!r} is for slices, blocks and weights. Allowed: {default!r}")
-    if collector_of(one.criterion) is not None:
-        raise ConfigError(
-            f"{one.key}.criterion: {one.rule.criterion!r} needs gradients or activations, which rules on channels do "
-            "not gather. Allowed: bn_scale, l1, lamp, mac_aware, magnitude, random"
-        )
 
 
 def _set_of_layer(grouping: Grouping) -> dict[str, str]:

@@ -125,7 +125,7 @@ class Pruning:
         self._calibration: tuple[Iterable[Any], LossFn] | None = None
         self.record: dict[str, Any] | None = None
         self._inputs: Any = example_inputs
-        self._begun = self._ended = self._says_before = False
+        self._begun = self._ended = self._says_before = self._heard = False
         self._no_channels = NoChannels()
         if isinstance(model, nn.Module):
             self.model = model
@@ -199,6 +199,8 @@ class Pruning:
         """Build what the rules ask for: channels once there are inputs to trace with."""
         if self._elements is not None:
             self._elements.release()
+        if self._channels is not None:
+            self._channels.release()
         self._channels = self._elements = None
         channels, elements = self._split()
         self._channel_rules = channels
@@ -273,6 +275,8 @@ class Pruning:
         else:
             channels.check_targets()
         self._channels = channels
+        self._hand_calibration()
+        channels.listen()
         for one in self._channels.rules:
             if one.rule.at_init and one.rule.start <= 0 and one.state.phase == "regularize":
                 self._channels.prune(one.rule.start, self._surroundings())
@@ -371,13 +375,16 @@ class Pruning:
     def on_round(self) -> None:
         """A real step begins; see :mod:`pruningawaretraining.steps`."""
         acts = bool(self._channel_rules) and self._active and not self._ended and self._inputs is not None
-        self._penalties = self.engine.penalties() if acts else []
+        self._penalties, self._heard = self.engine.penalties() if acts else [], False
 
     def on_gradients(self, scale: Tensor | float, only: set[int] | None) -> None:
         """Add the regularisers to gradients that are about to be used."""
         if self._elements is not None and not self._ended:  # scores are of the loss alone, so before the penalties
             self._tell_all(self._elements.on_round(scale, self._steps.optimizers))
             self._tell_all(self._elements.tick("step", self._elements.count, self._steps.optimizers))
+        if self._channels is not None and not self._ended and not self._heard:
+            self._channels.hear(scale)
+            self._heard = True
         for ready, factor_G in self._penalties:
             ready.add(factor_G * scale, only)
 
@@ -421,8 +428,13 @@ class Pruning:
         self._hand_calibration()
 
     def _hand_calibration(self) -> None:
-        if self._calibration is not None and self._elements is not None and self._model is not None:
-            self._elements.calibrate(Calibration(self._model, *self._calibration))
+        if self._calibration is None or self._model is None:
+            return
+        calibration = Calibration(self._model, *self._calibration)
+        if self._elements is not None:
+            self._elements.calibrate(calibration)
+        if self._channels is not None:
+            self._channels.calibration = calibration
 
     def on_epoch_begin(self, epoch: int) -> None:
         """At the start of an epoch (counted from 0)."""
@@ -461,6 +473,8 @@ class Pruning:
         """After the last epoch: nothing prunes or regularises any more; masks stay."""
         if self._elements is not None and not self._ended:
             self._elements.finish(self._steps.optimizers)
+        if self._channels is not None:
+            self._channels.release()
         self._ended = True
         log.info("training ended: sparsity %.4f", self.sparsity)
 
@@ -582,7 +596,8 @@ class Pruning:
         dense = int(self.record["macs"]) if self.record else int(engine.macs_cost.dense)
         if engine.masks.active or not engine.removed:
             return Macs(dense, round(engine.macs_cost(engine.keep_D)))
-        return Macs(dense, count_macs(self.model, self._inputs, self._forward_fn))
+        with engine.deaf():
+            return Macs(dense, count_macs(self.model, self._inputs, self._forward_fn))
 
     @property
     def masks(self) -> dict[str, Tensor]:

@@ -374,7 +374,6 @@ class Unprunable(nn.Module):
         ({"target": {"macs": 0.0005}}, r"leave at least 0\.\d+"),
         ({"target": {"macs": 0.3}, "max_sparsity": 0.1}, "out of reach"),
         ({"target": {"sparsity": 0.9}, "max_sparsity": 0.3}, r"target.sparsity: 0.9 is out of reach.*at most 0\.2708"),
-        ({"criterion": "taylor"}, "criterion: 'taylor' needs gradients or activations"),
         ({"mode": "unprune"}, "mode: 'unprune' is for slices"),
         ({"regularizer": "block_lasso"}, "regularizer: 'block_lasso' is for slices and blocks"),
         ({"unit": "step"}, "unit: 'step' is for slices"),
