@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 import pruningawaretraining  # noqa: F401  (importing it registers everything)
 from pruningawaretraining.config.dialects.sparseml_keys import Pruning, RateFunction, SecondOrderPruning, SetRate
-from pruningawaretraining.config.schema import ExampleInputs, PruningConfig, Rule, Target
+from pruningawaretraining.config.schema import Distillation, ExampleInputs, PruningConfig, Rule, Target
 from pruningawaretraining.experiment import schema as experiment
 from pruningawaretraining.registry import _ALIASES, lookup, names, spellings
 
@@ -33,6 +33,7 @@ SECTIONS = {
     "Rule": "a-rule",
     "Target": "target",
     "ExampleInputs": "example_inputs",
+    "Distillation": "distillation",
     "RateFunction": "rates",
     "SetRate": "rates",
 }
@@ -205,6 +206,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "Rule": lambda: keys_of(Rule),
     "Target": lambda: keys_of(Target),
     "ExampleInputs": lambda: keys_of(ExampleInputs),
+    "Distillation": lambda: keys_of(Distillation),
     "ExperimentConfig": lambda: keys_of(experiment.ExperimentConfig),
     "ModelConfig": lambda: keys_of(experiment.ModelConfig),
     "DataConfig": lambda: keys_of(experiment.DataConfig),

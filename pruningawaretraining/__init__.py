@@ -15,6 +15,7 @@ from pruningawaretraining.criteria import (  # noqa: F401  (importing them regis
     magnitude,
     second_order,
 )
+from pruningawaretraining.distillation import Distiller
 from pruningawaretraining.export import export_onnx
 from pruningawaretraining.one_shot import one_shot
 from pruningawaretraining.patterns import block, slice  # noqa: F401  (importing them registers the patterns)
@@ -26,6 +27,7 @@ from pruningawaretraining.state_dict import load_state_dict_pruned
 from pruningawaretraining.version import __version__
 
 __all__ = [
+    "Distiller",
     "PruneOptimizer",
     "Pruner",
     "Pruning",

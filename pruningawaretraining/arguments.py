@@ -79,11 +79,11 @@ def check_inputs(given: Any) -> None:
     )
 
 
-def check_model(given: Any) -> None:
+def check_model(given: Any, key: str = "model") -> None:
     """Refuse what is no model.
 
     Raises:
         ModelError: it is no ``nn.Module``.
     """
     if not isinstance(given, nn.Module):
-        raise ModelError(f"model: {given!r} is a {type(given).__name__}. Allowed: a torch.nn.Module")
+        raise ModelError(f"{key}: {given!r} is a {type(given).__name__}. Allowed: a torch.nn.Module")

@@ -7,6 +7,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from pruningawaretraining.channel_pruner import PHASES, ChannelPruner, Surroundi
 from pruningawaretraining.checkpoint import describe_with, record_of
 from pruningawaretraining.config.dialects.intel_update import updated
 from pruningawaretraining.config.load import load_config
-from pruningawaretraining.config.schema import PruningConfig, Rule
+from pruningawaretraining.config.schema import Distillation, PruningConfig, Rule
 from pruningawaretraining.costs.macs import count_macs, macs_per_layer
 from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.criteria.second_order.gradients import LossFn
+from pruningawaretraining.distillation import Distiller
 from pruningawaretraining.element_pruner import ElementPruner
 from pruningawaretraining.element_rules import ElementPattern
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
@@ -88,6 +90,8 @@ class Pruning:
         optimizer: the optimizer, or several; masks and regularisers then act by themselves in every step, and removal
             keeps its state. Without it the optimizer is found at its first step.
         ema: a moving average of the model (``AveragedModel`` or a copy), or several; sliced as the model is.
+        teacher: a module for :meth:`distill_loss`; without it a config with ``distillation`` makes a frozen copy of the
+            model, before anything is pruned.
 
     Raises:
         ValueError: a configuration, layer, target or input that cannot be used; one line that names it.
@@ -102,6 +106,7 @@ class Pruning:
         example_inputs: Any = None,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         ema: nn.Module | list[nn.Module] | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         if config is None and not isinstance(model, nn.Module):
             model, config = None, model
@@ -109,6 +114,8 @@ class Pruning:
             raise ConfigError(f"config: {config!r} is none. Allowed: Pruning(model, config), or Pruning(config)")
         if model is not None:
             check_model(model)
+        if teacher is not None:
+            check_model(teacher, "teacher")
         check_inputs(example_inputs)
         optimizers = optimizers_of(optimizer)
         self.config = load_config(config)
@@ -125,6 +132,8 @@ class Pruning:
         self._calibration: tuple[Iterable[Any], LossFn] | None = None
         self.record: dict[str, Any] | None = None
         self._inputs: Any = example_inputs
+        self._teacher = teacher
+        self._distiller: Distiller | None = None
         self._begun = self._ended = self._says_before = self._heard = False
         self._no_channels = NoChannels()
         if isinstance(model, nn.Module):
@@ -161,6 +170,7 @@ class Pruning:
         self._known_steps = Steps(self._model, self)
         self.record = record_of(self._model)
         self._inputs = self._first_inputs(self._inputs)
+        self._make_distiller()
         self._prepare()
         for name in without_zero(self._model):
             log.warning(
@@ -216,6 +226,15 @@ class Pruning:
             self._capture = self.model.register_forward_pre_hook(self._see_inputs, with_kwargs=True)
         if self._elements is not None:
             self._elements.at_init(self._steps.optimizers)
+
+    def _make_distiller(self) -> None:
+        """A teacher, where the config asks for distillation or one was given; a copy of the model as it is now."""
+        if self._distiller is not None:
+            self._distiller.close()
+            self._distiller = None
+        options = self.config.distillation or (None if self._teacher is None else Distillation())
+        if options is not None and not self.config.infer:
+            self._distiller = Distiller(self.model, self._teacher, **options.model_dump())
 
     def _split(self) -> tuple[list[tuple[str, Rule]], list[tuple[str, Rule, ElementPattern]]]:
         """The rules that are enabled: those for channels, and those for what is finer."""
@@ -497,6 +516,29 @@ class Pruning:
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         return torch.zeros((), device=device)
 
+    def distill_loss(self, outputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The teacher's part of the loss, to be added to the task's: ``loss + pruner.distill_loss(outputs, inputs)``.
+
+        Args:
+            outputs: the model's for these inputs, of its last forward pass: logits, or what holds them as ``.logits``.
+            args, kwargs: the inputs, for the teacher.
+
+        Returns:
+            ``weight * (logits + feature_weight * features)``; 0 without ``distillation`` or a teacher.
+
+        Raises:
+            ModelError: outputs without logits, or of another shape than the teacher's.
+        """
+        if self._distiller is None:
+            self._check_same(self.model)
+            return torch.zeros((), device=next((one.device for one in self.model.parameters()), torch.device("cpu")))
+        return self._distiller.loss(outputs, *args, **kwargs)
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The teacher of :meth:`distill_loss`, or None."""
+        return None if self._distiller is None else self._distiller.teacher
+
     def prune(self, model: nn.Module | None = None, epoch: int = 0, log: Log | None = None) -> None:
         """Do what this epoch asks for: nothing, mask, or mask and remove.
 
@@ -531,8 +573,11 @@ class Pruning:
         """
         if self._begun:
             raise ConfigError(f"update: {', '.join(items)}: training has begun. Allowed: before it does")
+        before = self.config.distillation
         self.config = updated(self.config, items)
         if self._model is not None:
+            if self.config.distillation != before:
+                self._make_distiller()
             self._prepare()
 
     def remove(self) -> None:
@@ -730,6 +775,7 @@ class Pruning:
             "channels": None if self._channels is None else self._channels.state_dict(),
             "elements": None if self._elements is None else self._elements.state_dict(),
             "inputs": None if self._capture is None else plain_or_none(self._inputs),
+            "distillation": None if self._distiller is None else self._distiller.state_dict(),
             "rng": rng_state(),
         }
 
@@ -753,6 +799,9 @@ class Pruning:
                 self._load_channels(state["channels"], undo)
             if self._elements is not None and state["elements"] is not None:
                 self._elements.load_state_dict(state["elements"])
+            if self._distiller is not None and state.get("distillation") is not None:
+                undo.append(partial(self._distiller.load_state_dict, self._distiller.state_dict()))
+                self._distiller.load_state_dict(state["distillation"])
             set_rng_state(state["rng"])
         self._steps.count, self._ended = steps, ended
         self._begun = self._begun or steps > 0

@@ -106,6 +106,7 @@ CHANNELS = {
     "enabled": True,
     "mode": "prune",
     "keep_zeros": False,
+    "release": False,
     "progressive": 1,
 }
 SLICES = CHANNELS | {
@@ -142,8 +143,15 @@ EXPECTED = {
         "example_inputs": {"shape": [1, 3, 32, 32], "container": None, "dtype": "float32"},
         "infer": False,
         "reset_optimizer": False,
+        "distillation": None,
     },
-    FLAT: {"rules": [FLAT_RULE], "example_inputs": None, "infer": False, "reset_optimizer": False},
+    FLAT: {
+        "rules": [FLAT_RULE],
+        "example_inputs": None,
+        "infer": False,
+        "reset_optimizer": False,
+        "distillation": None,
+    },
 }
 
 
@@ -662,7 +670,8 @@ def test_another_dialect_is_a_class_with_two_methods(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("registered")
 def test_json_schema_lists_what_is_registered() -> None:
     schema = json_schema()
-    assert list(schema["properties"]) == ["$schema", "rules", "example_inputs", "infer", "reset_optimizer"]
+    keys = ["$schema", "rules", "example_inputs", "infer", "reset_optimizer", "distillation"]
+    assert list(schema["properties"]) == keys
     fields = schema["$defs"]["Rule"]["properties"]
     assert fields["schedule"]["enum"] == registry.names("schedule")
     assert fields["schedule"]["default"] == "linear"

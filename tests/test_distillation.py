@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from pruningawaretraining import Pruning
-from pruningawaretraining.distillation import FeatureLoss, ReusedClassifier, Taps, frozen_teacher, logits_loss
-from pruningawaretraining.errors import ModelError
+from pruningawaretraining import Distiller, Pruning, load_config
+from pruningawaretraining.distillation import (
+    FeatureLoss,
+    ReusedClassifier,
+    Taps,
+    fit_projector,
+    frozen_teacher,
+    logits_loss,
+)
+from pruningawaretraining.errors import ConfigError, ModelError
 
 
 @pytest.mark.parametrize(
@@ -91,3 +102,210 @@ def test_a_pruned_student_comes_nearer_to_its_teacher() -> None:
     assert distances[-1] < 0.3 * distances[0]
     assert pruner.sparsity == 0.5
     assert float((model[0].weight == 0).double().mean()) == 0.5
+
+
+# --- beside a pruner ------------------------------------------------------------------------------------------------
+
+SPARSE = {"pattern": "2:4", "target": {"sparsity": 0.5}}
+
+
+def sparse(**distillation: Any) -> dict[str, Any]:
+    return {"rules": [SPARSE], "distillation": distillation}
+
+
+def test_the_teacher_is_the_model_before_pruning() -> None:
+    model = net(16)
+    dense = copy.deepcopy(model)
+    pruner = Pruning(model, {"rules": [{**SPARSE, "at_init": True}], "distillation": {"weight": 3.0}})
+    assert pruner.sparsity == 0.5
+    outputs = model(X)
+    loss = pruner.distill_loss(outputs, X)
+    expected = 3.0 * logits_loss(outputs, dense(X), 2.0)
+    assert loss.item() == pytest.approx(expected.item())
+    assert loss.item() > 1e-3
+    loss.backward()
+    teacher = pruner.teacher
+    assert teacher is not None
+    assert not any(one.requires_grad or one.grad is not None for one in teacher.parameters())
+
+
+def test_a_teacher_may_be_any_module_and_is_run_as_the_model_is() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net(32)
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: torch.Tensor, *, scale: float = 1.0) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.body(self.drop(x)) * scale)
+
+    model, teacher = net(16), Wrapped()
+    pruner = Pruning(model, {"rules": [SPARSE]}, teacher=teacher)
+    outputs = model(X)
+    loss = pruner.distill_loss({"logits": outputs}, X, scale=2.0)
+    assert loss.item() == pytest.approx(logits_loss(outputs, teacher.body(X) * 2.0, 2.0).item())
+    assert all(one.grad is None for one in teacher.parameters())
+    with pytest.raises(ModelError, match="holds no logits"):
+        pruner.distill_loss((outputs,), X)
+    with pytest.raises(ModelError, match="teacher: 'dense' is a str"):
+        Pruning(net(16), {"rules": [SPARSE]}, teacher="dense")  # type: ignore[arg-type]
+
+
+def test_without_a_teacher_the_term_is_0() -> None:
+    model = net(16)
+    pruner = Pruning(model, {"rules": [SPARSE]})
+    assert pruner.teacher is None
+    assert pruner.distill_loss(model(X), X).item() == 0.0
+
+
+def test_features_add_their_distance_until_a_removal_and_through_a_projector_after_it() -> None:
+    model = net(16)
+    dense = copy.deepcopy(model)
+    config = {
+        "rules": [{"layers": ["0"], "target": {"sparsity": 0.5}, "application": "remove"}],
+        "distillation": {"weight": 2.0, "features": ["0"], "feature_weight": 0.5},
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    pruner = Pruning(model, config, example_inputs=X[:1], optimizer=optimizer)
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    outputs = model(X)
+    distance = (model[0](X) - dense[0](X)).square().mean()
+    model(X)  # what the taps keep is of the last pass
+    expected = 2.0 * (logits_loss(outputs, dense(X), 2.0) + 0.5 * distance)
+    assert pruner.distill_loss(outputs, X).item() == pytest.approx(expected.item(), rel=1e-5)
+    pruner.prune(model, 0)
+    assert model[0].out_features == 8
+    assert len([one for group in optimizer.param_groups for one in group["params"]]) == 4
+    random_state = torch.get_rng_state()
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        outputs = model(X)
+        loss = pruner.distill_loss(outputs, X)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_projector_begins_as_the_least_squares_fit() -> None:
+    generator = torch.Generator().manual_seed(1)
+    student, mix, offset = torch.randn(500, 4, generator=generator), torch.randn(6, 4, generator=generator), 3.0
+    projector = nn.Linear(4, 6)
+    fit_projector(projector, student.view(50, 10, 4), (student @ mix.T + offset).view(50, 10, 6))
+    assert torch.allclose(projector.weight, mix, atol=0.01)
+    assert torch.allclose(projector.bias, torch.full((6,), offset), atol=0.01)
+
+
+def test_channels_of_maps_are_compared_on_axis_1() -> None:
+    student = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(3 * 36, 2))
+    teacher = nn.Sequential(nn.Conv2d(1, 5, 3), nn.Flatten(), nn.Linear(5 * 36, 2))
+    distiller = Distiller(student, teacher, features=["0"])
+    images = torch.randn(4, 1, 8, 8)
+    distiller.loss(student(images), images).backward()
+    assert student[0].weight.grad is not None
+    assert distiller.state_dict()["widths"] == {"0": [3, 5]}
+
+
+def test_the_tapped_model_can_be_copied_and_saved_in_the_middle_of_a_step() -> None:
+    model = net(16)
+    pruner = Pruning(model, sparse(features=["0"]))
+    outputs = model(X)
+    other = copy.deepcopy(model)
+    assert torch.equal(other(X), outputs)
+    torch.save(model, io.BytesIO())
+    assert pruner.distill_loss(outputs, X).item() == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(ModelError, match="features: '0' has not been run"):
+        pruner.distill_loss(outputs, X)
+    with pytest.raises(ModelError, match="features: 'zero'"):
+        Pruning(net(16), sparse(features=["zero"]))
+
+
+def steps_of(model: nn.Module, pruner: Pruning, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for _ in range(count):
+        optimizer.zero_grad()
+        outputs = model(X)
+        pruner.distill_loss(outputs, X).backward()
+        optimizer.step()
+
+
+def build(seed: int) -> tuple[nn.Module, Pruning, torch.optim.Optimizer]:
+    model = net(seed)
+    config = {
+        "rules": [{"layers": ["0"], "target": {"sparsity": 0.5}}],
+        "distillation": {"features": ["0"]},
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return model, Pruning(model, config, example_inputs=X[:1], optimizer=optimizer), optimizer
+
+
+def test_a_resumed_run_has_its_teacher_and_projector() -> None:
+    model, pruner, optimizer = build(16)
+    steps_of(model, pruner, optimizer, 3)
+    pruner.prune(model, 0)
+    steps_of(model, pruner, optimizer, 3)
+    file = io.BytesIO()
+    torch.save({"pruner": pruner.state_dict(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    steps_of(model, pruner, optimizer, 5)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    again, resumed, its_optimizer = build(16)
+    with torch.no_grad():
+        again[0].weight.zero_()  # so that the teacher cannot come from the model
+    again, resumed = again, Pruning(again, resumed.config, example_inputs=X[:1], optimizer=its_optimizer)
+    resumed.load_state_dict(state["pruner"])
+    again.load_state_dict(state["model"])
+    its_optimizer.load_state_dict(state["optimizer"])
+    steps_of(again, resumed, its_optimizer, 5)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+# --- configs --------------------------------------------------------------------------------------------------------
+
+
+def test_the_step_wise_forms_weight() -> None:
+    flat = load_config({"pattern": "4x1", "distill_loss_weight": 4.5}).distillation
+    assert flat is not None
+    assert (flat.weight, flat.temperature) == (4.5, 2.0)
+    section = {
+        "target_sparsity": 0.8,
+        "distill_loss_weight": 8.0,
+        "pruners": [{"pattern": "2:4", "target_sparsity": 0.5}],
+    }
+    file = load_config({"pruning": {"approach": {"weight_compression_pytorch": section}}})
+    assert file.distillation is not None
+    assert file.distillation.weight == 8.0
+    assert load_config({"pattern": "4x1", "distill_loss_weight": 0}).distillation is None
+    assert load_config({"pattern": "4x1"}).distillation is None
+    with pytest.raises(ConfigError, match="distill_loss_weight: -1"):
+        load_config({"pattern": "4x1", "distill_loss_weight": -1})
+
+
+def test_the_weight_may_be_set_as_a_scripts_argument_would() -> None:
+    model = net(16)
+    pruner = Pruning({"pattern": "4x1"})
+    pruner.update_items_for_all_pruners(distill_loss_weight=8.0, start_step=3, end_step=5)
+    assert pruner.config.rules[0].start == 3
+    pruner.model = model
+    other = torch.randn(32, 3)
+    teacher = pruner.teacher
+    assert teacher is not None
+    assert pruner.distill_loss(other, X).item() == pytest.approx(8.0 * logits_loss(other, model(X), 2.0).item())
+    pruner.update_items_for_all_pruners(distill_loss_weight=0)
+    assert pruner.teacher is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"weigth": 1.0}, "did you mean 'weight'"),
+        ({"temperature": 0}, "distillation.temperature: 0 is not allowed. Allowed: a number above 0"),
+        ({"weight": -1}, "distillation.weight: -1 is not allowed"),
+    ],
+)
+def test_mistakes_are_named(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(sparse(**wrong))

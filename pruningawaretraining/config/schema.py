@@ -11,11 +11,22 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining import schedules  # noqa: F401  (importing it registers the schedules)
 from pruningawaretraining.config.editor import complete_schema
-from pruningawaretraining.config.strict import Amount, Count, Fraction, Share, Strict, Whole
+from pruningawaretraining.config.strict import Amount, Count, Fraction, Positive, Share, Strict, Whole
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import build, canonical, names, spelled
 
-__all__ = ["Amount", "Count", "ExampleInputs", "Fraction", "PruningConfig", "Rule", "Share", "Target", "json_schema"]
+__all__ = [
+    "Amount",
+    "Count",
+    "Distillation",
+    "ExampleInputs",
+    "Fraction",
+    "PruningConfig",
+    "Rule",
+    "Share",
+    "Target",
+    "json_schema",
+]
 
 UNCHECKED = {"names": "unchecked"}
 """Validation context of translated configs: names that a dialect's own table gave are looked up when they are built."""
@@ -145,6 +156,17 @@ class Rule(Strict):
         return self
 
 
+class Distillation(Strict):
+    """A teacher beside the pruned model, for ``pruner.distill_loss``."""
+
+    weight: Amount = Field(1.0, description="Weight of the teacher's part beside the loss of the task.")
+    temperature: Positive = Field(2.0, description="Temperature of the logits, above 0.")
+    features: list[str] = Field(
+        [], description="Modules whose outputs are compared too, by their names in both models."
+    )
+    feature_weight: Amount = Field(1.0, description="Weight of the features beside the logits.")
+
+
 class PruningConfig(Strict):
     """Everything that a pruner needs to know: the rules, in the order in which they act, and what the model takes."""
 
@@ -155,6 +177,9 @@ class PruningConfig(Strict):
     infer: bool = Field(False, description="The model is only loaded for inference: no masking, no regularising.")
     reset_optimizer: bool = Field(
         False, description="Clear the optimizer's state after removal; otherwise it is kept and sliced."
+    )
+    distillation: Distillation | None = Field(
+        None, description="Let a teacher take part in the loss: 'pruner.distill_loss(outputs, inputs)' in the loop."
     )
 
     @model_validator(mode="before")

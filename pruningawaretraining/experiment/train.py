@@ -109,9 +109,12 @@ def train_step(learner: Learner, images_BCHW: Tensor, labels_B: Tensor) -> tuple
     pruner, scaler = learner.pruner, learner.precision.scaler
     learner.optimizer.zero_grad(set_to_none=True)
     with learner.precision.autocast():
-        scores_BK = scores_of(learner.model(images_BCHW))
+        outputs = learner.model(images_BCHW)
+        scores_BK = scores_of(outputs)
         loss = functional.cross_entropy(scores_BK.float(), labels_B, label_smoothing=learner.label_smoothing)
-    penalised = loss if pruner is None else loss + pruner.slice_regularize(learner.model)
+        penalised = loss if pruner is None else loss + pruner.distill_loss(outputs, images_BCHW)
+    if pruner is not None:
+        penalised = penalised + pruner.slice_regularize(learner.model)
     scaler.scale(penalised).backward()  # type: ignore[no-untyped-call]
     scaler.unscale_(learner.optimizer)
     if pruner is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pruningawaretraining.config.dialects.base import check_window, native, note_ignored, schedule_name
-from pruningawaretraining.config.dialects.intel_keys import TAG_OF_PRUNERS, File2022, Flat2x, PrunerKeys
+from pruningawaretraining.config.dialects.intel_keys import TAG_OF_PRUNERS, File2022, FileKeys, Flat2x, PrunerKeys
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.registry import canonical, names, register, spelled
@@ -64,7 +64,7 @@ class Intel:
             ConfigError: an unknown key or a value that is not allowed.
         """
         mapping = {key: mapping[key] for key in mapping if key != "$schema"}
-        everywhere: PrunerKeys
+        everywhere: FileKeys
         if _is_2022(mapping):
             file = File2022.model_validate(mapping)
             for key in sorted(file.model_fields_set - {"pruning"}):
@@ -76,7 +76,8 @@ class Intel:
             if "backend" in flat.model_fields_set:
                 note_ignored("backend", "there is one")
             everywhere, pruners, prefix = flat, flat.pruning_configs, "pruning_configs"
-        return native(_rules(everywhere, pruners, prefix))
+        weight = everywhere.distill_loss_weight
+        return native(_rules(everywhere, pruners, prefix), distillation={"weight": weight} if weight else None)
 
 
 def _is_2022(mapping: Mapping[str, Any]) -> bool:

@@ -39,6 +39,10 @@ EXCLUDING = (
 """Names for layers to leave alone; all of them add up, those of the whole file and those of one pruner."""
 
 
+NOT_OF_RULES = ("parameters", "pruners", "pruning_configs", "backend", "distill_loss_weight")
+"""Keys that become no field of a rule by themselves."""
+
+
 class Parameters(Strict):
     """``parameters``."""
 
@@ -128,7 +132,7 @@ class PrunerKeys(Strict):
         out: dict[str, Any] = {}
         for key in type(self).model_fields:
             value = getattr(self, key)
-            if value is None or key in (*EXCLUDING, "parameters", "pruners", "pruning_configs", "backend"):
+            if value is None or key in (*EXCLUDING, *NOT_OF_RULES):
                 continue
             name = SAME.get(key, key)
             if out.setdefault(name, value) != value:
@@ -149,7 +153,13 @@ def _check_expression(entry: Any, where: str) -> None:
         raise ConfigError(f"{where}: {entry!r} is no regular expression: {error}") from error
 
 
-class Section(PrunerKeys):
+class FileKeys(PrunerKeys):
+    """What may be said of all pruners, or of the file as a whole."""
+
+    distill_loss_weight: Amount | None = Field(None, description="Weight of the teacher's part of the loss; 0: none.")
+
+
+class Section(FileKeys):
     """``pruning.approach.weight_compression_pytorch``: settings for all, and the pruners."""
 
     pruners: list[PrunerKeys] = Field([], description="One pruner each, with what differs from the settings for all.")
@@ -176,7 +186,7 @@ class File2022(Strict):
     pruning: PruningSection = Field(description="What to prune and how.")
 
 
-class Flat2x(PrunerKeys):
+class Flat2x(FileKeys):
     """The flat form of 2.x."""
 
     pruning_configs: list[PrunerKeys] = Field([], description="One pruner each, with what differs from the rest.")

@@ -24,6 +24,8 @@ PLAIN = {
 
 CRITERION = ("pruning_type", "criterion_reduce_type", "low_memory_usage")
 OTHERS = ("target_sparsity", "sparsity_decay_type", "pattern", "op_names", "reg_coeff", *CRITERION)
+DISTILL = "distill_loss_weight"
+"""Of the config as a whole, not of its rules."""
 FIELDS = tuple(field for field in Rule.model_fields if field not in ("name", "pattern"))
 
 
@@ -37,12 +39,17 @@ def updated(config: PruningConfig, items: Mapping[str, Any]) -> PruningConfig:
     Raises:
         ConfigError: an unknown key, or a value that is not allowed.
     """
+    items = dict(items)
+    whole = config.model_dump()
+    if DISTILL in items:
+        weight = items.pop(DISTILL)
+        whole["distillation"] = {**(whole["distillation"] or {}), "weight": weight} if weight else None
     renamed = {SAME.get(key, "excluded_op_names" if key in EXCLUDING else key): value for key, value in items.items()}
     for key in renamed:
         if key not in (*PLAIN, *OTHERS, *FIELDS, "excluded_op_names"):
-            raise ConfigError(unknown("update", key, [*PLAIN, *SAME, *OTHERS, *FIELDS, *EXCLUDING]))
+            raise ConfigError(unknown("update", key, [*PLAIN, *SAME, *OTHERS, *FIELDS, *EXCLUDING, DISTILL]))
     rules = [_changed(rule.model_dump(), renamed) for rule in config.rules]
-    return PruningConfig.model_validate({**config.model_dump(), "rules": rules}, context=UNCHECKED)
+    return PruningConfig.model_validate({**whole, "rules": rules}, context=UNCHECKED)
 
 
 def _changed(rule: dict[str, Any], items: Mapping[str, Any]) -> dict[str, Any]:
