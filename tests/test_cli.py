@@ -104,6 +104,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, changes: dict[str
         (["run", "demo.toml"], "demo.toml"),
         (["run", "{tmp}/broken.yaml"], "broken.yaml: line 3, column 1"),
         (["run", "{tmp}/list.yaml"], "it holds a list. Allowed: a mapping"),
+        (["run", "{tmp}/pruning.yaml"], "pruning.yaml: this is a pruning config, without model and data. Allowed: an"),
+        (["inspect", "{tmp}/pruning.yaml"], "an experiment config, whose 'pruning' may be 'pruning.yaml'"),
         (["run", "demmo"], "config: 'demmo' is not known; did you mean 'demo'? Allowed: cifar10_resnet56, demo, or"),
         (["inspect", "timm:resnet1"], "model.name: 'timm:resnet1' is not known; did you mean"),
         (["inspect", "resnet17"], "model.name: 'resnet17' is not known"),
@@ -116,6 +118,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, changes: dict[str
 def test_bad_arguments(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "broken.yaml").write_text("name: a\nmodel: {name: b\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "pruning.yaml").write_text("rules:\n  - target: {macs: 0.5}\n")
     result = pat(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
 

@@ -205,6 +205,7 @@ def load_experiment(source: str | os.PathLike[str] | Mapping[str, Any] | Experim
     if isinstance(source, Mapping):
         return ExperimentConfig.model_validate(_with_recipe(source))
     path = find_file(Path(source).expanduser())
+    _refuse_pruning_alone(path)
     values = _with_recipe(_anchored(read_mapping(path), path.parent))
     if isinstance(values.get("pruning"), str):
         values["pruning"] = load_config(values["pruning"])
@@ -212,6 +213,21 @@ def load_experiment(source: str | os.PathLike[str] | Mapping[str, Any] | Experim
         return ExperimentConfig.model_validate(values)
     except ConfigError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
+
+
+def _refuse_pruning_alone(path: Path) -> None:
+    """Say so where a file holds the pruning of an experiment instead of the experiment."""
+    values = read_mapping(path)
+    if {"model", "data", "pruning"} & set(values):
+        return
+    try:
+        load_config(values)
+    except (ConfigError, TypeError):
+        return  # neither the one nor the other: what is wrong with it as an experiment is said
+    raise ConfigError(
+        f"{path}: this is a pruning config, without model and data. Allowed: an experiment config, whose 'pruning' may "
+        f"be {path.name!r}"
+    )
 
 
 def _with_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
