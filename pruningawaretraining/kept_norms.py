@@ -85,6 +85,21 @@ def _normalised_axis(module: nn.LayerNorm, x: Tensor, output: Tensor) -> int:
         return -1 if torch.allclose(plain, output, atol=1e-4) else 1
 
 
+class KeptRMSNorm(KeptNorm):
+    """An RMSNorm over the kept channels only; see :class:`KeptNorm`."""
+
+    def __init__(self, module: nn.RMSNorm, device: torch.device) -> None:
+        super().__init__(module.normalized_shape[-1], device)
+
+    def __call__(self, module: nn.RMSNorm, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = _at_least_float(inputs[0])
+        keep = self._keep(x).to(x.dtype)
+        eps = torch.finfo(inputs[0].dtype).eps if module.eps is None else module.eps
+        x = x * keep
+        x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) / keep.sum() + eps)
+        return (x if module.weight is None else x * module.weight.to(x.dtype)).to(output.dtype)
+
+
 class KeptGroupNorm(KeptNorm):
     """A GroupNorm over the kept channels only (equally many in every group); see :class:`KeptNorm`."""
 
@@ -104,5 +119,6 @@ class KeptGroupNorm(KeptNorm):
 
 KEPT_NORMS: dict[type[nn.Module], Callable[[Any, torch.device], KeptNorm]] = {
     nn.LayerNorm: KeptLayerNorm,
+    nn.RMSNorm: KeptRMSNorm,
     nn.GroupNorm: KeptGroupNorm,
 }

@@ -36,6 +36,7 @@ from pruningawaretraining.patterns.stacking import check_stacking
 from pruningawaretraining.quantization import without_zero
 from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer
+from pruningawaretraining.rehearsal import rehearsed
 from pruningawaretraining.report.summary import Report
 from pruningawaretraining.run_state import (
     VERSION,
@@ -308,6 +309,7 @@ class Pruning:
             chosen.append((key, rule, selected - select(self.model, rule.exclude, names, f"{key}.exclude")))
         union = set().union(*(layers for _, _, layers in chosen))
         found = find_channels(self.model, self._inputs, union, self._forward_fn)
+        found = rehearsed(self.model, found, self._inputs, self._forward_fn)
         for name, reason in found.skipped.items():
             log.info("%s stays as it is: %s", name, reason)
         return ChannelPruner(self.model, found, chosen, self._inputs, self._forward_fn)

@@ -77,6 +77,22 @@ def remove(
     Raises:
         ModelError: nothing would be left of a layer, or a follower is no copy of the model.
     """
+    surgery = tried(model, grouping, keep_G, optimizers, followers, norms, graphs)
+    forget_compiled()
+    return surgery
+
+
+@torch.no_grad()
+def tried(
+    model: nn.Module,
+    grouping: Grouping,
+    keep_G: Tensor,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    followers: Iterable[nn.Module] = (),
+    norms: Mapping[str, Tensor] | None = None,
+    graphs: Iterable[ExportedGraph] = (),
+) -> Surgery:
+    """:func:`remove` for a moment, to be undone: compiled code is not forgotten."""
     kept = kept_indices(grouping, keep_G)
     bare = _bare_norm_widths(model, norms or {}, keep_G)
     surgery = Surgery()
@@ -91,7 +107,6 @@ def remove(
     except BaseException:
         surgery.undo()
         raise
-    forget_compiled()
     return surgery
 
 
@@ -165,7 +180,7 @@ def _update_widths(module: nn.Module, surgery: Surgery) -> None:
 
 
 def _set_norm_width(module: nn.Module, width: int, surgery: Surgery) -> None:
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         surgery.set_attribute(module, "normalized_shape", (width,))
     elif isinstance(module, nn.GroupNorm):
         surgery.set_attribute(module, "num_channels", width)

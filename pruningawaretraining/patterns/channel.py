@@ -65,6 +65,23 @@ class ChannelGroups:
         norms = {name: _restricted(groups, alive_G1, renumbered) for name, groups in self.norms.items()}
         return ChannelGroups(Grouping(self.grouping.name, tuple(members), sets), self.skipped, norms)
 
+    def without(self, reasons: dict[int, str]) -> ChannelGroups:
+        """The same without some sets, whose channels all stay.
+
+        Args:
+            reasons: number of a set -> why.
+        """
+        left = [number for number in range(len(self.grouping.sets)) if number not in reasons]
+        grouping = self.grouping.select_sets(left)
+        renumbered = torch.full((self.grouping.size + 1,), grouping.size, dtype=torch.int64)
+        for number, one in zip(left, grouping.sets, strict=True):
+            before = self.grouping.sets[number]
+            renumbered[before.start : before.stop] = torch.arange(one.start, one.stop)
+        norms = {name: renumbered[groups.cpu()] for name, groups in self.norms.items()}
+        norms = {name: groups for name, groups in norms.items() if bool((groups < grouping.size).any())}
+        skipped = {self.grouping.sets[number].name: reason for number, reason in reasons.items()}
+        return ChannelGroups(grouping, {**self.skipped, **skipped}, norms)
+
 
 def _restricted(groups: Tensor | None, alive_G1: Tensor, renumbered_G1: Tensor) -> Tensor:
     assert groups is not None
@@ -210,6 +227,7 @@ def _label(
     order: dict[str, int],
     skipped: dict[str, str],
 ) -> ChannelGroups:
+    modules = dict(model.named_modules())
     total = sum(len(components) for _, components in runs)
     highest = max((int(part.max()) for part in dependencies.components if len(part)), default=0)
     group_of = np.full(highest + 1, total, dtype=np.int64)
@@ -234,13 +252,22 @@ def _label(
         if len(groups) == 0 or (groups == total).all():
             continue
         members += _members(space, torch.from_numpy(groups), total)
-        if isinstance(space.owner, Norm):
-            norms[space.name] = torch.from_numpy(groups)
+        norm = _norm_of(space, modules)
+        if norm is not None:
+            norms[norm] = torch.from_numpy(groups)
         for number in np.unique(set_of[groups[groups < total]]):
             touched[number].append(space.name)
             topology[number].append(f"{type(space.owner).__name__}:{space.side}")
     named = tuple(_finish(one, touched[index], topology[index], order, model) for index, one in enumerate(sets))
     return ChannelGroups(Grouping("channel", tuple(members), named), skipped, norms)
+
+
+def _norm_of(space: Space, modules: dict[str, nn.Module]) -> str | None:
+    """The norm layer whose channels a space has, if it is one's."""
+    if isinstance(space.owner, Norm):
+        return space.name
+    owner = space.name.rpartition(".")[0]
+    return owner if isinstance(space.owner, nn.Parameter) and isinstance(modules.get(owner), nn.RMSNorm) else None
 
 
 def _finish(one: GroupSet, names: list[str], topology: list[str], order: dict[str, int], model: nn.Module) -> GroupSet:

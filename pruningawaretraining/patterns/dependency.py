@@ -26,6 +26,7 @@ from torch_pruning.dependency import index_mapping as mappings
 
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.inputs import ForwardFn, checked_call, differentiable, evaluating, float_tensors_of
+from pruningawaretraining.patterns.training_parts import mode_to_trace
 
 Indices = np.ndarray
 
@@ -112,9 +113,12 @@ def trace(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) ->
 
 
 def _build_graph(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> tp.DependencyGraph:
+    mode = mode_to_trace(model, inputs, forward_fn)
+
     def forward(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
         # The clone gives every output an operation of its own, so that a final layer is seen to feed an output.
-        outputs = [tensor.clone() for tensor in float_tensors_of(checked_call(model, inputs, forward_fn))]
+        with mode(model):
+            outputs = [tensor.clone() for tensor in float_tensors_of(checked_call(model, inputs, forward_fn))]
         return [tensor for tensor in outputs if tensor.grad_fn is not None]
 
     fast_path = torch.backends.mha.get_fastpath_enabled()

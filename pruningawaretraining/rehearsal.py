@@ -1,0 +1,99 @@
+"""A removal rehearsed before any training is spent on it: sets that cannot lose channels are left out, with the reason.
+
+Shape suffixes: ``_G`` groups.
+
+Models write widths into their code (a view, a constant that is added, attention heads). What a trace cannot see shows
+when a channel of every set is gone and the model runs on its example inputs; everything is put back at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruningawaretraining.errors import ModelError
+from pruningawaretraining.inputs import ForwardFn, outputs_of
+from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.quantization import resting
+from pruningawaretraining.removal import tried
+
+log = logging.getLogger(__name__)
+
+
+class _Rehearsal:
+    def __init__(self, model: nn.Module, found: ChannelGroups, inputs: Any, forward_fn: ForwardFn | None) -> None:
+        self.model, self.found, self.inputs, self.forward_fn = model, found, inputs, forward_fn
+        self.reasons: dict[int, str] = {}
+
+    def problem(self, numbers: Sequence[int]) -> str:
+        """Why the model does not run when each of these sets has lost its first channel; "" if it does."""
+        keep_G = torch.ones(self.found.grouping.size, dtype=torch.bool)
+        for number in numbers:
+            one = self.found.grouping.sets[number]
+            if one.size > 1:
+                keep_G[one.start] = False
+        if bool(keep_G.all()):
+            return ""
+        surgery = tried(self.model, self.found.grouping, keep_G, norms=self.found.norms)
+        try:
+            with resting(self.model):
+                outputs_of(self.model, self.inputs, self.forward_fn)
+        except ModelError as error:
+            lines = str(error.__cause__ or error).strip().splitlines()
+            return lines[0] if lines else type(error.__cause__ or error).__name__
+        finally:
+            surgery.undo()
+        return ""
+
+    def able(self, numbers: Sequence[int]) -> list[int]:
+        """The sets that can lose channels, together: halves are tried until the others are found."""
+        problem = self.problem(numbers)
+        if not problem:
+            return list(numbers)
+        if len(numbers) == 1:
+            self.reasons[numbers[0]] = problem
+            return []
+        middle = len(numbers) // 2
+        left, right = self.able(numbers[:middle]), self.able(numbers[middle:])
+        if len(left) + len(right) < len(numbers) and not self.problem([*left, *right]):
+            return [*left, *right]
+        for number in right:
+            problem = self.problem([*left, number])
+            if problem:
+                self.reasons[number] = problem
+            else:
+                left.append(number)
+        return left
+
+
+def rehearsed(
+    model: nn.Module, found: ChannelGroups, inputs: Any, forward_fn: ForwardFn | None = None
+) -> ChannelGroups:
+    """The groups whose removal the model survives; each set that is left out is a warning with the reason.
+
+    Args:
+        model: the model; it is as before afterwards.
+        found: its channel groups.
+        inputs, forward_fn: how to run it.
+
+    Raises:
+        ModelError: nothing is left.
+    """
+    rehearsal = _Rehearsal(model, found, inputs, forward_fn)
+    if len(rehearsal.able(range(len(found.grouping.sets)))) == len(found.grouping.sets):
+        return found
+    reasons = {
+        number: f"without some of its channels the model does not run ({reason})"
+        for number, reason in sorted(rehearsal.reasons.items())
+    }
+    left = found.without(reasons)
+    for number, reason in reasons.items():
+        log.warning("%s stays as it is: %s", found.grouping.sets[number].name, reason)
+    if left.grouping.size == 0:
+        shown = "; ".join(f"{name}: {reason}" for name, reason in list(left.skipped.items())[:4])
+        raise ModelError(f"model: {type(model).__name__} has no prunable channel group. {shown}")
+    return left

@@ -1,0 +1,141 @@
+"""What a trace cannot see: sets whose channels cannot go are found before training and left out, with the reason."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pruningawaretraining import Pruning
+from pruningawaretraining.errors import ModelError
+
+CONFIG = {"rules": [{"target": {"sparsity": 0.5}, "start": 0, "end": 0}]}
+
+
+class Residual(nn.Module):
+    """The model's input is added to one layer's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.f = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x + self.b(torch.relu(self.a(x))))
+
+
+class Constant(Residual):
+    """A buffer is multiplied in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.b(torch.relu(self.a(x))) * self.scale)
+
+
+class Attention(nn.Module):
+    """The width of heads comes from the tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(5, 16), nn.LayerNorm(16)
+        self.qkv, self.o = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.down, self.head = nn.Linear(16, 64), nn.Linear(64, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        batch, length, width = x.shape
+        split = self.qkv(self.norm(x)).split(width, 2)
+        q, k, v = (part.view(batch, length, 4, width // 4).transpose(1, 2) for part in split)
+        y = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width)
+        x = x + self.o(y)
+        return self.head((x + self.down(functional.gelu(self.up(x)))).mean(1))
+
+
+class RootMeanSquare(nn.Module):
+    """RMSNorm on a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(5, 8), nn.RMSNorm(8)
+        self.up, self.down, self.head = nn.Linear(8, 24), nn.Linear(24, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(x + self.down(functional.silu(self.up(self.norm(x)))))
+
+
+CASES: dict[str, tuple[type[nn.Module], tuple[int, ...], set[str], set[str]]] = {  # left out, pruned
+    "input": (Residual, (2, 8), {"b"}, {"a"}),
+    "buffer": (Constant, (2, 8), {"b"}, {"a"}),
+    "attention": (Attention, (2, 6, 5), {"embed"}, {"up"}),
+    "RMSNorm": (RootMeanSquare, (2, 5), set(), {"embed", "up"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_go_stays_and_the_rest_goes(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    kind, shape, stay, go = CASES[case]
+    torch.manual_seed(0)
+    model, inputs = kind(), torch.randn(shape)
+    before = copy.deepcopy(model.state_dict())
+    expected = model(inputs)
+    with caplog.at_level(logging.WARNING):
+        pruner = Pruning(model, CONFIG, example_inputs=inputs)
+    assert torch.equal(model(inputs), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert set(pruner.masks) == go
+    for name in stay:
+        assert f"{name} stays as it is: without some of its channels the model does not run (" in caplog.text
+    pruner.prune(model, 0)
+    widths = {name: module.out_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert all(widths[name] == len(before[f"{name}.weight"]) // 2 for name in go)
+    assert all(widths[name] == len(before[f"{name}.weight"]) for name in stay)
+    assert model(inputs).shape == expected.shape
+
+
+def test_a_model_in_which_nothing_can_go_is_refused_at_once() -> None:
+    class Only(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.f = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(x + self.a(x))
+
+    model = Only()
+    with pytest.raises(ModelError, match="Only has no prunable channel group. .*a: without some of its channels"):
+        Pruning(model, CONFIG, example_inputs=torch.randn(2, 8))
+    assert model.a.weight.shape == (8, 8)
+
+
+class Auxiliary(nn.Module):
+    """A head that only training runs reads the trunk's channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.norm = nn.Linear(6, 16), nn.BatchNorm1d(16)
+        self.main = nn.Linear(16, 3)
+        self.side = nn.Sequential(nn.Dropout(0.5), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = torch.relu(self.norm(self.trunk(x)))
+        return (self.main(x), self.side(x)) if self.training else self.main(x)
+
+
+def test_heads_that_only_training_runs_follow() -> None:
+    model, inputs = Auxiliary(), torch.randn(4, 6)
+    state = torch.get_rng_state()
+    pruner = Pruning(model, CONFIG, example_inputs=inputs)
+    assert torch.equal(torch.get_rng_state(), state) and model.norm.num_batches_tracked == 0
+    assert set(pruner.masks) == {"trunk", "side.1"}
+    pruner.prune(model, 0)
+    assert (model.trunk.out_features, model.side[1].in_features, model.side[1].out_features) == (8, 8, 4)
+    model.train()
+    sum(out.sum() for out in model(inputs)).backward()
+    assert model.side[1].weight.grad is not None
