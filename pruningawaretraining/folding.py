@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from pruningawaretraining import fused
 from pruningawaretraining.grouping import Grouping, Member
 
 
@@ -34,6 +36,17 @@ class Fold:
     shape: tuple[int, ...]
     reduced: tuple[int, ...]
     spread_shape: tuple[int, ...]
+
+    @cached_property
+    def flat(self) -> tuple[int, int, int] | None:
+        """(P, R, Q): slots run along P and Q, groups along R between them; None where a group runs along two."""
+        inside = [axis in self.reduced for axis in range(len(self.shape))]
+        if not any(inside):
+            return self.shape[0], 1, math.prod(self.shape[1:])
+        first, last = inside.index(True), len(inside) - inside[::-1].index(True)
+        if not all(inside[first:last]):
+            return None
+        return math.prod(self.shape[:first]), math.prod(self.shape[first:last]), math.prod(self.shape[last:])
 
     def view(self, values_W: Tensor) -> Tensor:
         """The folded view of a tensor shaped like the member; it shares the tensor's memory."""
@@ -144,8 +157,15 @@ def fill_groups(member: Member, values_W: Tensor, chosen_S: Tensor, value: float
     fold = fold_of(member)
     if fold is None:
         values_W.masked_fill_(member.spread(chosen_S, outside=0.0).bool(), value)
-    else:
-        fold.view(values_W).masked_fill_(chosen_S.view(fold.spread_shape), value)
+        return
+    view_F = fold.view(values_W)
+    kernels = fused.kernels() if value == 0.0 and fold.flat is not None and fused.fits(view_F) else None
+    if kernels is None or fold.flat is None or not chosen_S.is_contiguous():
+        view_F.masked_fill_(chosen_S.view(fold.spread_shape), value)
+        return
+    across, inside, along = fold.flat
+    chosen_PQ = chosen_S.view(torch.uint8).view(across, along)
+    kernels.clear_chosen(view_F.view(across, inside, along).numpy(), chosen_PQ.numpy())
 
 
 def entry_vectors(member: Member, values_W: Tensor) -> Tensor:

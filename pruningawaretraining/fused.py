@@ -4,7 +4,8 @@ PyTorch has no operation that sums a matrix's squares along both dimensions in o
 along both: from its own, several passes are made, and these wait for memory. Everything here is float32, contiguous and
 on the CPU; without numba :func:`kernels` is None, and its callers use PyTorch's operations.
 
-Shape suffixes: ``_ON`` a weight as a matrix of its first dimension and all the others, ``_O``, ``_N`` along these.
+Shape suffixes: ``_ON`` a weight as a matrix of its first dimension and all the others, ``_O``, ``_N`` along these;
+``_PRQ`` a weight seen as places that are chosen one by one (P, Q) and, between them, alike (R).
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ class Kernels:
         add_scaled: ``(g_ON, w_ON, rows, factor_O, factor_N)``: ``g += w * (factor_O + factor_N)`` on some rows.
         clear: ``(w_ON, cleared_O, columns)``: set some rows, and some columns of the others, to 0.
         shrink_rows: ``(source_ON, target_ON, threshold_O)``: shorten every row by a threshold, to 0 at least.
+        clear_chosen: ``(w_PRQ, chosen_PQ)``: set the chosen entries (uint8, 1 = chosen) to 0 at every R.
     """
 
     add_square_sums: Kernel
     add_scaled: Kernel
     clear: Kernel
     shrink_rows: Kernel
+    clear_chosen: Kernel
 
 
 def _add_square_sums(w_ON: Any, rows: Any, sums_O: Any, sums_N: Any) -> None:
@@ -112,6 +115,26 @@ def _clear(w_ON: Any, cleared_O: Any, columns: Any) -> None:
                 w_ON[o, n] = 0
 
 
+def _clear_chosen(w_PRQ: Any, chosen_PQ: Any) -> None:
+    """Rows in which all that is chosen is 0 already are only read."""
+    for p in range(w_PRQ.shape[0]):
+        chosen = chosen_PQ[p]
+        if w_PRQ.shape[2] == 1:
+            if chosen[0]:
+                for r in range(w_PRQ.shape[1]):
+                    w_PRQ[p, r, 0] = 0
+            continue
+        for r in range(w_PRQ.shape[1]):
+            row, found = w_PRQ[p, r], chosen[0] & 0
+            for q in range(len(row)):
+                if row[q] != 0:
+                    found |= chosen[q]
+            if found:
+                for q in range(len(row)):
+                    if chosen[q]:
+                        row[q] = 0
+
+
 def _shrink_rows(source_ON: Any, target_ON: Any, threshold_O: Any) -> None:
     """Two rows at a time, each from a half of its own; while a row is written, the next one's norm is summed."""
     rows, half = source_ON.shape[0], source_ON.shape[0] // 2
@@ -172,6 +195,7 @@ def kernels() -> Kernels | None:
         compiled(_add_scaled, matrix, matrix, rows, vector, vector),
         compiled(_clear, matrix, flags, rows),
         compiled(_shrink_rows, matrix, matrix, vector),
+        compiled(_clear_chosen, numba.float32[:, :, ::1], numba.uint8[:, ::1]),
     )
 
 
