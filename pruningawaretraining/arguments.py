@@ -64,12 +64,18 @@ def epoch_of(given: Any) -> int:
 
 
 def check_inputs(given: Any) -> None:
-    """Refuse example inputs in which there is no tensor.
+    """Refuse example inputs in which there is no tensor, or one that shows nothing.
 
     Raises:
-        ModelError: there is none; what a shape should have been is said.
+        ModelError: there is none; what a shape should have been is said. Or a tensor is empty, or not finite.
     """
-    if given is None or any(True for _ in tensors_of(given)):
+    tensors = [] if given is None else list(tensors_of(given))
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            raise ModelError(f"example_inputs: a tensor of shape {tuple(tensor.shape)} is empty. Allowed: one example")
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise ModelError("example_inputs: a tensor holds NaN or infinity, with which no removal can be checked")
+    if given is None or tensors:
         return
     sizes = isinstance(given, (list, tuple)) and len(given) > 0 and all(isinstance(one, int) for one in given)
     meant = f": for a shape, torch.randn{tuple(given)}" if sizes else ""

@@ -137,7 +137,20 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
         "record": describe() if describe is not None else (record_of(model) or {}),
     }
     metadata = {KEY: json.dumps(description), "format": "pt"}
-    return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    return write_atomically(path, lambda temporary: _save(tensors, temporary, metadata))
+
+
+def _save(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
+    """safetensors' own writer, but equal contents give equal bytes: it leaves the order of the metadata to chance."""
+    save_file(tensors, path, metadata)
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(written) <= size:
+            file.seek(8)
+            file.write(written.ljust(size))
 
 
 def _module(model: Any) -> nn.Module:

@@ -281,10 +281,15 @@ class ElementPruner:
     def rebuild(self, optimizers: Optimizers) -> None:
         """Label the weights anew after channels have been removed; rules that had begun keep their sparsity."""
         for number, old in enumerate(self.rules):
+            new = make_rule(self.model, old.key, old.rule, old.pattern, old.stacked)
+            if _same_tensors(old, new):  # nothing of it has gone: what it has gathered stays
+                if new.collector is not None:
+                    new.collector.detach()
+                continue
             old.masks.clear()
             if old.collector is not None:
                 old.collector.detach()
-            new = self.rules[number] = make_rule(self.model, old.key, old.rule, old.pattern, old.stacked)
+            self.rules[number] = new
             new.state = old.state
             new.state.begun, new.state.part = None, 0
             if not old.state.event or (old.rule.release and old.state.phase == "finetune"):
@@ -318,6 +323,11 @@ class ElementPruner:
         for one, values in zip(self.rules, state["rules"], strict=True):
             _load(one, values)
         self.count = int(state["count"])
+
+
+def _same_tensors(old: ElementRule, new: ElementRule) -> bool:
+    before, after = old.grouping.members, new.grouping.members
+    return len(before) == len(after) and all(a.parameter is b.parameter for a, b in zip(before, after, strict=True))
 
 
 def _state_of(one: ElementRule) -> dict[str, Any]:

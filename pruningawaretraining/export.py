@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruningawaretraining import onnx_graph
 from pruningawaretraining.errors import ConfigError, ModelError
@@ -105,6 +105,19 @@ def export_onnx(
     relative = difference / max(scale, 1e-12)
     _LOG.info("%s: opset %d, largest difference %.3g (%.2g of the output)", path, version, difference, relative)
     return ExportResult(path, difference, exporter, version, graph.input_names, graph.output_names, relative, sizes)
+
+
+def check_opset(exporter: str, opset: int, key: str = "opset") -> None:
+    """Refuse an opset that an exporter does not write, by the export of one linear layer.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            export_onnx(nn.Linear(2, 2), torch.zeros(2, 2), Path(folder) / "m.onnx", exporter=exporter, opset=opset)
+        except (ConfigError, ModelError) as error:
+            raise ConfigError(f"{key}: {opset} is refused. {error}") from error
 
 
 def _properties(graph: Graph, exporter: str, metadata: Mapping[str, object] | None) -> dict[str, str]:

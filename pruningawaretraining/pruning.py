@@ -126,6 +126,7 @@ class Pruning:
         self._graphs: list[ExportedGraph] = []
         self._model: nn.Module | None = None
         self._known_steps: Steps | None = None
+        self._described: dict[str, Any] = {}  # what save_pruned writes once this pruner is gone
         self._channels: ChannelPruner | None = None
         self._elements: ElementPruner | None = None
         self._channel_rules: list[tuple[str, Rule]] = []
@@ -177,8 +178,8 @@ class Pruning:
             log.warning(
                 "%s: its fake quantizer does not keep zeros: what is masked has an influence until it is removed", name
             )
-        this = weakref.ref(self)
-        describe_with(self._model, lambda: {} if (pruner := this()) is None else pruner.describe())
+        this, last = weakref.ref(self), self._described
+        describe_with(self._model, lambda: dict(last) if (pruner := this()) is None else pruner.describe())
 
     def _take_over(self) -> None:
         """Be the pruner of the model: an earlier one that has not begun yet retires, as after a notebook's second run.
@@ -557,11 +558,15 @@ class Pruning:
         if not self._active or self._ended:
             return
         self._begun = True
-        if self._channel_rules:
-            self._tell_all(self.engine.prune(epoch, self._surroundings()), log)
+        lines = self.engine.prune(epoch, self._surroundings()) if self._channel_rules else []
+        self._tell_all(lines, log)
         if self._elements is not None:  # after the channels, on those that are left
-            self._tell_all(self._elements.tick("epoch", epoch, self._steps.optimizers), log)
+            finer = self._elements.tick("epoch", epoch, self._steps.optimizers)
+            self._tell_all(finer, log)
+            lines = [*lines, *finer]
         self._steps.end_round()
+        if lines:
+            self._described.update(self.describe())
 
     def update_items_for_all_pruners(self, **items: Any) -> None:
         """Change settings of all rules before training begins.
@@ -588,6 +593,7 @@ class Pruning:
             return
         self.engine.remove(self._surroundings())
         self._steps.end_round()
+        self._described.update(self.describe())
 
     def _check_same(self, model: nn.Module | None) -> None:
         if model is not None:
@@ -772,6 +778,7 @@ class Pruning:
         """
         return {
             "version": VERSION,
+            "config": self.config.model_dump(mode="json"),
             "steps": self.steps,
             "ended": self._ended,
             "channels": None if self._channels is None else self._channels.state_dict(),
@@ -791,6 +798,7 @@ class Pruning:
                 has; model, optimizers and masks are as they were.
         """
         check_version(state)
+        self._warn_of_another_config(state.get("config"))
         with all_or_nothing([self.model, *self._followers]) as undo:
             steps, ended = int(state["steps"]), bool(state["ended"])
             if self._inputs is None and state["inputs"] is not None:
@@ -807,6 +815,16 @@ class Pruning:
             set_rng_state(state["rng"])
         self._steps.count, self._ended = steps, ended
         self._begun = self._begun or steps > 0
+
+    def _warn_of_another_config(self, before: Any) -> None:
+        """Rules may be changed between runs, but not by mistake."""
+        now = self.config.model_dump(mode="json")
+        for number, (mine, saved) in enumerate(zip(now["rules"], (before or now)["rules"], strict=False)):
+            different = [
+                f"{key} was {saved.get(key)!r} and is {mine[key]!r}" for key in mine if saved.get(key) != mine[key]
+            ]
+            if different:
+                log.warning("state: it was saved with another rules[%d]: %s", number, "; ".join(different))
 
     def _load_channels(self, state: Mapping[str, Any], undo: list[Callable[[], None]]) -> None:
         if self._channels is None and self._inputs is not None and self.config.infer and self._channel_rules:
@@ -895,6 +913,8 @@ class Pruner:
         macs: float | None = None,
         **options: Any,
     ) -> None:
+        if total_steps is not None and (not isinstance(total_steps, int) or total_steps < 1):
+            raise ConfigError(f"total_steps: {total_steps!r} is not allowed. Allowed: a whole number, 1 or more")
         if end_epoch is None:
             end_epoch = start_epoch + (10 if total_steps is None else total_steps) - 1
         elif total_steps is not None:

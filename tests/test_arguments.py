@@ -33,6 +33,8 @@ def model() -> nn.Module:
         ((model(), CONFIG), {"optimizer": [1]}, ConfigError, "optimizer: 1 is a int"),
         ((model(), CONFIG), {"example_inputs": "image"}, ModelError, "example_inputs: 'image' holds no tensor"),
         ((model(), CONFIG), {"example_inputs": (1, 3, 8, 8)}, ModelError, "for a shape, torch.randn(1, 3, 8, 8)"),
+        ((model(), CONFIG), {"example_inputs": torch.zeros(0, 3, 8, 8)}, ModelError, "(0, 3, 8, 8) is empty"),
+        ((model(), CONFIG), {"example_inputs": EXAMPLE * float("nan")}, ModelError, "holds NaN or infinity"),
         ((model(), CONFIG), {"ema": 0.999}, ConfigError, "ema: 0.999 is a float"),
     ],
 )
@@ -95,3 +97,8 @@ def test_the_three_line_form_takes_both_targets() -> None:
     assert pruner.sparsity >= 0.25 and pruner.macs.fraction <= 0.9
     with pytest.raises(ConfigError, match="target"):
         Pruner(model(), example_inputs=EXAMPLE)
+    for steps in (0, -2, 1.5):
+        with pytest.raises(
+            ConfigError, match=f"total_steps: {steps} is not allowed. Allowed: a whole number, 1 or more"
+        ):
+            Pruner(model(), 0.5, total_steps=steps, example_inputs=EXAMPLE)

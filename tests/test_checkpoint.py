@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -186,3 +187,25 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() != before
     with pytest.raises(CheckpointError, match="there is no file"):
         load_pruned(dense("groupnorm"), tmp_path / "n.safetensors")
+
+
+def test_equal_models_give_equal_bytes(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    found = {save_pruned(model, tmp_path / f"{number}.safetensors").read_bytes() for number in range(8)}
+    assert len(found) == 1
+    assert sorted(load_pruned(model, tmp_path / "0.safetensors").state_dict()) == sorted(model.state_dict())
+
+
+def test_what_a_pruner_did_is_saved_after_the_pruner_is_gone(tmp_path: Path) -> None:
+    def pruned() -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=torch.randn(1, 4))
+        pruner.prune(model, 0)
+        return model
+
+    model = pruned()
+    gc.collect()
+    save_pruned(model, tmp_path / "p.safetensors")
+    again = load_pruned(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), tmp_path / "p.safetensors")
+    pruner = Pruning(again, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=torch.randn(1, 4))
+    assert (pruner.phase, pruner.sparsity, pruner.macs.dense) == ("finetune", 0.5, 48)

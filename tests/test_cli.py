@@ -71,6 +71,12 @@ RULE: dict[str, Any] = {"target": {"macs": 0.6}}
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"epoch": 3}, "epoch: 'epoch' is not known; did you mean 'epochs'"),
     ({"epochs": 0}, "epochs: 0 is not allowed. Allowed: a whole number of 1 or more"),
+    ({"onnx": {"opset": 3}}, "onnx.opset: 3 is refused. "),
+    ({"data": {"name": "digits", "std": [0]}}, "data.std[0]: 0 is not allowed. Allowed: a number above 0"),
+    (
+        {"epochs": 3, "scheduler": {"name": "OneCycleLR", "kwargs": {"max_lr": 0.01, "total_steps": 2}}},
+        "scheduler.kwargs: OneCycleLR fails after epoch 2 of 3: Tried to step 3 times",
+    ),
     ({"optimizer": {"name": "SDG"}}, "optimizer.name: 'SDG' is not known; did you mean 'SGD'"),
     ({"scheduler": {"name": "Cosine"}}, "scheduler.name: 'Cosine' is not known; did you mean 'CosineAnnealingLR'"),
     ({"pruning": {"rules": [{**RULE, "layers": ["conv2"]}]}}, "layers"),
@@ -121,6 +127,16 @@ def test_bad_arguments(tmp_path: Path, arguments: list[str], message: str) -> No
     (tmp_path / "pruning.yaml").write_text("rules:\n  - target: {macs: 0.5}\n")
     result = pat(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_folder_of_the_same_name_does_not_hide_a_shipped_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("")
+    result = pat("demo", "--out", tmp_path / "taken")  # it gets as far as the folder for its results
+    assert result.exit_code == 2 and "taken' is a file. Allowed: a folder" in result.stderr
 
 
 def test_debug_adds_the_traceback(tmp_path: Path) -> None:

@@ -489,3 +489,21 @@ def test_the_flat_form_trains() -> None:
     query = model.layer[1].attention["self"]["query"].weight
     assert ((query == 0).view(16, 4, 4).sum(-1) == 2).all()
     assert pruner.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_removal_elsewhere_leaves_what_a_rule_has_gathered() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+    channels = {"layers": ["0"], "target": {"sparsity": 0.5}, "start": 0, "end": 1, "application": "remove"}
+    finer = {"pattern": "2:4", "layers": ["4"], "criterion": "snip_momentum", "target": {"sparsity": 0.5}, "start": 9}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    example = torch.randn(4, 6)
+    pruner = Pruning(model, {"rules": [channels, finer]}, example_inputs=example, optimizer=optimizer)
+    model(example).square().sum().backward()
+    optimizer.step()
+    gathered = pruner.state_dict()["elements"]["rules"][0]["collector"]
+    pruner.prune(model, 0)
+    assert model[0].out_features == 6
+    kept = pruner.state_dict()["elements"]["rules"][0]["collector"]
+    assert kept["steps"] == gathered["steps"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(kept["scores"], gathered["scores"], strict=True))

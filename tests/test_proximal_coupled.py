@@ -255,6 +255,30 @@ def test_wrong_controllers_are_refused(options: dict[str, Any], error: type[Exce
         LambdaController.for_macs(optimizer, grouper, **{"target": 0.5, "start": 5, "end": 20, **options})
 
 
+@pytest.mark.parametrize("healing", [31, 40])
+def test_healing_begins_where_the_controller_ends(healing: int) -> None:
+    model = residual()
+    grouper = CoupledChannelGrouper(model, INPUTS[:1], max_sparsity=0.9)
+    late = PruneOptimizer(torch.optim.SGD(grouper.param_groups(), lr=0.05), 0, healing)
+    with pytest.raises(ConfigError, match=f"end: 30 is not healing_start_step, {healing}"):
+        LambdaController.for_macs(late, grouper, 0.5, 0, 30)
+    optimizer = PruneOptimizer(torch.optim.SGD(grouper.param_groups(), lr=0.05))
+    controller = LambdaController.for_macs(optimizer, grouper, 0.5, 0, 30, every=5)
+    assert optimizer.healing_start_step == 30
+    reached = []
+    for _ in range(45):
+        train(model, optimizer)
+        controller.step()
+        reached.append(optimizer.relative_sparsity)
+    assert len(set(reached[30:])) == 1 and controller.cost(~grouper.zeroed_G()) <= 0.5 * controller.dense
+
+
+def test_nothing_to_remove_is_said() -> None:
+    grouper, _ = coupled(residual())
+    with pytest.raises(ConfigError, match="removal_rule: no channel is 0 yet"):
+        grouper.removal_rule()
+
+
 def test_a_grouper_of_no_param_group_is_refused() -> None:
     model = residual()
     _, optimizer = coupled(model)

@@ -281,3 +281,16 @@ def test_the_state_is_plain() -> None:
 
     state = trained(CONFIGS["both"], 4)[2].state_dict()
     assert kinds(state) <= {dict, list, tuple, str, int, float, bool, type(None), Tensor}
+
+
+def test_a_state_of_another_config_is_remarked(caplog: pytest.LogCaptureFixture) -> None:
+    def pruner(macs: float) -> Pruning:
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        return Pruning(model, {"rules": [{"target": {"macs": macs}}]}, example_inputs=torch.randn(1, 4))
+
+    state = pruner(0.5).state_dict()
+    with caplog.at_level("WARNING"):
+        pruner(0.5).load_state_dict(state)
+        assert not caplog.records
+        pruner(0.7).load_state_dict(state)
+    assert "saved with another rules[0]: target was " in caplog.text and "'macs': 0.5" in caplog.text

@@ -91,7 +91,9 @@ def _torchvision(config: DataConfig) -> DataSet:
         train, test = (getattr(datasets, name)(root, train=part, download=config.download) for part in (True, False))
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
-        allowed = f"a folder that holds {name}, or one to download it to with data.download: true"
+        inside = getattr(getattr(datasets, name), "base_folder", f"{name}/raw")
+        laid_out = f"a folder with {name} as torchvision lays it out ({inside})"
+        allowed = f"{laid_out}, or one to download it to with data.download: true"
         raise ConfigError(f"data.root: {root!r} does not give {name}: {reason}. Allowed: {allowed}") from error
     parts = [(np.asarray(one.data), np.asarray(one.targets, dtype=np.int64)) for one in (train, test)]
     return _in_memory(config, parts[0], parts[1], tuple(train.classes))

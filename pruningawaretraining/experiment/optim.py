@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,26 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {config.name} refuses {_given(config.lr, config.kwargs)}: {error}") from error
     return optimizer
+
+
+def check_scheduler(config: ExperimentConfig) -> None:
+    """Refuse a schedule that does not last as long as the training, before the training.
+
+    Raises:
+        ConfigError: a step of it fails.
+    """
+    scheduler = build_scheduler(config, build_optimizer(config.optimizer, nn.Linear(1, 1)))
+    if scheduler is None or config.scheduler is None:
+        return
+    for epoch in range(config.epochs):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that no step of the optimizer came before
+                step_scheduler(scheduler, 0.0)
+        except (ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
+            raise ConfigError(
+                f"scheduler.kwargs: {config.scheduler.name} fails after epoch {epoch} of {config.epochs}: {error}"
+            ) from error
 
 
 def build_scheduler(config: ExperimentConfig, optimizer: torch.optim.Optimizer) -> Scheduler | None:

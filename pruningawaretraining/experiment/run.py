@@ -22,6 +22,7 @@ from pruningawaretraining.experiment.runner import Runner
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.state import check_same, load_state
 from pruningawaretraining.experiment.tracking import Watch
+from pruningawaretraining.export import check_opset
 from pruningawaretraining.report.html import write_report
 
 
@@ -50,6 +51,8 @@ def run_experiment(
             is not touched then.
     """
     folder, display = config.folder(), Display(console, watch)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out: {str(folder)!r} is a file. Allowed: a folder, which is made if need be")
     if resume and (folder / record.SUMMARY).is_file():
         _check_finished(config, folder)
         display.say(f"{folder} is finished")
@@ -67,6 +70,8 @@ def _run(config: ExperimentConfig, resume: bool, display: Display) -> dict[str, 
     folder = config.folder()
     resolved = config.model_dump(mode="json")
     runner = Runner(config, load_data(config.data), find_device(config.device), display)
+    if config.onnx is not None and config.onnx.opset is not None:
+        check_opset(config.onnx.exporter, config.onnx.opset, "onnx.opset")
     runner.new_stage("pruned")  # bad input is found before anything is written or trained
     record.clear_temporary(folder)
     if resume and (folder / record.CHECKPOINT).is_file():

@@ -19,7 +19,13 @@ from pruningawaretraining.experiment.calibration import SourceBatches, loss_of
 from pruningawaretraining.experiment.data import Batch, DataSet, Pipeline
 from pruningawaretraining.experiment.display import Display, StageDisplay
 from pruningawaretraining.experiment.finish import Trained, prunes, save_dense
-from pruningawaretraining.experiment.optim import Scheduler, build_optimizer, build_scheduler, step_scheduler
+from pruningawaretraining.experiment.optim import (
+    Scheduler,
+    build_optimizer,
+    build_scheduler,
+    check_scheduler,
+    step_scheduler,
+)
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.state import RunState, rng_state, save_state, set_rng_state
 from pruningawaretraining.experiment.train import Learner, Precision, evaluate, scores_of, train_epoch
@@ -104,6 +110,7 @@ class Runner:
         config, model = self.config, self.new_model()
         _check_scores(model, self.images[:1], len(self.data.classes))
         optimizer = build_optimizer(config.optimizer, model)
+        check_scheduler(config)
         scheduler = build_scheduler(config, optimizer)
         pruner = None
         if name == "pruned":

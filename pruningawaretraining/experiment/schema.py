@@ -19,7 +19,7 @@ from pruningawaretraining.config.dialects.sparseml_keys import RateFunction, Set
 from pruningawaretraining.config.editor import complete_schema
 from pruningawaretraining.config.load import find_file, read_mapping
 from pruningawaretraining.config.recipe import is_recipe, load_recipe
-from pruningawaretraining.config.strict import Amount, Count, Fraction, Strict, within
+from pruningawaretraining.config.strict import Amount, Count, Fraction, Positive, Strict, within
 from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.registry import canonical
 
@@ -86,7 +86,7 @@ class DataConfig(Strict):
     mean: list[float] | None = Field(
         None, description="Mean of each channel in [0, 1] for normalisation; absent: that of the training images."
     )
-    std: list[Amount] | None = Field(None, description="Standard deviation of each channel; absent: as with mean.")
+    std: list[Positive] | None = Field(None, description="Standard deviation of each channel; absent: as with mean.")
     train_fraction: Fraction = Field(1.0, description="Use only so much of the training images: a fixed random part.")
     workers: Seed = Field(4, description="Decoding processes for an 'imagefolder' that does not fit in memory.")
     memory_gib: Amount = Field(4.0, description="An 'imagefolder' below this size is decoded once and kept in memory.")

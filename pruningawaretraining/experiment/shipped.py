@@ -24,8 +24,10 @@ def find_config(name: str) -> Path:
         ConfigError: there is neither, and it does not look like a path.
     """
     path, shipped = Path(name), shipped_configs()
-    if path.exists() or path.suffix or len(path.parts) > 1:
+    if path.suffix or len(path.parts) > 1 or path.is_file():
         return path
     if name not in shipped:
+        if path.exists():
+            return path
         raise ConfigError(unknown("config", name, shipped) + ", or the path of a .yaml or .json file")
     return shipped[name]

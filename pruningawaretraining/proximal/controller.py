@@ -25,6 +25,7 @@ from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.proximal.coupled import CoupledChannelGrouper, CoupledGrouper
 from pruningawaretraining.proximal.optimizer import PruneOptimizer, advanced
 from pruningawaretraining.proximal.options import number, whole
+from pruningawaretraining.proximal.wrapper import NEVER
 from pruningawaretraining.schedules import sparsity_at
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ class LambdaController:
         cost: keep mask -> cost, falling with every group that goes, such as
             :func:`pruningawaretraining.costs.macs.macs_cost`.
         target: fraction of the dense cost that is kept, in (0, 1].
-        start, end: steps of the optimizer between which the budget falls.
+        start, end: steps of the optimizer between which the budget falls. Healing begins at ``end``, also of an
+            optimizer that was made without it.
         every: steps between adjustments.
         schedule: registered schedule of the way from the dense cost to the target.
         gain: how far the threshold goes, on a logarithmic scale, towards what the budget needs, in (0, 1].
@@ -90,6 +92,11 @@ class LambdaController:
                 f"end: {end} is not allowed. Allowed: warm-up <= start < end <= healing_start_step "
                 f"({optimizer.warmup_steps} <= {start} < end <= {optimizer.healing_start_step})"
             )
+        if optimizer.healing_start_step not in (NEVER, end):
+            raise ConfigError(
+                f"end: {end} is not healing_start_step, {optimizer.healing_start_step}, and steps between them would "
+                "shrink the groups below the target. Allowed: the same for both, or no healing_start_step"
+            )
         if not 0 < number(target, "target", 0) <= 1 or not 0 < number(gain, "gain", 0) <= 1:
             raise ConfigError(f"target, gain: {target}, {gain} are not allowed. Allowed: numbers in (0, 1]")
         self.optimizer, self.grouper, self.cost, self.target = optimizer, grouper, cost, target
@@ -100,6 +107,7 @@ class LambdaController:
         sparsity_at(schedule, 0.5)
         optimizer.groups_of(grouper)
         self._check_reachable()
+        optimizer.healing_start_step = self.end  # what is 0 then stays 0: shrinking on would miss the target
 
     @classmethod
     def for_macs(

@@ -226,8 +226,13 @@ class CoupledChannelGrouper(CoupledGrouper):
 
         Args:
             options: other fields of the rule.
+
+        Raises:
+            ConfigError: nothing is 0.
         """
         gone = int(self.zeroed_G().sum())
+        if not gone:
+            raise ConfigError("removal_rule: no channel is 0 yet. Allowed: after the steps that zero some")
         rule = {"criterion": "producer_norm", "target": {"sparsity": gone / self.grouping.size}, "layers": self.layers}
         return {**rule, "exclude": list(self.exclude), **options}
 
