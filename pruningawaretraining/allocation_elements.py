@@ -22,7 +22,7 @@ from torch import Tensor
 from pruningawaretraining.allocation import SLACK
 from pruningawaretraining.errors import TargetError
 from pruningawaretraining.folding import slot_maxima
-from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.registry import lookup
 
 CHUNK = 1 << 22  # groups looked at together when ties are counted
@@ -241,6 +241,13 @@ def allocate_windows(
     most = window[0] / window[1]
     if sparsity > most + SLACK:
         raise TargetError(f"{key}: {sparsity} is out of reach of {window[0]}:{window[1]}. Allowed: at most {most:g}")
+    if min(sparsity, limits.max_sparsity) >= most - SLACK:  # all windows: no ranking among them
+        keep_G = torch.ones_like(scores_G, dtype=torch.bool)
+        for member, dim, (_, candidates_RM) in zip(
+            grouping.members, dims, _candidates(scores_G, grouping, window, dims, removed_G), strict=True
+        ):
+            _put_windows(keep_G, member, dim, candidates_RM.logical_not_())
+        return keep_G if removed_G is None else keep_G.masked_fill_(removed_G.to(keep_G.device), False)
     parts = list(_windows(scores_G, grouping, window, dims, removed_G))
     windows = [totals.numel() for _, totals, _ in parts]
     scaled = ElementLimits(min(1.0, limits.min_sparsity / most), min(1.0, limits.max_sparsity / most))
@@ -251,16 +258,20 @@ def allocate_windows(
     for member, dim, (candidates_RM, totals, _), intact in zip(
         grouping.members, dims, parts, torch.split(intact_N, windows), strict=True
     ):
-        keep_RM = ~candidates_RM | intact.view(totals.shape).unsqueeze(-1)
-        keep_W = keep_RM.flatten(-2)[..., : member.sizes[dim]].movedim(-1, dim)
-        keep_G[member.offset : member.offset + member.n_slots] = keep_W.reshape(-1)
+        _put_windows(keep_G, member, dim, ~candidates_RM | intact.view(totals.shape).unsqueeze(-1))
     return keep_G if removed_G is None else keep_G.masked_fill_(removed_G.to(keep_G.device), False)
 
 
-def _windows(
+def _put_windows(keep_G: Tensor, member: Member, dim: int, keep_RM: Tensor) -> None:
+    """Write the windows of a member into the vector over all groups."""
+    keep_W = keep_RM.flatten(-2)[..., : member.sizes[dim]].movedim(-1, dim)
+    keep_G[member.offset : member.offset + member.n_slots].view(keep_W.shape).copy_(keep_W)
+
+
+def _candidates(
     scores_G: Tensor, grouping: Grouping, window: tuple[int, int], dims: Sequence[int], removed_G: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each member: the candidates [..., windows, M], the sum of their scores, and whether one is masked already."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each member its scores [..., windows, M], -inf where one is gone, and the lowest N of each window."""
     drop, of = window
     finite = torch.finfo(scores_G.dtype)
     for member, dim in zip(grouping.members, dims, strict=True):
@@ -273,10 +284,21 @@ def _windows(
         if short:  # what is not there counts as gone already
             rows = torch.cat([rows, rows.new_full((*rows.shape[:-1], short), -math.inf)], -1)
         in_windows = rows.reshape(*rows.shape[:-1], -1, of)
-        candidates = _lowest_in_rows(in_windows, drop)
+        yield in_windows, _lowest_in_rows(in_windows, drop)
+
+
+def _windows(
+    scores_G: Tensor, grouping: Grouping, window: tuple[int, int], dims: Sequence[int], removed_G: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each member: the candidates [..., windows, M], the sum of their scores, and whether one is masked already."""
+    finite = torch.finfo(scores_G.dtype)
+    for (in_windows, candidates), member, dim in zip(
+        _candidates(scores_G, grouping, window, dims, removed_G), grouping.members, dims, strict=True
+    ):
+        short = -member.sizes[dim] % window[1]
         gone = torch.isneginf(in_windows)
         if short:
-            gone[..., -1, of - short :] = False
+            gone[..., -1, window[1] - short :] = False
         totals = torch.where(candidates & torch.isfinite(in_windows), in_windows, 0.0).sum(-1)
         yield candidates, totals.clamp(finite.min, finite.max), gone.any(-1)
 
