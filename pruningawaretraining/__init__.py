@@ -23,6 +23,7 @@ from pruningawaretraining.proximal import PruneOptimizer
 from pruningawaretraining.pruning import Pruner, Pruning
 from pruningawaretraining.registry import register
 from pruningawaretraining.regularizers_elements import BlockLasso as _BlockLasso  # noqa: F401  (registers them)
+from pruningawaretraining.semi_structured import to_semi_structured
 from pruningawaretraining.state_dict import load_state_dict_pruned
 from pruningawaretraining.version import __version__
 
@@ -42,4 +43,5 @@ __all__ = [
     "one_shot",
     "register",
     "save_pruned",
+    "to_semi_structured",
 ]
