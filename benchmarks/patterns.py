@@ -232,7 +232,7 @@ MASKS = (
     "One event by magnitude over linear layers of 1024 x 1024: scores, ranking, masks, zeroed weights. Ours and "
     "neural-compressor 2.6 rank all layers together, torchao 0.18 (WeightNormSparsifier) each by itself. In a step, "
     "ours zeroes gradients and weights, torchao masks a copy of the weights and their gradients, neural-compressor the "
-    "weights alone. Ours with numba (`pip install '.[fast]'`). -: not there."
+    "weights alone. Ours with numba (`pip install '.[fast]'`). -: not there, or not installed."
 )
 STEPS = (
     "Batch of 16 texts of 64 words, or of 32 images of 64 px; with numba (`pip install '.[fast]'`). Masks are applied "
