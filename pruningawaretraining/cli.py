@@ -101,6 +101,7 @@ def oneshot(
         str, typer.Option(help="Of removed channels: none, bias, bias_variance or least_squares.")
     ] = "none",
     norms: Annotated[int, typer.Option(help="Batches over which batch norms are measured again.")] = 0,
+    overwrite: Overwrite = False,
     wandb: Wandb = None,
     more: Annotated[list[float] | None, typer.Argument(help="More sparsities.", hidden=True)] = None,
     debug: Debug = False,
@@ -112,7 +113,7 @@ def oneshot(
 
         experiment = _experiment(config, data, out)
         levels = (*(sparsities or ()), *(more or ())) or None
-        options = OneShotOptions(levels, experiment.folder(), save, AfterPruning(compensation, norms), wandb)
+        options = OneShotOptions(levels, experiment.folder(), save, AfterPruning(compensation, norms), wandb, overwrite)
         Console().print(results_table(run_one_shot(experiment, options)))
 
 

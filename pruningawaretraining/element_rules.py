@@ -5,6 +5,7 @@ Shape suffixes: ``_G`` groups of one rule.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -24,6 +25,8 @@ from pruningawaretraining.registry import build, lookup
 from pruningawaretraining.regularizers_elements import BlockLasso, SlicePenalty
 from pruningawaretraining.schedules import sparsity_at
 from pruningawaretraining.statistics import Collector, Criterion, Statistics, collector_of
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -180,6 +183,11 @@ def _check_options(key: str, rule: Rule, pattern: ElementPattern) -> None:
             raise TargetError(
                 f"{key}.target.sparsity: {target} is out of reach of {pattern.drop}:{pattern.of}. Allowed: at most "
                 f"{most:g}"
+            )
+        if target < most - 1e-9:
+            log.warning(
+                "%s.target.sparsity: %s is below the %g of %s: only some of the windows will be %s",
+                *(key, target, most, rule.pattern, rule.pattern),
             )
 
 

@@ -97,6 +97,7 @@ def one_shot(
     calibration = Calibration(inner, dataloader, loss_fn, micro_batch)
     if isinstance(pattern, Channel):
         return _one_shot_channels(calibration, rule, criterion, wanted, after)
+    _refuse_what_weights_lack(rule, after)
     pruner = WeightPruner(calibration, rule, weight_pattern(pattern), criterion)
     models = {}
     for sparsity, weights in pruner.prune(wanted).items():
@@ -106,6 +107,18 @@ def one_shot(
             recalibrate_norms(pruned, on_model(calibration, pruned), after.norm_batches)
         models[sparsity] = pruned
     return models
+
+
+def _refuse_what_weights_lack(rule: Rule, after: AfterPruning) -> None:
+    """Refuse what only channels have, instead of passing over it."""
+    given = {
+        "multiple": (rule.multiple, 1),
+        "application": (rule.application, "mask"),
+        "after.compensation": (after.compensation, "none"),
+    }
+    for key, (value, allowed) in given.items():
+        if value != allowed:
+            raise ConfigError(f"{key}: {value!r} is for channels. Allowed for {rule.pattern!r}: {allowed!r}")
 
 
 def _parsed(rule: Any, aimless: bool) -> Rule:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from pruningawaretraining import count_macs, load_pruned
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, PruningError
-from pruningawaretraining.experiment import record
+from pruningawaretraining.experiment import record, runner
 from pruningawaretraining.experiment.build import build_model
 from pruningawaretraining.experiment.data import Pipeline
 from pruningawaretraining.experiment.datasets import load_data
@@ -115,6 +115,37 @@ def test_the_resolved_config_runs_again(finished: Path) -> None:
 
 class Killed(BaseException):
     """What a kill looks like from inside."""
+
+
+@pytest.mark.parametrize("prune_at", ["end", "begin"])
+def test_events_take_place_at_the_end_of_an_epoch_or_at_its_begin(
+    prune_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def watched(learner: Any, batches: Any, tick: Any) -> tuple[float, float]:
+        weights = torch.cat([weight.flatten() for weight in learner.model.parameters() if weight.dim() > 1])
+        seen.append(float((weights == 0).double().mean()))
+        return whole(learner, batches, tick)
+
+    whole = runner.train_epoch
+    monkeypatch.setattr(runner, "train_epoch", watched)
+    last = 2 if prune_at == "end" else 3  # the end of the last epoch is the begin of one that is not trained
+    rule = {
+        "pattern": "unstructured",
+        "start": last - 2,
+        "end": last,
+        "schedule": "linear",
+        "target": {"sparsity": 0.75},
+    }
+    config = tiny(
+        epochs=3, dense_baseline=False, pruning={"rules": [rule]}, out=str(tmp_path / "run"), prune_at=prune_at
+    )
+    run_experiment(ExperimentConfig.model_validate(config))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    reached = [json.loads(line)["sparsity"] for line in lines]
+    assert reached[-1] == pytest.approx(0.75, abs=0.01)
+    assert seen == pytest.approx([0.0, 0.25, 0.5], abs=0.01)
 
 
 @pytest.mark.parametrize("epochs_before", [2, 5, 6, 7], ids=["dense", "regularize", "masked", "removed"])

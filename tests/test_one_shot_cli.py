@@ -134,8 +134,21 @@ def test_rows_are_logged_to_weights_and_biases_when_asked_for(experiment, tmp_pa
     assert done.exit_code == 0, done.output
     assert [row["epoch"] for row in logged[1:-1]] == [0, 1, 2] and logged[-1] == "finished"
     monkeypatch.setitem(sys.modules, "wandb", None)
-    refused = CliRunner().invoke(app, ["oneshot", config, "--out", str(tmp_path), "--wandb", "mine"])
+    refused = CliRunner().invoke(app, ["oneshot", config, "--out", str(tmp_path / "other"), "--wandb", "mine"])
     assert refused.exit_code == 2 and "--wandb: it is not installed" in refused.output
+
+
+def test_results_are_not_overwritten_unless_it_is_said_and_no_stale_model_stays(experiment, tmp_path):
+    arguments = ["oneshot", experiment(rules({"criterion": "magnitude"})), "--out", str(tmp_path / "o"), "--save"]
+    first = CliRunner().invoke(app, [*arguments, "--sparsities", "0.5", "--sparsities", "0.9"])
+    assert first.exit_code == 0, first.output
+    before = json.loads((tmp_path / "o" / "oneshot.json").read_text())["rows"]
+    refused = CliRunner().invoke(app, [*arguments, "--sparsities", "0.5"])
+    assert refused.exit_code == 2 and "holds results. Allowed: another --out, or --overwrite" in refused.output
+    again = CliRunner().invoke(app, [*arguments, "--sparsities", "0.5", "--overwrite"])
+    assert again.exit_code == 0, again.output
+    assert [path.name for path in (tmp_path / "o").glob("*.safetensors")] == ["pruned_0.5.safetensors"]
+    assert json.loads((tmp_path / "o" / "oneshot.json").read_text())["rows"] == before[:2], "the seed holds"
 
 
 def test_pat_run_prunes_gradually_by_second_order(experiment, tmp_path):

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.table import Table
 from torch import nn
@@ -27,10 +28,13 @@ from pruningawaretraining.experiment.run import find_device
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.tracking import tracked
 from pruningawaretraining.one_shot import AfterPruning, accuracy, one_shot
+from pruningawaretraining.patterns.channel import Channel
+from pruningawaretraining.registry import build
 
 LOG = logging.getLogger(__name__)
 TEST_BATCH = 500
 DENSE = 0.0
+RESULTS = "oneshot.json"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class OneShotOptions:
         save: whether to save every pruned model.
         after: compensation of channels, and measuring norms again.
         wandb: project of Weights & Biases to log to, or None.
+        overwrite: replace the results that are in the folder.
     """
 
     sparsities: tuple[float, ...] | None = None
@@ -50,6 +55,7 @@ class OneShotOptions:
     save: bool = False
     after: AfterPruning = AfterPruning()
     wandb: str | None = None
+    overwrite: bool = False
 
 
 def run_one_shot(config: ExperimentConfig, options: OneShotOptions) -> list[dict[str, Any]]:
@@ -66,7 +72,11 @@ def run_one_shot(config: ExperimentConfig, options: OneShotOptions) -> list[dict
     Raises:
         ConfigError: sparsities for several rules, or anything that the config gets wrong.
     """
+    folder = options.out or config.folder()
+    if (folder / RESULTS).is_file() and not options.overwrite:
+        raise ConfigError(f"out: {str(folder)!r} holds results. Allowed: another --out, or --overwrite")
     device = find_device(config.device)
+    torch.manual_seed(config.seed)
     data = load_data(config.data)
     model = build_model(config.model, len(data.classes), data.shape[0]).to(device).eval()
     if config.model.weights is None:
@@ -76,7 +86,8 @@ def run_one_shot(config: ExperimentConfig, options: OneShotOptions) -> list[dict
     test = SourceBatches(pipeline, data.test, TEST_BATCH, device)
     models = prune_by_rules(model, config.pruning.rules, train, options)
     rows = [_row(DENSE, model, test), *(_row(sparsity, one, test) for sparsity, one in models.items())]
-    folder = options.out or config.folder()
+    for stale in folder.glob("pruned_*.safetensors"):
+        stale.unlink()
     write_results(rows, folder, config.name)
     if options.save:
         for sparsity, one in models.items():
@@ -104,7 +115,9 @@ def prune_by_rules(
         raise ConfigError(f"--sparsities: the config has {len(active)} rules, each with a target of its own")
     for number, rule in enumerate(active):
         last = number == len(active) - 1
-        after = options.after if last else AfterPruning(options.after.compensation)
+        channels = isinstance(build("pattern", rule.pattern, "pattern"), Channel)
+        compensation = options.after.compensation if channels else "none"
+        after = replace(options.after, compensation=compensation) if last else AfterPruning(compensation)
         (model,) = one_shot(model, rule, train, loss_of, after=after).values()
     return {zeros_of(model): model}
 
@@ -129,7 +142,7 @@ def write_results(rows: Sequence[Mapping[str, Any]], folder: Path, name: str) ->
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "oneshot.json").write_text(json.dumps({"name": name, "rows": list(rows)}, indent=1) + "\n")
+    (folder / RESULTS).write_text(json.dumps({"name": name, "rows": list(rows)}, indent=1) + "\n")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     pruned = sorted((row["sparsity"], row["accuracy"]) for row in rows[1:])

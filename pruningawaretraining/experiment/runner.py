@@ -126,7 +126,7 @@ class Runner:
         """Say at the start that a rule's last event lies after the training, and its target will not be met."""
         steps = max(1, len(self.data.train) // self.config.batch_size)
         for number, rule in enumerate(self.config.pruning.rules):
-            last = self.config.epochs * (steps if rule.unit == "step" else 1) - 1
+            last = self.config.epochs * (steps if rule.unit == "step" else 1) - (self.config.prune_at == "end")
             end = rule.start if rule.end is None else rule.end
             if rule.enabled and end > last:
                 key = rule.name or f"pruning.rules[{number}]"
@@ -182,13 +182,16 @@ class Runner:
     def _epoch(self, stage: Stage, epoch: int, shown: StageDisplay) -> None:
         started, learner, pruner = time.perf_counter(), stage.learner, stage.learner.pruner
         generator = torch.Generator().manual_seed(self.config.seed * EPOCH_SEEDS + epoch)
+        begins = self.config.prune_at == "begin"
+        if begins:
+            self._events(learner, epoch)
         phase = "train" if pruner is None else pruner.phase
         self.rates.apply(learner.optimizer, epoch)
         rate = float(learner.optimizer.param_groups[0]["lr"])
         batches = self._rated(learner.optimizer, epoch, generator)
         loss, train_accuracy = train_epoch(learner, batches, shown.tick)
-        if pruner is not None and prunes(pruner):
-            self._change(learner.model, pruner, lambda: pruner.prune(learner.model, epoch))
+        if not begins or epoch == self.config.epochs - 1:
+            self._events(learner, epoch + begins)
         accuracy = self._accuracy(learner)
         step_scheduler(stage.scheduler, loss)
         row = {
@@ -209,6 +212,12 @@ class Runner:
         shown.epoch(row)
         if self.display.watch is not None:
             self.display.watch(row)
+
+    def _events(self, learner: Learner, epoch: int) -> None:
+        """What is due in an epoch."""
+        pruner = learner.pruner
+        if pruner is not None and prunes(pruner):
+            self._change(learner.model, pruner, lambda: pruner.prune(learner.model, epoch))
 
     def _rated(self, optimizer: torch.optim.Optimizer, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         """The batches of an epoch, with the learning rate of its moment set before each."""

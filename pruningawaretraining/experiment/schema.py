@@ -167,6 +167,11 @@ class ExperimentConfig(Strict):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the cross entropy, in [0, 1).")
     clip_norm: Amount | None = Field(None, description="Largest norm of all gradients together; absent: not clipped.")
+    prune_at: Literal["begin", "end"] = Field(
+        "end",
+        description="When in its epoch an event takes place: at its end, after the training, or at its begin, as "
+        "recipes mean it (their default); what is due when the last epoch ends then takes place there.",
+    )
     dense_baseline: bool = Field(
         True,
         description="Train the dense model for as many epochs too, from the same initial weights, to compare with.",
@@ -236,6 +241,7 @@ def _with_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     if is_recipe(values.get("pruning")):
         recipe = load_recipe(values["pruning"])
         values["pruning"] = recipe.pruning
+        values.setdefault("prune_at", "begin")
         values.setdefault("epochs", recipe.epochs)
         if recipe.rates.modifiers and "scheduler" not in values:
             values.setdefault("rates", list(recipe.rates.modifiers))

@@ -9,6 +9,7 @@ stays. Without, and for channels, they score groups by the gradients of masks th
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,9 @@ class Solver(Protocol):
 
 def _check(**limits: tuple[float | int | None, float]) -> None:
     for key, (value, least) in limits.items():
-        if value is not None and not value >= least:
+        if isinstance(least, int) and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{key}: {value!r} is not allowed. Allowed: whole numbers, {least} or more")
+        if value is not None and not least <= value < math.inf:
             raise ValueError(f"{key}: {value!r} is not allowed. Allowed: {least:g} or more")
 
 
@@ -128,9 +131,9 @@ class BlockFisher(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(fisher_block_size=(self.fisher_block_size, 1), blocks_in_parallel=(self.blocks_in_parallel, 1))
-        _check(max_memory=(self.max_memory, 1))
+        _check(max_memory=(self.max_memory, 1.0))
         _check_places(self.fisher_inv_device, self.traces_backup_dir)
-        if not self.damp > 0:
+        if not 0 < self.damp < math.inf:
             raise ValueError(f"damp: {self.damp!r} is not allowed. Allowed: above 0")
 
     @property
@@ -203,7 +206,7 @@ class FastCap(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(damp=(self.damp, 0), fisher_block_size=(self.fisher_block_size, 1))
+        _check(damp=(self.damp, 0.0), fisher_block_size=(self.fisher_block_size, 1))
 
     @property
     def block_size(self) -> int:
@@ -229,7 +232,7 @@ class SparseGpt(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(damp=(self.damp, 0))
+        _check(damp=(self.damp, 0.0))
 
     @property
     def block_size(self) -> int:
