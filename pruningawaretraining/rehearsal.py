@@ -3,13 +3,13 @@
 Shape suffixes: ``_G`` groups.
 
 Models write widths into their code (a view, a constant that is added, attention heads). What a trace cannot see shows
-when a channel of every set is gone and the model runs on its example inputs; everything is put back at once.
+when a channel of every set is gone, or half of them, and the model runs on its example inputs; then all is put back.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,15 +30,21 @@ class _Rehearsal:
         self.reasons: dict[int, str] = {}
 
     def problem(self, numbers: Sequence[int]) -> str:
-        """Why the model does not run when each of these sets has lost its first channel; "" if it does."""
+        """Why the model does not run when each of these sets has lost a channel, or its first half; "" if it does."""
+        return self._without(numbers, lambda size: 1) or self._without(numbers, lambda size: size // 2)
+
+    def _without(self, numbers: Sequence[int], count: Callable[[int], int]) -> str:
+        """The problem when each set has lost so many of its channels, the first ones; at least one is left."""
         keep_G = torch.ones(self.found.grouping.size, dtype=torch.bool)
         for number in numbers:
             one = self.found.grouping.sets[number]
-            if one.size > 1:
-                keep_G[one.start] = False
+            keep_G[one.start : one.start + min(count(one.size), one.size - 1)] = False
         if bool(keep_G.all()):
             return ""
-        surgery = tried(self.model, self.found.grouping, keep_G, norms=self.found.norms)
+        try:
+            surgery = tried(self.model, self.found.grouping, keep_G, norms=self.found.norms)
+        except ModelError as error:  # a layer would lose all: it reads but a part of what it is coupled to
+            return str(error)
         try:
             with resting(self.model):
                 outputs_of(self.model, self.inputs, self.forward_fn)
