@@ -310,7 +310,8 @@ class Pruning:
             chosen.append((key, rule, selected - select(self.model, rule.exclude, names, f"{key}.exclude")))
         union = set().union(*(layers for _, _, layers in chosen))
         found = find_channels(self.model, self._inputs, union, self._forward_fn)
-        found = rehearsed(self.model, found, self._inputs, self._forward_fn)
+        multiples = {name: rule.multiple for _, rule, layers in chosen for name in layers}
+        found = rehearsed(self.model, found, self._inputs, self._forward_fn, multiples)
         for name, reason in found.skipped.items():
             log.info("%s stays as it is: %s", name, reason)
         return ChannelPruner(self.model, found, chosen, self._inputs, self._forward_fn)

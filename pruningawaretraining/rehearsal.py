@@ -9,7 +9,7 @@ when a channel of every set is gone, or half of them, and the model runs on its 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,20 +25,30 @@ log = logging.getLogger(__name__)
 
 
 class _Rehearsal:
-    def __init__(self, model: nn.Module, found: ChannelGroups, inputs: Any, forward_fn: ForwardFn | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        found: ChannelGroups,
+        inputs: Any,
+        forward_fn: ForwardFn | None,
+        multiples: Mapping[str, int],
+    ) -> None:
         self.model, self.found, self.inputs, self.forward_fn = model, found, inputs, forward_fn
+        self.multiples = multiples
         self.reasons: dict[int, str] = {}
 
     def problem(self, numbers: Sequence[int]) -> str:
         """Why the model does not run when each of these sets has lost a channel, or its first half; "" if it does."""
-        return self._without(numbers, lambda size: 1) or self._without(numbers, lambda size: size // 2)
+        return self._without(numbers, lambda size: size - 1) or self._without(numbers, lambda size: -(-size // 2))
 
-    def _without(self, numbers: Sequence[int], count: Callable[[int], int]) -> str:
-        """The problem when each set has lost so many of its channels, the first ones; at least one is left."""
+    def _without(self, numbers: Sequence[int], left: Callable[[int], int]) -> str:
+        """The problem when each set has lost its first channels, down to so many or the next multiple below."""
         keep_G = torch.ones(self.found.grouping.size, dtype=torch.bool)
         for number in numbers:
             one = self.found.grouping.sets[number]
-            keep_G[one.start : one.start + min(count(one.size), one.size - 1)] = False
+            multiple = max(1, self.multiples.get(one.name, 1) // one.width)
+            kept = max(left(one.size) // multiple, 1) * multiple
+            keep_G[one.start : max(one.stop - kept, one.start)] = False
         if bool(keep_G.all()):
             return ""
         try:
@@ -77,7 +87,11 @@ class _Rehearsal:
 
 
 def rehearsed(
-    model: nn.Module, found: ChannelGroups, inputs: Any, forward_fn: ForwardFn | None = None
+    model: nn.Module,
+    found: ChannelGroups,
+    inputs: Any,
+    forward_fn: ForwardFn | None = None,
+    multiples: Mapping[str, int] | None = None,
 ) -> ChannelGroups:
     """The groups whose removal the model survives; each set that is left out is a warning with the reason.
 
@@ -85,11 +99,12 @@ def rehearsed(
         model: the model; it is as before afterwards.
         found: its channel groups.
         inputs, forward_fn: how to run it.
+        multiples: set -> what the number of its channels stays a multiple of.
 
     Raises:
         ModelError: nothing is left.
     """
-    rehearsal = _Rehearsal(model, found, inputs, forward_fn)
+    rehearsal = _Rehearsal(model, found, inputs, forward_fn, multiples or {})
     if len(rehearsal.able(range(len(found.grouping.sets)))) == len(found.grouping.sets):
         return found
     reasons = {

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from pruningawaretraining import checkpoint, cli, removal, surgery
+from pruningawaretraining import channel_pruner, checkpoint, cli, removal, surgery
 from pruningawaretraining.experiment import data, datasets, finish, run, runner  # noqa: F401  (imported once, here)
 
 Sabotage = Callable[[], None]
@@ -49,6 +49,21 @@ def at_call(owner: Any, name: str, number: int, last_words: Callable[..., None] 
     return arm
 
 
+def in_the_removal(sabotage: Sabotage) -> Sabotage:
+    """Arm it when the removal begins: the one that is rehearsed before calls the same functions."""
+
+    def arm() -> None:
+        whole = channel_pruner.remove
+
+        def removing(*args: Any, **kwargs: Any) -> Any:
+            sabotage()
+            return whole(*args, **kwargs)
+
+        channel_pruner.remove = removing
+
+    return arm
+
+
 def half_a_file(value: Any, path: str) -> None:
     whole_save(value, path)
     with open(path, "r+b") as file:
@@ -57,9 +72,9 @@ def half_a_file(value: Any, path: str) -> None:
 
 whole_save = torch.save
 PRECISE: dict[str, Sabotage] = {
-    "removal begins": at_call(removal, "_slice_module", 1),
-    "removal, tensors half in place": at_call(surgery.Surgery, "set_attribute", 9),
-    "removal, optimizer half followed": at_call(surgery.Surgery, "rename_key", 3),
+    "removal begins": in_the_removal(at_call(removal, "_slice_module", 1)),
+    "removal, tensors half in place": in_the_removal(at_call(surgery.Surgery, "set_attribute", 9)),
+    "removal, optimizer half followed": in_the_removal(at_call(surgery.Surgery, "rename_key", 3)),
     "removed, not saved": at_call(runner, "difference", 1),
     "checkpoint half written": at_call(torch, "save", 4, half_a_file),
     "checkpoint written, not synced": at_call(checkpoint.os, "fsync", 9),
