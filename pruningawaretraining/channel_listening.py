@@ -5,13 +5,13 @@ Shape suffixes: ``_G`` groups of one rule that are still there.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.criteria.second_order.channels import gate_gradients, readers
-from pruningawaretraining.criteria.second_order.criteria import Sampling, gate_statistics
+from pruningawaretraining.criteria.second_order.criteria import GRADIENTS, Sampling
 from pruningawaretraining.criteria.second_order.gathering import gathered
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.errors import ModelError
@@ -35,10 +35,10 @@ class Listener:
         self.key, self.criterion, self.model = key, criterion, model
         self.found, self.sets = found, sets
         self.collector = collector_of(criterion)
-        self.grouping = self._grouping()
         self._listening = False
 
-    def _grouping(self) -> Grouping:
+    @cached_property
+    def grouping(self) -> Grouping:
         """The rule's groups; gates are where channels are read, so only there for criteria of second order."""
         own = self.found.grouping.select_sets(self.sets)
         return readers(own) if isinstance(self.criterion, Sampling) else own
@@ -68,7 +68,7 @@ class Listener:
             keep_G: which of the rule's groups are among them.
         """
         self.found = found
-        self.grouping = self._grouping()
+        self.__dict__.pop("grouping", None)
         if self.collector is not None:
             self.collector.restrict(self.grouping, keep_G)
 
@@ -84,8 +84,7 @@ class Listener:
         if self.collector is None:
             return {}
         if calibration is not None and isinstance(self.criterion, Sampling):
-            own = self.found.grouping.select_sets(self.sets)
-            return gate_statistics(gate_gradients(own, calibration, self.criterion.num_grads)).tensors
+            return {GRADIENTS: gate_gradients(self.grouping, calibration, self.criterion.num_grads)}
         known = self.collector.tensors()
         if known and int(known.get("steps", 1)) > 0:
             return known
@@ -98,8 +97,7 @@ class Listener:
 
     def _grouping_on(self, model: nn.Module) -> Grouping:
         """The rule's groups on a copy of the model."""
-        everything = torch.ones(self.found.grouping.size, dtype=torch.bool)
-        return self.found.restrict(model, everything).grouping.select_sets(self.sets)
+        return self.found.on(model).grouping.select_sets(self.sets)
 
     def state_dict(self) -> dict[str, Any] | None:
         """What has been heard: tensors and plain data."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.allocation import Allocator, Limits
 from pruningawaretraining.channel_listening import Listener
+from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.criteria.second_order import Calibration
@@ -74,6 +75,7 @@ class ChannelRule:
         sets: numbers of its sets.
         groups_D: its groups, as indices of the dense model's groups.
         grouping: the same groups alone (without members), renumbered.
+        listener: gathers what its criterion needs.
     """
 
     rule: Rule
@@ -82,6 +84,7 @@ class ChannelRule:
     groups_D: Tensor
     grouping: Grouping
     state: RuleState = field(default_factory=RuleState)
+    listener: Listener = field(init=False)
 
     @cached_property
     def criterion(self) -> Criterion:
@@ -155,7 +158,7 @@ class ChannelPruner:
         self.keep_D = torch.ones(found.grouping.size, dtype=torch.bool)
         self.live_D = torch.arange(found.grouping.size)  # dense numbers of the groups that are still there
         self.rules = _assign(found.grouping, rules)
-        self.listeners = [Listener(one.key, one.criterion, model, found, one.sets) for one in self.rules]
+        self._make_listeners()
         self._listens = False
         self.calibration: Calibration | None = None  # data that criteria may look at instead of training
         self.spared: frozenset[str] = frozenset()
@@ -180,6 +183,10 @@ class ChannelPruner:
 
     # --- listening ----------------------------------------------------------------------------------------------
 
+    def _make_listeners(self) -> None:
+        for one in self.rules:
+            one.listener = Listener(one.key, one.criterion, self.model, self.found, one.sets)
+
     def listen(self) -> None:
         """Let criteria that need it hear of training from now on, as long as their rules have events to come."""
         self._listens = True
@@ -188,16 +195,16 @@ class ChannelPruner:
     def _follow_phases(self) -> None:
         if not self._listens:
             return
-        for one, listener in zip(self.rules, self.listeners, strict=True):
+        for one in self.rules:
             if one.rule.enabled and one.state.phase in ("regularize", "prune"):
-                listener.begin()
+                one.listener.begin()
             else:
-                listener.end()
+                one.listener.end()
 
     def hear(self, scale: Tensor | float) -> None:
         """Gradients are complete and no weight has moved; ``scale`` is what they are still multiplied with."""
-        for listener in self.listeners:
-            listener.hear(scale)
+        for one in self.rules:
+            one.listener.hear(scale)
 
     @contextmanager
     def deaf(self) -> Iterator[None]:
@@ -210,8 +217,8 @@ class ChannelPruner:
 
     def release(self) -> None:
         """Take every hook out; masks stay."""
-        for listener in self.listeners:
-            listener.end()
+        for one in self.rules:
+            one.listener.end()
 
     @property
     def phase(self) -> str:
@@ -317,7 +324,7 @@ class ChannelPruner:
         mine_G = torch.isin(self.live_D, one.groups_D)
         live_R = torch.isin(one.groups_D, self.live_D)
         cost = _LiveCost(self.macs_cost, self.keep_D, self.live_D[mine_G])
-        heard = self.listeners[self.rules.index(one)].statistics(self.calibration)
+        heard = one.listener.statistics(self.calibration)
         statistics = Statistics(cost, self.keep_D[self.live_D[mine_G]], one.state.scale, tensors=heard)
         if one.state.first is not None:
             statistics.first_G = one.state.first[live_R]
@@ -400,9 +407,10 @@ class ChannelPruner:
                 )
 
     def _restrict(self, keep_G: Tensor) -> None:
+        forget_compiled()
         self.found = self.found.restrict(self.model, keep_G)
-        for one, listener in zip(self.rules, self.listeners, strict=True):
-            listener.follow(self.found, keep_G[torch.isin(self.live_D, one.groups_D)])
+        for one in self.rules:
+            one.listener.follow(self.found, keep_G[torch.isin(self.live_D, one.groups_D)])
         self.live_D = self.live_D[keep_G]
         self.masks = Masks(self.model, self.found.grouping, self.found.norms, self.spared)
         self._regularizers = None
@@ -488,7 +496,7 @@ class ChannelPruner:
             "removed": self._removed_D(),
             "widths": {name: list(widths) for name, widths in layer_widths(self.model).items()},
             "rules": [vars(one.state).copy() for one in self.rules],
-            "heard": [listener.state_dict() for listener in self.listeners],
+            "heard": [one.listener.state_dict() for one in self.rules],
             "reset_optimizer": self.reset_optimizer,
         }
 
@@ -518,9 +526,9 @@ class ChannelPruner:
         try:
             self._remove_more(removed_D, surroundings)
             self._check_widths(state["widths"])
-            nothing = [None] * len(self.listeners)  # as in states of versions that did not listen
-            for listener, heard in zip(self.listeners, state.get("heard", nothing), strict=True):
-                listener.load_state_dict(heard)
+            nothing = [None] * len(self.rules)  # as in states of versions that did not listen
+            for one, heard in zip(self.rules, state.get("heard", nothing), strict=True):
+                one.listener.load_state_dict(heard)
         except (CheckpointError, ModelError, KeyError, RuntimeError):
             undo()
             raise
@@ -573,7 +581,7 @@ class ChannelPruner:
         """A function that puts architecture, masks and rules back as they are now."""
         values = {name: getattr(self, name) for name in ("found", "live_D", "keep_D", "masks", "reset_optimizer")}
         keep_G, states = self.masks.keep_G, [replace(one.state) for one in self.rules]
-        heard = [listener.state_dict() for listener in self.listeners]
+        heard = [one.listener.state_dict() for one in self.rules]
         self._surgery = None
 
         def undo() -> None:
@@ -587,9 +595,9 @@ class ChannelPruner:
             self.masks.set(keep_G)
             for one, state in zip(self.rules, states, strict=True):
                 one.state = state
-            self.listeners = [Listener(one.key, one.criterion, self.model, self.found, one.sets) for one in self.rules]
-            for listener, known in zip(self.listeners, heard, strict=True):
-                listener.load_state_dict(known)
+            self._make_listeners()
+            for one, known in zip(self.rules, heard, strict=True):
+                one.listener.load_state_dict(known)
             self._follow_phases()
 
         return undo

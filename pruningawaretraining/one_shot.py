@@ -14,23 +14,24 @@ import torch
 from torch import nn
 
 from pruningawaretraining.allocation import Allocator, Limits
+from pruningawaretraining.channel_listening import Listener
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.criteria.second_order.channels import (
     compensate_readers,
-    gate_gradients,
     losing_readers,
     measure,
     recalibrate_norms,
 )
-from pruningawaretraining.criteria.second_order.criteria import Sampling, gate_statistics
-from pruningawaretraining.criteria.second_order.gathering import gathered, on_model, unchanged_copy
+from pruningawaretraining.criteria.second_order.criteria import Sampling
+from pruningawaretraining.criteria.second_order.gathering import on_model, unchanged_copy
 from pruningawaretraining.criteria.second_order.gradients import Calibration, LossFn
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.inputs import unwrap
-from pruningawaretraining.patterns.channel import Channel, find_channels, producer_names
-from pruningawaretraining.patterns.selection import select
+from pruningawaretraining.patterns.channel import Channel, chosen_layers
 from pruningawaretraining.registry import build, lookup
+from pruningawaretraining.rehearsal import removable_channels
 from pruningawaretraining.removal import remove
+from pruningawaretraining.statistics import Statistics
 from pruningawaretraining.weight_pruner import WeightPruner, put, weight_pattern
 
 __all__ = ["AfterPruning", "accuracy", "one_shot"]
@@ -154,17 +155,11 @@ def _one_shot_channels(
     """Score channels once; for each sparsity compensate their readers, remove them, and measure the norms again."""
     model = calibration.model
     inputs = calibration.example()
-    names = producer_names(model)
-    chosen = select(model, rule.layers, names, "layers") - select(model, rule.exclude, names, "exclude")
-    grouping = find_channels(model, inputs, chosen).grouping
-    if isinstance(criterion, Sampling):
-        scores_G = criterion.score(
-            grouping, gate_statistics(gate_gradients(grouping, calibration, criterion.num_grads))
-        )
-    else:
-        scores_G = criterion.score(
-            *gathered(calibration, lambda one: find_channels(one, inputs, chosen).grouping, criterion)
-        )
+    chosen = chosen_layers(model, rule.layers, rule.exclude)
+    channels = removable_channels(model, inputs, chosen, multiples=dict.fromkeys(chosen, rule.multiple))
+    grouping = channels.grouping
+    listener = Listener("rule", criterion, model, channels, list(range(len(grouping.sets))))
+    scores_G = criterion.score(grouping, Statistics(tensors=listener.statistics(calibration)))
     limits = Limits(rule.min_sparsity, rule.max_sparsity, rule.multiple)
     allocator = Allocator(grouping, scores_G, limits, rule.scope)
     hooks = None
@@ -175,7 +170,7 @@ def _one_shot_channels(
     for sparsity in sparsities:
         keep_G = allocator.at(sparsity)
         pruned = unchanged_copy(model)
-        found = find_channels(pruned, inputs, chosen)
+        found = channels.on(pruned)
         if hooks is not None:
             lost = list(losing_readers(pruned, found.grouping, keep_G))
             compensate_readers(lost, hooks, lookup("channel_compensation", after.compensation))

@@ -30,13 +30,12 @@ from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
 from pruningawaretraining.exported import ExportedGraph, is_exported
 from pruningawaretraining.inputs import ForwardFn, from_shapes, move, tensors_of, unwrap
 from pruningawaretraining.optimizer_state import clear_state
-from pruningawaretraining.patterns.channel import Channel, find_channels, producer_names
-from pruningawaretraining.patterns.selection import select
+from pruningawaretraining.patterns.channel import Channel, chosen_layers
 from pruningawaretraining.patterns.stacking import check_stacking
 from pruningawaretraining.quantization import without_zero
 from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer
-from pruningawaretraining.rehearsal import rehearsed
+from pruningawaretraining.rehearsal import removable_channels
 from pruningawaretraining.report.summary import Report
 from pruningawaretraining.run_state import (
     VERSION,
@@ -196,7 +195,7 @@ class Pruning:
                     f"model: another Pruning is at work on this {type(self._model).__name__}, phase {earlier.phase!r}. "
                     "Allowed: all rules in one config, or first end the other: on_train_end()"
                 )
-            earlier._ended = True
+            earlier.on_train_end()
             log.warning("model: a Pruning that was made for it before is retired: it had not begun")
         _PRUNERS[self._model] = weakref.ref(self)
 
@@ -257,12 +256,9 @@ class Pruning:
 
     def _check_stacking(self) -> None:
         assert self._elements is not None
-        producers = producer_names(self.model)
         claims = []
         for key, rule in self._channel_rules:
-            layers = select(self.model, rule.layers, producers, f"{key}.layers")
-            layers -= select(self.model, rule.exclude, producers, f"{key}.exclude")
-            claims.append((key, "channel", sorted(layers)))
+            claims.append((key, "channel", sorted(chosen_layers(self.model, rule.layers, rule.exclude, key))))
         for one in self._elements.rules:
             claims.append((one.key, one.grouping.name, [layer.name for layer in one.grouping.sets]))
         check_stacking(claims)
@@ -303,15 +299,10 @@ class Pruning:
                 self._channels.prune(one.rule.start, self._surroundings())
 
     def _build_channels(self, rules: list[tuple[str, Rule]]) -> ChannelPruner:
-        names = producer_names(self.model)
-        chosen: list[tuple[str, Rule, set[str]]] = []
-        for key, rule in rules:
-            selected = select(self.model, rule.layers, names, f"{key}.layers")
-            chosen.append((key, rule, selected - select(self.model, rule.exclude, names, f"{key}.exclude")))
+        chosen = [(key, rule, chosen_layers(self.model, rule.layers, rule.exclude, key)) for key, rule in rules]
         union = set().union(*(layers for _, _, layers in chosen))
-        found = find_channels(self.model, self._inputs, union, self._forward_fn)
         multiples = {name: rule.multiple for _, rule, layers in chosen for name in layers}
-        found = rehearsed(self.model, found, self._inputs, self._forward_fn, multiples)
+        found = removable_channels(self.model, self._inputs, union, self._forward_fn, multiples)
         for name, reason in found.skipped.items():
             log.info("%s stays as it is: %s", name, reason)
         return ChannelPruner(self.model, found, chosen, self._inputs, self._forward_fn)

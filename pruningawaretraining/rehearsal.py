@@ -17,9 +17,9 @@ from torch import nn
 
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.inputs import ForwardFn, outputs_of
-from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.patterns.channel import ChannelGroups, find_channels
 from pruningawaretraining.quantization import resting
-from pruningawaretraining.removal import tried
+from pruningawaretraining.removal import remove
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class _Rehearsal:
         if bool(keep_G.all()):
             return ""
         try:
-            surgery = tried(self.model, self.found.grouping, keep_G, norms=self.found.norms)
+            surgery = remove(self.model, self.found.grouping, keep_G, norms=self.found.norms)
         except ModelError as error:  # a layer would lose all: it reads but a part of what it is coupled to
             return str(error)
         try:
@@ -86,24 +86,25 @@ class _Rehearsal:
         return left
 
 
-def rehearsed(
+def removable_channels(
     model: nn.Module,
-    found: ChannelGroups,
     inputs: Any,
+    chosen: set[str],
     forward_fn: ForwardFn | None = None,
     multiples: Mapping[str, int] | None = None,
 ) -> ChannelGroups:
-    """The groups whose removal the model survives; each set that is left out is a warning with the reason.
+    """The channels whose removal the model survives; each set that is left out is a warning with the reason.
 
     Args:
         model: the model; it is as before afterwards.
-        found: its channel groups.
         inputs, forward_fn: how to run it.
+        chosen: the layers that may lose output channels.
         multiples: set -> what the number of its channels stays a multiple of.
 
     Raises:
-        ModelError: nothing is left.
+        ModelError: the inputs are rejected, or nothing can be removed.
     """
+    found = find_channels(model, inputs, chosen, forward_fn)
     rehearsal = _Rehearsal(model, found, inputs, forward_fn, multiples or {})
     if len(rehearsal.able(range(len(found.grouping.sets)))) == len(found.grouping.sets):
         return found

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.exported import ExportedGraph
 from pruningawaretraining.grouping import Grouping
@@ -77,22 +76,6 @@ def remove(
     Raises:
         ModelError: nothing would be left of a layer, or a follower is no copy of the model.
     """
-    surgery = tried(model, grouping, keep_G, optimizers, followers, norms, graphs)
-    forget_compiled()
-    return surgery
-
-
-@torch.no_grad()
-def tried(
-    model: nn.Module,
-    grouping: Grouping,
-    keep_G: Tensor,
-    optimizers: Iterable[torch.optim.Optimizer] = (),
-    followers: Iterable[nn.Module] = (),
-    norms: Mapping[str, Tensor] | None = None,
-    graphs: Iterable[ExportedGraph] = (),
-) -> Surgery:
-    """:func:`remove` for a moment, to be undone: compiled code is not forgotten."""
     kept = kept_indices(grouping, keep_G)
     bare = _bare_norm_widths(model, norms or {}, keep_G)
     surgery = Surgery()

@@ -65,6 +65,10 @@ class ChannelGroups:
         norms = {name: _restricted(groups, alive_G1, renumbered) for name, groups in self.norms.items()}
         return ChannelGroups(Grouping(self.grouping.name, tuple(members), sets), self.skipped, norms)
 
+    def on(self, copy: nn.Module) -> ChannelGroups:
+        """The same groups on the tensors of a copy of the model."""
+        return self.restrict(copy, torch.ones(self.grouping.size, dtype=torch.bool))
+
     def without(self, reasons: dict[int, str]) -> ChannelGroups:
         """The same without some sets, whose channels all stay.
 
@@ -115,14 +119,29 @@ class Channel:
             ConfigError: a name that is no layer of the model.
             ModelError: the inputs are rejected, or nothing can be pruned.
         """
-        names = producer_names(model)
-        chosen = select(model, layers, names, "layers") - select(model, list(exclude), names, "exclude")
-        return find_channels(model, inputs, chosen, forward_fn)
+        return find_channels(model, inputs, chosen_layers(model, layers, exclude), forward_fn)
 
 
 def producer_names(model: nn.Module) -> list[str]:
     """The layers that make channels: convolutions and linear layers."""
     return [name for name, module in model.named_modules() if isinstance(module, PRODUCERS)]
+
+
+def chosen_layers(
+    model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] = (), key: str = ""
+) -> set[str]:
+    """The layers that may lose output channels.
+
+    Args:
+        model: the model.
+        layers, exclude: layers or containers, as in a rule.
+        key: of the rule, for messages.
+
+    Raises:
+        ConfigError: a name that is no layer of the model.
+    """
+    names, prefix = producer_names(model), f"{key}." if key else ""
+    return select(model, layers, names, f"{prefix}layers") - select(model, list(exclude), names, f"{prefix}exclude")
 
 
 def find_channels(

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.inputs import ForwardFn
-from pruningawaretraining.patterns.channel import Channel, ChannelGroups
+from pruningawaretraining.patterns.channel import ChannelGroups, chosen_layers
 from pruningawaretraining.proximal.maps import SLACK
 from pruningawaretraining.registry import register
+from pruningawaretraining.rehearsal import removable_channels
 from pruningawaretraining.statistics import Statistics
 
 log = logging.getLogger(__name__)
@@ -201,7 +202,8 @@ class CoupledChannelGrouper(CoupledGrouper):
         super().__init__(self.channels.grouping, max_sparsity, relative)
 
     def _trace(self) -> ChannelGroups:
-        return Channel().build(self.model, self.example_inputs, self.layers, self.exclude, self.forward_fn)
+        chosen = chosen_layers(self.model, self.layers, self.exclude)
+        return removable_channels(self.model, self.example_inputs, chosen, self.forward_fn)
 
     def refresh(self) -> None:
         """Follow the model after its weights were replaced; it is traced again if channels have been removed."""

@@ -240,8 +240,3 @@ class SparseGpt(Sampling):
 
     def solver(self, weights: Sequence[PrunableWeight], calibration: Calibration, choose: Choose) -> Solver:
         return SparseGptSolver(weights, calibration, self.num_grads, self.damp)
-
-
-def gate_statistics(gradients_MG: Tensor) -> Statistics:
-    """Statistics that hold the gradients of channel gates."""
-    return Statistics(tensors={GRADIENTS: torch.as_tensor(gradients_MG)})
