@@ -28,6 +28,7 @@ from pruningawaretraining.registry import canonical, lookup, register
 
 _NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")
 BATCH = "batch"
+ON_CPU = ("CPUExecutionProvider",)
 
 
 @dataclass(frozen=True)
@@ -214,12 +215,13 @@ def require(package: str) -> ModuleType:
         raise ConfigError(f"{package} is needed here and not installed: pip install {package}") from error
 
 
-def open_session(model: str | bytes, threads: int = 0) -> Any:
-    """An onnxruntime session on the CPU.
+def open_session(model: str | bytes, threads: int = 0, providers: Sequence[Any] = ON_CPU) -> Any:
+    """An onnxruntime session, by default on the CPU.
 
     Args:
         model: the path of an ONNX file, or its bytes.
         threads: threads within an operator; 0 leaves the choice to onnxruntime.
+        providers: execution providers of onnxruntime, the preferred first.
 
     Raises:
         ConfigError: onnxruntime is not installed.
@@ -232,7 +234,7 @@ def open_session(model: str | bytes, threads: int = 0) -> Any:
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.force_spinning_stop", "1")  # several sessions take turns undisturbed
     try:
-        return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(model, options, providers=list(providers))
     except session_errors() as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(

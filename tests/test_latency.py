@@ -101,4 +101,20 @@ def test_a_runtime_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_runtimes_are_registered() -> None:
-    assert registry.names("runtime") == ["onnxruntime", "torch"]
+    assert registry.names("runtime") == ["cuda", "onnxruntime", "tensorrt", "torch", "torch_compile"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_devices_and_packages_that_are_not_there_are_named() -> None:
+    with pytest.raises(ConfigError, match="'cuda' needs a GPU .* Allowed: onnxruntime"):
+        measure_latency(model(), INPUT, "cuda")
+    with pytest.raises(ConfigError, match="'tensorrt' needs onnxruntime with TensorRT"):
+        measure_latency(model(), INPUT, "tensorrt")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_timed_compiled() -> None:
+    net = model()
+    result = measure_latency(net, INPUT, "torch_compile", **FAST)
+    assert result.runtime == "torch_compile" and result.median_ms > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0 and isinstance(net, nn.Sequential)

@@ -9,23 +9,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from pruningawaretraining import registry
+from pruningawaretraining.costs.runtimes import Model, Run, Runtime
+from pruningawaretraining.errors import ConfigError
 
-from pruningawaretraining import inputs, onnx_graph, registry
-from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.registry import register
-
-Model = nn.Module | str | Path
-Run = Callable[[], None]
+__all__ = ["Latency", "LatencyComparison", "Model", "Run", "Runtime", "compare_latency", "measure_latency"]
 
 
 @dataclass(frozen=True)
@@ -68,77 +61,6 @@ class LatencyComparison:
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dicts, ready for JSON."""
         return dataclasses.asdict(self)
-
-
-class Runtime(Protocol):
-    """What is registered under the kind "runtime": a frozen dataclass with the runtime's options."""
-
-    def prepare(self, model: Model, example_inputs: Any, threads: int) -> AbstractContextManager[Run]:
-        """A context in which the function it gives runs the model once on the example inputs, and waits for it."""
-        ...
-
-
-@register("runtime", "onnxruntime", "onnx", "ort")
-@dataclass(frozen=True)
-class OnnxRuntime:
-    """onnxruntime on the CPU. A module is exported to a temporary file first; an ``.onnx`` file is taken as it is.
-
-    Attributes:
-        exporter: "dynamo" or "torchscript", for modules.
-    """
-
-    exporter: str = "dynamo"
-
-    @contextlib.contextmanager
-    def prepare(self, model: Model, example_inputs: Any, threads: int) -> Iterator[Run]:
-        """See :class:`Runtime`."""
-        onnx_graph.require("onnxruntime")
-        if isinstance(model, nn.Module):
-            graph = onnx_graph.build_graph(model, example_inputs, dynamic_batch=False)
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "model.onnx"
-                onnx_graph.export_graph(graph, path, self.exporter)
-                session = onnx_graph.open_session(str(path), threads)
-            feed = dict(zip(graph.input_names, graph.inputs, strict=True))
-        else:
-            if not Path(model).is_file():
-                raise ModelError(f"model: there is no file {str(model)!r}")
-            session = onnx_graph.open_session(str(model), threads)
-            feed = _feed(session, example_inputs, str(model))
-        arrays = onnx_graph.as_arrays(session, feed)
-        onnx_graph.checked_run(session, arrays)
-
-        def run() -> None:
-            session.run(None, arrays)
-
-        yield run
-
-
-@register("runtime", "torch", "eager")
-@dataclass(frozen=True)
-class TorchEager:
-    """PyTorch as the model runs in a training script: eager, in eval mode, on the device where the model is."""
-
-    @contextlib.contextmanager
-    def prepare(self, model: Model, example_inputs: Any, threads: int) -> Iterator[Run]:
-        """See :class:`Runtime`."""
-        if not isinstance(model, nn.Module):
-            raise ModelError(f"runtime 'torch' runs modules, not the file {str(model)!r}; use runtime='onnxruntime'")
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        moved, before = inputs.move(example_inputs, device), torch.get_num_threads()
-
-        def run() -> None:
-            inputs.call(model, moved)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        try:
-            torch.set_num_threads(threads)
-            with inputs.evaluating(model), torch.inference_mode():
-                inputs.checked_call(model, moved)
-                yield run
-        finally:
-            torch.set_num_threads(before)
 
 
 def measure_latency(
@@ -224,16 +146,3 @@ def _time_in_turns(runs: list[Run], repeats: int, warmup: int) -> list[list[floa
 def _latency(times: list[float], runtime: str, threads: int) -> Latency:
     deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times
     return Latency(statistics.median(times), deciles[0], deciles[-1], len(times), runtime, threads)
-
-
-def _feed(session: Any, example_inputs: Any, path: str) -> dict[str, Tensor]:
-    """The example's tensors under the names of an ONNX file's inputs: by name if keyed so, else by position."""
-    names = [item.name for item in session.get_inputs()]
-    tensors = list(inputs.tensors_of(example_inputs))
-    keys = onnx_graph.tensor_names(example_inputs, "input")
-    if isinstance(example_inputs, Mapping) and set(names) <= set(keys):
-        return {key: tensor for key, tensor in zip(keys, tensors, strict=True) if key in names}
-    if isinstance(example_inputs, Mapping) or len(tensors) != len(names):
-        given = ", ".join(keys) if isinstance(example_inputs, Mapping) else f"{len(tensors)} tensors"
-        raise ModelError(f"example_inputs: {given} do not fit {path}, whose inputs are {', '.join(names)}")
-    return dict(zip(names, tensors, strict=True))
