@@ -84,7 +84,10 @@ class Listener:
         if self.collector is None:
             return {}
         if calibration is not None and isinstance(self.criterion, Sampling):
-            return {GRADIENTS: gate_gradients(self.grouping, calibration, self.criterion.num_grads)}
+            return {
+                GRADIENTS: gate_gradients(self.grouping, self.criterion.sampled(calibration), self.criterion.num_grads)
+            }
+        self.collector.agree()
         known = self.collector.tensors()
         if known and int(known.get("steps", 1)) > 0:
             return known

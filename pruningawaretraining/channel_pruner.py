@@ -30,6 +30,7 @@ from pruningawaretraining.inputs import ForwardFn, outputs_of
 from pruningawaretraining.kept_norms import KEPT_NORMS
 from pruningawaretraining.masking import Masks
 from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.processes import agreed
 from pruningawaretraining.quantization import resting
 from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer, prepare
@@ -286,7 +287,7 @@ class ChannelPruner:
         return lines
 
     def _fire(self, one: ChannelRule, now: int, surroundings: Surroundings) -> list[str]:
-        keep_R, met = self._decide(one, now)
+        keep_R, met = self._agreed(*self._decide(one, now))
         one.state.event += 1
         one.state.last = now
         one.state.phase = "prune"
@@ -299,6 +300,11 @@ class ChannelPruner:
             one.state.phase = "finetune"
             self._follow_phases()
         return lines
+
+    def _agreed(self, keep_R: Tensor, met: bool) -> tuple[Tensor, bool]:
+        """The first process's decision; inputs that it was shown may give it other costs than the others."""
+        keep_R, flag = agreed(keep_R, torch.tensor([met]))
+        return keep_R, bool(flag)
 
     def _decide(self, one: ChannelRule, now: int) -> tuple[Tensor, bool]:
         """The rule's next masks, and whether its target is met with them."""

@@ -28,6 +28,7 @@ from pruningawaretraining.element_rules import (
 )
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.folding import slot_maxima, slot_sums
+from pruningawaretraining.processes import agreed
 from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers_elements import BlockLasso, RateOf, SlicePenalty
 from pruningawaretraining.schedules import sparsity_at
@@ -217,7 +218,7 @@ class ElementPruner:
             self._mask(one, keep_G, optimizers)
             return
         scores_G = scores_of(one)
-        next_G = decide(self.model, one, scores_G, self._progress(one, now, last))
+        (next_G,) = agreed(decide(self.model, one, scores_G, self._progress(one, now, last)))
         if min(one.rule.progressive, one.rule.every) > 1:
             one.next_G, one.scores_G, one.state.begun, one.state.part = next_G, scores_G, now, 0
             self._advance(one, now, optimizers)

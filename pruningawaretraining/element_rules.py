@@ -205,6 +205,8 @@ def scores_of(one: ElementRule) -> Tensor:
     Raises:
         ModelError: there are NaN among them.
     """
+    if one.collector is not None:
+        one.collector.agree()
     scores_G = one.criterion.score(one.grouping, _statistics(one))
     if bool(torch.isnan(scores_G).any()):
         raise ModelError(f"{one.key}.criterion: {one.rule.criterion!r} gives NaN: the weights are not finite")

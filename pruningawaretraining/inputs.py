@@ -172,10 +172,28 @@ def disagreement(expected: list[Tensor], actual: list[Tensor]) -> float:
     return worst
 
 
+_LOOKS = [0]
+
+
+@contextmanager
+def _looking() -> Iterator[None]:
+    _LOOKS[0] += 1
+    try:
+        yield
+    finally:
+        _LOOKS[0] -= 1
+
+
+def looking() -> bool:
+    """Whether the model runs only to be looked at (widths, MACs, a removal's check): nothing that listens counts it."""
+    return _LOOKS[0] > 0
+
+
 def checked_call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> Any:
     """:func:`call`, with an error that names the shapes when the model rejects the inputs."""
     try:
-        return call(model, inputs, forward_fn)
+        with _looking():
+            return call(model, inputs, forward_fn)
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError, NotImplementedError) as error:
         shapes = [tuple(tensor.shape) for tensor in tensors_of(inputs)]
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -32,6 +32,7 @@ from pruningawaretraining.inputs import ForwardFn, from_shapes, move, tensors_of
 from pruningawaretraining.optimizer_state import clear_state
 from pruningawaretraining.patterns.channel import Channel, chosen_layers
 from pruningawaretraining.patterns.stacking import check_stacking
+from pruningawaretraining.processes import outdated, rewrapped
 from pruningawaretraining.quantization import without_zero
 from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer
@@ -365,6 +366,21 @@ class Pruning:
         """Let masks and regularisers act in every step of an optimizer, and let a removal keep its state."""
         for one in optimizers_of(optimizer):
             self._steps.attach(one)
+
+    def rewrap(self, wrapped: nn.Module) -> nn.Module:
+        """The same model in a new DistributedDataParallel with the options of the old one, once channels have gone.
+
+        ``ddp_model = pruner.rewrap(ddp_model)`` after ``pruner.prune`` costs nothing while no parameter has been
+        exchanged: the given wrapper comes back. Every process has to call it.
+
+        Args:
+            wrapped: the model in its wrapper.
+
+        Raises:
+            ModelError: another model, or a wrapper whose options cannot be carried over.
+        """
+        self._check_same(wrapped)
+        return rewrapped(wrapped) if outdated(wrapped) else wrapped
 
     def follow(self, graph: nn.Module) -> None:
         """Let a graph that was exported from the model, and prepared for quantization-aware training, be pruned too.

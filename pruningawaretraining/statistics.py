@@ -64,6 +64,12 @@ class Collector(Protocol):
             scale: what the gradients are still multiplied with (a loss scale that is not yet divided out).
         """
 
+    def agree(self) -> None:
+        """Share what each process has seen alone; a collective, called at events and before any other use of it.
+
+        What is read from gradients needs none of this: they have been averaged over the processes before.
+        """
+
     def tensors(self) -> dict[str, Tensor]:
         """What has been gathered."""
 

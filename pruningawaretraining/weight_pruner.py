@@ -132,7 +132,7 @@ class WeightPruner:
     def _solver(self, calibration: Calibration, weights: list[PrunableWeight]) -> Solver:
         choose = chooser(weights, self.rule.scope, ElementLimits(self.rule.min_sparsity, self.rule.max_sparsity))
         if isinstance(self.criterion, Sampling):
-            return self.criterion.solver(weights, calibration, choose)
+            return self.criterion.solver(weights, self.criterion.sampled(calibration), choose)
         return ScoredSolver(weights, self.criterion, self.pattern, calibration, choose)
 
 

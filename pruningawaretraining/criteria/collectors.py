@@ -62,6 +62,9 @@ class GradientCollector:
     def detach(self) -> None:
         """Nothing is hooked."""
 
+    def agree(self) -> None:
+        """Nothing to share: gradients have been averaged over processes."""
+
     @torch.no_grad()
     def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:
         """See :class:`~pruningawaretraining.statistics.Collector`."""
@@ -161,6 +164,9 @@ class MaskGradientCollector:
 
     def detach(self) -> None:
         """Nothing is hooked."""
+
+    def agree(self) -> None:
+        """Nothing to share: gradients have been averaged over processes."""
 
     @torch.no_grad()
     def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.registry import build, lookup, register
 from pruningawaretraining.statistics import Statistics
@@ -27,7 +28,7 @@ def source_macs(grouping: Grouping, statistics: Statistics) -> Tensor:
 
 def _need_macs(statistics: Statistics) -> Any:
     if statistics.macs is None:
-        raise ValueError("criterion: 'mac_aware' needs a pattern that saves MACs, such as 'channel'")
+        raise ConfigError("criterion: 'mac_aware' needs a pattern that saves MACs, such as 'channel'")
     return statistics.macs
 
 

@@ -16,6 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.inputs import looking
+from pruningawaretraining.processes import totals, world
 
 
 @dataclass
@@ -45,6 +47,21 @@ class Moments:
         self.mean_F = self.mean_F + delta_F * (values_NF.shape[0] / total)
         self.count = total
 
+    def with_others(self, other: Moments) -> Moments:
+        """The moments of both together."""
+        total = self.count + other.count
+        share = other.count / total.clamp(min=1e-30)
+        delta_F = other.mean_F - self.mean_F
+        spread_F = self.spread_F + other.spread_F + delta_F.square() * (self.count * share)
+        return Moments(total, self.mean_F + delta_F * share, spread_F)
+
+    def faded(self, factor: float) -> Moments:
+        """The same moments, counting less."""
+        return Moments(self.count * factor, self.mean_F, self.spread_F * factor)
+
+    def to(self, device: torch.device) -> Moments:
+        return Moments(self.count.to(device), self.mean_F.to(device), self.spread_F.to(device))
+
     @property
     def variance_F(self) -> Tensor:
         return self.spread_F / self.count.clamp(min=1)
@@ -72,6 +89,9 @@ class _InputHook:
 class ActivationCollector:
     """Moments of the inputs of every layer whose weight is in the grouping.
 
+    With several processes each sees its own part of a batch. What they have seen is put together at events, and from
+    then on known to all; what each has seen since then is kept apart until the next.
+
     Args:
         momentum: how much earlier batches still count at the next; 1 for all alike.
         in_eval: listen in eval mode too (calibration), not only while training.
@@ -79,7 +99,9 @@ class ActivationCollector:
 
     def __init__(self, momentum: float = 1.0, in_eval: bool = True) -> None:
         self.momentum, self.in_eval = momentum, in_eval
-        self.moments: dict[str, Moments] = {}
+        self.moments: dict[str, Moments] = {}  # of this process, since the last event
+        self.common: dict[str, Moments] = {}  # of all processes, up to then
+        self.batches: dict[str, int] = {}  # of this process, since then
         self._layers: dict[str, nn.Module] = {}
         self._parameters: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -105,7 +127,7 @@ class ActivationCollector:
 
     @torch.no_grad()
     def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
-        if not (module.training or self.in_eval) or x.numel() == 0:
+        if not (module.training or self.in_eval) or x.numel() == 0 or looking():
             return
         dim = -1 if isinstance(module, nn.Linear) else x.dim() - len(module.kernel_size) - 1  # type: ignore[arg-type]
         values_NF = x.detach().movedim(dim, -1).reshape(-1, x.shape[dim])
@@ -116,6 +138,45 @@ class ActivationCollector:
             known = Moments(*(tensor.to(x.device) for tensor in (known.count, known.mean_F, known.spread_F)))
             self.moments[name] = known
         known.add(values_NF, self.momentum)
+        self.batches[name] = self.batches.get(name, 0) + 1
+
+    def agree(self) -> None:
+        """See :class:`~pruningawaretraining.statistics.Collector`: one flat all-reduce of three numbers a feature."""
+        if world() == 1 or not self._layers:
+            return
+        rows = [self._sums(name, layer) for name, layer in self._layers.items()]
+        for (name, layer), row in zip(self._layers.items(), totals(rows), strict=True):
+            count, batches = row[0], int(row[1])
+            if batches == 0:
+                continue
+            mean_F, square_F = row[2:].view(2, -1) / count.clamp(min=1e-30)
+            spread_F = (square_F - mean_F.square()).clamp(min=0) * count
+            seen = Moments(*(one.float() for one in (count, mean_F, spread_F))).to(layer.weight.device)  # type: ignore[arg-type, union-attr]
+            known = self.common.get(name)
+            if known is not None:
+                fade = self.momentum ** (batches / world())
+                seen = known.to(seen.mean_F.device).faded(fade).with_others(seen)
+            self.common[name] = seen
+        self.moments, self.batches = {}, {}
+
+    def _sums(self, name: str, layer: nn.Module) -> Tensor:
+        """Count, batches, sums and sums of squares of what this process has seen of a layer, in one row."""
+        own = self.moments.get(name)
+        if own is None:
+            return torch.zeros(2 + 2 * _features(layer), dtype=torch.float64)
+        count, mean_F, spread_F = (one.double().cpu() for one in (own.count, own.mean_F, own.spread_F))
+        head = torch.stack([count, torch.tensor(float(self.batches.get(name, 0)), dtype=torch.float64)])
+        return torch.cat([head, count * mean_F, spread_F + count * mean_F.square()])
+
+    def _all(self) -> dict[str, Moments]:
+        """What is known of every layer."""
+        found = dict(self.common)
+        for name, own in self.moments.items():
+            known = found.get(name)
+            if known is not None:
+                known = known.to(own.mean_F.device).faded(self.momentum ** self.batches.get(name, 0))
+            found[name] = own if known is None else known.with_others(own)
+        return found
 
     def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:
         """Nothing to read before a step."""
@@ -124,7 +185,7 @@ class ActivationCollector:
         """``input_squares.NAME`` and ``input_variance.NAME`` by parameter, each in a shape that broadcasts to it, and
         ``row_dim.NAME``, the dimension of its output channels."""
         out: dict[str, Tensor] = {}
-        for name, moments in self.moments.items():
+        for name, moments in self._all().items():
             layer = self._layers.get(name)
             if layer is None:
                 continue
@@ -136,13 +197,13 @@ class ActivationCollector:
 
     def restrict(self, grouping: Grouping, keep_G: Tensor) -> None:
         """The layers have other inputs now: begin anew."""
-        self.moments = {}
+        self.moments, self.common, self.batches = {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data."""
+        """Tensors and plain data: of all processes up to the last event, and of this one since then."""
         return {
             name: [moments.count.clone(), moments.mean_F.clone(), moments.spread_F.clone()]
-            for name, moments in self.moments.items()
+            for name, moments in self._all().items()
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -150,11 +211,20 @@ class ActivationCollector:
         unknown = sorted(set(state) - set(self._layers))
         if unknown and self._layers:
             raise CheckpointError(f"state: activations of {unknown[0]!r}, which is no layer of the grouping")
-        self.moments = {name: Moments(*(tensor.clone() for tensor in values)) for name, values in state.items()}
+        loaded = {name: Moments(*(tensor.clone() for tensor in values)) for name, values in state.items()}
+        alone = world() == 1
+        self.moments, self.common, self.batches = loaded if alone else {}, {} if alone else loaded, {}
 
 
 def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+
+
+def _features(layer: nn.Module) -> int:
+    """How many input features a layer has."""
+    found = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    assert isinstance(found, int)
+    return found
 
 
 def along_inputs(layer: nn.Module, values_F: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from pruningawaretraining.criteria.second_order.fisher import decoupled_, factor
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layer_inputs import InputHessians
 from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.processes import gathered_rows, world
 from pruningawaretraining.registry import register
 
 GATE_DAMP = 1e-2
@@ -33,7 +34,10 @@ def readers(grouping: Grouping) -> Grouping:
 
 
 def gate_gradients(grouping: Grouping, calibration: Calibration, count: int) -> Tensor:
-    """Gradients of the loss by every group's gate: ``sum w g`` over the weights that read it, (gradients, groups)."""
+    """Gradients of the loss by every group's gate: ``sum w g`` over the weights that read it, (gradients, groups).
+
+    Several processes share the gradients out and collect their rows.
+    """
     reading = readers(grouping)
     unique = {id(member.parameter): member.parameter for member in reading.members}
     places = {key: number for number, key in enumerate(unique)}
@@ -46,8 +50,8 @@ def gate_gradients(grouping: Grouping, calibration: Calibration, count: int) -> 
         ]
         rows.append(reading.reduce(values).cpu())
 
-    calibration.each_gradient(list(unique.values()), count, add)
-    return torch.stack(rows)
+    calibration.each_gradient(list(unique.values()), -(-count // world()), add)
+    return gathered_rows(torch.stack(rows))
 
 
 def gate_scores(gradients_MG: Tensor, grouping: Grouping, damp: float = 0.0) -> Tensor:

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -83,6 +83,11 @@ class Sampling:
         _check(num_grads=(self.num_grads, 1), micro_batch=(self.micro_batch, 1))
         _check(num_recomputations=(self.num_recomputations, 1))
         lookup("schedule", self.recomputation_schedule, "recomputation_schedule")
+
+    def sampled(self, calibration: Calibration) -> Calibration:
+        """The same data in micro-batches of this criterion's size."""
+        size = calibration.micro_batch if self.micro_batch is None else self.micro_batch
+        return replace(calibration, micro_batch=size)
 
     @property
     def block_size(self) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.processes import average_gradients
 from pruningawaretraining.statistics import Statistics, collector_of
 
 BATCHES = 64
@@ -39,7 +40,7 @@ def gathered(
     calibration: Calibration, group: Callable[[nn.Module], Grouping], criterion: Any
 ) -> tuple[Grouping, Statistics]:
     """A model's groups, and what a criterion needs to score them: listened to on a copy, so that the model keeps its
-    gradients. Criteria that look at weights alone need no data.
+    gradients. Criteria that look at weights alone need no data. Several processes listen to their own data together.
 
     Args:
         calibration: the model and the data.
@@ -52,8 +53,14 @@ def gathered(
     stage = unchanged_copy(calibration.model)
     grouping = group(stage)
     collector.attach(stage, grouping)
+
+    def listen() -> None:
+        average_gradients(stage)
+        collector.on_before_step(grouping)
+
     try:
-        on_model(calibration, stage).each_backward(BATCHES, lambda: collector.on_before_step(grouping))
+        on_model(calibration, stage).each_backward(BATCHES, listen)
+        collector.agree()
         return grouping, Statistics(tensors=collector.tensors())
     finally:
         collector.detach()

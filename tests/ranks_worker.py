@@ -1,0 +1,115 @@
+"""Trainings that are the same on one process and on several: used by test_ranks.py, and run by it under torchrun.
+
+Every process takes its share of the same global batches. There is no batch norm, whose statistics would be of a share.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from pruningawaretraining import Pruning
+from pruningawaretraining.errors import PruningError
+from pruningawaretraining.processes import rank, world
+from pruningawaretraining.proximal import PruneOptimizer
+
+BATCH, EPOCHS, STEPS = 16, 4, 2
+SCHEDULE = {"start": 1, "end": 2, "schedule": "linear"}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 16), nn.ReLU(),
+        nn.Linear(16, 3),
+    )  # fmt: skip
+
+
+def batch(number: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    inputs = torch.randn(BATCH, 2, 6, 6, generator=generator)
+    return inputs, torch.randint(3, (BATCH,), generator=generator)
+
+
+def share(number: int) -> tuple[Tensor, Tensor]:
+    inputs, targets = batch(number)
+    return inputs[rank() :: world()], targets[rank() :: world()]
+
+
+class Data:
+    """What curvature is measured on: every process its part, in single samples."""
+
+    def __iter__(self) -> Any:
+        return iter([share(100 + number) for number in range(4)])
+
+
+def step(network: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+    inputs, targets = share(number)
+    optimizer.zero_grad()
+    functional.cross_entropy(network(inputs), targets).backward()
+    optimizer.step()
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model, bucket_cap_mb=1, gradient_as_bucket_view=True) if world() > 1 else model
+
+
+def pruned(rule: dict[str, Any], calibrated: bool = False) -> dict[str, Any]:
+    """A training with masks, and with a removal where there are channels."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    pruner = Pruning(model, {"rules": [rule]}, example_inputs=batch(0)[0][:1], optimizer=optimizer)
+    if calibrated:
+        pruner.calibrate_with(Data(), functional.cross_entropy)
+    wrapped = wrap(model)
+    for epoch in range(EPOCHS):
+        for number in range(STEPS):
+            step(wrapped, optimizer, epoch * STEPS + number)
+        pruner.prune(wrapped, epoch)
+        wrapped = pruner.rewrap(wrapped)
+    return {"masks": pruner.masks, "model": model.state_dict(), "phase": pruner.phase}
+
+
+def proximal(options: dict[str, Any]) -> dict[str, Any]:
+    """A training with proximal steps: a group is 0 or not."""
+    model = network()
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], **options},
+        {"params": [p for p in model.parameters() if p.dim() == 1]},
+    ]
+    optimizer = PruneOptimizer(torch.optim.SGD(groups, lr=0.05, momentum=0.9), 1, 8)
+    wrapped = wrap(model)
+    for number in range(EPOCHS * STEPS):
+        step(wrapped, optimizer, number)
+    masks = {name: value != 0 for name, value in model.named_parameters() if value.dim() > 1}
+    return {"masks": masks, "model": model.state_dict(), "phase": "finetune"}
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """One training; a refusal is a result too."""
+    try:
+        if "proximal" in case:
+            return proximal(case["proximal"])
+        return pruned(case["rule"], case.get("calibrated", False))
+    except PruningError as error:
+        return {"refused": f"{type(error).__name__}: {error}"}
+
+
+def main() -> None:
+    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    dist.init_process_group("gloo")
+    found = {name: run(case) for name, case in cases.items()}
+    torch.save(found, folder / f"{rank()}of{world()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Several processes decide and train as one does on the same global batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks_worker import SCHEDULE, run
+
+from pruningawaretraining.registry import names
+
+TESTS = Path(__file__).parent
+PATTERNS: dict[str, dict[str, Any]] = {
+    "channel": {"pattern": "channel", "target": {"sparsity": 0.4}},
+    "slice": {"pattern": "slice", "target": {"sparsity": 0.4}},
+    "2:4": {"pattern": "2:4", "target": {"sparsity": 0.5}, "exclude": ["0"]},
+    "unstructured": {"pattern": "unstructured", "target": {"sparsity": 0.6}},
+}
+REGISTRY = {
+    f"{criterion} {pattern}": {"rule": {**rule, **SCHEDULE, "criterion": criterion}}
+    for criterion in names("criterion")
+    for pattern, rule in PATTERNS.items()
+}
+CAP = {"type": "cap", "num_grads": 64, "micro_batch": 1, "damp": 1e-2, "fisher_block_size": 16}
+SAME: dict[str, dict[str, Any]] = {
+    "channel": {
+        "rule": {
+            "regularizer": {"type": "growing_l2", "strength": 1e-3},
+            **SCHEDULE,
+            "target": {"macs": 0.5},
+            "final_sparsity": 0.7,
+        }
+    },
+    "channel, variance": {"rule": {**PATTERNS["channel"], **SCHEDULE, "criterion": "variance"}},
+    "slice": {"rule": {**PATTERNS["slice"], **SCHEDULE, "criterion": "magnitude"}},
+    "2:4": {"rule": {**PATTERNS["2:4"], **SCHEDULE, "criterion": "weight"}},
+    "snip_momentum": {
+        "rule": {
+            **PATTERNS["unstructured"],
+            "criterion": "snip_momentum",
+            "unit": "step",
+            "start": 2,
+            "end": 6,
+            "every": 2,
+        }
+    },
+    "cap": {"rule": {**PATTERNS["unstructured"], **SCHEDULE, "criterion": CAP}, "calibrated": True},
+    "cap on channels": {"rule": {**PATTERNS["channel"], **SCHEDULE, "criterion": CAP}, "calibrated": True},
+    "proximal": {"proximal": {"group_type": "Dim0Grouper", "prox_type": "ProxGroupLasso", "reg_lambda": 1.5}},
+}  # fmt: skip
+
+
+def launch(cases: dict[str, Any], folder: Path, ranks: int) -> list[dict[str, Any]]:
+    """The results of every process, by case."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    script = [str(TESTS / "ranks_worker.py"), str(folder / "cases.json"), str(folder)]
+    done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{rank}of{ranks}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def check_same(alone: dict[str, Any], ranks: list[dict[str, Any]], tolerance: float) -> None:
+    assert all(one.keys() == alone.keys() for one in ranks)
+    if "refused" in alone:
+        assert all(one == alone for one in ranks)
+        return
+    for one in ranks:
+        assert one["phase"] == alone["phase"]
+        for name, keep in alone["masks"].items():
+            assert torch.equal(keep, one["masks"][name]), f"masks of {name}"
+        for name, value in alone["model"].items():
+            assert torch.equal(one["model"][name], ranks[0]["model"][name]), f"{name}: bit by bit on all processes"
+            torch.testing.assert_close(one["model"][name], value, rtol=0, atol=tolerance)
+    assert any(not bool(keep.all()) for keep in alone["masks"].values())
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    return launch(REGISTRY, tmp_path_factory.mktemp("registry"), 2)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_every_criterion_decides_on_two_processes_as_on_one(registry, name):
+    check_same(run(REGISTRY[name]), [one[name] for one in registry], 1e-4)
+
+
+def test_hardly_any_criterion_is_refused(registry):
+    refused = {name: one["refused"] for name, one in registry[0].items() if "refused" in one}
+    assert all("channel" in text or "slice" in text for text in refused.values()), refused
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return launch(SAME, tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return launch(SAME, tmp_path_factory.mktemp("four"), 4)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_processes_end_as_one(two, name):
+    check_same(run(SAME[name]), [one[name] for one in two], 1e-6)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_four_processes_end_as_one(four, name):
+    check_same(run(SAME[name]), [one[name] for one in four], 1e-6)
