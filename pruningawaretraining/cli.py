@@ -5,26 +5,21 @@ Bad input ends with one line on stderr for each problem and exit code 2; ``--deb
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from pruningawaretraining.commands import looking
+from pruningawaretraining.commands.common import experiment_of, reported, shape_of
 from pruningawaretraining.version import __version__
-
-if TYPE_CHECKING:
-    from pruningawaretraining.experiment.schema import ExperimentConfig
-
-BAD_INPUT, INTERRUPTED = 2, 130
 
 app = typer.Typer(
     name="pat",
@@ -77,14 +72,14 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run an experiment: train, prune, fine-tune, save, export, measure, report."""
-    with _reported(debug):
+    with reported(debug):
         _run(config, data, out, resume, overwrite, wandb)
 
 
 @app.command()
 def demo(out: Out = None, resume: Resume = False, debug: Debug = False) -> None:
     """Run the shipped demo: a small residual network on real handwritten digits. Replaces the demo that ran before."""
-    with _reported(debug):
+    with reported(debug):
         _run("demo", None, out, resume, overwrite=not resume)
 
 
@@ -107,11 +102,11 @@ def oneshot(
     debug: Debug = False,
 ) -> None:
     """Prune a trained model at once, to several sparsities, and compare: `--sparsities 0.5 0.6 0.75 0.9`."""
-    with _reported(debug):
+    with reported(debug):
         from pruningawaretraining.experiment.one_shot_run import OneShotOptions, results_table, run_one_shot
         from pruningawaretraining.one_shot import AfterPruning
 
-        experiment = _experiment(config, data, out)
+        experiment = experiment_of(config, data, out)
         levels = (*(sparsities or ()), *(more or ())) or None
         options = OneShotOptions(levels, experiment.folder(), save, AfterPruning(compensation, norms), wandb, overwrite)
         Console().print(results_table(run_one_shot(experiment, options)))
@@ -124,11 +119,11 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Print a model's prunable groups, and the MACs and parameters of its layers."""
-    with _reported(debug):
+    with reported(debug):
         from pruningawaretraining.experiment.inspection import groups_text, layers_table, load_inspected
         from pruningawaretraining.experiment.shipped import shipped_configs
 
-        shape = None if input_shape is None else _shape(input_shape)
+        shape = None if input_shape is None else shape_of(input_shape)
         inspected = load_inspected(str(shipped_configs().get(source, source)), shape)
         typer.echo(groups_text(inspected))
         Console().print(layers_table(inspected))
@@ -144,6 +139,9 @@ def schema(of: Annotated[Schema, typer.Argument(help="Of which kind of config.")
     typer.echo(json.dumps(printed, indent=2))
 
 
+looking.add_to(app)
+
+
 def main() -> None:
     """The entry point. Models of the user's own are imported from the current folder, as with ``python -m``."""
     if os.getcwd() not in sys.path:
@@ -157,25 +155,12 @@ def _run(
     from pruningawaretraining.experiment.run import run_experiment
     from pruningawaretraining.experiment.tracking import tracked
 
-    experiment = _experiment(config, data, out)
+    experiment = experiment_of(config, data, out)
     console = Console()
     with tracked(wandb, experiment.name) as watch:
         summary = run_experiment(experiment, resume=resume, overwrite=overwrite, console=console, watch=watch)
-    _show(summary, experiment.folder(), console)
-
-
-def _experiment(config: str, data: Path | None, out: Path | None) -> ExperimentConfig:
-    """The experiment, with what the command line says instead."""
-    from pruningawaretraining.experiment.schema import load_experiment
-    from pruningawaretraining.experiment.shipped import find_config
-
-    experiment = load_experiment(find_config(config))
-    changes: dict[str, Any] = {}
-    if data is not None:
-        changes["data"] = experiment.data.model_copy(update={"root": str(data)})
-    if out is not None:
-        changes["out"] = str(out)
-    return experiment.model_copy(update=changes)
+    if summary:  # of several processes, the first has it
+        _show(summary, experiment.folder(), console)
 
 
 def _show(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
@@ -199,36 +184,6 @@ def _show(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
         kept = f"{pruned['macs'] / dense['macs']:.3f} of the MACs are kept, {target['macs']} was asked for"
         console.print(f"[yellow]The target was not met: {kept}. Let the rule's end lie before the last epoch.[/yellow]")
     console.print(f"{folder / 'report.html'}  ({duration(summary.get('seconds'))})", highlight=False, soft_wrap=True)
-
-
-def _shape(text: str) -> list[int]:
-    from pruningawaretraining.errors import ConfigError
-
-    parts = text.replace("x", ",").strip("[]() ").split(",")
-    if not all(part.strip().isdigit() for part in parts):
-        raise ConfigError(f"--input-shape: {text!r} is no shape. Allowed: whole numbers such as 1,3,224,224")
-    return [int(part) for part in parts]
-
-
-@contextlib.contextmanager
-def _reported(debug: bool) -> Iterator[None]:
-    """Turn what the user can mend into lines on stderr and an exit code."""
-    from pruningawaretraining.errors import PruningError
-
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("pruningawaretraining").setLevel(logging.DEBUG if debug else logging.WARNING)
-    errors = Console(stderr=True)
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        errors.print("interrupted; --resume goes on from the last whole epoch")
-        raise typer.Exit(INTERRUPTED) from stop
-    except (PruningError, OSError) as error:
-        if debug:
-            errors.print_exception()
-        for line in str(error).splitlines() or [type(error).__name__]:
-            errors.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(BAD_INPUT) from None
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_the_report_has_every_section_and_the_numbers(tmp_path: Path) -> None:
     for phase in ("regularize epochs 0–7", "prune epochs 8–17", "finetune epochs 18–29"):
         assert phase in said
     pictures = [found for tag, found in page.tags if tag == "svg" and "role" in found]
-    assert len(pictures) == 4 + 10 + 1  # training, norms of all and of each of nine sets, latency
+    assert len(pictures) == 4 + 1 + 10 + 1  # training, coupled layers, norms of all and of nine sets, latency
     assert all(found["aria-label"] for found in pictures)
     assert "rules:" in said and "layer3.1.conv1" in said
 
@@ -265,6 +265,6 @@ def test_a_line_breaks_where_there_is_no_value() -> None:
 
 def test_snapshots_keep_the_ends_of_phases() -> None:
     epochs = [{"epoch": number, "phase": report_fixture.phase_of(number)} for number in range(30)]
-    chosen = figures._chosen(epochs)
+    chosen = figures.chosen_moments(epochs)
     assert len(chosen) == 8 and {0, 7, 17, 29} <= set(chosen)
-    assert figures._chosen(epochs[:1]) == [0] and figures._chosen(epochs[:3]) == [0, 1, 2]
+    assert figures.chosen_moments(epochs[:1]) == [0] and figures.chosen_moments(epochs[:3]) == [0, 1, 2]

@@ -182,7 +182,7 @@ def _summary(
         "pruning": pruning,
         "verification": verification,
         "latency": latency,
-        "files": sorted({*written, record.SUMMARY, record.REPORT}),
+        "files": sorted({*written, record.SUMMARY, record.REPORT, *record.NUMBERS}),
     }
 
 

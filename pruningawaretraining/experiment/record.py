@@ -55,6 +55,9 @@ A run folder holds:
                                                 dense and pruned are Latency.to_dict(); ratio is pruned / dense
          "files": ["config.yaml", ...],         the files of the folder that the run wrote
          "seconds": 93.1}                       of the whole run, over all sessions if it was resumed
+
+``report.html``, ``report.json``, ``epochs.csv``, ``layers.csv``, ``groups.csv``
+    The same once more, drawn and as tables; see :mod:`pruningawaretraining.report`.
 """
 
 from __future__ import annotations
@@ -70,11 +73,13 @@ from torch import Tensor
 
 from pruningawaretraining.checkpoint import write_atomically
 from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.report import numbers
 
 CONFIG, METRICS, NORMS, SUMMARY = "config.yaml", "metrics.jsonl", "norms.json", "summary.json"
 REPORT, PRUNED, DENSE = "report.html", "pruned.safetensors", "dense.safetensors"
 ONNX, CHECKPOINT = "model.onnx", "checkpoint.pt"
-FILES = (SUMMARY, CONFIG, METRICS, NORMS, REPORT, PRUNED, DENSE, ONNX, CHECKPOINT)
+NUMBERS = numbers.FILES
+FILES = (SUMMARY, CONFIG, METRICS, NORMS, REPORT, *NUMBERS, PRUNED, DENSE, ONNX, CHECKPOINT)
 """What a run writes, the summary first: the order in which an old run is cleared away."""
 
 _DECADES, _PER_DECADE = (-6, 4), 8

@@ -151,10 +151,10 @@ def norms(run: Run, most: int = 60) -> list[Figure]:
     edges, epochs = run.norms.get("edges") or [], run.norms.get("epochs") or []
     if len(edges) < 2 or not epochs:
         return []
-    shown = [epochs[number] for number in _chosen(epochs)]
+    shown = [epochs[number] for number in chosen_moments(epochs)]
     names = list(dict.fromkeys(name for one in epochs for name in one["sets"]))
-    totals = [(one, _total(one, len(edges) - 1)) for one in shown]
-    first, last = _occupied([total["counts"] for _, total in totals], len(edges) - 1)
+    totals = [(one, total(one, len(edges) - 1)) for one in shown]
+    first, last = occupied([total["counts"] for _, total in totals], len(edges) - 1)
     bins = slice(first, last)  # of all sets: one axis for every picture
     rows = {"All groups": totals}
     if len(names) > 1:
@@ -162,7 +162,7 @@ def norms(run: Run, most: int = 60) -> list[Figure]:
     return [_norm_figure(name, found, bins, edges[first : last + 1]) for name, found in rows.items()]
 
 
-def _chosen(epochs: Sequence[Mapping[str, Any]]) -> list[int]:
+def chosen_moments(epochs: Sequence[Mapping[str, Any]]) -> list[int]:
     """At most ``_ROWS`` positions: the first, the last, the ends of phases, and others spread evenly between."""
     last = len(epochs) - 1
     ends = [number for number in range(last) if epochs[number].get("phase") != epochs[number + 1].get("phase")]
@@ -176,7 +176,7 @@ def _chosen(epochs: Sequence[Mapping[str, Any]]) -> list[int]:
     return sorted(must)
 
 
-def _total(epoch: Mapping[str, Any], bins: int) -> dict[str, Any]:
+def total(epoch: Mapping[str, Any], bins: int) -> dict[str, Any]:
     """The sets of one epoch added up."""
     counts, zeros = [0] * bins, 0
     for one in epoch["sets"].values():
@@ -195,7 +195,7 @@ def _norm_figure(
     return Figure(title, ridge_chart(f"Norms of {title} by epoch", ridges, edges))
 
 
-def _occupied(counts: Sequence[Sequence[int]], bins: int) -> tuple[int, int]:
+def occupied(counts: Sequence[Sequence[int]], bins: int) -> tuple[int, int]:
     """The range of bins that hold anything, with one empty bin on either side."""
     filled = [number for row in counts for number, count in enumerate(row) if count]
     if not filled:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pruningawaretraining.report import figures, tables
+from pruningawaretraining.report import coupling, figures, tables
+from pruningawaretraining.report.numbers import write, write_numbers
 from pruningawaretraining.report.run import REPORT, Phase, Run, load_run
 from pruningawaretraining.report.summary import arrow, fraction, percent, si
 
 _LOG = logging.getLogger(__name__)
+TEMPLATES = Path(__file__).parent / "templates"
 _PHASES = {
     "regularize": "the regulariser separates the groups",
     "prune": "groups are masked on the schedule",
@@ -37,26 +38,30 @@ def write_report(run_dir: str | Path) -> Path:
         CheckpointError: the folder holds no summary, or a file in it is damaged.
     """
     path = Path(run_dir) / REPORT
-    text = render_report(load_run(run_dir))
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    run = load_run(run_dir)
+    text = render_report(run)
+    write(path, text)
+    write_numbers(run, Path(run_dir))
     _LOG.info("%s: %.0f kB", path, len(text) / 1e3)
     return path
 
 
 def render_report(run: Run) -> str:
     """The page as text; see :func:`write_report`."""
-    folder = Path(__file__).parent / "templates"
+    return render_template("report.html.j2", page(run))
+
+
+def render_template(name: str, values: Mapping[str, Any]) -> str:
+    """One of the pages of this package, filled in."""
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(si=si, percent=percent, bytes=tables.byte_count, ms=tables.milliseconds)
-    return environment.get_template("report.html.j2").render(page(run))
+    return environment.get_template(name).render(values)
 
 
 def page(run: Run) -> dict[str, Any]:
@@ -80,6 +85,7 @@ def page(run: Run) -> dict[str, Any]:
         "latency_figure": figures.latency(latency),
         "links": links,
         "verification": summary.get("verification") or {},
+        "coupling": coupling.picture(layers),
         "layers": [_layer(layer) for layer in layers],
         "groups": [_group(group) for group in groups],
         "pruning": pruning,

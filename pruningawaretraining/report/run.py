@@ -61,16 +61,21 @@ def phases_of(lines: Sequence[Mapping[str, Any]]) -> list[Phase]:
     return phases
 
 
-def load_run(folder: str | Path) -> Run:
+def load_run(folder: str | Path, *, finished: bool = True) -> Run:
     """Read a run's folder.
+
+    Args:
+        folder: of the run.
+        finished: whether it must be; otherwise what there is of it is read.
 
     Raises:
         CheckpointError: there is no summary, or a file is not what it should be.
     """
     folder = Path(folder)
-    if not (folder / SUMMARY).is_file():
+    if finished and not (folder / SUMMARY).is_file():
         raise CheckpointError(f"run: {str(folder)!r} holds no {SUMMARY}; give the folder of a finished run")
-    summary = _parse(folder / SUMMARY, (folder / SUMMARY).read_text(encoding="utf-8"))
+    ended = (folder / SUMMARY).is_file()
+    summary = _parse(folder / SUMMARY, (folder / SUMMARY).read_text(encoding="utf-8")) if ended else {}
     metrics, norms, config = folder / METRICS, folder / NORMS, folder / CONFIG
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
     text = config.read_text(encoding="utf-8") if config.is_file() else json.dumps(summary.get("config", {}), indent=2)

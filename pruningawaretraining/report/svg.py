@@ -63,12 +63,16 @@ class Scale:
 
 @dataclass(frozen=True)
 class Ridge:
-    """One histogram of a ridge chart: a label, counts per bin, how many values are zero, and a class."""
+    """One histogram of a ridge chart: a label, counts per bin, how many values are zero, and a class.
+
+    ``near`` is the part of each count that is marked as near zero.
+    """
 
     label: str
     counts: Sequence[float]
     zeros: int = 0
     style: str = "phase-prune"
+    near: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -199,14 +203,22 @@ def ridge_chart(title: str, rows: Sequence[Ridge], edges: Sequence[float]) -> Ma
 
 
 def _ridge(row: Ridge, edges: Sequence[float], x: Scale, floor: float, unit: float) -> Markup:
-    """One histogram as a filled staircase on its floor."""
+    """One histogram as a filled staircase on its floor, with what is near zero on top."""
+    shape = Markup('<path class="ridge {}" d="{}"><title>{}</title></path>')
+    label = f"{row.label}: {sum(row.counts):g} groups, {row.zeros} at zero"
+    near = f", {sum(row.near):g} near it" if row.near else ""
+    drawn = shape.format(row.style, _staircase(row.counts, edges, x, floor, unit), label + near)
+    if any(row.near):
+        drawn += shape.format("near", _staircase(row.near, edges, x, floor, unit), label + near)
+    return drawn
+
+
+def _staircase(counts: Sequence[float], edges: Sequence[float], x: Scale, floor: float, unit: float) -> str:
     points = [f"M{x(edges[0]):.1f} {floor:.1f}"]
-    for count, left, right in zip(row.counts, edges, edges[1:], strict=False):
+    for count, left, right in zip(counts, edges, edges[1:], strict=False):
         top = floor - unit * count
         points.append(f"L{x(left):.1f} {top:.1f}L{x(right):.1f} {top:.1f}")
-    points.append(f"L{x(edges[-1]):.1f} {floor:.1f}Z")
-    shape = Markup('<path class="ridge {}" d="{}"><title>{}</title></path>')
-    return shape.format(row.style, "".join(points), f"{row.label}: {sum(row.counts):g} groups, {row.zeros} at zero")
+    return "".join([*points, f"L{x(edges[-1]):.1f} {floor:.1f}Z"])
 
 
 def interval_bars(title: str, bars: Sequence[tuple[str, str, float, float, float]], unit: str = "ms") -> Markup:

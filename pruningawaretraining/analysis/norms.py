@@ -1,0 +1,127 @@
+"""Norms of channel groups in checkpoints: dense, masked, or with channels removed.
+
+Shape suffixes: ``_G`` groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pruningawaretraining.analysis.checkpoints import epochs_of, read_weights
+from pruningawaretraining.errors import CheckpointError, PruningError
+from pruningawaretraining.experiment.record import EDGES, histogram
+from pruningawaretraining.group_index import GroupIndex
+from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.patterns.channel import chosen_layers, find_channels
+from pruningawaretraining.rehearsal import removable_channels
+from pruningawaretraining.report.run import Run
+from pruningawaretraining.state_dict import load_state_dict_pruned
+
+ROLES = ("out", "in", "norm")
+Build = Callable[[], tuple[nn.Module, Any]]
+"""Gives the dense model, newly built, and example inputs."""
+Track = Callable[[Sequence[Path]], Iterable[Path]]
+"""Gives the files back one by one, and shows how far it is."""
+
+
+class NormReader:
+    """Reads group norms out of state dicts of one architecture; the model is traced anew only when shapes change.
+
+    Args:
+        build: see :data:`Build`.
+
+    Raises:
+        ModelError: nothing in the model can be pruned.
+    """
+
+    def __init__(self, build: Build) -> None:
+        self.build = build
+        model, inputs = build()
+        found = removable_channels(model, inputs, chosen_layers(model, None))
+        self.sizes = {one.name: one.size for one in found.grouping.sets}
+        self.model, self.grouping = model, found.grouping
+        self.shapes = _shapes(dict(model.state_dict()))
+        self.index = GroupIndex(found.grouping, ROLES)
+
+    def read(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+        """A histogram of every set, as :mod:`pruningawaretraining.experiment.record` describes it, and ``removed``:
+        how many of its groups are no longer there.
+
+        Raises:
+            CheckpointError: the weights do not fit the model.
+        """
+        self._load(weights)
+        norms_G = self.index.squared_norms().sqrt().cpu()
+        sets = {}
+        for one in self.grouping.sets:
+            found = histogram(norms_G[one.start : one.stop])
+            sets[one.name] = {**found, "removed": self.sizes[one.name] - one.size}
+        return sets
+
+    def _load(self, weights: Mapping[str, Tensor]) -> None:
+        """Put the weights into the model; one of other shapes is built and traced first."""
+        plain = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in weights.items()}
+        shapes = _shapes(plain)
+        if any(shapes.get(name, shape) != shape for name, shape in self.shapes.items()):
+            self.model, inputs = self.build()
+            model, missing, _ = load_state_dict_pruned(self.model, plain)
+            grouping = find_channels(model, inputs, chosen_layers(model, None)).grouping
+            self.grouping = grouping.select_sets([at for at, one in enumerate(grouping.sets) if one.name in self.sizes])
+            self.index = GroupIndex(self.grouping, ROLES)
+            self.shapes = _shapes(dict(model.state_dict()))
+        else:
+            self.model.load_state_dict(plain, strict=False)
+            missing = sorted(set(self.shapes) - set(plain))
+        self._check(self.grouping, missing, plain)
+
+    def _check(self, grouping: Grouping, missing: Sequence[str], weights: Mapping[str, Tensor]) -> None:
+        """Refuse weights without tensors that norms are made of."""
+        needed = {member.name for member in grouping.of_role(*ROLES).members}
+        lacking = [name for name in missing if name in needed]
+        if lacking:
+            first = next(iter(weights), "nothing")
+            raise CheckpointError(
+                f"{len(lacking)} weights of the model are missing, {lacking[0]!r} for one; it holds {first!r}. "
+                "Allowed: checkpoints of the model that --model names"
+            )
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in weights.items()}
+
+
+def scan(paths: Sequence[Path], build: Build, track: Track = iter) -> dict[str, Any]:
+    """The norms of every checkpoint, in the form of a run's ``norms.json``.
+
+    Args:
+        paths: checkpoints in the order of training; one at a time is in memory.
+        build: see :data:`Build`.
+        track: shows progress over them.
+
+    Raises:
+        CheckpointError: a file is no checkpoint of the model; the message names it.
+    """
+    reader = NormReader(build)
+    epochs = list(_epochs(paths, reader, track))
+    return {"edges": list(EDGES), "epochs": epochs}
+
+
+def _epochs(paths: Sequence[Path], reader: NormReader, track: Track) -> Iterator[dict[str, Any]]:
+    for path, epoch in zip(track(paths), epochs_of(paths), strict=True):
+        try:
+            sets = reader.read(read_weights(path))
+        except CheckpointError as error:
+            text = str(error)
+            raise CheckpointError(text if str(path) in text else f"{str(path)!r}: {text}") from error
+        except PruningError as error:  # what is left cannot be traced
+            raise CheckpointError(f"{str(path)!r}: {error}") from error
+        yield {"epoch": epoch, "phase": "train", "file": path.name, "sets": sets}
+
+
+def run_of(name: str, norms: Mapping[str, Any]) -> Run:
+    """Scanned checkpoints as a run that has recorded nothing but norms."""
+    return Run({"name": name}, norms=norms)

@@ -1,0 +1,1 @@
+"""Commands of ``pat`` that look at runs; :mod:`pruningawaretraining.cli` registers them."""
