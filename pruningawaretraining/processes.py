@@ -6,7 +6,10 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +28,67 @@ def world() -> int:
 def rank() -> int:
     """Number of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """A process's part of every batch: each so-many-th example.
+
+    Args:
+        rank: number of the process.
+        world: how many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def own(cls) -> Share:
+        """That of this process."""
+        return cls(rank(), world())
+
+    def of(self, examples: Any) -> Any:
+        """The share of a tensor's or list's first dimension."""
+        return examples[self.rank :: self.world] if self.world > 1 else examples
+
+
+WHOLE = Share()
+"""All of every batch."""
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside the block the processes that torchrun has started are a group; without torchrun nothing happens.
+
+    A group that is there already is used, and left alone afterwards.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized()
+    if not several:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def meet() -> None:
+    """Wait for every process."""
+    if world() > 1:
+        dist.barrier()
+
+
+def same_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers, such as running statistics."""
+    if world() > 1:
+        with torch.no_grad():
+            for buffer in model.buffers():
+                there = buffer.detach().to(_device(), copy=True).contiguous()
+                dist.broadcast(there, 0)
+                buffer.copy_(there)
 
 
 def totals(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -34,7 +34,7 @@ class SourceBatches:
     device: torch.device
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.pipeline.test(self.source, self.size, self.device)
+        return self.pipeline.test(self.source, self.size, self.device, self.pipeline.share)
 
 
 def loss_of(outputs: Any, labels_B: Tensor) -> Tensor:

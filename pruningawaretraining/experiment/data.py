@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pruningawaretraining.processes import WHOLE, Share
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -27,8 +29,11 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, size: int, generator: torch.Generator | None, device: torch.device) -> Iterator[Batch]:
-        """uint8 images and int64 labels on the device: in order, or shuffled by ``generator`` and without the rest."""
+    def batches(
+        self, size: int, generator: torch.Generator | None, device: torch.device, share: Share = WHOLE
+    ) -> Iterator[Batch]:
+        """uint8 images and int64 labels on the device: in order, or shuffled by ``generator`` and without the rest;
+        of each batch the ``share``."""
         ...
 
 
@@ -73,17 +78,41 @@ class MemorySource:
     def __len__(self) -> int:
         return len(self.labels_N)
 
-    def batches(self, size: int, generator: torch.Generator | None, device: torch.device) -> Iterator[Batch]:
+    def batches(
+        self, size: int, generator: torch.Generator | None, device: torch.device, share: Share = WHOLE
+    ) -> Iterator[Batch]:
         """See :class:`Source`."""
         if self.images_NCHW.device != device:
             self.images_NCHW, self.labels_N = self.images_NCHW.to(device), self.labels_N.to(device)
         if generator is None:
-            yield from zip(torch.split(self.images_NCHW, size), torch.split(self.labels_N, size), strict=True)
+            for images, labels in zip(
+                *(torch.split(one, size) for one in (self.images_NCHW, self.labels_N)), strict=True
+            ):
+                yield share.of(images), share.of(labels)
             return
         order_N = torch.randperm(len(self), generator=generator).to(device)
         for index_B in torch.split(order_N, size):
             if len(index_B) == size or len(self) < size:
-                yield self.images_NCHW[index_B], self.labels_N[index_B]
+                yield self.images_NCHW[share.of(index_B)], self.labels_N[share.of(index_B)]
+
+
+class _Shares(torch.utils.data.Sampler[list[int]]):
+    """One process's indices of every batch; all processes shuffle alike."""
+
+    def __init__(self, length: int, size: int, generator: torch.Generator | None, share: Share) -> None:
+        self.length, self.size, self.generator, self.share = length, size, generator, share
+
+    def __iter__(self) -> Iterator[list[int]]:
+        shuffled = self.generator is not None
+        numbers = range(self.length)
+        data: Any = numbers
+        order = (
+            torch.utils.data.RandomSampler(data, generator=self.generator)
+            if shuffled
+            else torch.utils.data.SequentialSampler(data)
+        )
+        for batch in torch.utils.data.BatchSampler(order, self.size, shuffled and self.length >= self.size):
+            yield self.share.of(batch)
 
 
 class FolderSource:
@@ -103,14 +132,14 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def batches(self, size: int, generator: torch.Generator | None, device: torch.device) -> Iterator[Batch]:
+    def batches(
+        self, size: int, generator: torch.Generator | None, device: torch.device, share: Share = WHOLE
+    ) -> Iterator[Batch]:
         """See :class:`Source`."""
         loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(
             self.dataset,
-            batch_size=size,
-            shuffle=generator is not None,
+            batch_sampler=_Shares(len(self), size, generator, share),
             generator=generator,
-            drop_last=generator is not None and len(self) >= size,
             num_workers=self.workers,
             pin_memory=device.type == "cuda",
         )
@@ -127,6 +156,7 @@ class Pipeline:
         flip: mirror half of the training images.
         crop: shift training images by up to so many pixels.
         channels_last: memory order of the batches.
+        share: what this process gets of every batch.
     """
 
     mean: Sequence[float]
@@ -134,19 +164,21 @@ class Pipeline:
     flip: bool = False
     crop: int = 0
     channels_last: bool = False
+    share: Share = WHOLE
 
     def train(self, source: Source, size: int, generator: torch.Generator, device: torch.device) -> Iterator[Batch]:
         """One epoch of shuffled, augmented, normalised batches."""
-        for images_BCHW, labels_B in source.batches(size, generator, device):
+        whole = min(size, len(source))
+        for images_BCHW, labels_B in source.batches(size, generator, device, self.share):
             if self.crop:
-                images_BCHW = shifted(images_BCHW, self.crop, generator)
+                images_BCHW = shifted(images_BCHW, self.crop, generator, whole, self.share)
             if self.flip:
-                images_BCHW = mirrored(images_BCHW, generator)
+                images_BCHW = mirrored(images_BCHW, generator, whole, self.share)
             yield self.normalised(images_BCHW), labels_B
 
-    def test(self, source: Source, size: int, device: torch.device) -> Iterator[Batch]:
-        """All images once, in order, normalised."""
-        for images_BCHW, labels_B in source.batches(size, None, device):
+    def test(self, source: Source, size: int, device: torch.device, share: Share = WHOLE) -> Iterator[Batch]:
+        """All images once, in order, normalised; of each batch the ``share``."""
+        for images_BCHW, labels_B in source.batches(size, None, device, share):
             yield self.normalised(images_BCHW), labels_B
 
     def normalised(self, images_BCHW: Tensor) -> Tensor:
@@ -157,11 +189,21 @@ class Pipeline:
         return out_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else out_BCHW
 
 
-def shifted(images_BCHW: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Each image moved by its own offset of up to ``most`` pixels in each direction; zeros come in."""
+def shifted(
+    images_BCHW: Tensor, most: int, generator: torch.Generator, whole: int | None = None, share: Share = WHOLE
+) -> Tensor:
+    """Each image moved by its own offset of up to ``most`` pixels in each direction; zeros come in.
+
+    Args:
+        images_BCHW: the images: a share of a batch of ``whole``, for which chance is drawn.
+        most: the largest offset.
+        generator: of chance, the same on every process.
+        whole, share: see above.
+    """
     count, channels, height, width = images_BCHW.shape
     images_BP = functional.pad(images_BCHW, (most, most, most, most))
-    offsets = torch.randint(0, 2 * most + 1, (2, count, 1), generator=generator).to(images_BCHW.device)
+    offsets = torch.randint(0, 2 * most + 1, (2, whole or count, 1), generator=generator)
+    offsets = torch.stack([share.of(offsets[0]), share.of(offsets[1])]).to(images_BCHW.device)
     rows_BH = offsets[0] + torch.arange(height, device=images_BCHW.device)
     columns_BW = offsets[1] + torch.arange(width, device=images_BCHW.device)
     image = torch.arange(count, device=images_BCHW.device).view(-1, 1, 1, 1)
@@ -169,9 +211,9 @@ def shifted(images_BCHW: Tensor, most: int, generator: torch.Generator) -> Tenso
     return images_BP[image, channel, rows_BH[:, None, :, None], columns_BW[:, None, None, :]]
 
 
-def mirrored(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image mirrored left to right with probability a half."""
-    flip_B = (torch.rand(len(images_BCHW), generator=generator) < 0.5).to(images_BCHW.device)
+def mirrored(images_BCHW: Tensor, generator: torch.Generator, whole: int | None = None, share: Share = WHOLE) -> Tensor:
+    """Each image mirrored left to right with probability a half; arguments as of :func:`shifted`."""
+    flip_B = share.of(torch.rand(whole or len(images_BCHW), generator=generator) < 0.5).to(images_BCHW.device)
     return torch.where(flip_B.view(-1, 1, 1, 1), images_BCHW.flip(3), images_BCHW)
 
 

@@ -23,6 +23,7 @@ from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.state import check_same, load_state
 from pruningawaretraining.experiment.tracking import Watch
 from pruningawaretraining.export import check_opset
+from pruningawaretraining.processes import joined, meet, rank
 from pruningawaretraining.report.html import write_report
 
 
@@ -36,6 +37,8 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Train, prune, save, export, measure and report; see :mod:`record` for what is written.
 
+    Under torchrun every process trains on its share of each batch, and the first one writes.
+
     Args:
         config: the experiment.
         resume: go on where the run in the folder was interrupted; begin if there is nothing yet.
@@ -44,19 +47,25 @@ def run_experiment(
         watch: is handed every epoch's line of ``metrics.jsonl``.
 
     Returns:
-        What ``summary.json`` holds.
+        What ``summary.json`` holds; nothing on other processes than the first.
 
     Raises:
         ConfigError, ModelError, TargetError, CheckpointError: bad input; a finished or interrupted run in the folder
             is not touched then.
     """
-    folder, display = config.folder(), Display(console, watch)
+    with joined():
+        mine = rank() == 0
+        return _run_here(config, resume, overwrite, Display(console if mine else None, watch if mine else None))
+
+
+def _run_here(config: ExperimentConfig, resume: bool, overwrite: bool, display: Display) -> dict[str, Any]:
+    folder = config.folder()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out: {str(folder)!r} is a file. Allowed: a folder, which is made if need be")
     if resume and (folder / record.SUMMARY).is_file():
         _check_finished(config, folder)
         display.say(f"{folder} is finished")
-        if not (folder / record.REPORT).is_file():  # killed between the two
+        if not (folder / record.REPORT).is_file() and rank() == 0:  # killed between the two
             write_report(folder)
         summary: dict[str, Any] = json.loads((folder / record.SUMMARY).read_text(encoding="utf-8"))
         return summary
@@ -73,17 +82,22 @@ def _run(config: ExperimentConfig, resume: bool, display: Display) -> dict[str, 
     if config.onnx is not None and config.onnx.opset is not None:
         check_opset(config.onnx.exporter, config.onnx.opset, "onnx.opset")
     runner.new_stage("pruned")  # bad input is found before anything is written or trained
-    record.clear_temporary(folder)
+    meet()  # every process has looked at the folder as it was
+    if runner.writes:
+        record.clear_temporary(folder)
     if resume and (folder / record.CHECKPOINT).is_file():
         runner.state = load_state(folder, resolved)
-        runner.recorder = record.Recorder(folder, runner.state.rows, runner.state.norms)
+        runner.recorder = runner.new_recorder(runner.state.rows, runner.state.norms)
         display.say(f"going on in {folder}: {runner.state.stage} model, epoch {runner.state.epoch + 1}")
     else:
-        for name in record.FILES:
-            (folder / name).unlink(missing_ok=True)
         runner.state.config = resolved
-    record.write_config(folder / record.CONFIG, resolved)
-    return finish(runner.run(), display)
+        for name in record.FILES if runner.writes else ():
+            (folder / name).unlink(missing_ok=True)
+    meet()
+    if runner.writes:
+        record.write_config(folder / record.CONFIG, resolved)
+    trained = runner.run()
+    return finish(trained, display) if runner.writes else {}
 
 
 def _check_finished(config: ExperimentConfig, folder: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pruningawaretraining.config.recipe import LearningRates
 from pruningawaretraining.errors import ConfigError
@@ -31,12 +32,22 @@ from pruningawaretraining.experiment.state import RunState, rng_state, save_stat
 from pruningawaretraining.experiment.train import Learner, Precision, evaluate, scores_of, train_epoch
 from pruningawaretraining.experiment.verify import difference, masked_scores, scores
 from pruningawaretraining.inputs import checked_call, evaluating
+from pruningawaretraining.processes import Share, outdated, rank, rewrapped, same_buffers, world
 from pruningawaretraining.pruning import Pruning
 
 LOG = logging.getLogger(__name__)
 EPOCH_SEEDS = 1_000_003  # distance of the data seeds of neighbouring run seeds: more than any run has epochs
 VERIFIED_IMAGES = 64
 TEST_BATCH = 500
+
+
+class SilentRecorder(record.Recorder):
+    """Of a process that writes nothing: the first one writes what all have come to."""
+
+    def add(self, row: Mapping[str, Any], norms: Mapping[str, Tensor] | None = None) -> None:
+        self.rows.append(dict(row))
+        if norms is not None:
+            self.norms.append({"epoch": row["epoch"]})
 
 
 @dataclass
@@ -88,17 +99,30 @@ class Runner:
     def __init__(self, config: ExperimentConfig, data: DataSet, device: torch.device, display: Display) -> None:
         self.config, self.data, self.device, self.display = config, data, device, display
         self.folder = config.folder()
-        self.pipeline = Pipeline(data.mean, data.std, config.data.flip, config.data.crop, config.channels_last)
+        share = Share.own()
+        self.pipeline = Pipeline(data.mean, data.std, config.data.flip, config.data.crop, config.channels_last, share)
+        _check_share(min(config.batch_size, max(1, len(data.train))))
         self.rates = LearningRates(tuple(config.rates))
-        self.recorder = record.Recorder(self.folder)
+        self.recorder = self.new_recorder()
         self.state = RunState(stage="dense" if config.dense_baseline else "pruned")
         self.images = next(self.pipeline.test(data.test, VERIFIED_IMAGES, device))[0]
         self._since = time.perf_counter()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's files."""
+        return rank() == 0
+
+    def new_recorder(self, rows: int = 0, norms: int = 0) -> record.Recorder:
+        """The metrics so far, up to so many epochs."""
+        return (record.Recorder if self.writes else SilentRecorder)(self.folder, rows, norms)
 
     def new_model(self) -> nn.Module:
         """The dense model on the device, with the initial weights of the seed."""
         torch.manual_seed(self.config.seed)
         model = build_model(self.config.model, len(self.data.classes), self.data.shape[0]).to(self.device)
+        if world() > 1 and self.device.type == "cuda":  # statistics of whole batches, as on one process
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return model.to(memory_format=torch.channels_last) if self.config.channels_last else model
 
     def new_stage(self, name: str) -> Stage:
@@ -118,8 +142,9 @@ class Runner:
             batches = SourceBatches(self.pipeline, self.data.train, config.batch_size, self.device)
             pruner.calibrate_with(batches, loss_of)  # read by second-order criteria only
         precision = Precision.of(config, self.device)
-        learner = Learner(model, optimizer, precision, config.label_smoothing, config.clip_norm, pruner)
-        torch.manual_seed(config.seed)
+        wrapped = DistributedDataParallel(model) if world() > 1 else None
+        learner = Learner(model, optimizer, precision, config.label_smoothing, config.clip_norm, pruner, wrapped)
+        torch.manual_seed(config.seed + rank())
         return Stage(name, learner, scheduler)
 
     def _warn_of_late_ends(self) -> None:
@@ -138,11 +163,11 @@ class Runner:
         """Train what is left to train; what is only masked at the end is removed."""
         self._warn_of_late_ends()
         if self.state.stage == "dense":
-            save_dense(self.train("dense").learner.model, self.folder)
+            self._save_dense(self.train("dense").learner.model)
             self.state = replace(self.state, stage="pruned", epoch=0, training={})
             self._save(None)
         elif not self.config.dense_baseline and self.state.epoch == 0:
-            save_dense(self.new_model(), self.folder)
+            self._save_dense(self.new_model())
         stage = self.train("pruned")
         model, pruner = stage.learner.model, stage.learner.pruner
         assert pruner is not None
@@ -171,7 +196,9 @@ class Runner:
         stage = self.new_stage(name)
         if self.state.training:
             stage.load_state_dict(self.state.training)
-            set_rng_state(self.state.rng)
+            self._rewrap(stage)
+            if rank() == 0:  # the checkpoint has the first process's generators
+                set_rng_state(self.state.rng)
         config, steps = self.config, max(1, len(self.data.train) // self.config.batch_size)
         title = f"{name} {config.model.name} on {config.data.name}: {config.epochs} epochs on {self.device}"
         with self.display.stage(title, config.epochs, self.state.epoch, steps) as shown:
@@ -185,13 +212,16 @@ class Runner:
         begins = self.config.prune_at == "begin"
         if begins:
             self._events(learner, epoch)
+            learner = self._rewrap(stage)
         phase = "train" if pruner is None else pruner.phase
         self.rates.apply(learner.optimizer, epoch)
         rate = float(learner.optimizer.param_groups[0]["lr"])
         batches = self._rated(learner.optimizer, epoch, generator)
         loss, train_accuracy = train_epoch(learner, batches, shown.tick)
+        same_buffers(learner.model)
         if not begins or epoch == self.config.epochs - 1:
             self._events(learner, epoch + begins)
+            learner = self._rewrap(stage)
         accuracy = self._accuracy(learner)
         step_scheduler(stage.scheduler, loss)
         row = {
@@ -212,6 +242,13 @@ class Runner:
         shown.epoch(row)
         if self.display.watch is not None:
             self.display.watch(row)
+
+    def _rewrap(self, stage: Stage) -> Learner:
+        """The stage's learner; several processes get a new wrapper where channels have gone."""
+        wrapped = stage.learner.wrapped
+        if wrapped is not None and outdated(wrapped):
+            stage.learner = replace(stage.learner, wrapped=rewrapped(wrapped))
+        return stage.learner
 
     def _events(self, learner: Learner, epoch: int) -> None:
         """What is due in an epoch."""
@@ -243,13 +280,18 @@ class Runner:
                 self.state.masked_removed = difference(masked, scores(model, self.images))
 
     def _accuracy(self, learner: Learner) -> float:
-        return evaluate(learner.model, self.pipeline.test(self.data.test, TEST_BATCH, self.device), learner.precision)
+        batches = self.pipeline.test(self.data.test, TEST_BATCH, self.device, self.pipeline.share)
+        return evaluate(learner.model, batches, learner.precision)
 
     def _given_accuracy(self) -> float | None:
         """Without a baseline: the accuracy of the weights that the user gave, if any."""
         given = self.config.model.weights or self.config.model.kwargs.get("weights")
         given = given or self.config.model.kwargs.get("pretrained")
         return self._accuracy(self.new_stage("dense").learner) if given else None
+
+    def _save_dense(self, model: nn.Module) -> None:
+        if self.writes:
+            save_dense(model, self.folder)
 
     def _save(self, stage: Stage | None) -> None:
         """Write the checkpoint: of a stage in training, or between stages."""
@@ -259,7 +301,14 @@ class Runner:
         self.state.training = {} if stage is None else stage.state_dict()
         self.state.rng = rng_state()
         self.state.rows, self.state.norms = len(self.recorder.rows), len(self.recorder.norms)
-        save_state(self.state, self.folder)
+        if self.writes:
+            save_state(self.state, self.folder)
+
+
+def _check_share(size: int) -> None:
+    """Refuse batches that cannot be shared out equally: gradients are averaged over processes."""
+    if size % world():
+        raise ConfigError(f"batch_size: {size} images cannot be shared by {world()} processes. Allowed: a multiple")
 
 
 def _check_scores(model: nn.Module, images: Tensor, classes: int) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from pruningawaretraining.errors import ModelError, PruningError
 from pruningawaretraining.experiment.data import Batch
 from pruningawaretraining.experiment.schema import ExperimentConfig
+from pruningawaretraining.processes import totals
 from pruningawaretraining.pruning import Pruning
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,6 +64,7 @@ class Learner:
         label_smoothing: of the cross entropy.
         clip_norm: largest norm of all gradients, or None.
         pruner: None for the dense baseline.
+        wrapped: the model as several processes train it; None for the model itself.
     """
 
     model: nn.Module
@@ -71,6 +73,7 @@ class Learner:
     label_smoothing: float = 0.0
     clip_norm: float | None = None
     pruner: Pruning | None = None
+    wrapped: nn.Module | None = None
 
 
 def train_epoch(learner: Learner, batches: Iterator[Batch], tick: Tick) -> tuple[float, float]:
@@ -89,19 +92,20 @@ def train_epoch(learner: Learner, batches: Iterator[Batch], tick: Tick) -> tuple
     """
     learner.model.train()
     device = learner.precision.device
-    loss_sum, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    loss_sum, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), torch.zeros(())
     for images_BCHW, labels_B in batches:
         loss, correct = train_step(learner, images_BCHW, labels_B)
         loss_sum += loss * len(labels_B)
         right += correct
         seen += len(labels_B)
         tick()
-    mean = float(loss_sum) / max(seen, 1)
+    all_loss, all_right, count = (float(one) for one in totals([loss_sum, right, seen]))
+    mean = all_loss / max(count, 1)
     if not math.isfinite(mean):
         raise DivergedError(
             f"optimizer.lr: {_lr(learner.optimizer):g} makes the training loss {mean}. Allowed: a smaller one"
         )
-    return mean, float(right) / max(seen, 1)
+    return mean, all_right / max(count, 1)
 
 
 def train_step(learner: Learner, images_BCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +113,7 @@ def train_step(learner: Learner, images_BCHW: Tensor, labels_B: Tensor) -> tuple
     pruner, scaler = learner.pruner, learner.precision.scaler
     learner.optimizer.zero_grad(set_to_none=True)
     with learner.precision.autocast():
-        outputs = learner.model(images_BCHW)
+        outputs = (learner.wrapped or learner.model)(images_BCHW)
         scores_BK = scores_of(outputs)
         loss = functional.cross_entropy(scores_BK.float(), labels_B, label_smoothing=learner.label_smoothing)
         penalised = loss if pruner is None else loss + pruner.distill_loss(outputs, images_BCHW)
@@ -128,7 +132,7 @@ def train_step(learner: Learner, images_BCHW: Tensor, labels_B: Tensor) -> tuple
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterator[Batch], precision: Precision) -> float:
-    """Accuracy over all batches, in eval mode; the model is left in eval mode."""
+    """Accuracy over the batches of all processes, in eval mode; the model is left in eval mode."""
     model.eval()
     right, seen = torch.zeros((), device=precision.device), 0
     for images_BCHW, labels_B in batches:
@@ -136,7 +140,8 @@ def evaluate(model: nn.Module, batches: Iterator[Batch], precision: Precision) -
             scores_BK = scores_of(model(images_BCHW))
         right += (scores_BK.argmax(1) == labels_B).sum()
         seen += len(labels_B)
-    return float(right) / max(seen, 1)
+    right, count = totals([right, torch.tensor(float(seen))])
+    return float(right) / max(float(count), 1)
 
 
 def scores_of(output: Any) -> Tensor:
