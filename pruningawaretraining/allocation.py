@@ -9,8 +9,9 @@ are part of the ranking, so counts are exact under ties and a cap that binds in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class Limits:
 
     Args:
         min_sparsity, max_sparsity: bounds on the fraction of the set's groups that go. At least one group always stays.
+        caps: set -> largest fraction of it, where that is less than ``max_sparsity``.
         multiple: kept channels are rounded down to a multiple of this, never below one multiple; a set that loses
             nothing keeps its width.
     """
@@ -56,6 +58,26 @@ class Limits:
     min_sparsity: float = 0.0
     max_sparsity: float = 1.0
     multiple: int = 1
+    caps: Mapping[str, float] = field(default_factory=dict)
+
+    def most_of(self, grouping: Grouping) -> Tensor:
+        """Largest fraction of each set that goes."""
+        most = [min(self.max_sparsity, self.caps.get(one.name, 1.0)) for one in grouping.sets]
+        return torch.tensor(most, dtype=torch.float64)
+
+
+class HasLimits(Protocol):
+    """What of a rule limits an allocation."""
+
+    min_sparsity: float
+    max_sparsity: float
+    multiple: int
+    max_sparsity_from: Any
+
+
+def limits_of(rule: HasLimits) -> Limits:
+    """The limits that a rule of a config sets."""
+    return Limits(rule.min_sparsity, rule.max_sparsity, rule.multiple, rule.max_sparsity_from or {})
 
 
 class Allocator:
@@ -102,7 +124,7 @@ class Allocator:
         self.key_G = self.rank_G / self.class_sizes.clamp(min=1)[classes]
 
     def _floors(self) -> Tensor:
-        least = torch.ceil((1 - self.limits.max_sparsity) * self.sizes_S.double() - SLACK).long().clamp(min=1)
+        least = torch.ceil((1 - self.limits.most_of(self.grouping)) * self.sizes_S.double() - SLACK).long().clamp(min=1)
         step = self._steps()
         rounded = torch.ceil(least / step).long() * step
         return torch.minimum(rounded, self.sizes_S)

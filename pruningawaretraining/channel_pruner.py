@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.allocation import Allocator, Limits
+from pruningawaretraining.allocation import Allocator, Limits, limits_of
 from pruningawaretraining.channel_listening import Listener
 from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.criteria.second_order import Calibration
-from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
+from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, unknown
 from pruningawaretraining.exported import ExportedGraph
 from pruningawaretraining.grouping import Grouping, GroupSet
 from pruningawaretraining.inputs import ForwardFn, outputs_of
@@ -105,7 +105,7 @@ class ChannelRule:
         return (now - self.rule.start) % self.rule.every == 0 and (self.state.last is None or now > self.state.last)
 
     def limits(self) -> Limits:
-        return Limits(self.rule.min_sparsity, self.rule.max_sparsity, self.rule.multiple)
+        return limits_of(self.rule)
 
 
 class _SubCost:
@@ -173,6 +173,7 @@ class ChannelPruner:
         """Refuse a MAC target that no mask within the limits reaches, before any training is spent on it."""
         for one in self.rules:
             _refuse_what_channels_lack(one)
+            self._check_caps(one)
             target = one.rule.target.macs
             allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), one.limits(), one.rule.scope)
             if target is not None:
@@ -181,6 +182,16 @@ class ChannelPruner:
                     allocator.to_cost(cost, target * self.macs_cost.dense, key=f"{one.key}.target.macs")
             if one.rule.target.sparsity is not None:
                 allocator.check_sparsity(one.rule.target.sparsity, f"{one.key}.target.sparsity")
+
+    def _check_caps(self, one: ChannelRule) -> None:
+        """Refuse caps of layers that the model does not have, and caps none of which is of this rule's sets."""
+        caps, modules = one.limits().caps, dict(self.model.named_modules())
+        own = [each.name for each in one.grouping.sets]
+        strange = next((name for name in caps if name not in modules), None)
+        if strange is None and caps and not set(caps) & set(own):
+            strange = next(iter(caps))
+        if strange is not None:
+            raise ConfigError(unknown(f"{one.key}.max_sparsity_from", strange, own))
 
     # --- listening ----------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruningawaretraining.allocation import Allocator, Limits
+from pruningawaretraining.allocation import Allocator, limits_of
 from pruningawaretraining.channel_listening import Listener
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.criteria.second_order.channels import (
@@ -160,8 +160,7 @@ def _one_shot_channels(
     grouping = channels.grouping
     listener = Listener("rule", criterion, model, channels, list(range(len(grouping.sets))))
     scores_G = criterion.score(grouping, Statistics(tensors=listener.statistics(calibration)))
-    limits = Limits(rule.min_sparsity, rule.max_sparsity, rule.multiple)
-    allocator = Allocator(grouping, scores_G, limits, rule.scope)
+    allocator = Allocator(grouping, scores_G, limits_of(rule), rule.scope)
     hooks = None
     if after.compensation != "none":
         every = list(losing_readers(model, grouping, torch.zeros(grouping.size, dtype=torch.bool)))

@@ -99,6 +99,7 @@ CHANNELS = {
     "final_sparsity": 1.0,
     "min_sparsity": 0.0,
     "max_sparsity": 0.9,
+    "max_sparsity_from": None,
     "multiple": 8,
     "application": "mask",
     "regularizer": {"type": "growing_l2", "strength": 5e-4, "gamma": 1.0, "alpha": 4.0, "mac_strength": 0.001},
@@ -205,6 +206,7 @@ def test_defaults() -> None:
         "every": 1,
         "target": {"sparsity": 0.5, "macs": None},
         "max_sparsity": 1.0,
+        "max_sparsity_from": None,
         "multiple": 1,
         "regularizer": None,
     }

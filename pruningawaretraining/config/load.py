@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from pruningawaretraining.config import dialects  # noqa: F401  (importing it registers the dialects)
+from pruningawaretraining.config.caps import anchored_caps
 from pruningawaretraining.config.dialects.base import Dialect
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.config.yaml_form import loader_for
@@ -39,7 +40,7 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | PruningConf
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(f"config: {source!r} is neither a path, a mapping nor a PruningConfig")
     path = find_file(Path(source).expanduser())
-    mapping = read_mapping(path)
+    mapping = anchored_caps(read_mapping(path), path.parent)
     try:
         return translate(mapping)
     except ConfigError as error:

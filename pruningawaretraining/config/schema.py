@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining import schedules  # noqa: F401  (importing it registers the schedules)
+from pruningawaretraining.config.caps import read_caps
 from pruningawaretraining.config.editor import complete_schema
 from pruningawaretraining.config.strict import Amount, Count, Fraction, Positive, Share, Strict, Whole
 from pruningawaretraining.errors import ConfigError
@@ -27,6 +28,9 @@ __all__ = [
     "Target",
     "json_schema",
 ]
+
+STRUCTURED = ("channel", "channels", "head", "heads", "mha")
+"""Patterns whose sets are those of coupled layers."""
 
 UNCHECKED = {"names": "unchecked"}
 """Validation context of translated configs: names that a dialect's own table gave are looked up when they are built."""
@@ -95,6 +99,11 @@ class Rule(Strict):
     )
     min_sparsity: Share = Field(0.0, description="Least fraction to remove from each set of layers, in [0, 1].")
     max_sparsity: Share = Field(1.0, description="Largest fraction to remove from each set of layers, in [0, 1].")
+    max_sparsity_from: str | dict[str, Share] | None = Field(
+        None,
+        description="Largest fraction of single sets, beside max_sparsity: a file that 'pat sensitivity' wrote "
+        "(relative to the config), or {layer: fraction}.",
+    )
     multiple: Count = Field(1, description="The number of groups kept in each set is a multiple of this.")
     application: Literal["mask", "remove"] = Field(
         "mask", description="mask: zero until the target is met, then remove. remove: shrink the model at each event."
@@ -128,6 +137,12 @@ class Rule(Strict):
             raise ConfigError(f"{kind}: {value!r} is not {form}. Allowed: {', '.join(names(kind))}")
         return dict(value) if info.context == UNCHECKED or not names(kind) else _check_options(kind, value)
 
+    @field_validator("max_sparsity_from", mode="before")
+    @classmethod
+    def _caps(cls, value: Any) -> Any:
+        """The caps themselves: what a run used stays known when the file changes."""
+        return read_caps(value) if isinstance(value, str) else value
+
     @field_validator("layers", "exclude", mode="before")
     @classmethod
     def _are_layers(cls, value: Any, info: ValidationInfo) -> Any:
@@ -150,6 +165,8 @@ class Rule(Strict):
         whole = self.pattern if isinstance(self.pattern, str) else self.pattern.get("type")
         if self.release and whole in ("channel", "channels"):
             raise ConfigError("release: True is for slices, blocks and weights. Allowed: False")
+        if self.max_sparsity_from is not None and whole not in STRUCTURED:
+            raise ConfigError(f"max_sparsity_from: it is for channels and heads, not {whole!r}. Allowed: leave it out")
         aimless = self.target.sparsity is None and self.target.macs is None and self.regularizer is None
         if self.enabled and self.mode == "prune" and aimless:
             raise ConfigError("target: nothing to reach. Allowed: sparsity, macs or both, each in (0, 1]")

@@ -15,6 +15,7 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 import pruningawaretraining.costs.latency  # noqa: F401  (importing it registers the runtimes)
 from pruningawaretraining.config import PruningConfig, load_config
+from pruningawaretraining.config.caps import anchored_caps
 from pruningawaretraining.config.dialects.sparseml_keys import RateFunction, SetRate
 from pruningawaretraining.config.editor import complete_schema
 from pruningawaretraining.config.load import find_file, read_mapping
@@ -253,6 +254,8 @@ def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     values = dict(values)
     if isinstance(values.get("pruning"), str):
         values["pruning"] = str(folder / Path(values["pruning"]).expanduser())
+    if isinstance(values.get("pruning"), Mapping):
+        values["pruning"] = anchored_caps(values["pruning"], folder)
     for section, key in (("data", "root"), ("model", "weights")):
         inner = values.get(section)
         if isinstance(inner, Mapping) and isinstance(inner.get(key), str):

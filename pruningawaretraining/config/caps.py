@@ -1,0 +1,41 @@
+"""Caps of single sets of layers, from the file that ``pat sensitivity`` writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pruningawaretraining.errors import ConfigError
+
+KEY = "max_sparsity_from"
+
+
+def read_caps(path: str) -> dict[str, Any]:
+    """Set -> largest sparsity, from a file of ``pat sensitivity`` or a plain JSON mapping.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
+    """
+    try:
+        values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{KEY}: {path!r} cannot be read: {error}. Allowed: a file of pat sensitivity") from error
+    sets = values.get("sets", values) if isinstance(values, Mapping) else None
+    if not isinstance(sets, Mapping) or not sets:
+        raise ConfigError(f"{KEY}: {path!r} holds no sets. Allowed: a file of pat sensitivity, or layer: fraction")
+    return {name: one.get("max_sparsity") if isinstance(one, Mapping) else one for name, one in sets.items()}
+
+
+def anchored_caps(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A native config whose rules take relative files of caps from ``folder``; anything else as it is."""
+    rules = mapping.get("rules")
+    if not isinstance(rules, list):
+        return dict(mapping)
+    return {**mapping, "rules": [_anchored(rule, folder) for rule in rules]}
+
+
+def _anchored(rule: Any, folder: Path) -> Any:
+    given = rule.get(KEY) if isinstance(rule, Mapping) else None
+    return {**rule, KEY: str(folder / Path(given).expanduser())} if isinstance(given, str) else rule
