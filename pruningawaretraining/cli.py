@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,8 +36,17 @@ Data = Annotated[
 Out = Annotated[Path | None, typer.Option(help="Folder of the run; runs/<name> without it.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")]
+Board = Annotated[bool, typer.Option("--tensorboard", help="Log to the run's folder tensorboard/ too.")]
 Wandb = Annotated[str | None, typer.Option(help="Project of Weights & Biases to log to.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the library's log.")]
+
+
+@dataclass(frozen=True)
+class Loggers:
+    """Where epochs are logged beside ``metrics.jsonl``: a project of Weights & Biases, and TensorBoard."""
+
+    wandb: str | None = None
+    tensorboard: bool = False
 
 
 class Schema(str, Enum):
@@ -69,11 +79,12 @@ def run(
     resume: Resume = False,
     overwrite: Overwrite = False,
     wandb: Wandb = None,
+    tensorboard: Board = False,
     debug: Debug = False,
 ) -> None:
     """Run an experiment: train, prune, fine-tune, save, export, measure, report."""
     with reported(debug):
-        _run(config, data, out, resume, overwrite, wandb)
+        _run(config, data, out, resume, overwrite, Loggers(wandb, tensorboard))
 
 
 @app.command()
@@ -150,14 +161,21 @@ def main() -> None:
 
 
 def _run(
-    config: str, data: Path | None, out: Path | None, resume: bool, overwrite: bool, wandb: str | None = None
+    config: str,
+    data: Path | None,
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    loggers: Loggers = Loggers(),
 ) -> None:
     from pruningawaretraining.experiment.run import run_experiment
-    from pruningawaretraining.experiment.tracking import tracked
+    from pruningawaretraining.experiment.tracking import each_of, on_board, tracked
 
     experiment = experiment_of(config, data, out)
     console = Console()
-    with tracked(wandb, experiment.name) as watch:
+    board = experiment.folder() / "tensorboard" if loggers.tensorboard else None
+    with tracked(loggers.wandb, experiment.name) as first, on_board(board, resume=resume) as second:
+        watch = each_of(first, second)
         summary = run_experiment(experiment, resume=resume, overwrite=overwrite, console=console, watch=watch)
     if summary:  # of several processes, the first has it
         _show(summary, experiment.folder(), console)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 LOG = logging.getLogger(__name__)
 
@@ -18,6 +18,36 @@ def epoch_text(row: Mapping[str, Any]) -> str:
     """One epoch of ``metrics.jsonl`` in a line: ``regularize  loss 0.312  accuracy 95.20%  MACs 62.0%``."""
     text = f"{row['phase']:<10} loss {row['loss']:.3f}  accuracy {100 * row['accuracy']:.2f}%"
     return text if row["model"] == "dense" else f"{text}  MACs {100 * row['macs']:.1f}%"
+
+
+def short_text(row: Mapping[str, Any]) -> str:
+    """The same for a line that a progress bar shares: ``regularize  95.20%  MACs 62.0%``."""
+    text = f"{row['phase']:<10}  {100 * row['accuracy']:.2f}%"
+    return text if row["model"] == "dense" else f"{text}  MACs {100 * row['macs']:.1f}%"
+
+
+def time_left(seconds: float) -> str:
+    """``93.1 -> '1:33'``, hours only where there are any."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+class Pace:
+    """How long the epochs that are left will take, from those that were seen.
+
+    Args:
+        epochs: of the stage.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs, self.seconds = epochs, list[float]()
+
+    def left(self, row: Mapping[str, Any]) -> float:
+        """Seconds after this epoch; the last five are the measure, for pruned models get faster."""
+        self.seconds.append(float(row["seconds"]))
+        recent = self.seconds[-5:]
+        return (self.epochs - int(row["epoch"]) - 1) * sum(recent) / len(recent)
 
 
 @dataclass(frozen=True)
@@ -69,21 +99,21 @@ class Display:
         """
         if self.console is None or not self.console.is_terminal:
             self.say(title)
-            yield StageDisplay(lambda: None, lambda row: self._plain(row, epochs))
+            pace = Pace(epochs)
+            yield StageDisplay(lambda: None, lambda row: self._plain(row, epochs, pace.left(row)))
             return
         columns = (
-            TextColumn("[bold]{task.description:<8}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(20),
+            TaskProgressColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[note]}"),
         )
         self.say(title)
         with Progress(*columns, console=self.console) as progress:
-            outer = progress.add_task("epochs", total=epochs, completed=done, note="")
-            inner = progress.add_task("batches", total=steps, note="")
-            yield _bars(progress, outer, inner)
-            progress.remove_task(inner)
+            now = f"{min(done + 1, epochs)}/{epochs}"
+            task = progress.add_task("", total=epochs * steps, completed=done * steps, epoch=now, note="")
+            yield _bar(progress, task, epochs, steps)
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[None]:
@@ -95,13 +125,17 @@ class Display:
             self.say(title)
             yield
 
-    def _plain(self, row: Mapping[str, Any], epochs: int) -> None:
-        self.say(f"  epoch {row['epoch'] + 1:>3}/{epochs}  {epoch_text(row)}  {row['seconds']:.1f} s")
+    def _plain(self, row: Mapping[str, Any], epochs: int, left: float) -> None:
+        took = f"{row['seconds']:.1f} s, {time_left(left)} left"
+        self.say(f"  epoch {row['epoch'] + 1:>3}/{epochs}  {epoch_text(row)}  {took}")
 
 
-def _bars(progress: Progress, outer: TaskID, inner: TaskID) -> StageDisplay:
+def _bar(progress: Progress, task: TaskID, epochs: int, steps: int) -> StageDisplay:
+    """One bar for a stage: it moves with every batch, and says what the last whole epoch came to."""
+
     def after_epoch(row: Mapping[str, Any]) -> None:
-        progress.update(outer, advance=1, note=epoch_text(row))
-        progress.reset(inner)
+        done = int(row["epoch"]) + 1
+        now = f"{min(done + 1, epochs)}/{epochs}"
+        progress.update(task, completed=done * steps, epoch=now, note=short_text(row))
 
-    return StageDisplay(lambda: progress.advance(inner), after_epoch)
+    return StageDisplay(lambda: progress.advance(task), after_epoch)

@@ -1,4 +1,7 @@
-"""Weights & Biases, when it is installed and asked for. WANDB_ENTITY, WANDB_NAME and its other variables count."""
+"""Weights & Biases and TensorBoard, when they are installed and asked for.
+
+WANDB_ENTITY, WANDB_NAME and the other variables of Weights & Biases count.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pruningawaretraining.errors import ConfigError
@@ -37,3 +41,49 @@ def tracked(project: str | None, name: str) -> Iterator[Watch]:
         yield lambda row: run.log(dict(row))
     finally:
         run.finish()
+
+
+@contextlib.contextmanager
+def on_board(folder: Path | None, *, resume: bool = False) -> Iterator[Watch]:
+    """What epochs are handed to inside the block so that TensorBoard shows them: ``tensorboard --logdir FOLDER``.
+
+    Args:
+        folder: where the event files go; None for nowhere.
+        resume: keep the event files of the run's earlier sessions.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if folder is None:
+        yield lambda row: None
+        return
+    try:
+        tensorboard = importlib.import_module("torch.utils.tensorboard")
+    except ImportError as error:
+        hint = "Allowed: pip install 'pruningawaretraining[tensorboard]'"
+        raise ConfigError(f"--tensorboard: it is not installed. {hint}") from error
+    if not resume:
+        for stale in folder.glob("events.out.tfevents.*"):
+            stale.unlink()
+    writer = tensorboard.SummaryWriter(str(folder))
+
+    def watch(row: Mapping[str, Any]) -> None:
+        for key, value in row.items():
+            if key != "epoch" and isinstance(value, (int, float)):
+                writer.add_scalar(f"{key}/{row.get('model', 'model')}", value, int(row["epoch"]))
+        writer.flush()
+
+    try:
+        yield watch
+    finally:
+        writer.close()
+
+
+def each_of(*watches: Watch) -> Watch:
+    """Hands every row to all of them."""
+
+    def watch(row: Mapping[str, Any]) -> None:
+        for one in watches:
+            one(row)
+
+    return watch
