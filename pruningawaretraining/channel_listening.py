@@ -72,6 +72,11 @@ class Listener:
         if self.collector is not None:
             self.collector.restrict(self.grouping, keep_G)
 
+    def rebind(self, found: ChannelGroups) -> None:
+        """The same channels of other tensors."""
+        self.found = found
+        self.__dict__.pop("grouping", None)
+
     def statistics(self, calibration: Calibration | None) -> dict[str, Tensor]:
         """What there is to score with; see :attr:`~pruningawaretraining.statistics.Statistics.tensors`.
 

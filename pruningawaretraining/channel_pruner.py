@@ -22,28 +22,28 @@ from pruningawaretraining.channel_listening import Listener
 from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
-from pruningawaretraining.criteria.second_order import Calibration
+from pruningawaretraining.criteria.second_order import Calibration, Sampling
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, unknown
 from pruningawaretraining.exported import ExportedGraph
 from pruningawaretraining.grouping import Grouping, GroupSet
-from pruningawaretraining.inputs import ForwardFn, outputs_of
-from pruningawaretraining.kept_norms import KEPT_NORMS
+from pruningawaretraining.inputs import ForwardFn, disagreement, outputs_of
+from pruningawaretraining.kept_norms import kept_norm_of
 from pruningawaretraining.masking import Masks
 from pruningawaretraining.patterns.channel import ChannelGroups
 from pruningawaretraining.processes import agreed
+from pruningawaretraining.pruned_copy import pruned_copy
 from pruningawaretraining.quantization import resting
 from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer, prepare
 from pruningawaretraining.removal import remove
 from pruningawaretraining.schedules import sparsity_at
-from pruningawaretraining.statistics import Criterion, Statistics
+from pruningawaretraining.statistics import Criterion, Statistics, scorable
 from pruningawaretraining.surgery import Surgery
+from pruningawaretraining.targets import Targets
 
 log = logging.getLogger(__name__)
 
 PHASES = ("regularize", "prune", "finetune", "done")
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference between the masked and the removed model, as a fraction of the largest output."""
 
 
 @dataclass
@@ -57,6 +57,7 @@ class RuleState:
         scale: what the first event divided the scores of each set by.
         first: scores of all groups before that, at the first event. Later events divide by the same scale, corrected
             for how the groups that are left have changed, so that those that are gone do not change how layers compare.
+        latencies: predicted and measured at every event of a latency target.
     """
 
     phase: str = "regularize"
@@ -64,6 +65,7 @@ class RuleState:
     last: int | None = None
     scale: list[float] | None = None
     first: Tensor | None = None
+    latencies: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -108,24 +110,6 @@ class ChannelRule:
         return limits_of(self.rule)
 
 
-class _SubCost:
-    """The model's cost as a function of one rule's groups, the others being as they are."""
-
-    def __init__(self, cost: LinearCost, groups_D: Tensor, keep_D: Tensor) -> None:
-        self.cost, self.groups_D, self.keep_D = cost, groups_D, keep_D
-
-    def _whole(self, keep_R: Tensor) -> Tensor:
-        whole = self.keep_D.clone()
-        whole[self.groups_D] = keep_R
-        return whole
-
-    def __call__(self, keep_R: Tensor) -> float:
-        return self.cost(self._whole(keep_R))
-
-    def marginal_G(self, keep_R: Tensor) -> Tensor:
-        return self.cost.marginal_G(self._whole(keep_R))[self.groups_D]
-
-
 class ChannelPruner:
     """Drives the channel rules of one model.
 
@@ -151,8 +135,10 @@ class ChannelPruner:
         self.found = found
         self.dense_sets = found.grouping.sets
         self.dense_per_layer = macs_per_layer(model, inputs, forward_fn)
-        self.macs_cost = macs_cost(found.grouping, self.dense_per_layer)
+        heads = {name: one.groups_H for name, one in found.heads.items()}
+        self.macs_cost = macs_cost(found.grouping, self.dense_per_layer, heads)
         self.parameters_cost = parameters_cost(found.grouping, model)
+        self.targets = Targets(model, found, self.macs_cost, self.parameters_cost, inputs, forward_fn)
         self.dense_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.dense_widths = layer_widths(model)
         self.set_of_layer = _set_of_layer(found.grouping)
@@ -165,21 +151,19 @@ class ChannelPruner:
         self.spared: frozenset[str] = frozenset()
         self.masks = Masks(model, found.grouping, found.norms)
         self.reset_optimizer = False
+        self.sharded = False  # whether fully_shard has spread the parameters
         self._regularizers: list[tuple[ChannelRule, Regularizer, Tensor]] | None = None
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # for each regulariser: all masks, and its own
         self._surgery: Surgery | None = None  # the removal that a state being loaded asked for
 
     def check_targets(self) -> None:
-        """Refuse a MAC target that no mask within the limits reaches, before any training is spent on it."""
+        """Refuse a target that no mask within the limits reaches, before any training is spent on it."""
         for one in self.rules:
             _refuse_what_channels_lack(one)
             self._check_caps(one)
-            target = one.rule.target.macs
             allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), one.limits(), one.rule.scope)
-            if target is not None:
-                cost = _SubCost(self.macs_cost, one.groups_D, self.keep_D)
-                if cost(allocator.smallest()) > target * self.macs_cost.dense:
-                    allocator.to_cost(cost, target * self.macs_cost.dense, key=f"{one.key}.target.macs")
+            if one.rule.target.about_costs and one.rule.enabled:
+                self.targets.check(one)
             if one.rule.target.sparsity is not None:
                 allocator.check_sparsity(one.rule.target.sparsity, f"{one.key}.target.sparsity")
 
@@ -293,7 +277,7 @@ class ChannelPruner:
         """
         lines = []
         for one in self.rules:
-            if one.rule.enabled and one.fires(now) and (one.rule.target.macs or one.rule.target.sparsity):
+            if one.rule.enabled and one.fires(now) and one.rule.target.given:
                 lines += self._fire(one, now, surroundings)
         return lines
 
@@ -304,7 +288,9 @@ class ChannelPruner:
         one.state.phase = "prune"
         self._mask(one, keep_R, surroundings)
         lines = [f"{one.key}: epoch {now}: masked to {self._summary()}"]
-        if met or one.rule.application == "remove":
+        if self.sharded and met:
+            lines.append(f"{one.key}: epoch {now}: the target is met; gathered() removes what is masked")
+        elif met or one.rule.application == "remove":
             self.remove(surroundings)
             lines.append(f"{one.key}: epoch {now}: removed, {self._summary()}")
         if met:
@@ -322,18 +308,20 @@ class ChannelPruner:
         rule = one.rule
         step = (now - rule.start) // rule.every + 1
         last = step >= one.events or rule.at_init
-        allocator = Allocator(one.grouping, self._scores(one), one.limits(), rule.scope, ~self.keep_D[one.groups_D])
         progress = 1.0 if last else step / one.events
-        if rule.target.macs is None:
-            assert rule.target.sparsity is not None
-            return allocator.at(sparsity_at(rule.schedule, progress, 0.0, rule.target.sparsity)), last
-        budget = rule.target.macs * self.macs_cost.dense
-        cost = _SubCost(self.macs_cost, one.groups_D, self.keep_D)
-        keep_R = allocator.at(sparsity_at(rule.schedule, progress, 0.0, rule.final_sparsity))
-        if not last and cost(keep_R) > budget:
-            return keep_R, False
-        at_least = rule.target.sparsity or 0.0
-        return allocator.to_cost(cost, budget, at_least=at_least, key=f"{one.key}.target.macs"), True
+        scores_R = self._scores(one)
+        if rule.target.about_costs:
+            keep_R, met, reached = self.targets.decide(one, scores_R, self.keep_D, progress, self._copy_of)
+            if reached is not None:
+                one.state.latencies = [*one.state.latencies, {"at": now, **vars(reached)}]
+            return keep_R, met
+        assert rule.target.sparsity is not None
+        allocator = Allocator(one.grouping, scores_R, one.limits(), rule.scope, ~self.keep_D[one.groups_D])
+        return allocator.at(sparsity_at(rule.schedule, progress, 0.0, rule.target.sparsity)), last
+
+    def _copy_of(self, keep_D: Tensor) -> nn.Module:
+        """A copy of the model as it is now, without the groups that these masks drop."""
+        return pruned_copy(self.model, self.found, keep_D[self.live_D])
 
     def _scores(self, one: ChannelRule) -> Tensor:
         """Scores of the rule's groups; those that are gone already score lowest."""
@@ -345,7 +333,7 @@ class ChannelPruner:
         statistics = Statistics(cost, self.keep_D[self.live_D[mine_G]], one.state.scale, tensors=heard)
         if one.state.first is not None:
             statistics.first_G = one.state.first[live_R]
-        scores = one.criterion.score(grouping, statistics)
+        scores = one.criterion.score(scorable(grouping, one.criterion), statistics)
         if one.state.first is None and bool(live_R.all()):
             one.state.scale, one.state.first = statistics.scale, statistics.first_G
         scores_R = torch.full((len(one.groups_D),), -torch.inf, dtype=torch.float64)
@@ -366,20 +354,48 @@ class ChannelPruner:
         Raises:
             ModelError: the removed model does not compute what the masked one did; everything is put back first.
         """
+        if self.sharded:
+            raise ModelError(
+                "removal: fully_shard has spread the parameters. Allowed: pruner = pruner.gathered(build_model()), "
+                "and fully_shard(pruner.model) again"
+            )
         with self.deaf():
             self._remove(surroundings)
+
+    def rebind(self) -> None:
+        """Take the model's parameters as they are now, by their names: ``fully_shard`` has exchanged them.
+
+        Raises:
+            ConfigError: a rule removes at every event, or works by second order with data of its own.
+        """
+        for one in self.rules:
+            if one.rule.application == "remove":
+                raise ConfigError(
+                    f"{one.key}.application: 'remove' at every event cannot follow fully_shard. Allowed: mask"
+                )
+            if self.calibration is not None and isinstance(one.criterion, Sampling):
+                raise ConfigError(
+                    f"{one.key}.criterion: {one.rule.criterion!r} with data of its own needs whole layers, and "
+                    "fully_shard has spread them. Allowed: DistributedDataParallel"
+                )
+        keep_G, self.sharded = self.masks.keep_G, True
+        self.masks.clear()
+        self.found = self.found.on(self.model)
+        for one in self.rules:
+            one.listener.rebind(self.found)
+        self.masks = Masks(self.model, self.found.grouping, self.found.norms, self.spared)
+        self.masks.set(keep_G)
+        self._regularizers = None
 
     def _remove(self, surroundings: Surroundings) -> None:
         keep_G = self.keep_D[self.live_D]
         if bool(keep_G.all()):
             return
         before = self._outputs(surroundings.graphs)
-        grouping, norms, graphs = self.found.grouping, self.found.norms, surroundings.graphs
+        graphs = surroundings.graphs
         self.masks.clear()
         try:
-            surgery = remove(
-                self.model, grouping, keep_G, surroundings.optimizers, surroundings.followers, norms, graphs
-            )
+            surgery = remove(self.model, self.found, keep_G, surroundings.optimizers, surroundings.followers, graphs)
         except ModelError:
             self.masks.set(keep_G)
             raise
@@ -410,18 +426,13 @@ class ChannelPruner:
                 f"removal: the removed model does not run: {reason}; the model is put back as it "
                 "was, masked. Some width is written into its code: leave those layers out with 'exclude'"
             ) from error
-        for expected, actual in zip(before, after, strict=True):
-            scale = float(expected.abs().max().clamp(min=1e-30)) if expected.numel() else 1.0
-            same = expected.shape == actual.shape
-            difference = float(not same)
-            if same and expected.numel():
-                difference = float((expected - actual).abs().max()) / scale
-            if not difference <= TOLERANCE.get(expected.dtype, 1e-1) and bool(torch.isfinite(expected).all()):
-                raise ModelError(
-                    f"removal: the removed model's outputs differ from the masked model's by {difference:.2g} of their "
-                    "scale; the model is put back as it was, masked. Some operation mixes channels in a way that is "
-                    "not understood: leave its layers out with 'exclude'"
-                )
+        difference = disagreement(before, after)
+        if difference:
+            raise ModelError(
+                f"removal: the removed model's outputs differ from the masked model's by {difference:.2g} of their "
+                "scale; the model is put back as it was, masked. Some operation mixes channels in a way that is "
+                "not understood: leave its layers out with 'exclude'"
+            )
 
     def _restrict(self, keep_G: Tensor) -> None:
         forget_compiled()
@@ -446,7 +457,7 @@ class ChannelPruner:
         """
         modules = dict(self.model.named_modules())
         for name in self.found.norms:
-            if isinstance(modules[name], tuple(KEPT_NORMS)):
+            if kept_norm_of(modules[name]) is not None:
                 raise ModelError(
                     f"graph: {name} ({type(modules[name]).__name__}) normalises over channels, of which some may be "
                     "masked, and in an exported graph that cannot be told. Allowed: remove the channels before the "
@@ -579,10 +590,9 @@ class ChannelPruner:
         keep_G = ~removed_D[self.live_D]
         if bool(keep_G.all()):
             return
-        grouping, norms = self.found.grouping, self.found.norms
         self.masks.clear()
         self._surgery = remove(
-            self.model, grouping, keep_G, surroundings.optimizers, surroundings.followers, norms, surroundings.graphs
+            self.model, self.found, keep_G, surroundings.optimizers, surroundings.followers, surroundings.graphs
         )
         self._restrict(keep_G)
 

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from pruningawaretraining.errors import CheckpointError, nearest
 from pruningawaretraining.inputs import unwrap
+from pruningawaretraining.kept_attention import replace_multihead
+from pruningawaretraining.patterns.attention import HEADS, KEY_VALUE_HEADS, REPETITIONS, WIDTHS
 from pruningawaretraining.quantization import is_converted
 from pruningawaretraining.surgery import Surgery, successor
 from pruningawaretraining.version import __version__
@@ -31,9 +33,8 @@ log = logging.getLogger(__name__)
 KEY = "pruningawaretraining"
 ATTRIBUTES = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels",
-    "normalized_shape", "num_parameters", "embedding_dim", "embed_dim", "num_heads", "head_dim", "hidden_dim",
-    "num_attention_heads", "attention_head_size", "all_head_size", "num_key_value_heads", "num_key_value_groups",
-    "hidden_size", "intermediate_size", "attn_dim", "kdim", "vdim", "split_size", "nf", "nx",
+    "normalized_shape", "num_parameters", "embedding_dim", "embed_dim", "head_dim", "hidden_dim", "attention_head_size",
+    "hidden_size", "intermediate_size", "kdim", "vdim", "nf", "nx", *HEADS, *KEY_VALUE_HEADS, *REPETITIONS, *WIDTHS,
 )  # fmt: skip
 """Attributes of layers that follow a removal."""
 
@@ -279,6 +280,9 @@ def _laid_out_like(old: Tensor, new: Tensor) -> Tensor:
 def _put_widths(model: nn.Module, widths: dict[str, dict[str, Any]], surgery: Surgery) -> None:
     modules = dict(model.named_modules())
     for name, attributes in widths.items():
+        module = modules[name]
+        if isinstance(module, nn.MultiheadAttention) and attributes["num_heads"] != module.num_heads:
+            modules[name] = replace_multihead(model, module, surgery)
         for attribute, value in attributes.items():
             old = getattr(modules[name], attribute)
             new = type(old)(value) if isinstance(old, (list, tuple)) else value

@@ -16,6 +16,7 @@ from pruningawaretraining.criteria.reductions import device_of
 from pruningawaretraining.folding import fill_groups, slots_of
 from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.optimizer_state import mask_state
+from pruningawaretraining.sharded import is_sharded, local_member, local_of
 
 
 class ElementMasks:
@@ -51,6 +52,14 @@ class ElementMasks:
                 self._handles.append(handle)
         self.apply()
 
+    def on(self, grouping: Grouping) -> ElementMasks:
+        """The same masks on the same groups of other tensors."""
+        other, keep_G, active = ElementMasks(grouping), self.keep_G, self.active
+        self.clear()
+        if active:
+            other.set(keep_G)
+        return other
+
     def clear(self) -> None:
         """Forget the masks; the weights stay as they are."""
         for handle in self._handles:
@@ -75,8 +84,8 @@ class ElementMasks:
         """Set the optimizers' state of masked weights (momenta, averages) to 0."""
         known = list(optimizers)
         for index, (member, _) in enumerate(self._drops):
-            keep_W = torch.ones(member.parameter.shape, dtype=torch.bool, device=member.parameter.device)
-            self._fill(index, keep_W)
+            keep_W = torch.ones_like(local_of(member.parameter), dtype=torch.bool)
+            self._fill(index, keep_W, is_sharded(member.parameter))
             mask_state(known, [member.parameter], [keep_W])
 
     @torch.no_grad()
@@ -84,13 +93,19 @@ class ElementMasks:
         if parameter.grad is not None and parameter.grad.layout is torch.strided:
             self._fill(index, parameter.grad)
 
-    def _fill(self, index: int, values_W: Tensor) -> None:
-        """Write 0 over the masked entries; the masks follow a model that has been moved to another device."""
+    def _fill(self, index: int, values_W: Tensor, part: bool = False) -> None:
+        """Write 0 over the masked entries; the masks follow a model that has been moved to another device.
+
+        Args:
+            index: of the member.
+            values_W: shaped like it; a DTensor's local part is written, or what is said to be that ``part``.
+        """
         member, drop_S = self._drops[index]
         if drop_S.device != values_W.device:
             drop_S = drop_S.to(values_W.device)
             self._drops[index] = member, drop_S
-        fill_groups(member, values_W.detach(), drop_S, 0.0)
+        here = local_member(member) if part or is_sharded(values_W) else member
+        fill_groups(here, local_of(values_W), drop_S, 0.0)
 
     def masked_weights(self) -> int:
         """How many weights are masked."""

@@ -9,6 +9,7 @@ gradients or activations and none has been seen, it waits for the first ones, wh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from pruningawaretraining.element_rules import (
     make_rule,
     scores_of,
 )
-from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.folding import slot_maxima, slot_sums
 from pruningawaretraining.processes import agreed
 from pruningawaretraining.registry import build
@@ -278,6 +279,22 @@ class ElementPruner:
         return [(one, build("regularizer", one.rule.regularizer, f"{one.key}.regularizer")) for one in regularized]
 
     # --- changes of the model, and state ------------------------------------------------------------------------
+
+    def rebind(self) -> None:
+        """Take the model's parameters as they are now, by their names: ``fully_shard`` has exchanged them.
+
+        Raises:
+            ConfigError: a rule by second order with data of its own.
+        """
+        for one in self.rules:
+            if self._by_curvature(one):
+                raise ConfigError(
+                    f"{one.key}.criterion: {one.rule.criterion!r} compensates whole layers, and fully_shard has spread "
+                    "them. Allowed: DistributedDataParallel, or pruning before fully_shard"
+                )
+            members = tuple(replace(m, parameter=self.model.get_parameter(m.name)) for m in one.grouping.members)
+            one.grouping = replace(one.grouping, members=members, _cache={})
+            one.masks = one.masks.on(one.grouping)
 
     def rebuild(self, optimizers: Optimizers) -> None:
         """Label the weights anew after channels have been removed; rules that had begun keep their sparsity."""

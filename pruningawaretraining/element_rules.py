@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.allocation_elements import ElementLimits, allocate, allocate_windows, classes_of
-from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.config.schema import COSTS, Rule
 from pruningawaretraining.element_masks import ElementMasks
 from pruningawaretraining.errors import ConfigError, ModelError, TargetError
 from pruningawaretraining.grouping import Grouping
@@ -24,7 +24,7 @@ from pruningawaretraining.patterns.slice import Slice, pruned_channels
 from pruningawaretraining.registry import build, lookup
 from pruningawaretraining.regularizers_elements import BlockLasso, SlicePenalty
 from pruningawaretraining.schedules import sparsity_at
-from pruningawaretraining.statistics import Collector, Criterion, Statistics, collector_of
+from pruningawaretraining.statistics import Collector, Criterion, Statistics, collector_of, scorable
 
 log = logging.getLogger(__name__)
 
@@ -159,11 +159,13 @@ def _grouping(model: nn.Module, key: str, rule: Rule, pattern: ElementPattern) -
 
 
 def _check_options(key: str, rule: Rule, pattern: ElementPattern) -> None:
-    if rule.target.macs is not None:
-        raise ConfigError(
-            f"{key}.target.macs: {rule.target.macs} is for channels; zeros among the weights save none. Allowed: "
-            "target.sparsity"
-        )
+    for name in COSTS:
+        value = getattr(rule.target, name)
+        if value is not None:
+            raise ConfigError(
+                f"{key}.target.{name}: {value} is for channels; zeros among the weights save none. Allowed: "
+                "target.sparsity"
+            )
     if rule.application == "remove":
         raise ConfigError(f"{key}.application: 'remove' is for channels. Allowed for {rule.pattern!r}: mask")
     if rule.multiple != 1:
@@ -207,7 +209,7 @@ def scores_of(one: ElementRule) -> Tensor:
     """
     if one.collector is not None:
         one.collector.agree()
-    scores_G = one.criterion.score(one.grouping, _statistics(one))
+    scores_G = one.criterion.score(scorable(one.grouping, one.criterion), _statistics(one))
     if bool(torch.isnan(scores_G).any()):
         raise ModelError(f"{one.key}.criterion: {one.rule.criterion!r} gives NaN: the weights are not finite")
     return scores_G.detach().to(one.masks.keep_G.device)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pruningawaretraining import fused
 from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.sharded import across, is_sharded, local_member, local_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def _split(label: Tensor, size: int) -> tuple[int, int, bool] | None:
 
 
 def slot_sums(member: Member, values_W: Tensor) -> Tensor:
-    """As :meth:`Member.slot_sums`, by a view where the labels are regular."""
+    """As :meth:`Member.slot_sums`, by a view where the labels are regular; of a DTensor over all processes."""
+    if is_sharded(values_W):
+        return across(slot_sums(local_member(member), local_of(values_W)).clone(), [values_W])
     fold = fold_of(member)
     if fold is None:
         return member.slot_sums(values_W)
@@ -113,6 +116,10 @@ def slot_sums(member: Member, values_W: Tensor) -> Tensor:
 
 def slot_maxima(member: Member, values_W: Tensor) -> Tensor:
     """The largest entry of each slot: vector of ``n_slots`` (-inf for a slot without entries)."""
+    if is_sharded(values_W):
+        return across(slot_maxima(local_member(member), local_of(values_W)).clone(), [values_W], largest=True)
+    if not values_W.numel():
+        return values_W.new_full((member.n_slots,), -math.inf)
     fold = fold_of(member)
     if fold is not None:
         view_F = fold.view(values_W)

@@ -21,6 +21,7 @@ from torch import Tensor
 from pruningawaretraining import fused
 from pruningawaretraining.criteria.magnitude import members_per_set
 from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.sharded import across, extent, is_sharded, local_of
 
 BLOCK = 1 << 18
 """Elements of a weight that PyTorch's operations work on at a time: a block and its squares stay in a core's cache."""
@@ -49,7 +50,7 @@ class _Weight:
 
     def as_matrix(self) -> Any:
         """The parameter's memory as a numpy matrix, or None if the compiled passes cannot work on it."""
-        values_W = self.parameter.detach()
+        values_W = local_of(self.parameter)
         if values_W.data_ptr() != self.address or self.matrix is None:
             self.address = values_W.data_ptr()
             self.matrix = fused.as_matrix(values_W) if self.simple and fused.fits(values_W) else None
@@ -76,6 +77,11 @@ class GroupIndex:
         self.n_sets = len(grouping.sets)
         count_S = members_per_set(self.grouping).clamp(min=1).to(self.device)
         self.members_G = count_S[self.set_ids].float()
+        self.sharded = [weight.parameter for weight in self.weights if is_sharded(weight.parameter)]
+        self.shared_N = torch.zeros(len(self.entries_N), device=self.device)  # 1 for entries of sharded weights
+        for weight in self.weights if self.sharded else ():
+            for side in weight.sides:
+                self.shared_N[side.first : side.last] = float(is_sharded(weight.parameter))
         self._row_N = torch.zeros(len(self.entries_N))  # room for sums and factors on the CPU
         self._keep_G: Tensor | None = None
         self._all_rows()
@@ -90,7 +96,11 @@ class GroupIndex:
         for member in sorted(self.grouping.members, key=lambda member: member.parameter.dim() != 1):
             dim = _only_dimension(member)
             assert member.slots is not None
-            slots = member.slots.repeat_interleave(math.prod(member.parameter.shape[2:])) if dim == 1 else member.slots
+            slots = member.slots
+            if is_sharded(member.parameter):
+                sizes, starts = extent(member.parameter)
+                slots = slots[starts[dim] : starts[dim] + sizes[dim]]
+            slots = slots.repeat_interleave(math.prod(member.parameter.shape[2:])) if dim == 1 else slots
             weight = weights.setdefault(id(member.parameter), _Weight(member.parameter))
             weight.sides.append(_Side(dim, start, start + len(slots)))
             entries.append(slots)
@@ -111,7 +121,7 @@ class GroupIndex:
 
     def _all_rows(self) -> None:
         for weight in self.weights:
-            weight.rows = torch.arange(len(weight.parameter)).numpy()
+            weight.rows = torch.arange(len(local_of(weight.parameter))).numpy()
 
     def skip_masked(self, keep_G: Tensor | None) -> None:
         """Leave rows of masked groups out of what follows: they are 0.
@@ -143,9 +153,14 @@ class GroupIndex:
                 kernels.add_square_sums(matrix, weight.rows, *weight.parts)
             else:
                 sides = [(side.dim, sums_N[side.first : side.last]) for side in weight.sides]
-                self._add_squares(weight.parameter.detach(), sides)
-        total = torch.zeros(self.grouping.size + 1, device=self.device).index_add_(0, self.entries_N, sums_N)
-        return total[:-1]
+                self._add_squares(local_of(weight.parameter), sides)
+        if not self.sharded:
+            total = torch.zeros(self.grouping.size + 1, device=self.device).index_add_(0, self.entries_N, sums_N)
+            return total[:-1]
+        part_N = sums_N * self.shared_N  # entries of weights that every process holds whole are counted on each
+        part = torch.zeros(self.grouping.size + 1, device=self.device).index_add_(0, self.entries_N, part_N)
+        whole = torch.zeros_like(part).index_add_(0, self.entries_N, sums_N - part_N)
+        return (across(part, self.sharded) + whole)[:-1]
 
     def _add_squares(self, values_W: Tensor, sides: list[tuple[int, Tensor]]) -> None:
         """Add the squares of a weight, summed along all but one dimension, to each side's vector."""
@@ -195,12 +210,13 @@ class GroupIndex:
             gradient_W = weight.parameter.grad
             if gradient_W is None or (only is not None and id(weight.parameter) not in only):
                 continue
+            gradient_W = local_of(gradient_W)
             matrix = None if kernels is None else weight.as_matrix()
             if kernels is not None and matrix is not None and fused.fits(gradient_W):
                 kernels.add_scaled(fused.as_matrix(gradient_W.detach()), matrix, weight.rows, *weight.parts)
             else:
                 factors = [(side.dim, factor_N[side.first : side.last].to(gradient_W.dtype)) for side in weight.sides]
-                _add_scaled(gradient_W, weight.parameter.detach(), factors)
+                _add_scaled(gradient_W, local_of(weight.parameter), factors)
 
     def extremes(self, values_G: Tensor, keep_G: Tensor | None) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of each group's set, over groups that are kept (two vectors of groups)."""

@@ -16,6 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pruningawaretraining.sharded import across, full_of, is_sharded, local_member, local_of
+
 ROLES = ("out", "in", "norm", "bias", "raw", "element", "buffer")
 
 
@@ -208,14 +210,20 @@ class Grouping:
             Vector of ``size`` sums; elements outside every group are left out.
         """
         total_G: Tensor | None = None
+        part_G: Tensor | None = None  # of what lies on this process
         for member, values_W in zip(self.members, values, strict=True):
+            if is_sharded(values_W):
+                sums_S = local_member(member).slot_sums(local_of(values_W))
+                part_G = sums_S.new_zeros(self.size + 1) if part_G is None else part_G
+                _add_slots(part_G, member, sums_S)
+                continue
             sums_S = member.slot_sums(values_W)
             if total_G is None:
                 total_G = sums_S.new_zeros(self.size + 1)
-            if member.slots is None:
-                total_G[member.offset : member.offset + member.n_slots] += sums_S
-            else:
-                total_G.index_add_(0, member.slots.to(sums_S.device), sums_S)
+            _add_slots(total_G, member, sums_S)
+        if part_G is not None:
+            part_G = across(part_G, (member.parameter for member in self.members))
+            total_G = part_G if total_G is None else total_G + part_G
         return torch.zeros(self.size) if total_G is None else total_G[:-1]
 
     def reduce_of(self, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -225,6 +233,14 @@ class Grouping:
             if id(member.parameter) not in known:
                 known[id(member.parameter)] = function(member.parameter.detach())
         return self.reduce(known[id(member.parameter)] for member in self.members)
+
+    def gathered(self) -> Grouping:
+        """The same groups over whole tensors where processes hold parts of them: a collective, a copy of them all."""
+        whole = {id(one.parameter): full_of(one.parameter) for one in self.members if is_sharded(one.parameter)}
+        if not whole:
+            return self
+        members = tuple(replace(one, parameter=whole.get(id(one.parameter), one.parameter)) for one in self.members)
+        return replace(self, members=members, _cache={})
 
     def expand(self, values_G: Tensor, outside: float = 0.0) -> list[tuple[Member, Tensor]]:
         """The adjoint of :meth:`reduce`: every member with a tensor that broadcasts to its shape.
@@ -249,6 +265,14 @@ class Grouping:
             ones = (torch.ones((), dtype=torch.float64).expand(member.parameter.shape) for member in self.members)
             self._cache["counts"] = self.reduce(ones).long()
         return self._cache["counts"]
+
+
+def _add_slots(total_G1: Tensor, member: Member, sums_S: Tensor) -> None:
+    """Add a member's sums to those of its groups."""
+    if member.slots is None:
+        total_G1[member.offset : member.offset + member.n_slots] += sums_S
+    else:
+        total_G1.index_add_(0, member.slots.to(sums_S.device), sums_S)
 
 
 def concat(groupings: Sequence[Grouping], name: str | None = None) -> Grouping:

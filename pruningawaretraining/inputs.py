@@ -190,7 +190,7 @@ def looking() -> bool:
 
 
 def checked_call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> Any:
-    """:func:`call`, with an error that names the shapes when the model rejects the inputs."""
+    """:func:`call`, with an error that names the shapes when the model rejects the inputs; see :func:`looking`."""
     try:
         with _looking():
             return call(model, inputs, forward_fn)

@@ -117,8 +117,45 @@ class KeptGroupNorm(KeptNorm):
         return _scaled(normal, module, shape, keep_C.view(shape)).to(output.dtype)
 
 
-KEPT_NORMS: dict[type[nn.Module], Callable[[Any, torch.device], KeptNorm]] = {
+class KeptForeignRMSNorm(KeptNorm):
+    """An RMSNorm that is not PyTorch's own (transformers, timm): its output, corrected for the channels that are left.
+
+    With ``n`` channels of which ``k`` are kept and the others 0, ``x / sqrt(sum x^2 / n + eps)`` becomes
+    ``x / sqrt(sum x^2 / k + eps)``, whatever the module multiplies it with.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        super().__init__(len(weight), device)
+        names = ("variance_epsilon", "eps", "norm_eps", "epsilon")
+        self.eps = next((float(value) for name in names if isinstance(value := getattr(module, name, None), float)), 0)
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = _at_least_float(inputs[0])
+        keep = self._keep(x).to(x.dtype)
+        squares = (x * keep).square().sum(-1, keepdim=True)
+        ratio = (x.square().mean(-1, keepdim=True) + self.eps) / (squares / keep.sum() + self.eps)
+        return (output * ratio.sqrt() * keep).to(output.dtype)
+
+
+def is_foreign_rms_norm(module: object) -> bool:
+    """Whether a module is an RMSNorm over the last dimension that is not PyTorch's own."""
+    name = type(module).__name__.lower()
+    weight = getattr(module, "weight", None)
+    named = name.endswith("rmsnorm") or name == "t5layernorm"
+    return named and not isinstance(module, nn.RMSNorm) and isinstance(weight, Tensor) and weight.dim() == 1
+
+
+KeptNormOf = Callable[[Any, torch.device], KeptNorm]
+KEPT_NORMS: dict[type[nn.Module], KeptNormOf] = {
     nn.LayerNorm: KeptLayerNorm,
     nn.RMSNorm: KeptRMSNorm,
     nn.GroupNorm: KeptGroupNorm,
 }
+
+
+def kept_norm_of(module: nn.Module) -> KeptNormOf | None:
+    """What stands in for a module while some of its channels are masked; None for one that does not mix channels."""
+    if is_foreign_rms_norm(module):
+        return KeptForeignRMSNorm
+    return next((hook for kind, hook in KEPT_NORMS.items() if isinstance(module, kind)), None)

@@ -9,7 +9,7 @@ forward hook, so that the masked model equals the removed one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,8 +21,9 @@ from torch.utils.hooks import RemovableHandle
 from pruningawaretraining import fused
 from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.grouping import Grouping, Member
-from pruningawaretraining.kept_norms import KEPT_NORMS, KeptNorm
+from pruningawaretraining.kept_norms import KeptNorm, kept_norm_of
 from pruningawaretraining.optimizer_state import mask_state
+from pruningawaretraining.sharded import is_sharded, local_of, part_of
 
 
 class Masks:
@@ -89,7 +90,7 @@ class Masks:
             if bool((keep_W == 0).any()):
                 self._parameters.append(member.parameter)
                 self._factors.append(_for_multiplication(member, keep_W))
-        if fused.kernels() is not None:
+        if fused.kernels() is not None and not any(is_sharded(one) for one in self._parameters):
             self._cleared = _cleared(self._parameters, self._factors)
 
     @torch.no_grad()
@@ -104,7 +105,7 @@ class Masks:
                 torch.autograd.graph.increment_version(one.parameter)
             return
         self._move_factors()
-        torch._foreach_mul_(self._parameters, self._factors)
+        torch._foreach_mul_([local_of(one) for one in self._parameters], self._factors)
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
@@ -112,7 +113,8 @@ class Masks:
         if not self._parameters:
             return
         self._move_factors()
-        pairs = [(p.grad, f) for p, f in zip(self._parameters, self._factors, strict=True) if p.grad is not None]
+        both = zip(self._parameters, self._factors, strict=True)
+        pairs = [(local_of(p.grad), f) for p, f in both if p.grad is not None]
         if pairs:
             torch._foreach_mul_([gradient for gradient, _ in pairs], [factor for _, factor in pairs])
 
@@ -152,7 +154,7 @@ class Masks:
         gradient = parameter.grad
         if gradient is None or gradient.layout is not torch.strided:
             return
-        gradient = gradient.detach()
+        gradient = local_of(gradient)
         for index in indices:
             factor = self._factors[index]
             if factor.dtype is not gradient.dtype or factor.device != gradient.device:
@@ -166,11 +168,11 @@ class Masks:
         """
         keep_G1 = torch.cat([self.keep_G, torch.ones(1, dtype=torch.bool)])
         modules = dict(self.model.named_modules())
-        keep_of = {name: keep_G1[groups_C] for name, groups_C in self.norms.items() if _kept_norm(modules[name])}
+        keep_of = {name: keep_G1[groups_C] for name, groups_C in self.norms.items() if kept_norm_of(modules[name])}
         if not self._norm_hooks and not all(bool(keep_C.all()) for keep_C in keep_of.values()):
             device = next((one.device for one in self._parameters), torch.device("cpu"))
             for name in keep_of:
-                make = _kept_norm(modules[name])
+                make = kept_norm_of(modules[name])
                 assert make is not None
                 self._norm_hooks[name] = hook = make(modules[name], device)
                 self._handles.append(modules[name].register_forward_hook(hook))
@@ -211,13 +213,10 @@ def _cleared(parameters: list[Tensor], factors: list[Tensor]) -> list[_Cleared]:
     return [_Cleared(one, rows.numpy(), torch.cat(columns).numpy()) for one, rows, columns in found.values()]
 
 
-def _kept_norm(module: nn.Module) -> Callable[[Any, torch.device], KeptNorm] | None:
-    return next((hook for kind, hook in KEPT_NORMS.items() if isinstance(module, kind)), None)
-
-
 def _for_multiplication(member: Member, keep_W: Tensor) -> Tensor:
     """The mask in the weight's dtype, shaped so that the multiplication's inner loops are long."""
     shape = list(keep_W.shape)
     if len(shape) > 2 and shape[0] == 1:  # input columns of a convolution: spell out the kernel
         shape[2:] = member.parameter.shape[2:]
-    return keep_W.to(member.parameter.device, member.parameter.dtype).expand(shape).contiguous()
+    keep_W = keep_W.to(member.parameter.device, member.parameter.dtype).expand(shape)
+    return part_of(member.parameter, keep_W).contiguous()

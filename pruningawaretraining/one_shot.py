@@ -27,7 +27,7 @@ from pruningawaretraining.criteria.second_order.gathering import on_model, uncha
 from pruningawaretraining.criteria.second_order.gradients import Calibration, LossFn
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.inputs import unwrap
-from pruningawaretraining.patterns.channel import Channel, chosen_layers
+from pruningawaretraining.patterns.channel import StructuredPattern
 from pruningawaretraining.registry import build, lookup
 from pruningawaretraining.rehearsal import removable_channels
 from pruningawaretraining.removal import remove
@@ -96,8 +96,8 @@ def one_shot(
     inner = unwrap(model)
     micro_batch = criterion.micro_batch if isinstance(criterion, Sampling) else None
     calibration = Calibration(inner, dataloader, loss_fn, micro_batch)
-    if isinstance(pattern, Channel):
-        return _one_shot_channels(calibration, rule, criterion, wanted, after)
+    if isinstance(pattern, StructuredPattern):
+        return _one_shot_channels(calibration, rule, pattern, criterion, wanted, after)
     _refuse_what_weights_lack(rule, after)
     pruner = WeightPruner(calibration, rule, weight_pattern(pattern), criterion)
     models = {}
@@ -150,13 +150,19 @@ def _checked(sparsities: Any, rule: Rule) -> list[float]:
 
 
 def _one_shot_channels(
-    calibration: Calibration, rule: Rule, criterion: Any, sparsities: Sequence[float], after: AfterPruning
+    calibration: Calibration,
+    rule: Rule,
+    pattern: StructuredPattern,
+    criterion: Any,
+    sparsities: Sequence[float],
+    after: AfterPruning,
 ) -> dict[float, nn.Module]:
-    """Score channels once; for each sparsity compensate their readers, remove them, and measure the norms again."""
+    """Score groups once; for each sparsity compensate their readers, remove them, and measure the norms again."""
     model = calibration.model
     inputs = calibration.example()
-    chosen = chosen_layers(model, rule.layers, rule.exclude)
-    channels = removable_channels(model, inputs, chosen, multiples=dict.fromkeys(chosen, rule.multiple))
+    chosen = pattern.chosen(model, rule.layers, rule.exclude)
+    units = pattern.head_units(model, chosen)
+    channels = removable_channels(model, inputs, chosen, multiples=dict.fromkeys(chosen, rule.multiple), units=units)
     grouping = channels.grouping
     listener = Listener("rule", criterion, model, channels, list(range(len(grouping.sets))))
     scores_G = criterion.score(grouping, Statistics(tensors=listener.statistics(calibration)))
@@ -173,7 +179,7 @@ def _one_shot_channels(
         if hooks is not None:
             lost = list(losing_readers(pruned, found.grouping, keep_G))
             compensate_readers(lost, hooks, lookup("channel_compensation", after.compensation))
-        remove(pruned, found.grouping, keep_G, norms=found.norms)
+        remove(pruned, found, keep_G)
         if after.norm_batches:
             recalibrate_norms(pruned, on_model(calibration, pruned), after.norm_batches)
         models[sparsity] = pruned

@@ -228,11 +228,7 @@ def open_session(model: str | bytes, threads: int = 0, providers: Sequence[Any] 
         ModelError: onnxruntime does not accept the file.
     """
     runtime = require("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # several sessions take turns undisturbed
+    options = session_options(threads)
     try:
         return runtime.InferenceSession(model, options, providers=list(providers))
     except session_errors() as error:
@@ -240,6 +236,16 @@ def open_session(model: str | bytes, threads: int = 0, providers: Sequence[Any] 
         raise ModelError(
             f"onnxruntime cannot load {model if isinstance(model, str) else 'the graph'}: {reason}"
         ) from error
+
+
+def session_options(threads: int = 0) -> Any:
+    """Options of a session: quiet, and with so many threads within an operator (0: onnxruntime's own choice)."""
+    options = require("onnxruntime").SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # several sessions take turns undisturbed
+    return options
 
 
 def session_errors() -> tuple[type[Exception], ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.sharded import local_of
 from pruningawaretraining.surgery import Keep, Surgery, slice_tensor
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ def _slice_row(optimizer: torch.optim.LBFGS, exchanged: Exchanged, surgery: Surg
 def mask_state(
     optimizers: Iterable[torch.optim.Optimizer], parameters: Sequence[Tensor], factors: Sequence[Tensor]
 ) -> None:
-    """Set what optimizers remember of masked weights to 0; factors broadcast to their parameter's shape."""
+    """Set what optimizers remember of masked weights to 0; factors broadcast to their parameter's shape, or to that of
+    this process's part of it."""
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             _mask_row(optimizer, parameters, factors)
@@ -115,7 +117,7 @@ def mask_state(
         for parameter, factor in zip(parameters, factors, strict=True):
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value.mul_(factor.to(value.device))
+                    local_of(value).mul_(factor.to(value.device))
 
 
 def _mask_row(optimizer: torch.optim.LBFGS, parameters: Sequence[Tensor], factors: Sequence[Tensor]) -> None:

@@ -30,7 +30,7 @@ from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
 from pruningawaretraining.exported import ExportedGraph, is_exported
 from pruningawaretraining.inputs import ForwardFn, from_shapes, move, tensors_of, unwrap
 from pruningawaretraining.optimizer_state import clear_state
-from pruningawaretraining.patterns.channel import Channel, chosen_layers
+from pruningawaretraining.patterns.channel import StructuredPattern, producer_names
 from pruningawaretraining.patterns.stacking import check_stacking
 from pruningawaretraining.processes import outdated, rewrapped
 from pruningawaretraining.quantization import without_zero
@@ -46,6 +46,7 @@ from pruningawaretraining.run_state import (
     rng_state,
     set_rng_state,
 )
+from pruningawaretraining.sharded import any_sharded, check_plan, full_of, is_sharded, reshard
 from pruningawaretraining.steps import Steps
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class Pruning:
         self._inputs: Any = example_inputs
         self._teacher = teacher
         self._distiller: Distiller | None = None
-        self._begun = self._ended = self._says_before = self._heard = False
+        self._begun = self._ended = self._says_before = self._heard = self._sharded = False
         self._no_channels = NoChannels()
         if isinstance(model, nn.Module):
             self.model = model
@@ -166,6 +167,12 @@ class Pruning:
             raise ModelError(
                 f"model: {type(model).__name__} is a graph that torch.export made; its layers are gone. Give the model "
                 "that it was exported from, and then the graph: pruner.follow(graph)"
+            )
+        if any_sharded(model):
+            check_plan(model)
+            raise ModelError(
+                f"model: fully_shard has spread the {type(model).__name__} already, and its channels cannot be traced. "
+                "Allowed: make the Pruning first, then fully_shard(model), then the optimizer"
             )
         self._model = unwrap(model)
         self._take_over()
@@ -247,7 +254,7 @@ class Pruning:
             pattern = build("pattern", rule.pattern, f"{key}.pattern")
             if not rule.enabled:
                 continue
-            if isinstance(pattern, Channel):
+            if isinstance(pattern, StructuredPattern):
                 channels.append((key, rule))
             elif isinstance(pattern, ElementPattern):
                 elements.append((key, rule, pattern))
@@ -259,7 +266,8 @@ class Pruning:
         assert self._elements is not None
         claims = []
         for key, rule in self._channel_rules:
-            claims.append((key, "channel", sorted(chosen_layers(self.model, rule.layers, rule.exclude, key))))
+            chosen = _structure(rule).chosen(self.model, rule.layers, rule.exclude, key)
+            claims.append((key, "channel", sorted(chosen & set(producer_names(self.model)))))
         for one in self._elements.rules:
             claims.append((one.key, one.grouping.name, [layer.name for layer in one.grouping.sets]))
         check_stacking(claims)
@@ -300,10 +308,15 @@ class Pruning:
                 self._channels.prune(one.rule.start, self._surroundings())
 
     def _build_channels(self, rules: list[tuple[str, Rule]]) -> ChannelPruner:
-        chosen = [(key, rule, chosen_layers(self.model, rule.layers, rule.exclude, key)) for key, rule in rules]
+        chosen = [
+            (key, rule, _structure(rule).chosen(self.model, rule.layers, rule.exclude, key)) for key, rule in rules
+        ]
         union = set().union(*(layers for _, _, layers in chosen))
+        units: dict[str, str] = {}
+        for _, rule, layers in chosen:
+            units |= _structure(rule).head_units(self.model, layers)
         multiples = {name: rule.multiple for _, rule, layers in chosen for name in layers}
-        found = removable_channels(self.model, self._inputs, union, self._forward_fn, multiples)
+        found = removable_channels(self.model, self._inputs, union, self._forward_fn, multiples, units)
         for name, reason in found.skipped.items():
             log.info("%s stays as it is: %s", name, reason)
         return ChannelPruner(self.model, found, chosen, self._inputs, self._forward_fn)
@@ -404,6 +417,7 @@ class Pruning:
 
     def on_round(self) -> None:
         """A real step begins; see :mod:`pruningawaretraining.steps`."""
+        self._follow_shards()
         acts = bool(self._channel_rules) and self._active and not self._ended and self._inputs is not None
         self._penalties, self._heard = self.engine.penalties() if acts else [], False
 
@@ -417,6 +431,8 @@ class Pruning:
             self._heard = True
         for ready, factor_G in self._penalties:
             ready.add(factor_G * scale, only)
+        if self._sharded:  # such gradients are not accumulated where they could be masked before
+            self._mask_gradients()
 
     def on_stepped(self) -> None:
         """Weights have moved: masked ones go back to 0."""
@@ -486,10 +502,55 @@ class Pruning:
         self._steps.look_around()
         if not self._steps.optimizers and not self._steps.by_hand:
             self._steps.gradients_by_hand()
+        self._mask_gradients()
+
+    def _mask_gradients(self) -> None:
         if self._channels is not None:
             self._channels.masks.apply_to_gradients()
         for one in self._elements.rules if self._elements is not None else ():
             one.masks.apply_to_gradients()
+
+    def _follow_shards(self) -> None:
+        """Notice that ``fully_shard`` has exchanged the parameters."""
+        if self._sharded or self._model is None or not is_sharded(next(self.model.parameters(), None)):
+            return
+        check_plan(self.model)
+        if self._channel_rules and self._active:
+            self.engine.rebind()
+        if self._elements is not None:
+            self._elements.rebind()
+        self._sharded = True
+
+    def gathered(self, model: nn.Module) -> Pruning:
+        """The pruned model whole on every process, after a training under ``fully_shard``: its channels are removed.
+
+        ``pruner = pruner.gathered(build_model())``, then go on with ``pruner.model``: save it, or ``fully_shard`` it
+        again with a new optimizer. Every process has to call it.
+
+        Args:
+            model: the dense model, freshly built; it becomes the pruned one.
+
+        Returns:
+            A pruner of that model, where this one stands.
+
+        Raises:
+            ModelError: the model has other parameters, or removal would change its outputs.
+        """
+        plain = unwrap(model)
+        reshard(self.model)
+        own, others = self.model.state_dict(), plain.state_dict()
+        if own.keys() != others.keys():
+            name = sorted(own.keys() ^ others.keys())[0]
+            raise ModelError(f"model: {name!r} is in one model only. Allowed: the dense model as it was built")
+        with torch.no_grad():
+            for name, value in own.items():
+                others[name].copy_(full_of(value))
+        pruner = Pruning(plain, self.config, self._forward_fn, example_inputs=self._inputs)
+        state = self.state_dict()
+        pruner.load_state_dict(state)
+        if pruner._channel_rules and pruner._active and not pruner.engine.keep_D.all():
+            pruner.remove()
+        return pruner
 
     def on_after_optimizer_step(self) -> None:
         """After the optimizer's step: masked weights are set to 0 again."""
@@ -566,6 +627,9 @@ class Pruning:
         if not self._active or self._ended:
             return
         self._begun = True
+        self._follow_shards()
+        if self._sharded:
+            reshard(self.model)
         lines = self.engine.prune(epoch, self._surroundings()) if self._channel_rules else []
         self._tell_all(lines, log)
         if self._elements is not None:  # after the channels, on those that are left
@@ -854,6 +918,12 @@ class Pruning:
             elements.load_state_dict(state)
 
         return undo
+
+
+def _structure(rule: Rule) -> StructuredPattern:
+    """The pattern of a rule for channels or heads."""
+    pattern: StructuredPattern = build("pattern", rule.pattern)
+    return pattern
 
 
 def _tell(target: Log | None, line: str) -> None:

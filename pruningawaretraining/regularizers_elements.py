@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.folding import fold_of, slot_sums
 from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.registry import register
+from pruningawaretraining.sharded import is_sharded, local_member, local_of
 
 SMALL = 1e-8
 
@@ -51,6 +53,11 @@ class SlicePenalty:
         """
         total: Tensor | None = None
         for member in grouping.members:
+            if is_sharded(member.parameter):
+                raise ConfigError(
+                    "regularizer: 'slice_penalty' is part of the loss, and fully_shard has spread the weights. "
+                    "Allowed: block_lasso, which acts after the step"
+                )
             part = _log_penalty(member)
             total = part if total is None else total + part.to(total.device)
         return self.strength * (torch.zeros(()) if total is None else total)
@@ -101,6 +108,7 @@ def _shrink(member: Member, step: float) -> None:
     weight_W = member.parameter.detach()
     norm_S = slot_sums(member, weight_W.float().square()).sqrt_()
     factor_S = torch.where(norm_S > 0, 1 - step / norm_S, 1.0).clamp_(min=0).to(weight_W.dtype)
+    member, weight_W = local_member(member), local_of(weight_W)
     fold = fold_of(member)
     if fold is None:
         weight_W.mul_(member.spread(factor_S, outside=1.0))

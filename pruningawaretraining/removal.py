@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.exported import ExportedGraph
 from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.kept_attention import Kept, shrink_heads
 from pruningawaretraining.optimizer_state import follow
+from pruningawaretraining.patterns.attention import is_transposed_linear
+from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.patterns.head import Heads
 from pruningawaretraining.quantization import follow_weights
 from pruningawaretraining.surgery import Keep, Surgery, slice_tensor, successor
 
@@ -52,22 +56,20 @@ def kept_indices(grouping: Grouping, keep_G: Tensor) -> dict[str, Keep]:
 @torch.no_grad()
 def remove(
     model: nn.Module,
-    grouping: Grouping,
+    found: ChannelGroups,
     keep_G: Tensor,
     optimizers: Iterable[torch.optim.Optimizer] = (),
     followers: Iterable[nn.Module] = (),
-    norms: Mapping[str, Tensor] | None = None,
     graphs: Iterable[ExportedGraph] = (),
 ) -> Surgery:
     """Remove the groups that are not kept from a model, physically.
 
     Args:
         model: changed in place: its parameters and buffers are replaced by sliced ones, widths are updated.
-        grouping: the model's channel groups.
+        found: the model's channel groups, and its heads.
         keep_G: True for groups that stay.
         optimizers: their parameters are exchanged, their state sliced as the parameter was.
         followers: moving averages or other copies of the model, sliced likewise (``AveragedModel`` included).
-        norms: norm layer -> group of each channel, for norms without any tensor.
         graphs: exported from the model; they get its new parameters, and their fake quantizers follow.
 
     Returns:
@@ -76,13 +78,17 @@ def remove(
     Raises:
         ModelError: nothing would be left of a layer, or a follower is no copy of the model.
     """
-    kept = kept_indices(grouping, keep_G)
-    bare = _bare_norm_widths(model, norms or {}, keep_G)
+    kept = kept_indices(found.grouping, keep_G)
+    bare = _bare_norm_widths(model, found.norms, keep_G)
+    heads = _kept_heads(found.heads, keep_G)
     surgery = Surgery()
     try:
         exchanged = _slice_module(model, kept, bare, surgery)
+        shrink_heads(model, heads, surgery)
         for follower in followers:
-            _slice_module(_inner(follower, kept), kept, bare, surgery)
+            inner = _inner(follower, kept)
+            _slice_module(inner, kept, bare, surgery)
+            shrink_heads(inner, heads, surgery)
         for graph in graphs:
             graph.slice(model, kept, surgery)
         for optimizer in optimizers:
@@ -101,6 +107,13 @@ def _bare_norm_widths(model: nn.Module, norms: Mapping[str, Tensor], keep_G: Ten
         for name, groups in norms.items()
         if getattr(modules[name], "weight", None) is None
     }
+
+
+def _kept_heads(heads: Mapping[str, Heads], keep_G: Tensor) -> dict[str, Kept]:
+    """Block -> what is left of its attributes, for blocks that lose heads."""
+    keep_G1 = torch.cat([keep_G.cpu().bool(), torch.ones(1, dtype=torch.bool)])
+    counts = {name: (int(keep_G1[one.groups_H.cpu()].sum()), len(one.groups_H)) for name, one in heads.items()}
+    return {name: Kept(*counts[name], heads[name].attributes) for name in heads if counts[name][0] < counts[name][1]}
 
 
 def _inner(follower: nn.Module, kept: dict[str, Keep]) -> nn.Module:
@@ -150,6 +163,11 @@ def _update_widths(module: nn.Module, surgery: Surgery) -> None:
     elif isinstance(module, nn.Linear):
         surgery.set_attribute(module, "out_features", module.weight.shape[0])
         surgery.set_attribute(module, "in_features", module.weight.shape[1])
+    elif is_transposed_linear(module):
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        surgery.set_attribute(module, "nf", weight.shape[1])
+        if hasattr(module, "nx"):
+            surgery.set_attribute(module, "nx", weight.shape[0])
     elif isinstance(module, nn.Embedding):
         surgery.set_attribute(module, "embedding_dim", module.weight.shape[1])
     elif isinstance(module, nn.PReLU):
@@ -163,7 +181,7 @@ def _update_widths(module: nn.Module, surgery: Surgery) -> None:
 
 
 def _set_norm_width(module: nn.Module, width: int, surgery: Surgery) -> None:
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or hasattr(module, "normalized_shape"):
         surgery.set_attribute(module, "normalized_shape", (width,))
     elif isinstance(module, nn.GroupNorm):
         surgery.set_attribute(module, "num_channels", width)

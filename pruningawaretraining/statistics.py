@@ -87,6 +87,17 @@ class Collector(Protocol):
         """
 
 
+def by_parts(criterion: Any) -> bool:
+    """Whether a criterion scores groups by sums over their weights alone, so that no layer has to be whole for it."""
+    base = getattr(criterion, "base", None)
+    return bool(getattr(criterion, "by_parts", base is not None and by_parts(base)))
+
+
+def scorable(grouping: Grouping, criterion: Any) -> Grouping:
+    """The groups as a criterion scores them: of sharded weights, whole ones where it needs them (a collective)."""
+    return grouping if by_parts(criterion) else grouping.gathered()
+
+
 def collector_of(criterion: Any) -> Collector | None:
     """A new collector for a criterion (or for the one that it weighs), or None where it needs nothing of training."""
     make = getattr(criterion, "collector", None)

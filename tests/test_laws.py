@@ -36,7 +36,7 @@ def fresh(name: str) -> tuple[nn.Module, torch.Tensor, ChannelGroups]:
     """A copy of the model with its groups on the copy's tensors."""
     model, inputs, found = traced(name)
     twin = copy.deepcopy(model)
-    return twin, inputs, found.restrict(twin, torch.ones(found.grouping.size, dtype=torch.bool))
+    return twin, inputs, found.on(twin)
 
 
 def half(found: ChannelGroups, seed: int = 0) -> torch.Tensor:
@@ -66,7 +66,7 @@ def test_masked_equals_removed_and_analytic_macs_equal_counted_ones(name: str) -
     masks.set(keep_G)
     masked = outputs_of(model, inputs)
     masks.clear()
-    remove(model, found.grouping, keep_G, norms=found.norms)
+    remove(model, found, keep_G)
     removed = outputs_of(model, inputs)
     scale = max(float(out.abs().max()) for out in masked)
     assert scale > 0
@@ -170,7 +170,7 @@ def test_removal_keeps_the_optimizer_alive(name: str) -> None:
             optimizer.state[parameter]["exp_avg"].copy_(parameter)
             parameter.grad.copy_(parameter)
     shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
-    remove(model, found.grouping, keep_G, [optimizer], [average], found.norms)
+    remove(model, found, keep_G, [optimizer], [average])
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert known == {id(p) for p in model.parameters()}
     assert set(optimizer.state) == set(model.parameters())

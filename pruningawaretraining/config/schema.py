@@ -32,17 +32,56 @@ __all__ = [
 STRUCTURED = ("channel", "channels", "head", "heads", "mha")
 """Patterns whose sets are those of coupled layers."""
 
+NAMED_ONLY = ("schedule", "scope", "allocation")
 UNCHECKED = {"names": "unchecked"}
 """Validation context of translated configs: names that a dialect's own table gave are looked up when they are built."""
 
 
+COSTS = ("macs", "parameters", "peak_memory", "latency", "latency_ms")
+"""Keys of a target that are about what the model costs."""
+
+
 class Target(Strict):
-    """What to reach. With both given, both must hold; with none, a rule only regularises."""
+    """What to reach. With several given, all must hold; with none, a rule only regularises."""
 
     sparsity: Fraction | None = Field(None, description="Fraction of the rule's groups to remove, in (0, 1].")
     macs: Fraction | None = Field(
         None, description="Fraction of the dense model's MACs to KEEP, in (0, 1]: 0.7 is a cut of 30%."
     )
+    parameters: Fraction | None = Field(
+        None, description="Fraction of the dense model's parameters to KEEP, in (0, 1]."
+    )
+    peak_memory: Fraction | None = Field(
+        None, description="Fraction to KEEP of the most memory that activations take at once, in (0, 1]."
+    )
+    latency: Fraction | None = Field(
+        None, description="Fraction of the dense model's latency to KEEP, measured on 'runtime', in (0, 1]."
+    )
+    latency_ms: Positive | None = Field(None, description="Latency to stay within, in milliseconds.")
+    runtime: str = Field("onnxruntime", description="Where latency is measured: a registered runtime.")
+    batch: Count | None = Field(1, description="Rows of the example inputs for latency; null: as many as they have.")
+    threads: Count = Field(1, description="Threads of the runtime for latency.")
+
+    @property
+    def about_costs(self) -> bool:
+        """Whether it is about more than a fraction of the groups."""
+        return any(getattr(self, name) is not None for name in COSTS)
+
+    @property
+    def given(self) -> bool:
+        """Whether there is anything to reach."""
+        return self.sparsity is not None or self.about_costs
+
+    @model_validator(mode="after")
+    def _is_about_latency(self) -> Self:
+        if names("runtime"):
+            canonical("runtime", self.runtime, "runtime")
+        if self.latency is None and self.latency_ms is None:
+            for name in ("runtime", "batch", "threads"):
+                value, default = getattr(self, name), Target.model_fields[name].default
+                if value != default:
+                    raise ConfigError(f"{name}: {value!r} is of a latency, and there is none. Allowed: with latency")
+        return self
 
 
 class ExampleInputs(Strict):
@@ -87,6 +126,12 @@ class Rule(Strict):
     )
     schedule: str = Field("linear", description="How the sparsity grows from start to end.")
     scope: str = Field("global", description="Where scores compete: over all sets, within each, or within like ones.")
+    allocation: str | None = Field(
+        None,
+        description="How groups are chosen under a target of MACs, latency and the like: by the scores alone "
+        "(ranking), the same share of every set (uniform), or by the importance lost for what is saved (latency, macs, "
+        "parameters). Absent: latency where the target is about it, else ranking.",
+    )
     start: Whole = Field(0, description="First epoch (or step) at which to prune.")
     end: Whole | None = Field(None, description="Epoch (or step) at which the target is due; absent: start, at once.")
     every: Count = Field(1, description="Epochs (or steps) between one pruning event and the next, 1 or more.")
@@ -124,16 +169,16 @@ class Rule(Strict):
         1, description="Parts in which an event's weights are zeroed, evenly until the next event, lowest scores first."
     )
 
-    @field_validator("pattern", "criterion", "regularizer", "schedule", "scope", mode="before")
+    @field_validator("pattern", "criterion", "regularizer", "schedule", "scope", "allocation", mode="before")
     @classmethod
     def _is_registered(cls, value: Any, info: ValidationInfo) -> Any:
         kind = str(info.field_name)
-        if value is None and kind == "regularizer":
+        if value is None and kind in ("regularizer", "allocation"):
             return None
         if isinstance(value, str):
             return value if info.context == UNCHECKED or not names(kind) else _check_name(kind, value)
-        if kind in ("schedule", "scope") or not isinstance(value, Mapping):
-            form = "a name" if kind in ("schedule", "scope") else "a name or a mapping with a 'type'"
+        if kind in NAMED_ONLY or not isinstance(value, Mapping):
+            form = "a name" if kind in NAMED_ONLY else "a name or a mapping with a 'type'"
             raise ConfigError(f"{kind}: {value!r} is not {form}. Allowed: {', '.join(names(kind))}")
         return dict(value) if info.context == UNCHECKED or not names(kind) else _check_options(kind, value)
 
@@ -167,7 +212,7 @@ class Rule(Strict):
             raise ConfigError("release: True is for slices, blocks and weights. Allowed: False")
         if self.max_sparsity_from is not None and whole not in STRUCTURED:
             raise ConfigError(f"max_sparsity_from: it is for channels and heads, not {whole!r}. Allowed: leave it out")
-        aimless = self.target.sparsity is None and self.target.macs is None and self.regularizer is None
+        aimless = not self.target.given and self.regularizer is None
         if self.enabled and self.mode == "prune" and aimless:
             raise ConfigError("target: nothing to reach. Allowed: sparsity, macs or both, each in (0, 1]")
         return self

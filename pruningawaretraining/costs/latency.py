@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,16 @@ from pruningawaretraining import registry
 from pruningawaretraining.costs.runtimes import Model, Run, Runtime
 from pruningawaretraining.errors import ConfigError
 
-__all__ = ["Latency", "LatencyComparison", "Model", "Run", "Runtime", "compare_latency", "measure_latency"]
+__all__ = [
+    "Latency",
+    "LatencyComparison",
+    "Model",
+    "Run",
+    "Runtime",
+    "compare_latency",
+    "measure_latency",
+    "time_in_turns",
+]
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ def compare_latency(
     built: Runtime = registry.build("runtime", runtime)
     with contextlib.ExitStack() as stack:
         runs = [stack.enter_context(built.prepare(model, given, threads)) for model, given in models.values()]
-        times = _time_in_turns(runs, repeats, warmup)
+        times = time_in_turns(runs, repeats, warmup)
     latencies = {key: _latency(taken, name, threads) for key, taken in zip(models, times, strict=True)}
     first = next(iter(latencies.values())).median_ms
     return LatencyComparison(latencies, {key: one.median_ms / first for key, one in latencies.items()})
@@ -129,17 +138,19 @@ def _runtime_name(runtime: str | Mapping[str, Any] | Runtime) -> str:
     return registry.canonical("runtime", name, "runtime") if isinstance(name, str) else type(runtime).__name__
 
 
-def _time_in_turns(runs: list[Run], repeats: int, warmup: int) -> list[list[float]]:
-    """Milliseconds of every timed run, for each of the functions."""
+def time_in_turns(
+    runs: list[Run], repeats: int, warmup: int, clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:
+    """Milliseconds of every timed run, for each of the functions, by a clock that counts seconds."""
     for _ in range(warmup):
         for run in runs:
             run()
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
         for run, taken in zip(runs, times, strict=True):
-            start = time.perf_counter()
+            start = clock()
             run()
-            taken.append((time.perf_counter() - start) * 1e3)
+            taken.append((clock() - start) * 1e3)
     return times
 
 

@@ -8,7 +8,7 @@ outputs), so ``kept = dense * out / out0 * in / in0`` is exact after removal, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -68,12 +68,10 @@ class _Side:
     widths_L: Tensor
 
     @classmethod
-    def of(cls, members: Sequence[tuple[int, Member]], layers: int, outside: int) -> _Side:
+    def of(cls, dimensions: Sequence[tuple[int, Tensor]], layers: int, outside: int) -> _Side:
         widths_L = torch.zeros(layers, dtype=torch.float64)
         numbers, groups = [], []
-        for layer, member in members:
-            assert member.slots is not None
-            entries = member.slots.cpu()
+        for layer, entries in dimensions:
             widths_L[layer] = len(entries)
             numbers.append(torch.full((len(entries),), layer))
             groups.append(entries)
@@ -164,16 +162,29 @@ class LinearCost:
         return torch.cat([keep_G.detach().cpu().double(), torch.ones(1, dtype=torch.float64)])
 
 
-def macs_cost(grouping: Grouping, per_layer: dict[str, int]) -> LinearCost:
+def macs_cost(grouping: Grouping, per_layer: dict[str, int], heads: Mapping[str, Tensor] | None = None) -> LinearCost:
     """The MACs of a model as a function of its channel masks.
 
     Args:
         grouping: the model's channels.
         per_layer: dense MACs by module name, from :func:`macs_per_layer`.
+        heads: attention block -> the group of each of its heads; what the block computes itself, beside the layers in
+            it, is in proportion to them.
     """
     weights = [member for member in grouping.of_role("out", "in").members if member.name.endswith(".weight")]
     bases = {member.name: float(per_layer.get(member.name.removesuffix(".weight"), 0)) for member in weights}
-    return _linear_cost(weights, bases, float(per_layer.get("", 0)), grouping.size)
+    outputs, inputs = _dimensions(weights)
+    for name, groups_H in (heads or {}).items():
+        bases[name] = float(_own_macs(name, per_layer))
+        outputs.append((name, groups_H.cpu()))
+    return _linear_cost(outputs, inputs, bases, float(per_layer.get("", 0)), grouping.size)
+
+
+def _own_macs(name: str, per_layer: dict[str, int]) -> int:
+    """What a module computes beside its children."""
+    prefix = f"{name}." if name else ""
+    children = (one for one in per_layer if one.startswith(prefix) and one and "." not in one[len(prefix) :])
+    return per_layer.get(name, 0) - sum(per_layer[one] for one in children)
 
 
 def parameters_cost(grouping: Grouping, model: nn.Module) -> LinearCost:
@@ -182,18 +193,31 @@ def parameters_cost(grouping: Grouping, model: nn.Module) -> LinearCost:
     members = [member for member in grouping.members if member.name in learned]
     bases = {member.name: float(member.parameter.numel()) for member in members}
     total = float(sum(parameter.numel() for parameter in model.parameters()))
-    return _linear_cost(members, bases, total, grouping.size)
+    return _linear_cost(*_dimensions(members), bases, total, grouping.size)
 
 
-def _linear_cost(members: list[Member], bases: dict[str, float], dense: float, size: int) -> LinearCost:
+Dimensions = list[tuple[str, Tensor]]  # name of a tensor, and the group of every entry of one of its dimensions
+
+
+def _dimensions(members: Sequence[Member]) -> tuple[Dimensions, Dimensions]:
+    """Output and input dimensions."""
+    outputs: Dimensions = []
+    inputs: Dimensions = []
+    for member in members:
+        assert member.slots is not None
+        (inputs if member.role == "in" else outputs).append((member.name, member.slots.cpu()))
+    return outputs, inputs
+
+
+def _linear_cost(
+    outputs: Dimensions, inputs: Dimensions, bases: dict[str, float], dense: float, size: int
+) -> LinearCost:
     numbers = {name: index for index, name in enumerate(bases)}
-    inputs = [(numbers[member.name], member) for member in members if member.role == "in"]
-    outputs = [(numbers[member.name], member) for member in members if member.role != "in"]
     return LinearCost(
         dense,
         tuple(name.removesuffix(".weight") for name in bases),
         torch.tensor(list(bases.values()), dtype=torch.float64),
-        _Side.of(outputs, len(bases), size),
-        _Side.of(inputs, len(bases), size),
+        _Side.of([(numbers[name], entries) for name, entries in outputs], len(bases), size),
+        _Side.of([(numbers[name], entries) for name, entries in inputs], len(bases), size),
         size,
     )

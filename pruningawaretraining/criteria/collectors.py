@@ -18,6 +18,7 @@ from pruningawaretraining.criteria.reductions import Reduction, device_of
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.registry import lookup
+from pruningawaretraining.sharded import across, is_sharded, local_of
 
 Combine = Callable[[Tensor, Tensor], Tensor]
 Finish = Callable[[Tensor], Tensor]
@@ -53,6 +54,7 @@ class GradientCollector:
         self.rule = rule
         self.scores: list[Tensor] = []  # one over groups, or with "max" one a distinct parameter
         self.names: list[str] = []
+        self.sharded: list[Tensor] = []
         self.seen: dict[str, bool] = {}
         self.steps: Tensor = torch.zeros((), dtype=torch.int64)
 
@@ -74,15 +76,18 @@ class GradientCollector:
             if gradient_W is None:
                 return None
             self.seen[member.name] = True
-            return self.rule.combine(member.parameter.detach().float(), _unscaled(gradient_W, scale))
+            return self.rule.combine(local_of(member.parameter).float(), _unscaled(local_of(gradient_W), scale))
 
         if self.rule.reduction == "max":
             distinct = {member.name: member for member in grouping.members}
+            self.sharded = [one.parameter for one in distinct.values() if is_sharded(one.parameter)]
             found = [(name, values(member)) for name, member in distinct.items()]
             self._update(
                 [name for name, _ in found],
                 [
-                    self.rule.finish(value) if value is not None else torch.zeros_like(distinct[name].parameter)
+                    self.rule.finish(value)
+                    if value is not None
+                    else torch.zeros_like(local_of(distinct[name].parameter))
                     for name, value in found
                 ],
             )
@@ -93,6 +98,8 @@ class GradientCollector:
     def _update(self, names: list[str], fresh: list[Tensor]) -> None:
         total = torch.stack([value.sum().to(fresh[0].device) for value in fresh]).sum()
         fine = torch.isfinite(total)
+        if names != [""] and self.sharded:  # the values are of this process's parts
+            fine = across(total.isfinite().float().neg(), self.sharded, largest=True) < 0
         if not self.scores:
             self.names = names
             self.scores = [torch.zeros_like(value, dtype=self.rule.dtype) for value in fresh]
@@ -118,7 +125,9 @@ class GradientCollector:
             self.scores = [score[keep_G.to(score.device)] for score in self.scores]
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data."""
+        """Tensors and plain data; scores of single weights that lie on several processes are not kept."""
+        if self.sharded:
+            return {"names": [], "scores": [], "seen": sorted(self.seen), "steps": 0}
         return {
             "names": list(self.names),
             "scores": [score.clone() for score in self.scores],
@@ -174,7 +183,9 @@ class MaskGradientCollector:
 
         def values(member: Member) -> Tensor | None:
             gradient_W = member.parameter.grad
-            return None if gradient_W is None else member.parameter.detach().float() * _unscaled(gradient_W, scale)
+            if gradient_W is None:
+                return None
+            return local_of(member.parameter).float() * _unscaled(local_of(gradient_W), scale)
 
         sums: Reduction = lookup("reduction", "sum")
         slope_G = sums(grouping, values, torch.float32)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class Weight:
         reduction: "mean", "sum" or "max" over the group.
         half: scores in bfloat16.
     """
+
+    by_parts: ClassVar[bool] = True
 
     p: float = 1.0
     reduction: str = "mean"
@@ -70,6 +73,8 @@ class _FromGradients:
         reduction: "mean", "sum" or "max" over the group.
         half: scores in bfloat16.
     """
+
+    by_parts: ClassVar[bool] = True
 
     momentum: float = 0.0
     reduction: str = "mean"
@@ -240,6 +245,8 @@ class RetrainFree:
         rearranged: exchange groups within each layer so that the gradients of those that go cancel out.
         most: with more groups than this nothing is rearranged.
     """
+
+    by_parts: ClassVar[bool] = True
 
     samples: int = 64
     rearranged: bool = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -119,6 +120,8 @@ class Magnitude:
         normalize: by the "mean" or "max" of the set, so that layers compare, by "lamp", or "none".
     """
 
+    by_parts: ClassVar[bool] = True
+
     p: float = 2.0
     normalize: str = "mean"
 
@@ -164,6 +167,8 @@ class NormScale:
     Sets without a norm layer score infinity: they are pruned last.
     """
 
+    by_parts: ClassVar[bool] = True
+
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
         norms = grouping.of_role("norm")
         sums_G = norms.reduce_of(lambda weight: weight.float().abs())
@@ -183,6 +188,8 @@ class Random:
     Args:
         seed: of the generator.
     """
+
+    by_parts: ClassVar[bool] = True
 
     seed: int = 0
 

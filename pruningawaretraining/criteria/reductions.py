@@ -3,7 +3,8 @@
 Shape suffixes: ``_G`` groups, ``_S`` slots of one member, ``_W`` any weight.
 
 Each is a function ``(grouping, values, dtype) -> vector of groups``, where ``values`` gives a tensor shaped like a
-member's, or None where nothing is known of it. Values of one member at a time are held.
+member's, or None where nothing is known of it. Values of one member at a time are held. Of weights that lie on several
+processes, values are those of this one's part (or DTensors), and one all-reduce of one number a group follows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from pruningawaretraining.folding import slot_counts, slot_maxima, slot_sums
 from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.registry import register
+from pruningawaretraining.sharded import across, is_sharded, local_member, local_of
 
 Values = Callable[[Member], "Tensor | None"]
 Reduction = Callable[[Grouping, Values, torch.dtype], Tensor]
@@ -30,16 +32,22 @@ def device_of(grouping: Grouping) -> torch.device:
 @register("reduction", "sum")
 def reduce_sum(grouping: Grouping, values: Values, dtype: torch.dtype = torch.float32) -> Tensor:
     """The sum over a group's weights."""
-    total_G1 = torch.zeros(grouping.size + 1, dtype=dtype, device=device_of(grouping))
+    whole_G1 = total_G1 = torch.zeros(grouping.size + 1, dtype=dtype, device=device_of(grouping))
+    weights = [member.parameter for member in grouping.members if is_sharded(member.parameter)]
+    part_G1 = torch.zeros_like(whole_G1) if weights else whole_G1
     for member in grouping.members:
         values_W = values(member)
         if values_W is not None:
-            sums_S = slot_sums(member, values_W).to(total_G1)
+            sharded = is_sharded(member.parameter)
+            sums_S = slot_sums(local_member(member), local_of(values_W)).to(total_G1)
+            total_G1 = part_G1 if sharded else whole_G1
             if member.slots is None:
                 total_G1[member.offset : member.offset + member.n_slots] += sums_S
             else:
                 total_G1.index_add_(0, member.slots.to(total_G1.device), sums_S)
-    return total_G1[:-1]
+    if weights:
+        whole_G1 += across(part_G1, weights)
+    return whole_G1[:-1]
 
 
 @register("reduction", "mean")
@@ -66,10 +74,11 @@ def reduce_max(grouping: Grouping, values: Values, dtype: torch.dtype = torch.fl
     for member in grouping.members:
         values_W = values(member)
         if values_W is not None:
-            largest_S = slot_maxima(member, values_W).to(largest_G1)
+            largest_S = slot_maxima(local_member(member), local_of(values_W)).to(largest_G1)
             if member.slots is None:
                 mine = largest_G1[member.offset : member.offset + member.n_slots]
                 torch.maximum(mine, largest_S, out=mine)
             else:
                 largest_G1.scatter_reduce_(0, member.slots.to(largest_G1.device), largest_S, "amax")
+    largest_G1 = across(largest_G1, (member.parameter for member in grouping.members), largest=True)
     return largest_G1[:-1].masked_fill_(torch.isneginf(largest_G1[:-1]), 0.0)

@@ -28,7 +28,7 @@ from pruningawaretraining.experiment.run import find_device
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.tracking import tracked
 from pruningawaretraining.one_shot import AfterPruning, accuracy, one_shot
-from pruningawaretraining.patterns.channel import Channel
+from pruningawaretraining.patterns.channel import StructuredPattern
 from pruningawaretraining.registry import build
 
 LOG = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def prune_by_rules(
         raise ConfigError(f"--sparsities: the config has {len(active)} rules, each with a target of its own")
     for number, rule in enumerate(active):
         last = number == len(active) - 1
-        channels = isinstance(build("pattern", rule.pattern, "pattern"), Channel)
+        channels = isinstance(build("pattern", rule.pattern, "pattern"), StructuredPattern)
         compensation = options.after.compensation if channels else "none"
         after = replace(options.after, compensation=compensation) if last else AfterPruning(compensation)
         (model,) = one_shot(model, rule, train, loss_of, after=after).values()

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.grouping import Grouping, GroupSet, Member, concat
 from pruningawaretraining.inputs import ForwardFn
+from pruningawaretraining.kept_norms import is_foreign_rms_norm
+from pruningawaretraining.patterns.attention import is_transposed_linear
 from pruningawaretraining.patterns.dependency import DependencyMap, Space, trace
+from pruningawaretraining.patterns.head import Heads, chosen_heads, find_heads, is_of_heads
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.quantization import is_converted, resting
 from pruningawaretraining.registry import register
@@ -28,7 +31,11 @@ log = logging.getLogger(__name__)
 
 Conv = nn.modules.conv._ConvNd
 Norm = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
-PRODUCERS = (Conv, nn.Linear)
+
+
+def is_producer(module: object) -> bool:
+    """Whether a layer makes channels: convolutions and linear layers."""
+    return isinstance(module, (Conv, nn.Linear)) or (isinstance(module, nn.Module) and is_transposed_linear(module))
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +46,13 @@ class ChannelGroups:
         grouping: one group per removable channel, one set per run of coupled layers.
         skipped: layer -> why its channels stay.
         norms: norm layer -> the group of each of its channels (``grouping.size`` for channels outside every group).
+        heads: attention block -> its heads, where they are groups too.
     """
 
     grouping: Grouping
     skipped: dict[str, str] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, Heads] = field(default_factory=dict)
 
     def restrict(self, model: nn.Module, keep_G: Tensor) -> ChannelGroups:
         """The groups that are left after the others have been removed from the model."""
@@ -63,7 +72,11 @@ class ChannelGroups:
             replace(one, start=int(bounds[one.start]), stop=int(bounds[one.stop])) for one in self.grouping.sets
         )
         norms = {name: _restricted(groups, alive_G1, renumbered) for name, groups in self.norms.items()}
-        return ChannelGroups(Grouping(self.grouping.name, tuple(members), sets), self.skipped, norms)
+        heads = {
+            name: replace(one, groups_H=_restricted(one.groups_H, alive_G1, renumbered))
+            for name, one in self.heads.items()
+        }
+        return ChannelGroups(Grouping(self.grouping.name, tuple(members), sets), self.skipped, norms, heads)
 
     def on(self, copy: nn.Module) -> ChannelGroups:
         """The same groups on the tensors of a copy of the model."""
@@ -83,8 +96,17 @@ class ChannelGroups:
             renumbered[before.start : before.stop] = torch.arange(one.start, one.stop)
         norms = {name: renumbered[groups.cpu()] for name, groups in self.norms.items()}
         norms = {name: groups for name, groups in norms.items() if bool((groups < grouping.size).any())}
+        heads = {name: replace(one, groups_H=renumbered[one.groups_H.cpu()]) for name, one in self.heads.items()}
+        heads = {name: one for name, one in heads.items() if bool((one.groups_H < grouping.size).any())}
         skipped = {self.grouping.sets[number].name: reason for number, reason in reasons.items()}
-        return ChannelGroups(grouping, {**self.skipped, **skipped}, norms)
+        return ChannelGroups(grouping, {**self.skipped, **skipped}, norms, heads)
+
+    def beside(self, grouping: Grouping, heads: dict[str, Heads], skipped: dict[str, str]) -> ChannelGroups:
+        """These groups, and heads behind them."""
+        first, both = self.grouping.size, concat([self.grouping, grouping], self.grouping.name)
+        norms = {name: torch.where(groups >= first, both.size, groups) for name, groups in self.norms.items()}
+        moved = {name: replace(one, groups_H=one.groups_H + first) for name, one in heads.items()}
+        return ChannelGroups(both, {**self.skipped, **skipped}, norms, {**self.heads, **moved})
 
 
 def _restricted(groups: Tensor | None, alive_G1: Tensor, renumbered_G1: Tensor) -> Tensor:
@@ -93,10 +115,31 @@ def _restricted(groups: Tensor | None, alive_G1: Tensor, renumbered_G1: Tensor) 
     return renumbered_G1[groups[alive_G1[groups]]]
 
 
+@runtime_checkable
+class StructuredPattern(Protocol):
+    """A pattern whose groups can be removed physically."""
+
+    def chosen(
+        self, model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] = (), key: str = ""
+    ) -> set[str]:
+        """The layers and attention blocks that a rule selects."""
+        ...
+
+    def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
+        """Selected attention block -> what goes together there."""
+        ...
+
+
 @register("pattern", "channel", "channels")
 @dataclass(frozen=True)
 class Channel:
-    """Whole channels, coupled through the dependency graph; they can be removed physically."""
+    """Whole channels, coupled through the dependency graph; they can be removed physically.
+
+    Args:
+        heads: attention heads too, in the same ranking and towards the same target.
+    """
+
+    heads: bool = False
 
     def build(
         self,
@@ -119,12 +162,24 @@ class Channel:
             ConfigError: a name that is no layer of the model.
             ModelError: the inputs are rejected, or nothing can be pruned.
         """
-        return find_channels(model, inputs, chosen_layers(model, layers, exclude), forward_fn)
+        chosen = self.chosen(model, layers, exclude)
+        return find_channels(model, inputs, chosen, forward_fn, self.head_units(model, chosen))
+
+    def chosen(
+        self, model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] = (), key: str = ""
+    ) -> set[str]:
+        """The layers that a rule selects, and attention blocks if heads are wanted."""
+        chosen = chosen_layers(model, layers, exclude, key)
+        return chosen | chosen_heads(model, layers, exclude, key) if self.heads else chosen
+
+    def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
+        """Attention block -> what goes together there."""
+        return dict.fromkeys(chosen - set(producer_names(model)), "group")
 
 
 def producer_names(model: nn.Module) -> list[str]:
     """The layers that make channels: convolutions and linear layers."""
-    return [name for name, module in model.named_modules() if isinstance(module, PRODUCERS)]
+    return [name for name, module in model.named_modules() if is_producer(module)]
 
 
 def chosen_layers(
@@ -145,16 +200,33 @@ def chosen_layers(
 
 
 def find_channels(
-    model: nn.Module, inputs: Any, chosen: set[str], forward_fn: ForwardFn | None = None
+    model: nn.Module,
+    inputs: Any,
+    chosen: set[str],
+    forward_fn: ForwardFn | None = None,
+    units: Mapping[str, str] | None = None,
 ) -> ChannelGroups:
-    """Trace a model and group its channels; ``chosen`` are the layers that may lose output channels.
+    """Trace a model and group its channels and heads.
+
+    Args:
+        model: the model.
+        inputs, forward_fn: how to run it.
+        chosen: the layers that may lose output channels; without any the model is not traced.
+        units: attention blocks that may lose heads -> what goes together there, see
+            :class:`pruningawaretraining.patterns.head.Head`.
 
     Raises:
         ModelError: the inputs are rejected, or nothing can be pruned.
     """
-    with resting(model):
-        dependencies = trace(model, inputs, forward_fn)
-    found = channel_groups(model, dependencies, chosen)
+    units = units or {}
+    found = ChannelGroups(Grouping("channel", (), ()))
+    if chosen - units.keys() or not units:
+        with resting(model):
+            dependencies = trace(model, inputs, forward_fn)
+        found = channel_groups(model, dependencies, chosen)
+    if units:
+        found = found.beside(*find_heads(model, units))
+        found = found.without(dict(_useless_heads(found)))
     if found.grouping.size == 0:
         reasons = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in list(found.skipped.items())[:4])
         raise ModelError(
@@ -162,6 +234,23 @@ def find_channels(
             f"{reasons}"
         )
     return found
+
+
+def _useless_heads(found: ChannelGroups) -> Iterator[tuple[int, str]]:
+    """Sets of heads that cannot be pruned beside the others: single heads, and what is cut into channels already."""
+    taken: dict[tuple[str, int], int] = {}
+    for member in found.grouping.members:
+        assert member.slots is not None
+        groups = member.slots[member.slots < found.grouping.size]
+        dim = next(index for index, label in enumerate(member.labels) if label is not None)
+        number = int(found.grouping.set_ids[groups[0]]) if len(groups) else -1
+        if number >= 0 and taken.setdefault((member.name, dim), number) != number:
+            first = found.grouping.sets[taken[member.name, dim]]
+            if is_of_heads(found.grouping.sets[number]) and not is_of_heads(first):
+                yield number, f"{member.name} is cut into channels of {first.name}"
+    for number, one in enumerate(found.grouping.sets):
+        if is_of_heads(one) and one.size == 1:
+            yield number, "it has one head"
 
 
 def channel_groups(model: nn.Module, dependencies: DependencyMap, chosen: set[str]) -> ChannelGroups:
@@ -198,7 +287,7 @@ def _producers_of_components(dependencies: DependencyMap) -> dict[int, set[int]]
     """For each component, the conv and linear layers whose outputs it holds (indices of spaces)."""
     producers: dict[int, set[int]] = {}
     for index, (space, components) in enumerate(zip(dependencies.spaces, dependencies.components, strict=True)):
-        if isinstance(space.owner, PRODUCERS) and space.side != "in":
+        if is_producer(space.owner) and space.side != "in":
             for component in np.unique(components):
                 producers.setdefault(int(component), set()).add(index)
     return producers
@@ -286,12 +375,14 @@ def _norm_of(space: Space, modules: dict[str, nn.Module]) -> str | None:
     if isinstance(space.owner, Norm):
         return space.name
     owner = space.name.rpartition(".")[0]
-    return owner if isinstance(space.owner, nn.Parameter) and isinstance(modules.get(owner), nn.RMSNorm) else None
+    norm = modules.get(owner)
+    is_norm = isinstance(norm, nn.RMSNorm) or is_foreign_rms_norm(norm)
+    return owner if isinstance(space.owner, nn.Parameter) and is_norm else None
 
 
 def _finish(one: GroupSet, names: list[str], topology: list[str], order: dict[str, int], model: nn.Module) -> GroupSet:
     modules = dict(model.named_modules())
-    layers = [name for name in dict.fromkeys(names) if isinstance(modules.get(name), PRODUCERS) and name != one.name]
+    layers = [name for name in dict.fromkeys(names) if is_producer(modules.get(name)) and name != one.name]
     layers.sort(key=order.__getitem__)
     return GroupSet(one.name, one.start, one.stop, one.width, "|".join(sorted(topology)), (one.name, *layers))
 
@@ -302,10 +393,11 @@ def _members(space: Space, groups: Tensor, total: int) -> list[Member]:
     if isinstance(owner, nn.Parameter):
         return [Member.along(space.name, owner, space.dim, groups, total, "raw")]
     assert owner is not None
-    if isinstance(owner, PRODUCERS) and space.side == "in":
-        return _input_members(space, owner, groups, total)
-    if isinstance(owner, PRODUCERS):
-        dim = 1 if isinstance(owner, Conv) and owner.transposed and space.side == "out" else 0
+    transposed = is_transposed_linear(owner) or (isinstance(owner, Conv) and owner.transposed)
+    if is_producer(owner) and space.side == "in":
+        return _input_members(space, owner, groups, total, transposed)
+    if is_producer(owner):
+        dim = 1 if transposed and space.side == "out" else 0
         return _along(space, groups, total, {"weight": (dim, "out"), "bias": (0, "bias")})
     if isinstance(owner, nn.Embedding):
         return _along(space, groups, total, {"weight": (1, "out")})
@@ -315,7 +407,7 @@ def _members(space: Space, groups: Tensor, total: int) -> list[Member]:
     return _along(space, groups, total, tensors)
 
 
-def _input_members(space: Space, layer: nn.Module, groups: Tensor, total: int) -> list[Member]:
+def _input_members(space: Space, layer: nn.Module, groups: Tensor, total: int, transposed: bool) -> list[Member]:
     if isinstance(layer, Conv) and layer.groups > 1:
         # Only the position inside a convolution group is indexed; equal positions are tied, so the first group tells.
         # With one input channel for each group there is nothing to slice: its filters are.
@@ -323,8 +415,7 @@ def _input_members(space: Space, layer: nn.Module, groups: Tensor, total: int) -
         if per_group == 1:
             return []
         groups = groups[:per_group]
-    dim = 0 if isinstance(layer, Conv) and layer.transposed else 1
-    return _along(space, groups, total, {"weight": (dim, "in")})
+    return _along(space, groups, total, {"weight": (0 if transposed else 1, "in")})
 
 
 def _along(space: Space, groups: Tensor, total: int, tensors: dict[str, tuple[int, str]]) -> list[Member]:

@@ -26,6 +26,7 @@ from torch_pruning.dependency import index_mapping as mappings
 
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.inputs import ForwardFn, checked_call, differentiable, evaluating, float_tensors_of
+from pruningawaretraining.patterns.attention import is_transposed_linear
 from pruningawaretraining.patterns.training_parts import mode_to_trace
 
 Indices = np.ndarray
@@ -130,7 +131,11 @@ def _build_graph(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) ->
                 model,
                 inputs,
                 forward_fn=forward,
-                customized_pruners={},
+                customized_pruners={
+                    type(module): _TransposedLinearPruner()
+                    for module in model.modules()
+                    if is_transposed_linear(module)
+                },
                 ignored_layers=[],
                 ignored_params=[],
                 verbose=False,
@@ -143,6 +148,22 @@ def _build_graph(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) ->
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+class _TransposedLinearPruner(tp.BasePruningFunc):  # type: ignore[misc]
+    """Tells Torch-Pruning how wide a linear layer with a weight of (inputs, outputs) is; we slice it ourselves."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
+        return layer
+
+    def prune_in_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
+        return layer
+
+    def get_out_channels(self, layer: Any) -> int:
+        return int(layer.weight.shape[1])
+
+    def get_in_channels(self, layer: Any) -> int:
+        return int(layer.weight.shape[0])
 
 
 class _Closure:
@@ -159,7 +180,8 @@ class _Closure:
     def run(self) -> None:
         work: deque[tuple[Any, Callable[..., Any], Indices]] = deque()
         for module, node in self.graph.module2node.items():
-            if isinstance(module, (ops.TORCH_CONV, nn.Linear, nn.Embedding, nn.Parameter)):
+            known = isinstance(module, (ops.TORCH_CONV, nn.Linear, nn.Embedding, nn.Parameter))
+            if known or is_transposed_linear(module):
                 pruner = self.graph.get_pruner_of_module(module)
                 for handler in (pruner.prune_out_channels, pruner.prune_in_channels):
                     space = self._space(node, handler)
@@ -177,7 +199,7 @@ class _Closure:
                 if len(mapped) == 0:
                     continue
                 target = self._space(dependency.target, dependency.handler)
-                inside = mapped < (target.width if target.width is not None else self.longest)
+                inside = (mapped >= 0) & (mapped < (target.width if target.width is not None else self.longest))
                 if not inside.all():
                     source.problem = source.problem or f"an index that {target.name or 'an operation'} does not have"
                     kept, mapped = kept[inside], mapped[inside]
@@ -203,7 +225,7 @@ class _Closure:
 
     def _new_space(self, node: Any, handler: Callable[..., Any]) -> Space:
         module = node.module
-        problem = UNSUPPORTED_TYPES.get(node.type, "")
+        problem = "" if is_transposed_linear(module) else UNSUPPORTED_TYPES.get(node.type, "")
         if isinstance(module, nn.Parameter):
             name = self.graph._param_to_name.get(module, "")
             return Space(module, name, "both", module.shape[node.pruning_dim], problem, node.pruning_dim)

@@ -16,6 +16,7 @@ from pruningawaretraining.folding import fill_groups, slot_sums, slots_of
 from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.patterns.elements import LAYER_TYPES, Labels, LayerWeight, build_grouping, each, layer_weights
 from pruningawaretraining.registry import lookup, register
+from pruningawaretraining.sharded import full_of
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def pruned_channels(grouping: Grouping, keep_G: Tensor | None = None) -> Tensor:
     """
     gone_G = torch.zeros(grouping.size, dtype=torch.bool)
     for member in grouping.members:
-        alive_W = member.parameter.detach() != 0
+        alive_W = full_of(member.parameter) != 0
         if keep_G is not None:
             fill_groups(member, alive_W, slots_of(grouping, member, ~keep_G.to(alive_W.device)), 1.0)
         slots_of(grouping, member, gone_G).copy_(_slots_without(member, alive_W))

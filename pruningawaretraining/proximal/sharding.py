@@ -10,33 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from pruningawaretraining.errors import ModelError
+from pruningawaretraining.sharded import extent as _extent
+from pruningawaretraining.sharded import is_sharded
 
-try:
+__all__ = ["Shards", "all_reduce_", "check_whole_groups", "is_sharded", "local", "local_labels", "of_full"]
+
+if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-except ImportError:  # a build of torch without distributed
-    DTensor = None  # type: ignore[assignment,misc]
-
-
-def is_sharded(weight_W: Tensor) -> bool:
-    """Whether a weight is a DTensor."""
-    return DTensor is not None and isinstance(weight_W, DTensor)
 
 
 def local(weight_W: Tensor) -> Tensor:
     """This rank's part of a weight: itself if it is no DTensor."""
-    return weight_W.to_local() if isinstance(weight_W, DTensor) else weight_W
+    return cast("DTensor", weight_W).to_local() if is_sharded(weight_W) else weight_W
 
 
 def of_full(weight_W: Tensor) -> Tensor:
     """The whole weight, gathered from its shards (a collective for a DTensor)."""
-    return weight_W.full_tensor() if isinstance(weight_W, DTensor) else weight_W
+    return cast("DTensor", weight_W).full_tensor() if is_sharded(weight_W) else weight_W
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,9 @@ class Shards:
     @classmethod
     def of(cls, weight_W: Tensor) -> Shards | None:
         """None for a weight that is whole on this rank."""
-        if not isinstance(weight_W, DTensor):
+        if not is_sharded(weight_W):
             return None
+        weight_W = cast("DTensor", weight_W)
         dims = tuple(index for index, placement in enumerate(weight_W.placements) if placement.is_shard())
         if any(placement.is_partial() for placement in weight_W.placements):
             raise ModelError(f"params: placements {weight_W.placements} are not allowed. Allowed: Shard, Replicate")
@@ -74,17 +71,12 @@ class Shards:
         return full_W
 
 
-def _extent(weight_W: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    shape, offset = compute_local_shape_and_global_offset(weight_W.shape, weight_W.device_mesh, weight_W.placements)
-    return tuple(shape), tuple(offset)
-
-
 def local_labels(
     weight_W: Tensor, labels: Sequence[Tensor | None], sizes: Sequence[int]
 ) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
     """The labels of this rank's part of a weight, on its device."""
     device = local(weight_W).device
-    if not isinstance(weight_W, DTensor):
+    if not is_sharded(weight_W):
         return tuple(None if label is None else label.to(device) for label in labels), tuple(sizes)
     shape, offset = _extent(weight_W)
     found: list[Tensor | None] = []

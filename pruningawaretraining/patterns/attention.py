@@ -1,0 +1,324 @@
+"""Attention blocks of a model: which tensors hold their heads, and in which order.
+
+Shape suffixes: ``_D`` entries of one dimension of a tensor.
+
+A block is read by what its parts are called and how wide they are: ``nn.MultiheadAttention``; one fused projection
+(timm, torchvision, GPT-2); or separate ones (transformers). Whether it was read rightly shows when a removal of heads
+is rehearsed: the masked model and the removed one have to agree.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.quantization import is_converted
+
+FUSED = ("qkv", "c_attn", "qkv_proj", "Wqkv", "to_qkv", "in_proj")
+INTERLEAVED = ("query_key_value",)
+"""Fused projections that hold query, key and value of one head side by side (GPT-NeoX, BLOOM)."""
+QUERY = ("q_proj", "query", "q", "q_lin", "to_q", "wq", "q_attn", "query_proj")
+KEY = ("k_proj", "key", "k", "k_lin", "to_k", "wk", "key_proj")
+VALUE = ("v_proj", "value", "v", "v_lin", "to_v", "wv", "value_proj")
+OUTPUT = ("out_proj", "o_proj", "proj", "o", "out_lin", "c_proj", "dense", "to_out", "wo")
+OUTPUT_BESIDE = ("output.dense", "output", "dense")
+"""The output projection where a sibling of the block has it (BERT)."""
+GATE = ("gate", "g_proj")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_q_heads")
+HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head", "dim_per_head", "head_size", "key_dim")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+REPETITIONS = ("num_key_value_groups", "n_rep")
+WIDTHS = ("all_head_size", "all_head_dim", "inner_dim", "attn_dim", "split_size", "inner_kv_dim")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A tensor that has something of every head along one dimension.
+
+    Args:
+        name, tensor: the tensor and its name in the model.
+        dim: the dimension.
+        heads_D: number of the head that each entry belongs to.
+        shared: whether they are key and value heads, which several query heads may share.
+        role: see :class:`pruningawaretraining.grouping.Member`.
+    """
+
+    name: str
+    tensor: Tensor
+    dim: int
+    heads_D: Tensor
+    shared: bool
+    role: str
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """An attention block.
+
+    Args:
+        name: the module that splits heads.
+        module: that module.
+        heads, key_value_heads, head_dim: numbers of query heads and of key and value heads, and their width.
+        parts: the tensors that hold them.
+        layers: names of the modules that belong to it.
+        tie: blocks with equal ties have to keep the same heads ("" for none): their position bias is shared.
+    """
+
+    name: str
+    module: nn.Module
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    parts: tuple[Part, ...]
+    layers: tuple[str, ...]
+    tie: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Projection:
+    """A linear layer with its name; Conv1D of transformers has outputs in the last dimension of its weight."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def out_dim(self) -> int:
+        return 1 if is_transposed_linear(self.module) else 0
+
+    @property
+    def outputs(self) -> int:
+        return int(self.weight.shape[self.out_dim])
+
+    @property
+    def inputs(self) -> int:
+        return int(self.weight.shape[1 - self.out_dim])
+
+
+def is_transposed_linear(module: object) -> bool:
+    """Whether a module is a linear layer with a weight of (inputs, outputs), such as transformers' ``Conv1D``."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2 and hasattr(module, "nf")
+    )
+
+
+def _is_projection(module: object) -> TypeGuard[nn.Module]:
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Module) and is_transposed_linear(module))
+
+
+def attention_blocks(model: nn.Module) -> tuple[list[Attention], dict[str, str]]:
+    """The attention blocks of a model, and the modules that look like one and cannot be read, with the reason."""
+    modules = dict(model.named_modules())
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    found: list[Attention] = []
+    unread: dict[str, str] = {}
+    for name, module in modules.items():
+        read = _multihead(name, module) if isinstance(module, nn.MultiheadAttention) else _block(name, module, modules)
+        if isinstance(read, Attention):
+            problem = _problem(read, owners)
+            if problem:
+                unread[name] = problem
+            else:
+                found.append(read)
+        elif read:
+            unread[name] = read
+    return found, unread
+
+
+def _problem(block: Attention, owners: Counter[int]) -> str:
+    for part in block.parts:
+        if owners[id(part.tensor)] > 1:
+            return f"{part.name} is shared with another module"
+        if is_converted(part.tensor):
+            return f"{part.name} is quantized already; prune before it is converted"
+    return ""
+
+
+def _multihead(name: str, module: nn.MultiheadAttention) -> Attention | str:
+    heads, width = module.num_heads, module.head_dim
+    prefix = f"{name}." if name else ""
+    if any(nn.utils.parametrize.is_parametrized(one) for one in (module, module.out_proj)):
+        return "its weight is parametrized"
+    rows = _spread(heads, width)
+    parts: list[Part] = []
+    for attribute, dim, heads_D, role in (
+        ("in_proj_weight", 0, rows.repeat(3), "out"),
+        ("q_proj_weight", 0, rows, "out"),
+        ("k_proj_weight", 0, rows, "out"),
+        ("v_proj_weight", 0, rows, "out"),
+        ("in_proj_bias", 0, rows.repeat(3), "bias"),
+        ("bias_k", 2, rows, "raw"),
+        ("bias_v", 2, rows, "raw"),
+    ):
+        tensor = getattr(module, attribute)
+        if tensor is not None:
+            parts.append(Part(f"{prefix}{attribute}", tensor, dim, heads_D, False, role))
+    parts.append(Part(f"{prefix}out_proj.weight", module.out_proj.weight, 1, rows, False, "in"))
+    return Attention(name, module, heads, heads, width, tuple(parts), (name, f"{prefix}out_proj"))
+
+
+def _spread(heads: int, width: int, start: int = 0) -> Tensor:
+    """The head of every entry where each head has ``width`` in a row."""
+    return torch.arange(start, start + heads).repeat_interleave(width)
+
+
+def _child(name: str, module: nn.Module, names: Iterable[str]) -> _Projection | None:
+    for attribute in names:
+        child = getattr(module, attribute, None)
+        if attribute == "to_out" and isinstance(child, nn.Sequential) and len(child):
+            attribute, child = "to_out.0", child[0]
+        if _is_projection(child):
+            return _Projection(f"{name}.{attribute}" if name else attribute, child)
+    return None
+
+
+def _output(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> _Projection | None:
+    inside = _child(name, module, OUTPUT)
+    if inside is not None or not name:
+        return inside
+    parent = name.rpartition(".")[0]
+    for suffix in OUTPUT_BESIDE:
+        beside = f"{parent}.{suffix}" if parent else suffix
+        if _is_projection(modules.get(beside)):
+            return _Projection(beside, modules[beside])
+    return None
+
+
+def _block(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> Attention | str:
+    """A block of projections; a reason where it looks like one and cannot be read; "" where it does not."""
+    fused, interleaved = _child(name, module, FUSED), _child(name, module, INTERLEAVED)
+    separate = [_child(name, module, names) for names in (QUERY, KEY, VALUE)]
+    inputs = [fused or interleaved] if fused or interleaved else separate
+    if not all(inputs):
+        return ""
+    output = _output(name, module, modules)
+    known = [one for one in inputs if one is not None]
+    if output is None:
+        return "it has no output projection that is known by its name"
+    if any(nn.utils.parametrize.is_parametrized(one.module) for one in [*known, output]):
+        return "its weight is parametrized"
+    width = _head_dim(module, output.inputs)
+    if not width or output.inputs % width:
+        return f"{output.inputs} inputs of {output.name} and no number of heads that divides them"
+    heads = output.inputs // width
+    shared = _key_value_heads(known, heads, width)
+    if not shared or heads % shared:
+        return f"{known[-1].outputs} outputs of {known[-1].name} do not fit {heads} heads of {width}"
+    rows = _rows(known, heads, shared, width, interleaved is not None and fused is None)
+    parts = [part for one, pieces in zip(known, rows, strict=True) for part in _projected(one, pieces)]
+    parts += _along_inputs(output, _spread(heads, width))
+    parts += _own_tensors(name, module, heads, width, {part.name for part in parts})
+    layers = (name, *(one.name for one in known), output.name)
+    return Attention(name, module, heads, shared, width, tuple(parts), layers, _tie(name, module))
+
+
+def _head_dim(module: nn.Module, total: int) -> int:
+    counts = [value for key in HEADS if isinstance(value := module.__dict__.get(key), int) and value > 0]
+    widths = [value for key in HEAD_DIM if isinstance(value := module.__dict__.get(key), int) and value > 0]
+    if counts and total % counts[0] == 0 and (not widths or widths[0] * counts[0] == total):
+        return total // counts[0]
+    return widths[0] if widths else 0
+
+
+def _key_value_heads(inputs: list[_Projection], heads: int, width: int) -> int:
+    """How many key and value heads there are; 0 if the widths do not say."""
+    if len(inputs) == 3:
+        query, key, value = (one.outputs for one in inputs)
+        return key // width if query == heads * width and key == value and key % width == 0 else 0
+    extra = inputs[0].outputs - heads * width
+    return extra // (2 * width) if extra > 0 and extra % (2 * width) == 0 else 0
+
+
+Pieces = list[tuple[Tensor, bool]]  # heads of a run of outputs, and whether they are key and value heads
+
+
+def _rows(inputs: list[_Projection], heads: int, shared: int, width: int, interleaved: bool) -> list[Pieces]:
+    query, key = _spread(heads, width), _spread(shared, width)
+    if len(inputs) == 3:
+        return [[(query, False)], [(key, True)], [(key, True)]]
+    if interleaved:
+        return [[(_spread(heads, 3 * width), False)]]
+    return [[(query, False), (key, True), (key, True)]]
+
+
+def _projected(one: _Projection, pieces: Pieces) -> Iterator[Part]:
+    """The outputs of a projection; runs of query heads and of key and value heads are parts of their own."""
+    bias = getattr(one.module, "bias", None)
+    for shared in (False, True):
+        if not any(kind is shared for _, kind in pieces):
+            continue
+        heads_D = torch.cat([heads if kind is shared else torch.full_like(heads, -1) for heads, kind in pieces])
+        yield Part(f"{one.name}.weight", one.weight, one.out_dim, heads_D, shared, "out")
+        if isinstance(bias, Tensor):
+            yield Part(f"{one.name}.bias", bias, 0, heads_D, shared, "bias")
+
+
+def _along_inputs(output: _Projection, heads_D: Tensor) -> list[Part]:
+    return [Part(f"{output.name}.weight", output.weight, 1 - output.out_dim, heads_D, False, "in")]
+
+
+def _own_tensors(name: str, module: nn.Module, heads: int, width: int, known: set[str]) -> Iterator[Part]:
+    """Gates, biases of relative positions, temperatures: what else has one entry, or a head's width, for every head."""
+    gate = _child(name, module, GATE)
+    if gate is not None and gate.outputs == heads * width:
+        yield from _projected(gate, [(_spread(heads, width), False)])
+    prefix = f"{name}." if name else ""
+    for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is not None and tensor.is_floating_point() and f"{prefix}{attribute}" not in known:
+            yield from _raw(f"{prefix}{attribute}", tensor, heads, width)
+    for attribute, child in module.named_children():
+        if isinstance(child, nn.Embedding) and child.embedding_dim == heads:
+            yield Part(f"{prefix}{attribute}.weight", child.weight, 1, torch.arange(heads), False, "raw")
+        elif not isinstance(child, (nn.Linear, nn.modules.conv._ConvNd)):
+            for own, tensor in child._parameters.items():
+                if tensor is not None and "relative" in own:
+                    yield from _raw(f"{prefix}{attribute}.{own}", tensor, heads, width)
+
+
+def _raw(name: str, tensor: Tensor, heads: int, width: int) -> Iterator[Part]:
+    sizes = {heads: torch.arange(heads), heads * width: _spread(heads, width)}
+    for size, heads_D in sizes.items():
+        dims = [dim for dim, length in enumerate(tensor.shape) if length == size]
+        if len(dims) == 1:
+            role = "raw" if isinstance(tensor, nn.Parameter) else "buffer"
+            yield Part(name, tensor, dims[0], heads_D, False, role)
+            return
+
+
+def _tie(name: str, module: nn.Module) -> str:
+    """Blocks of a T5 stack take the position bias of their first one, so their heads are the same."""
+    if "has_relative_attention_bias" not in module.__dict__:
+        return ""
+    stack, marker, rest = name.partition(".block.")
+    return f"{stack}{marker}*.{rest.rpartition('.')[2]}" if marker else ""
+
+
+def scaled_attributes(block: Attention, group_is_query: bool) -> tuple[str, ...]:
+    """Attributes of the block's module that shrink in proportion to its heads.
+
+    Args:
+        block: the block.
+        group_is_query: query heads go and key and value heads stay.
+    """
+    if isinstance(block.module, nn.MultiheadAttention):
+        return ("num_heads",)
+    values = {
+        **dict.fromkeys(HEADS, block.heads),
+        **dict.fromkeys(WIDTHS, block.heads * block.head_dim),
+        **(
+            dict.fromkeys(REPETITIONS, block.heads // block.key_value_heads)
+            if group_is_query
+            else dict.fromkeys(KEY_VALUE_HEADS, block.key_value_heads)
+        ),
+    }
+    return tuple(key for key, value in values.items() if block.module.__dict__.get(key) == value)

@@ -1,0 +1,183 @@
+"""Attention heads: a group is one head with its rows of the query, key and value projections and its output columns.
+
+Shape suffixes: ``_H`` heads of a block, ``_D`` entries of one dimension of a tensor.
+
+Where several query heads share a key and a value head (grouped-query attention), a group is a key-value head with all
+its query heads, or, on request, one query head of every key-value head. The width of a head, its scale and its rotary
+embedding stay as trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.patterns.attention import Attention, Part, attention_blocks, scaled_attributes
+from pruningawaretraining.patterns.selection import select
+from pruningawaretraining.registry import lookup, register
+
+Unit = Callable[[Attention], tuple[int, Callable[[Part], Tensor | None]]]
+"""Of a block: how many groups, and the group of every entry of a part (None where the part stays)."""
+
+
+@register("head_unit", "group")
+def whole_groups(block: Attention) -> tuple[int, Callable[[Part], Tensor | None]]:
+    """A group is a key-value head and all query heads that use it; without sharing, simply a head."""
+    repetitions = block.heads // block.key_value_heads
+
+    def of(part: Part) -> Tensor:
+        heads_D = part.heads_D
+        return heads_D if part.shared else torch.where(heads_D < 0, heads_D, heads_D // repetitions)
+
+    return block.key_value_heads, of
+
+
+@register("head_unit", "query")
+def query_heads(block: Attention) -> tuple[int, Callable[[Part], Tensor | None]]:
+    """A group is one query head of every key-value head; key and value heads stay."""
+    repetitions = block.heads // block.key_value_heads
+    if repetitions == 1:
+        return whole_groups(block)
+
+    def of(part: Part) -> Tensor | None:
+        return None if part.shared else torch.where(part.heads_D < 0, part.heads_D, part.heads_D % repetitions)
+
+    return repetitions, of
+
+
+@register("pattern", "head", "heads", "mha")
+@dataclass(frozen=True)
+class Head:
+    """Whole attention heads; they can be removed physically.
+
+    Args:
+        unit: what goes together where query heads share keys and values: "group" (a key-value head with its query
+            heads) or "query" (one query head of each).
+    """
+
+    unit: str = "group"
+
+    def __post_init__(self) -> None:
+        lookup("head_unit", self.unit)
+
+    def chosen(
+        self, model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] = (), key: str = ""
+    ) -> set[str]:
+        """The attention blocks that a rule selects: by their names, those of containers or of their projections."""
+        return chosen_heads(model, layers, exclude, key)
+
+    def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
+        """Block -> unit."""
+        return dict.fromkeys(chosen, self.unit)
+
+
+def chosen_heads(
+    model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] = (), key: str = ""
+) -> set[str]:
+    """The attention blocks that may lose heads.
+
+    Raises:
+        ConfigError: a name that is no module of the model.
+    """
+    blocks, unread = attention_blocks(model)
+    names = {layer for block in blocks for layer in block.layers} | set(unread)
+    prefix = f"{key}." if key else ""
+    wanted = select(model, layers, names, f"{prefix}layers")
+    spared = select(model, list(exclude), names, f"{prefix}exclude")
+    chosen = {one.name for one in blocks if wanted & set(one.layers) and not spared & set(one.layers)}
+    return chosen | {name for name in unread if name in wanted - spared}
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """Heads of one block.
+
+    Args:
+        groups_H: for every head, or run of heads that go together, its group (the number of groups for none).
+        attributes: attributes of the block's module that shrink in proportion to them.
+    """
+
+    groups_H: Tensor
+    attributes: tuple[str, ...]
+
+
+def find_heads(model: nn.Module, units: Mapping[str, str]) -> tuple[Grouping, dict[str, Heads], dict[str, str]]:
+    """Group the heads of attention blocks.
+
+    Args:
+        model: the model.
+        units: block -> unit.
+
+    Returns:
+        One set for each block (or run of blocks that share a position bias), block -> its heads, and block -> why its
+        heads stay.
+    """
+    blocks, unread = attention_blocks(model)
+    skipped = {name: reason for name, reason in unread.items() if name in units}
+    runs: dict[str, list[Attention]] = {}
+    for block in blocks:
+        if block.name in units:
+            runs.setdefault(block.tie or block.name, []).append(block)
+    runs, partial = _whole_runs(runs, blocks)
+    skipped.update(partial)
+    sizes = [_unit(run[0], units)[0] for run in runs.values()]
+    total = sum(sizes)
+    sets: list[GroupSet] = []
+    members: list[Member] = []
+    heads: dict[str, Heads] = {}
+    start = 0
+    for run, size in zip(runs.values(), sizes, strict=True):
+        for block in run:
+            members += _members(block, units, start, total)
+            attributes = scaled_attributes(block, size != block.key_value_heads)
+            heads[block.name] = Heads(torch.arange(start, start + size), attributes)
+        layers = tuple(layer for block in run for layer in block.layers)
+        width = run[0].head_dim * (run[0].heads // size)
+        signature = f"heads:{type(run[0].module).__name__}:{width}"
+        sets.append(GroupSet(run[0].name, start, start + size, width, signature, layers))
+        start += size
+    return Grouping("head", tuple(members), tuple(sets)), heads, skipped
+
+
+def _unit(block: Attention, units: Mapping[str, str]) -> tuple[int, Callable[[Part], Tensor | None]]:
+    unit: Unit = lookup("head_unit", units[block.name])
+    return unit(block)
+
+
+def _whole_runs(
+    runs: dict[str, list[Attention]], blocks: list[Attention]
+) -> tuple[dict[str, list[Attention]], dict[str, str]]:
+    """Runs of tied blocks of which all are selected; the others are left out."""
+    skipped: dict[str, str] = {}
+    whole = {}
+    for tie, run in runs.items():
+        missing = [one.name for one in blocks if one.tie == tie and one not in run]
+        if missing:
+            skipped.update({one.name: f"coupled to {missing[0]}, which is not selected" for one in run})
+        else:
+            whole[tie] = run
+    return whole, skipped
+
+
+def _members(block: Attention, units: Mapping[str, str], start: int, total: int) -> list[Member]:
+    """The block's tensors; a fused projection is one member, though parts of it may hold fewer heads than others."""
+    _, of = _unit(block, units)
+    labelled: dict[tuple[str, int], tuple[Part, Tensor]] = {}
+    for part in block.parts:
+        group_D = of(part)
+        if group_D is not None:
+            slots_D = torch.where(group_D < 0, total, group_D + start)
+            _, known_D = labelled.get((part.name, part.dim), (part, slots_D))
+            labelled[part.name, part.dim] = part, torch.minimum(known_D, slots_D)
+    return [
+        Member.along(part.name, part.tensor, part.dim, slots_D, total, part.role) for part, slots_D in labelled.values()
+    ]
+
+
+def is_of_heads(one: GroupSet) -> bool:
+    """Whether a set's groups are attention heads."""
+    return one.signature.startswith("heads:")

@@ -1,0 +1,138 @@
+"""Weights that FSDP2 (``fully_shard``) has spread over processes: what of a grouping lies here.
+
+Shape suffixes: ``_W`` any weight, ``_G`` groups.
+
+Labels are separable, so a shard's labels are a slice of one vector for each dimension. A group's sum is the sum of what
+its parts on each process come to: one all-reduce of one number a group, and no layer is gathered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.errors import ModelError
+
+try:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+except ImportError:  # a build of torch without distributed
+    DTensor = None  # type: ignore[assignment,misc]
+
+try:
+    from torch.distributed.fsdp import FSDPModule
+except ImportError:
+    FSDPModule = None  # type: ignore[assignment,misc]
+
+M = TypeVar("M")
+_LOCAL: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def is_sharded(weight_W: Any) -> bool:
+    """Whether a tensor is a DTensor."""
+    return DTensor is not None and isinstance(weight_W, DTensor)
+
+
+def any_sharded(model: nn.Module) -> bool:
+    """Whether any parameter of a model is a DTensor."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def local_of(weight_W: Tensor) -> Tensor:
+    """This process's part of a tensor, without its history; itself where it is no DTensor."""
+    return weight_W.detach().to_local() if is_sharded(weight_W) else weight_W.detach()  # type: ignore[attr-defined, no-any-return]
+
+
+def full_of(weight_W: Tensor) -> Tensor:
+    """The whole tensor, without its history; gathered (a collective) where it is a DTensor."""
+    return weight_W.detach().full_tensor() if is_sharded(weight_W) else weight_W.detach()  # type: ignore[attr-defined, no-any-return]
+
+
+def extent(weight_W: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and offsets of this process's part of a DTensor."""
+    shape, offset = compute_local_shape_and_global_offset(weight_W.shape, weight_W.device_mesh, weight_W.placements)
+    return tuple(shape), tuple(offset)
+
+
+def part_of(weight_W: Tensor, values_W: Tensor) -> Tensor:
+    """The part of values that lies here, for values that broadcast to a weight; all where it is no DTensor."""
+    if not is_sharded(weight_W):
+        return values_W
+    for dim, (size, start) in enumerate(zip(*extent(weight_W), strict=True)):
+        if values_W.shape[dim] > 1:
+            values_W = values_W.narrow(dim, min(start, values_W.shape[dim]), size)
+    return values_W
+
+
+def local_member(member: M) -> M:
+    """A member of a grouping whose tensor and labels are only those of this process; itself where all are."""
+    weight_W = member.parameter  # type: ignore[attr-defined]
+    if not is_sharded(weight_W):
+        return member
+    if member not in _LOCAL:
+        shape, offset = extent(weight_W)
+        labels = tuple(
+            None if label is None else label[start : start + size]
+            for label, size, start in zip(member.labels, shape, offset, strict=True)  # type: ignore[attr-defined]
+        )
+        _LOCAL[member] = dataclasses.replace(member, parameter=torch.empty(shape, device="meta"), labels=labels)  # type: ignore[type-var]
+    found: M = _LOCAL[member]
+    return found
+
+
+def across(total_G: Tensor, weights: Iterable[Tensor], largest: bool = False) -> Tensor:
+    """What the parts on all processes come to, by one all-reduce for each mesh that weights are sharded over.
+
+    Args:
+        total_G: this process's sums (or maxima) over the weights; overwritten.
+        weights: DTensors of one mesh; none leaves everything as it is.
+        largest: maxima instead of sums.
+    """
+    first = next((one for one in weights if is_sharded(one)), None)
+    if first is None:
+        return total_G
+    operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
+    for index, placement in enumerate(first.placements):  # type: ignore[attr-defined]
+        if placement.is_shard():
+            group = first.device_mesh.get_group(index)  # type: ignore[attr-defined]
+            torch.distributed.all_reduce(total_G, operation, group=group)
+    return total_G
+
+
+def check_plan(model: nn.Module) -> None:
+    """Refuse parameters that something else than ``fully_shard`` has sharded.
+
+    Raises:
+        ModelError: a parameter under a tensor-parallel plan; its name and placements.
+    """
+    managed: set[int] = set()
+    for module in model.modules():
+        if FSDPModule is not None and isinstance(module, FSDPModule):
+            managed |= {id(parameter) for parameter in module.parameters()}
+    meshes = set()
+    for name, parameter in model.named_parameters():
+        if not is_sharded(parameter):
+            continue
+        placements = parameter.placements  # type: ignore[attr-defined]
+        sharded = sum(placement.is_shard() for placement in placements)
+        if id(parameter) not in managed or sharded > 1 or any(one.is_partial() for one in placements):
+            names = parameter.device_mesh.mesh_dim_names  # type: ignore[attr-defined]
+            raise ModelError(
+                f"model: {name} is under a tensor-parallel plan ({placements} on the mesh {names or 'without names'}). "
+                "Allowed: fully_shard over one dimension of a mesh, alone or beside replicas"
+            )
+        meshes.add(parameter.device_mesh)  # type: ignore[attr-defined]
+    if len(meshes) > 1:
+        raise ModelError("model: its parameters are sharded over several meshes. Allowed: one mesh for all of them")
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of whole parameters that a forward pass has left behind, so that changes reach the next one."""
+    for module in model.modules():
+        if FSDPModule is not None and isinstance(module, FSDPModule):
+            module.reshard()
