@@ -200,6 +200,14 @@ def test_epochs_that_were_masked_do_not_count() -> None:
     assert [moment["epoch"] for moment in choice.before_pruning(epochs)] == [0, 1]
 
 
+def test_a_removal_in_the_first_event_does_not_count_as_before_pruning() -> None:
+    run = history([0, 30, 30, 30])
+    run.norms["epochs"][3]["sets"]["a"] = histogram_of(p0=70)
+    found = compare.compared("a", run)
+    assert [moment["epoch"] for moment in choice.before_pruning(found.run.norms["epochs"])] == [0, 1, 2]
+    assert found.choice.separated and found.run.norms["epochs"][3]["sets"]["a"]["removed"] == 30
+
+
 def test_zeros_and_removed_groups_are_near_zero() -> None:
     one = {**histogram_of(p0=6, m4=2), "zeros": 1, "removed": 1}
     assert choice.share(EDGES, {"a": one}, 0.01) == 0.4

@@ -92,12 +92,25 @@ def before_pruning(epochs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     """The epochs whose norms no mask or removal of ours has touched; without such, those that lost no groups."""
     if "regularize" in [moment.get("phase") for moment in epochs]:
         free = [moment for moment in epochs if moment.get("phase") == "regularize"]
-        return [moment for moment in free if _zeros(moment) <= _zeros(free[0])]  # the last one's event masks some
+        return [moment for moment in free if _gone(moment) <= _gone(free[0])]  # the last one's event masks some
     return [moment for moment in epochs if not any(one.get("removed") for one in moment["sets"].values())]
 
 
-def _zeros(moment: Mapping[str, Any]) -> int:
-    return sum(one.get("zeros", 0) for one in moment["sets"].values())
+def _gone(moment: Mapping[str, Any]) -> int:
+    return sum(one.get("zeros", 0) + one.get("removed", 0) for one in moment["sets"].values())
+
+
+def with_removed(norms: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded norms that say how many groups of each set are gone, by its size in the first epoch that has it."""
+    first: dict[str, int] = {}
+    epochs = []
+    for moment in norms.get("epochs") or []:
+        sets = {}
+        for name, one in moment["sets"].items():
+            lost = first.setdefault(name, one["size"]) - one["size"]
+            sets[name] = {"removed": max(0, lost), **one}
+        epochs.append({**moment, "sets": sets})
+    return {**norms, "epochs": epochs}
 
 
 def _settled_at(shares: Sequence[float]) -> int:
@@ -157,8 +170,20 @@ def gap(edges: Sequence[float], sets: Mapping[str, Mapping[str, Any]]) -> tuple[
             ties.append(at)
     if best < DEPTH:
         return None, best
-    middle = ties[len(ties) // 2]  # of an empty gap
+    widest = max(_runs(ties), key=lambda run: (len(run), run[0]))
+    middle = widest[len(widest) // 2]
     return 10 ** ((middle - (len(counts) - 1) + 0.5) * per_bin), best
+
+
+def _runs(numbers: Sequence[int]) -> list[list[int]]:
+    """Ascending numbers in runs without holes."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs
 
 
 def _relative(edges: Sequence[float], sets: Mapping[str, Mapping[str, Any]]) -> tuple[list[float], float]:

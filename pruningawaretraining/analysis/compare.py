@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pruningawaretraining.analysis.choice import Choice, before_pruning, choose, near_zero, share
+from pruningawaretraining.analysis.choice import Choice, before_pruning, choose, near_zero, share, with_removed
 from pruningawaretraining.report.figures import Figure, chosen_moments, occupied, total
 from pruningawaretraining.report.html import render_template
 from pruningawaretraining.report.numbers import as_csv, write
@@ -43,6 +43,7 @@ class Compared:
 
 def compared(name: str, run: Run, link: str = "") -> Compared:
     """A run with what its norms say."""
+    run = replace(run, norms=with_removed(run.norms)) if run.norms else run
     return Compared(name, run, strength_of(run), choose(run), link)
 
 

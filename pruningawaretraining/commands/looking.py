@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from pruningawaretraining.commands.common import experiment_of, reported, shape_of
 
@@ -124,7 +124,13 @@ def sensitivity(
 
         found = measure(experiment, SensitivityOptions(levels, tolerance, images, weights), shown)
         paths = write_sensitivity(found, out)
-        table = Table("set", "groups", *(f"{level:g}" for level in levels), "max_sparsity", box=box.SIMPLE)
+        table = Table(
+            Column("set", overflow="fold"),
+            "groups",
+            *(f"{level:g}" for level in levels),
+            "max_sparsity",
+            box=box.SIMPLE,
+        )
         for name, one in found["sets"].items():
             row = [f"{100 * (at['accuracy'] - found['accuracy']):+.1f}" for at in one["rows"]]
             table.add_row(name, str(one["groups"]), *row, f"{one['max_sparsity']:g}")
