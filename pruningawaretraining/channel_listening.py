@@ -107,6 +107,13 @@ class Listener:
         """The rule's groups on a copy of the model."""
         return self.found.on(model).grouping.select_sets(self.sets)
 
+    def ready(self, calibration: Calibration | None) -> bool:
+        """Whether the criterion can score: it needs nothing, has data to look at, or has heard a step."""
+        if self.collector is None or (calibration is not None and isinstance(self.criterion, Sampling)):
+            return True
+        known = self.collector.tensors()
+        return bool(known) and int(known.get("steps", 1)) > 0
+
     def state_dict(self) -> dict[str, Any] | None:
         """What has been heard: tensors and plain data."""
         return None if self.collector is None else self.collector.state_dict()

@@ -100,6 +100,11 @@ class ChannelRule:
         end = self.rule.start if self.rule.end is None else self.rule.end
         return (end - self.rule.start) // self.rule.every + 1
 
+    @property
+    def last_event(self) -> int:
+        """The epoch or step of the last event."""
+        return self.rule.start + (self.events - 1) * self.rule.every
+
     def fires(self, now: int) -> bool:
         """Whether an epoch (or step) prunes: at start and every ``every`` from there on, once each."""
         if self.state.phase in ("finetune", "done") or now < self.rule.start:
@@ -265,21 +270,31 @@ class ChannelPruner:
 
     # --- pruning ------------------------------------------------------------------------------------------------
 
-    def prune(self, now: int, surroundings: Surroundings) -> list[str]:
+    def prune(self, now: int, surroundings: Surroundings, unit: str = "epoch", last: bool = False) -> list[str]:
         """Let every rule that is due fire.
 
         Args:
             now: the epoch (or step).
             surroundings: what has to follow a removal.
+            unit: what ``now`` counts, "epoch" or "step"; rules that count the other are left alone.
+            last: only the last event of a schedule.
 
         Returns:
             One line for each thing that happened.
         """
         lines = []
         for one in self.rules:
-            if one.rule.enabled and one.fires(now) and one.rule.target.given:
+            counted = one.rule.enabled and one.rule.unit == unit and one.rule.target.given
+            if last and now != one.last_event:
+                continue
+            if counted and one.fires(now) and (unit == "epoch" or one.listener.ready(self.calibration)):
                 lines += self._fire(one, now, surroundings)
         return lines
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether a rule that counts steps has events to come."""
+        return any(one.rule.unit == "step" and one.state.phase in ("regularize", "prune") for one in self.rules)
 
     def _fire(self, one: ChannelRule, now: int, surroundings: Surroundings) -> list[str]:
         keep_R, met = self._agreed(*self._decide(one, now))
@@ -287,12 +302,12 @@ class ChannelPruner:
         one.state.last = now
         one.state.phase = "prune"
         self._mask(one, keep_R, surroundings)
-        lines = [f"{one.key}: epoch {now}: masked to {self._summary()}"]
+        lines = [f"{one.key}: {one.rule.unit} {now}: masked to {self._summary()}"]
         if self.sharded and met:
-            lines.append(f"{one.key}: epoch {now}: the target is met; gathered() removes what is masked")
+            lines.append(f"{one.key}: {one.rule.unit} {now}: the target is met; gathered() removes what is masked")
         elif met or one.rule.application == "remove":
             self.remove(surroundings)
-            lines.append(f"{one.key}: epoch {now}: removed, {self._summary()}")
+            lines.append(f"{one.key}: {one.rule.unit} {now}: removed, {self._summary()}")
         if met:
             one.state.phase = "finetune"
             self._follow_phases()
@@ -713,8 +728,6 @@ def _refuse_what_channels_lack(one: ChannelRule) -> None:
         )
     if one.rule.mode != "prune":
         raise ConfigError(f"{one.key}.mode: {one.rule.mode!r} is for slices, blocks and weights. Allowed: 'prune'")
-    if one.rule.unit != "epoch":
-        raise ConfigError(f"{one.key}.unit: {one.rule.unit!r} is for slices, blocks and weights. Allowed: 'epoch'")
     for option in ("keep_zeros", "progressive"):
         value, default = getattr(one.rule, option), Rule.model_fields[option].default
         if value != default:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ from pruningawaretraining.run_state import (
     rng_state,
     set_rng_state,
 )
-from pruningawaretraining.sharded import any_sharded, check_plan, full_of, is_sharded, reshard
+from pruningawaretraining.sharded import any_sharded, check_plan, full_of, reshard
 from pruningawaretraining.steps import Steps
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,9 @@ class Pruning:
         self._inputs: Any = example_inputs
         self._teacher = teacher
         self._distiller: Distiller | None = None
-        self._begun = self._ended = self._says_before = self._heard = self._sharded = False
+        self._stepped = 0  # real steps so far, as of the last one
+        self._begun = self._ended = self._says_before = self._heard = False
+        self._sharded = self._sought_shards = False
         self._no_channels = NoChannels()
         if isinstance(model, nn.Module):
             self.model = model
@@ -417,7 +420,9 @@ class Pruning:
 
     def on_round(self) -> None:
         """A real step begins; see :mod:`pruningawaretraining.steps`."""
-        self._follow_shards()
+        if not self._sought_shards:
+            self._follow_shards()
+            self._sought_shards = True
         acts = bool(self._channel_rules) and self._active and not self._ended and self._inputs is not None
         self._penalties, self._heard = self.engine.penalties() if acts else [], False
 
@@ -429,6 +434,8 @@ class Pruning:
         if self._channels is not None and not self._ended and not self._heard:
             self._channels.hear(scale)
             self._heard = True
+            if self._tick_channels(self._stepped):
+                self._penalties = self._channels.penalties()
         for ready, factor_G in self._penalties:
             ready.add(factor_G * scale, only)
         if self._sharded:  # such gradients are not accumulated where they could be masked before
@@ -438,8 +445,26 @@ class Pruning:
         """Weights have moved: masked ones go back to 0."""
         if self._channels is not None:
             self._channels.masks.apply()
+            if self._channels.counts_steps and not self._ended:
+                self._stepped = self._steps.count
+                self._tick_channels(self._stepped, last=True)
         if self._elements is not None:
             self._tell_all(self._elements.on_stepped(self._steps.count, self._rate_of(), self._steps.optimizers))
+
+    def _tick_channels(self, now: int, last: bool = False) -> bool:
+        """Let channel rules that count steps have what is due before step ``now``; true if something was.
+
+        Args:
+            now: real steps so far.
+            last: only the last event of a schedule, which no further step may follow.
+        """
+        if self._channels is None or self._ended or not self._channels.counts_steps:
+            return False
+        lines = self._channels.prune(now, self._surroundings(), "step", last)
+        self._tell_all(lines)
+        if lines:
+            self._described.update(self.describe())
+        return bool(lines)
 
     def _rate_of(self) -> Callable[[Tensor], float]:
         """Parameter -> learning rate, 0 for those of no optimizer."""
@@ -492,6 +517,8 @@ class Pruning:
             step: not used: loops count anew in every epoch, and the pruner counts the optimizer's real steps itself.
         """
         self._begun = True
+        if self._channels is not None and self._active:
+            self._tick_channels(self._stepped)
         if self._elements is not None and self._active and not self._ended:
             self._steps.look_around()
             self._tell_all(self._elements.tick("step", self._elements.count, self._steps.optimizers))
@@ -512,7 +539,7 @@ class Pruning:
 
     def _follow_shards(self) -> None:
         """Notice that ``fully_shard`` has exchanged the parameters."""
-        if self._sharded or self._model is None or not is_sharded(next(self.model.parameters(), None)):
+        if self._sharded or self._model is None or not any_sharded(self.model):
             return
         check_plan(self.model)
         if self._channel_rules and self._active:
@@ -520,6 +547,15 @@ class Pruning:
         if self._elements is not None:
             self._elements.rebind()
         self._sharded = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Optimizer steps inside the block are no training steps: some tools take one to make an optimizer's state."""
+        self._steps.paused = True
+        try:
+            yield
+        finally:
+            self._steps.paused = False
 
     def gathered(self, model: nn.Module) -> Pruning:
         """The pruned model whole on every process, after a training under ``fully_shard``: its channels are removed.
@@ -885,7 +921,7 @@ class Pruning:
                 undo.append(partial(self._distiller.load_state_dict, self._distiller.state_dict()))
                 self._distiller.load_state_dict(state["distillation"])
             set_rng_state(state["rng"])
-        self._steps.count, self._ended = steps, ended
+        self._steps.count, self._stepped, self._ended = steps, steps, ended
         self._begun = self._begun or steps > 0
 
     def _warn_of_another_config(self, before: Any) -> None:

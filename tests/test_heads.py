@@ -289,3 +289,32 @@ def test_generation_goes_on_with_fewer_heads() -> None:
         cached = model.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=True)
         plain = model.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(cached, plain)
+
+
+def test_intels_mha_masks_heads_by_steps_and_removes_them() -> None:
+    """Their flat YAML form: SNIP-momentum, sparsity 0.5 from step 2 to 8; the exponential schedule over 16 heads."""
+    model, inputs = build("bert")
+    config = {
+        "target_sparsity": 0.5,
+        "pattern": "mha",
+        "pruning_type": "snip_momentum",
+        "start_step": 2,
+        "end_step": 8,
+        "pruning_frequency": 2,
+    }
+    pruner = Pruning(model, config, example_inputs=inputs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    pruner.on_train_begin()
+    kept = []
+    for step in range(10):
+        pruner.on_step_begin(step)
+        optimizer.zero_grad()
+        model(**inputs).logits.square().mean().backward()
+        pruner.on_before_optimizer_step()
+        optimizer.step()
+        pruner.on_after_optimizer_step()
+        kept.append(sum(int(mask.sum()) for mask in pruner.masks.values()))
+    assert kept == [16, 16, 14, 14, 12, 12, 10, 8, 8, 8]
+    blocks = [layer.attention.self for layer in model.bert.encoder.layer]
+    assert sum(block.num_attention_heads for block in blocks) == 8
+    assert all(block.all_head_size == block.query.out_features == 8 * block.num_attention_heads for block in blocks)

@@ -376,7 +376,6 @@ class Unprunable(nn.Module):
         ({"target": {"sparsity": 0.9}, "max_sparsity": 0.3}, r"target.sparsity: 0.9 is out of reach.*at most 0\.2708"),
         ({"mode": "unprune"}, "mode: 'unprune' is for slices"),
         ({"regularizer": "block_lasso"}, "regularizer: 'block_lasso' is for slices and blocks"),
-        ({"unit": "step"}, "unit: 'step' is for slices"),
         ({"progressive": 4}, "progressive: 4 is for slices"),
         ({"start": 5, "end": 2}, "end: 2 is before start"),
         ({"typo": 1}, "typo"),
