@@ -9,6 +9,7 @@ width between two stairs, which saves nothing, is passed over.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -215,7 +216,7 @@ class WidthSearch:
         return need is not None and float(savings[step[1]][lower.index(step[2])]) >= need
 
     def _lower(self, one: int, kept_S: Tensor) -> list[int]:
-        return [width for width in self.widths[one] if width < int(kept_S[one])]
+        return self.widths[one][: bisect.bisect_left(self.widths[one], int(kept_S[one]))]
 
     def _fill(self, cost: SetCost, kept_S: Tensor, savings: dict[int, Tensor], missing: Sequence[int]) -> None:
         """What every lower width of these sets would save, the others as they are."""

@@ -47,7 +47,7 @@ def test_the_median_is_of_the_runs() -> None:
 def test_runs_take_turns() -> None:
     order: list[str] = []
     runs = [lambda: order.append("A"), lambda: order.append("B")]
-    times = latency._time_in_turns(runs, repeats=3, warmup=1)
+    times = latency.time_in_turns(runs, repeats=3, warmup=1)
     assert "".join(order) == "ABABABAB" and [len(taken) for taken in times] == [3, 3]
 
 
