@@ -1,6 +1,7 @@
 """Checkpoints of a training under ``fully_shard``: every process writes its part, and any number of them goes on.
 
-Model and optimizer are written by ``torch.distributed.checkpoint``, the pruner's state by the first process beside them.
+Model and optimizer are written by ``torch.distributed.checkpoint``, the pruner's state beside them by the first
+process.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def save_sharded(folder: str | Path, model: nn.Module, optimizer: torch.optim.Op
     from torch.distributed import checkpoint
 
     reshard(model)
-    checkpoint.save(_states(model, optimizer), checkpoint_id=str(folder))
+    with pruner.paused():
+        checkpoint.save(_states(model, optimizer), checkpoint_id=str(folder))
     state = pruner.state_dict()
     if rank() == 0:
         write_atomically(Path(folder) / PRUNER, lambda path: torch.save(state, path))
@@ -50,19 +52,20 @@ def read_pruner_state(folder: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_sharded(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_sharded(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruning) -> None:
     """Load weights and optimizer into a model that is sharded already, over any number of processes.
 
     Args:
         folder: of :func:`save_sharded`.
-        model, optimizer: freshly made; the pruner has its state already.
+        model, optimizer, pruner: freshly made; the pruner has its state already.
     """
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
-    states = _states(model, optimizer)
-    checkpoint.load(states, checkpoint_id=str(folder))
-    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    with pruner.paused():
+        states = _states(model, optimizer)
+        checkpoint.load(states, checkpoint_id=str(folder))
+        set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
 
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

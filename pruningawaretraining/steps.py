@@ -61,6 +61,7 @@ class Steps:
         self._done: set[int] = set()  # parameters dealt with in this round
         self._all_done = False  # whether every parameter has been dealt with in this round
         self._rounds = 0
+        self.paused = False  # whether optimizers step without a training step, as checkpoints let them to make state
         self._skipped: Tensor | int = 0
         self._last: Tensor | int = 1  # 1 while nothing has counted in the round: none has stepped, or it was skipped
         this = weakref.ref(self)
@@ -164,6 +165,8 @@ class Steps:
         listener.on_stepped()
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Any) -> Arguments | None:
+        if self.paused:
+            return None
         if not self._round or id(optimizer) in self._round:
             self.look_around()
             self.end_round()
@@ -205,6 +208,8 @@ class Steps:
         listener.on_gradients(1.0 if scale is None else scale, only)
 
     def _after(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.paused:
+            return
         found_inf = getattr(optimizer, "found_inf", None)  # not read here, so that nothing waits for the device
         skipped = 0 if found_inf is None else (found_inf > 0).long().amax()
         self._last = self._last * skipped

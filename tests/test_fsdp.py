@@ -1,0 +1,56 @@
+"""Under fully_shard a training ends as on one process; what cannot be done is refused by name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fsdp_worker import CASES, train
+from test_ranks import check_same
+
+TESTS = Path(__file__).parent
+
+
+def launch(what: str, folder: Path, ranks: int) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    script = [str(TESTS / "fsdp_worker.py"), what, str(folder)]
+    done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{what}{rank}of{ranks}.pt", weights_only=True) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return launch("all", tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_end_as_one(two, name):
+    check_same(train(CASES[name]), [one[name] for one in two], 1e-6)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resumed")
+    launch("first", folder, 2)
+    return launch("second", folder, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name != "snip, largest"])  # its scores are not saved
+def test_four_processes_go_on_where_two_stopped(resumed, name):
+    check_same(train(CASES[name]), [one[name] for one in resumed], 1e-6)
+
+
+def test_what_cannot_be_done_is_refused_by_name(tmp_path):
+    for found in launch("refusals", tmp_path, 2):
+        assert "make the Pruning first, then fully_shard" in found["after"]
+        assert "6.weight is under a tensor-parallel plan" in found["parallel"] and "'tp'" in found["parallel"]
+        assert "application: 'remove' at every event cannot follow fully_shard" in found["every"]
+        assert "pruner.gathered(build_model())" in found["removal"]
