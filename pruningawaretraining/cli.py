@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pruningawaretraining.commands import looking
+from pruningawaretraining.commands import looking, timing
 from pruningawaretraining.commands.common import experiment_of, reported, shape_of
 from pruningawaretraining.version import __version__
 
@@ -151,6 +151,7 @@ def schema(of: Annotated[Schema, typer.Argument(help="Of which kind of config.")
 
 
 looking.add_to(app)
+timing.add_to(app)
 
 
 def main() -> None:

@@ -1,0 +1,253 @@
+"""What ``pat latency`` shows: dense and pruned models side by side, timed in turns, with what they cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import nn
+
+from pruningawaretraining.checkpoint import load_pruned
+from pruningawaretraining.costs.latency import Model, compare_latency
+from pruningawaretraining.costs.macs import count_macs
+from pruningawaretraining.costs.memory import peak_activation_bytes
+from pruningawaretraining.costs.meter import RuntimeMeter
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.experiment import record
+from pruningawaretraining.experiment.inspection import Inspected, load_inspected
+from pruningawaretraining.experiment.shipped import shipped_configs
+from pruningawaretraining.report.summary import percent, si
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to time.
+
+    Attributes:
+        name: in the table.
+        family: models of one family are compared with its first, the dense one.
+        model: a module, or the path of an ONNX file.
+        inputs: example inputs.
+        bytes: size on disk.
+        accuracy: where a run has measured it.
+    """
+
+    name: str
+    family: str
+    model: Model
+    inputs: Any
+    bytes: int
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One row.
+
+    Attributes:
+        name, family: as in :class:`Candidate`.
+        median_ms, p10, p90: latency.
+        ratio: median over that of the family's first.
+        macs, parameters, peak_bytes: None for files.
+        bytes: size on disk.
+        accuracy: or None.
+    """
+
+    name: str
+    family: str
+    median_ms: float
+    p10: float
+    p90: float
+    ratio: float
+    macs: int | None
+    parameters: int | None
+    peak_bytes: int | None
+    bytes: int
+    accuracy: float | None
+
+
+def candidates(
+    sources: Sequence[str], model: str | None = None, input_shape: Sequence[int] | None = None
+) -> list[Candidate]:
+    """What the command line names: folders of runs, checkpoints, ONNX files, models and experiments by name.
+
+    Args:
+        sources: as given.
+        model: of checkpoints: the dense model by name, or an experiment config.
+        input_shape: of the example input.
+
+    Raises:
+        ConfigError: a source that is none of these, or a checkpoint without ``model``.
+        CheckpointError: a checkpoint that does not fit.
+    """
+    found: list[Candidate] = []
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            found += _of_run(path, input_shape)
+        elif path.suffix == ".onnx":
+            inputs = torch.zeros(list(_needed(input_shape, source)))
+            found.append(Candidate(path.name, source, path, inputs, path.stat().st_size))
+        elif path.suffix == ".safetensors":
+            found += _of_checkpoint(path, model, input_shape, [one.family for one in found])
+        else:
+            seen = load_inspected(str(shipped_configs().get(source, source)), input_shape)
+            found.append(Candidate(f"{source} (dense)", source, seen.model, seen.inputs, weight_bytes(seen.model)))
+    return found
+
+
+def _needed(input_shape: Sequence[int] | None, source: str) -> Sequence[int]:
+    if input_shape is None:
+        raise ConfigError(f"--input-shape: needed for {source!r}, e.g. 1,3,224,224")
+    return input_shape
+
+
+def _of_run(folder: Path, input_shape: Sequence[int] | None) -> list[Candidate]:
+    summary_file = folder / record.SUMMARY
+    if not summary_file.is_file():
+        raise ConfigError(f"{folder}: holds no {record.SUMMARY}. Allowed: folders of finished runs")
+    summary: Mapping[str, Any] = json.loads(summary_file.read_text(encoding="utf-8"))
+    seen = load_inspected(str(folder / record.CONFIG), input_shape)
+    found = []
+    for kind, file in (("dense", record.DENSE), ("pruned", record.PRUNED)):
+        built = seen.model if kind == "dense" else load_pruned(_again(folder, input_shape).model, folder / file)
+        size = (folder / file).stat().st_size if (folder / file).is_file() else weight_bytes(built)
+        accuracy = (summary.get(kind) or {}).get("accuracy")
+        found.append(Candidate(f"{folder.name} ({kind})", str(folder), built, seen.inputs, size, accuracy))
+    return found
+
+
+def _again(folder: Path, input_shape: Sequence[int] | None) -> Inspected:
+    return load_inspected(str(folder / record.CONFIG), input_shape)
+
+
+def _of_checkpoint(
+    path: Path, model: str | None, input_shape: Sequence[int] | None, families: Sequence[str]
+) -> list[Candidate]:
+    """A pruned checkpoint, after the dense model that it was made from."""
+    if model is None:
+        raise ConfigError(f"--model: needed for {str(path)!r}: the dense model by name, or an experiment config")
+    source = str(shipped_configs().get(model, model))
+    seen = load_inspected(source, input_shape)
+    pruned = load_pruned(load_inspected(source, input_shape).model, path)
+    one = Candidate(path.stem, model, pruned, seen.inputs, path.stat().st_size)
+    dense = Candidate(f"{model} (dense)", model, seen.model, seen.inputs, weight_bytes(seen.model))
+    return [one] if model in families else [dense, one]
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the weights and buffers, which is what a checkpoint takes but for its header."""
+    return sum(one.numel() * one.element_size() for one in model.state_dict().values())
+
+
+def timed(
+    found: Sequence[Candidate],
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    batch: int = 1,
+    repeats: int = 50,
+) -> list[Timed]:
+    """Time all of them in turns.
+
+    Args:
+        found: at least one, of different names.
+        runtime, threads, repeats: as in :func:`~pruningawaretraining.costs.latency.compare_latency`.
+        batch: rows of the inputs.
+
+    Raises:
+        ConfigError, ModelError: as there; ConfigError too where two have one name.
+    """
+    names = [one.name for one in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice!r} is there twice. Allowed: models of different names")
+    resize = RuntimeMeter(runtime, batch, threads).inputs
+    pairs = {one.name: (one.model, resize(one.inputs)) for one in found}
+    latencies = compare_latency(pairs, runtime, threads, repeats).latencies
+    first: dict[str, float] = {}
+    rows = []
+    for one in found:
+        took = latencies[one.name]
+        base = first.setdefault(one.family, took.median_ms)
+        macs = parameters = peak = None
+        if isinstance(one.model, nn.Module):
+            inputs = pairs[one.name][1]
+            macs, peak = count_macs(one.model, inputs), peak_activation_bytes(one.model, inputs)
+            parameters = sum(parameter.numel() for parameter in one.model.parameters())
+        rows.append(
+            Timed(
+                one.name,
+                one.family,
+                took.median_ms,
+                took.p10,
+                took.p90,
+                took.median_ms / base,
+                macs,
+                parameters,
+                peak,
+                one.bytes,
+                one.accuracy,
+            )
+        )
+    return rows
+
+
+def timing_table(rows: Sequence[Timed], title: str) -> Table:
+    """One row a model."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for heading in ("ms", "p10 to p90", "of dense", "MACs", "parameters", "peak memory", "on disk", "accuracy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in rows:
+        table.add_row(
+            one.name,
+            f"{one.median_ms:.3g}",
+            f"{one.p10:.3g} to {one.p90:.3g}",
+            f"{one.ratio:.3f}",
+            si(one.macs),
+            si(one.parameters),
+            si(one.peak_bytes, "B"),
+            si(one.bytes, "B"),
+            percent(one.accuracy, 2),
+        )
+    return table
+
+
+def write_timing(rows: Sequence[Timed], path: Path) -> None:
+    """Write the rows as JSON."""
+    record.write_json(path, {"models": [asdict(one) for one in rows]}, indent=2)
+
+
+def draw_timing(rows: Sequence[Timed], path: Path, title: str) -> None:
+    """A picture of accuracy against latency; families in colours, each dense model hollow.
+
+    Raises:
+        ConfigError: no model has an accuracy.
+    """
+    from matplotlib.figure import Figure
+
+    known = [one for one in rows if one.accuracy is not None]
+    if not known:
+        raise ConfigError("--plot: no accuracy is known. Allowed: with at least one folder of a run")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    families = list(dict.fromkeys(one.family for one in known))
+    for number, family in enumerate(families):
+        mine = [one for one in known if one.family == family]
+        colour = f"C{number % 10}"
+        points = [(one.median_ms, 100 * (one.accuracy or 0.0)) for one in mine]
+        axes.plot([x for x, _ in points], [y for _, y in points], color=colour, alpha=0.4)
+        for index, (one, (x, y)) in enumerate(zip(mine, points, strict=True)):
+            axes.plot(x, y, "o", color=colour, fillstyle="none" if index == 0 and len(mine) > 1 else "full")
+            axes.annotate(one.name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    axes.set(xlabel="latency, ms", ylabel="accuracy, %", title=title)
+    axes.set_xlim(left=0)
+    axes.margins(x=0.2, y=0.2)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,78 @@
+"""``pat latency``: what it compares, counts and draws; how fast this machine is, is not tested."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pruningawaretraining import Pruning, count_macs, export_onnx, save_pruned
+from pruningawaretraining.cli import app
+from pruningawaretraining.experiment.models import digits_resnet
+from pruningawaretraining.experiment.timing import Timed, draw_timing, weight_bytes
+
+MODEL = "pruningawaretraining.experiment.models:digits_resnet"
+SHAPE = ["--input-shape", "1,1,8,8", "--repeats", "3"]
+IMAGES = torch.zeros(1, 1, 8, 8)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = digits_resnet()
+    Pruning(model, {"rules": [{"target": {"macs": 0.5}}]}, example_inputs=IMAGES).prune(model, 0)
+    export_onnx(model, IMAGES, tmp_path / "pruned.onnx", exporter="torchscript")
+    return save_pruned(model, tmp_path / "pruned.safetensors")
+
+
+def run(*arguments: str) -> str:
+    found = CliRunner().invoke(app, ["latency", *arguments], env={"COLUMNS": "160"})
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
+def test_dense_beside_pruned(checkpoint: Path, tmp_path: Path) -> None:
+    onnx = str(checkpoint.with_suffix(".onnx"))
+    text = run(str(checkpoint), onnx, "--model", MODEL, *SHAPE, "--batch", "2", "--out", str(tmp_path / "rows.json"))
+    assert "onnxruntime, batch 2, 1 thread" in text and "(dense)" in text
+    rows = json.loads((tmp_path / "rows.json").read_text())["models"]
+    dense, pruned, file = rows
+    assert dense["ratio"] == 1.0 and pruned["ratio"] == pytest.approx(pruned["median_ms"] / dense["median_ms"])
+    model = digits_resnet()
+    assert dense["macs"] == 2 * count_macs(model, IMAGES) and pruned["macs"] <= 0.5 * dense["macs"]
+    assert dense["bytes"] == weight_bytes(model) and pruned["bytes"] == checkpoint.stat().st_size
+    assert pruned["peak_bytes"] <= dense["peak_bytes"] and pruned["parameters"] < dense["parameters"]
+    assert file["macs"] is None and file["bytes"] == Path(onnx).stat().st_size
+
+
+def test_other_runtimes_and_models_by_name() -> None:
+    assert "torch, batch 1" in run("demo", "--runtime", "torch", "--repeats", "3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.safetensors", *SHAPE], "--model: needed"),
+        (["file.onnx"], "--input-shape: needed for 'file.onnx'"),
+        ([MODEL, MODEL, *SHAPE], "is there twice"),
+        ([MODEL, *SHAPE, "--runtime", "onnxruntim"], "did you mean 'onnxruntime'"),
+        ([MODEL, *SHAPE, "--plot", "p.png"], "--plot: no accuracy is known"),
+        (["."], "holds no summary.json"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(app, ["latency", *arguments], env={"COLUMNS": "300"})
+    assert found.exit_code == 2 and message in found.output
+
+
+def test_a_picture_of_a_family(tmp_path: Path) -> None:
+    rows = [Timed(f"r{n}", "r", 2.0 - n, 1, 3, 1 - n / 4, 5, 5, 5, 5, 0.9 - n / 10) for n in range(2)]
+    draw_timing(rows, tmp_path / "p.svg", "title")
+    text = (tmp_path / "p.svg").read_text()
+    assert text.startswith("<?xml") and text.count("<svg") == 1
