@@ -5,13 +5,14 @@ READY  := $(VENV)/.installed
 # One test process for each core, at most four; each keeps to one thread so that they do not fight over cores.
 JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
-.PHONY: help install test test-slow lint demo bench schemas clean
+.PHONY: help install test test-slow lint demo bench schemas docs clean
 
 help:
 	@echo "make demo       train, prune, export and report on a small real data set; results in runs/demo"
 	@echo "make test       linter, types and tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make bench      the benchmarks of docs/benchmarks.md"
+	@echo "make docs       the site of docs/, in site/"
 	@echo "make schemas    write the JSON schemas in configs/ anew, after a change of the config"
 	@echo "make clean      remove the virtual environment, caches and build products (runs/ stays)"
 
@@ -39,9 +40,13 @@ demo: $(READY)
 bench: $(READY)
 	for file in benchmarks/*.py; do $(BIN)/python "$$file" || exit 1; done
 
+docs: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 schemas: $(READY)
 	for kind in experiment pruning; do $(BIN)/pat schema $$kind > configs/$$kind.schema.json || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -177,11 +177,27 @@ def test_a_heap_that_still_grows_says_so() -> None:
     assert (found.epoch, found.settled) == (4, False) and "still grows" in found.reason
 
 
+def test_groups_on_their_way_are_said() -> None:
+    run = history([40, 40])
+    for moment in run.norms["epochs"]:
+        moment["sets"]["a"] = histogram_of(m6=40, p0=60)
+        moment["sets"]["a"]["counts"][24:40] = [1] * 16
+    found = choice.choose(run)
+    assert found.threshold < 1e-3 and "Another 13.8% are on their way there" in found.reason
+    assert "on their way" not in choice.choose(history([40, 40])).reason
+
+
 @pytest.mark.parametrize("shares", [[0, 0, 0], [0, 1, 1]])
 def test_no_heap_no_gap(shares: list[int]) -> None:
     found = choice.choose(history(shares))
     assert not found.separated and found.epoch == 2 and "no gap" in found.reason
     assert choice.choose(Run({})).epoch is None
+
+
+def test_the_threshold_lies_in_the_uppermost_gap() -> None:
+    """Groups on their way to zero leave several gaps behind them."""
+    found, _ = choice.gap(EDGES, {"a": histogram_of(m6=10, m3=10, m2=10, p0=100)})
+    assert found is not None and 0.02 < found < 0.35
 
 
 def test_layers_of_other_scale_are_no_heap() -> None:

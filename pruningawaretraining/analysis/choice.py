@@ -59,6 +59,9 @@ def choose(run: Run) -> Choice:
     epoch = int(moments[at]["epoch"])
     last = int(moments[-1]["epoch"])
     reason = _reason(threshold, depth if separated else None, (epoch, shares[at]), (last, shares[-1]), settled)
+    on_their_way = share(edges, moments[-1]["sets"], max(FALLBACK, threshold)) - shares[-1]
+    if separated and on_their_way > SETTLED:
+        reason += f" Another {100 * on_their_way:.1f}% are on their way there, below {FALLBACK} of the large norms."
     return Choice(epoch, threshold, shares[at], depth, separated, settled, reason)
 
 
@@ -151,7 +154,10 @@ def share(edges: Sequence[float], sets: Mapping[str, Mapping[str, Any]], thresho
 
 
 def gap(edges: Sequence[float], sets: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, float]:
-    """The threshold in the deepest gap of the relative norms, or None where there is none; and how deep it is."""
+    """The threshold in the deepest gap of the relative norms, or None where there is none; and how deep it is.
+
+    Of several gaps as deep, which groups on their way to zero leave behind them, the uppermost counts.
+    """
     counts, per_bin = _relative(edges, sets)
     smooth = _smoothed(counts)
     total, best, ties = sum(counts), 0.0, []
@@ -170,8 +176,8 @@ def gap(edges: Sequence[float], sets: Mapping[str, Mapping[str, Any]]) -> tuple[
             ties.append(at)
     if best < DEPTH:
         return None, best
-    widest = max(_runs(ties), key=lambda run: (len(run), run[0]))
-    middle = widest[len(widest) // 2]
+    last = _runs(ties)[-1]  # the one next to the groups that are alive
+    middle = last[len(last) // 2]
     return 10 ** ((middle - (len(counts) - 1) + 0.5) * per_bin), best
 
 
