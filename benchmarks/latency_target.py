@@ -1,6 +1,6 @@
 """Pruned by latency, by MACs, or uniformly: accuracy at equal measured latency, and speed at equal MACs, on CIFAR-10.
 
-    OMP_NUM_THREADS=1 python benchmarks/latency_target.py --data FOLDER [--train 6000] [--dense 4] [--tune 1]
+    OMP_NUM_THREADS=1 python benchmarks/latency_target.py --data FOLDER [--train 3000] [--dense 4] [--tune 1]
 
 FOLDER holds a ``load.py`` with ``cifar10(split) -> (images, labels, names)``. torchvision's networks (their first
 strides are kept: the images are 32 x 32) are trained from scratch for a few epochs on a part of the training images,
@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from common import markdown, save
+from common import RESULTS, markdown, save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -139,17 +140,23 @@ def rows_of(name: str, data: dict[str, tuple[Tensor, Tensor]], options: argparse
     return [{**line, "MACs": "1.000", "parameters": "1.000", "accuracy": f"{accuracy(base, data['test']):.1%}"}, *rows]
 
 
+def known() -> list[dict[str, Any]]:
+    """Rows of an earlier run."""
+    path = RESULTS / "latency_target.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
 def main() -> None:
     """Train, prune, measure; print the table and save it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=6000, help="training images")
-    parser.add_argument("--test", type=int, default=5000, help="test images")
-    parser.add_argument("--dense", type=int, default=5, help="epochs before pruning")
+    parser.add_argument("--train", type=int, default=3000, help="training images")
+    parser.add_argument("--test", type=int, default=2000, help="test images")
+    parser.add_argument("--dense", type=int, default=4, help="epochs before pruning")
     parser.add_argument("--tune", type=int, default=1, help="epochs after it")
-    parser.add_argument("--seeds", type=int, default=2, help="fine-tunings at equal latency")
-    parser.add_argument("--keep", type=float, default=0.5, help="fraction of the latency, or of the MACs, to keep")
-    parser.add_argument("--cap", type=float, default=0.85, help="largest sparsity of a set")
+    parser.add_argument("--seeds", type=int, default=1, help="fine-tunings at equal latency")
+    parser.add_argument("--keep", type=float, default=0.6, help="fraction of the latency, or of the MACs, to keep")
+    parser.add_argument("--cap", type=float, default=0.9, help="largest sparsity of a set")
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -157,6 +164,7 @@ def main() -> None:
     rows = []
     for name in options.models:
         rows += rows_of(name, data, options)
+    rows += [one for one in known() if one["model"] not in options.models]
     print(markdown(rows))
     note = (
         f"{options.train} training images, {options.dense} epochs before pruning and {options.tune} after it, "

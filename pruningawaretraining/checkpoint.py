@@ -54,6 +54,12 @@ def record_of(model: nn.Module) -> dict[str, Any] | None:
     return _RECORDS.get(model)
 
 
+def summary_of(model: nn.Module) -> dict[str, Any]:
+    """What a pruner says of its model: sparsity, MACs, parameters, groups kept; or what its file said; or nothing."""
+    describe = _DESCRIBERS.get(model)
+    return describe() if describe is not None else dict(record_of(model) or {})
+
+
 def write_atomically(path: str | Path, write: Callable[[str], None]) -> Path:
     """Write a file so that at any moment either the old one or the whole new one is there.
 
@@ -129,13 +135,12 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
             continue
         seen[identity] = name
         tensors[name] = tensor.detach().contiguous().clone()
-    describe = _DESCRIBERS.get(model)
     description = {
         "version": __version__,
         "class": type(model).__qualname__,
         "modules": {name: _widths(module) for name, module in model.named_modules() if _widths(module)},
         "aliases": aliases,
-        "record": describe() if describe is not None else (record_of(model) or {}),
+        "record": summary_of(model),
     }
     metadata = {KEY: json.dumps(description), "format": "pt"}
     return write_atomically(path, lambda temporary: _save(tensors, temporary, metadata))

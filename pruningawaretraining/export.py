@@ -1,12 +1,16 @@
-"""ONNX export that is checked: the file is run in onnxruntime and compared with the model before it is put in place."""
+"""ONNX export that is checked: the file is run in onnxruntime and compared with the model before it is put in place.
+
+Half precision and 8-bit integers are made from the checked graph, and checked again, with wider tolerances.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining import onnx_graph
+from pruningawaretraining.checkpoint import summary_of
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.inputs import evaluating
+from pruningawaretraining.inputs import evaluating, move, tensors_of, unwrap
 from pruningawaretraining.onnx_graph import Graph, build_graph, export_graph, open_session, require, resize_batch
-from pruningawaretraining.registry import canonical
+from pruningawaretraining.registry import canonical, lookup, register
 
 _LOG = logging.getLogger(__name__)
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.25}
+"""Largest difference by precision, as a fraction of the largest output."""
 _SINGLE_FILE_BYTES = 1_900_000_000  # protobuf holds at most 2 GiB; above this the weights go to <name>.data
 
 
@@ -37,6 +44,7 @@ class ExportResult:
         outputs: names of the graph's outputs, in order.
         relative_diff: ``max_abs_diff`` relative to the largest output, which the tolerance is about.
         batch_sizes: the batch sizes that were compared.
+        precision: "float32", "float16" or "int8".
     """
 
     path: Path
@@ -47,6 +55,7 @@ class ExportResult:
     outputs: tuple[str, ...]
     relative_diff: float = 0.0
     batch_sizes: tuple[int, ...] = ()
+    precision: str = "float32"
 
 
 def export_onnx(
@@ -57,7 +66,10 @@ def export_onnx(
     exporter: str = "dynamo",
     dynamic_batch: bool = True,
     opset: int | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
+    precision: str = "float32",
+    calibration: Iterable[Any] = (),
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     metadata: Mapping[str, object] | None = None,
 ) -> ExportResult:
     """Export a model to ONNX in eval mode and check the file in onnxruntime.
@@ -72,28 +84,41 @@ def export_onnx(
         exporter: "dynamo" (torch.export, the default) or "torchscript" (tracing).
         dynamic_batch: leave the batch dimension of inputs and outputs free.
         opset: version of the ONNX operator set; None is the exporter's own choice. Exporters do not know every one.
-        tolerance: largest difference allowed, as a fraction of the largest absolute output.
-        metadata: written to the file's metadata as text, beside this library's own entries.
+        tolerance: largest difference allowed, as a fraction of the largest absolute output; None is 1e-4 for float32,
+            2e-2 for float16, 0.25 for int8.
+        precision: "float32"; "float16", whose inputs and outputs stay float32; or "int8", onnxruntime's static
+            quantization of weights (by channel) and activations.
+        calibration: for int8: batches in the form of ``example_inputs``, for the ranges of activations; the file is
+            compared on the first few of them.
+        dynamic_axes: more free dimensions: input -> dimension -> name.
+        metadata: written to the file's metadata as text, beside this library's own entries and, of a pruned model, its
+            pruning.
 
     Raises:
-        ConfigError: unknown exporter, a tolerance that is not positive, or a package is missing.
+        ConfigError: unknown exporter, precision or axis, int8 without calibration, a tolerance that is not positive, or
+            a package is missing.
         ModelError: the model rejects the inputs, cannot be exported, or the file disagrees with the model.
     """
+    precision = canonical("precision", precision, "precision")
+    tolerance = TOLERANCES.get(precision, 1e-4) if tolerance is None else tolerance
     if not tolerance > 0:
         raise ConfigError(f"tolerance: {tolerance!r} is not a positive number")
     path, exporter = Path(path), canonical("exporter", exporter, "exporter")
-    graph = build_graph(model, example_inputs, dynamic_batch)
+    graph = build_graph(model, example_inputs, dynamic_batch, dynamic_axes)
+    batches = [tuple(tensors_of(move(one, torch.device("cpu")))) for one in calibration]
+    convert: Convert = lookup("precision", precision)
+    properties = _properties(graph, exporter, {"precision": precision, **_pruning(model), **(metadata or {})})
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
         written, final = Path(folder) / "exported.onnx", Path(folder) / path.name
         export_graph(graph, written, exporter, opset)
-        version = _finish(written, final, _properties(graph, exporter, metadata))
+        version = _finish(convert(written, graph, batches), final, properties)
         if opset not in (None, version):
             raise ConfigError(
                 f"opset: {opset!r} is not what the exporter {exporter!r} wrote, which is {version}. Allowed: that, "
                 "None for the exporter's own choice, or another exporter. Nothing was written"
             )
-        difference, scale, sizes = _compare(graph, final)
+        difference, scale, sizes = _compare(graph, final, batches[:4] if precision == "int8" else None)
         if not difference <= tolerance * max(scale, 1e-12):
             raise ModelError(
                 f"{path.name}: onnxruntime differs from the model by {difference:.3g} where outputs reach {scale:.3g}; "
@@ -104,7 +129,86 @@ def export_onnx(
                 os.replace(part, path.with_name(part.name))
     relative = difference / max(scale, 1e-12)
     _LOG.info("%s: opset %d, largest difference %.3g (%.2g of the output)", path, version, difference, relative)
-    return ExportResult(path, difference, exporter, version, graph.input_names, graph.output_names, relative, sizes)
+    names = (graph.input_names, graph.output_names)
+    return ExportResult(path, difference, exporter, version, *names, relative, sizes, precision)
+
+
+# --- precisions -----------------------------------------------------------------------------------------------------
+
+Convert = Callable[[Path, Graph, Sequence[tuple[Tensor, ...]]], Path]
+
+
+@register("precision", "float32", "fp32")
+def keep_precision(written: Path, graph: Graph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
+    """The file as it is."""
+    return written
+
+
+@register("precision", "float16", "fp16", "half")
+def to_float16(written: Path, graph: Graph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
+    """Weights and operators in half precision; inputs and outputs stay as they are."""
+    onnx, half = require("onnx"), require("onnxruntime.transformers.float16")
+    converted = half.convert_float_to_float16(onnx.load(str(written)), keep_io_types=True)
+    ordered = require("onnxruntime.transformers.onnx_model").OnnxModel(converted)
+    ordered.topological_sort()  # casts of inputs are put at the end
+    return _saved(ordered.model, written.with_name("half.onnx"))
+
+
+@register("precision", "int8")
+def to_int8(written: Path, graph: Graph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
+    """onnxruntime's static quantization, with quantize and dequantize nodes around operators.
+
+    Raises:
+        ConfigError: there are no batches.
+    """
+    if not batches:
+        raise ConfigError('calibration: precision="int8" needs data. Allowed: batches in the form of example_inputs')
+    quantization = require("onnxruntime.quantization")
+    prepared, target = written.with_name("prepared.onnx"), written.with_name("int8.onnx")
+    whole = _saved(require("onnx").load(str(written)), written.with_name("whole.onnx"))
+    require("onnxruntime.quantization.shape_inference").quant_pre_process(
+        str(whole), str(prepared), skip_symbolic_shape=True
+    )
+
+    quantization.quantize_static(
+        str(prepared), str(target), _Reader(graph, batches), per_channel=True, reduce_range=_reduced()
+    )
+    return target
+
+
+class _Reader:
+    """Batches as onnxruntime reads them: one after the other, then None."""
+
+    def __init__(self, graph: Graph, batches: Sequence[tuple[Tensor, ...]]) -> None:
+        self._names, self._left = graph.input_names, iter(batches)
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The next batch."""
+        tensors = next(self._left, None)
+        if tensors is None:
+            return None
+        return {name: one.numpy() for name, one in zip(self._names, tensors, strict=True)}
+
+
+def _reduced() -> bool:
+    """Whether 7 bits are safer: without VNNI, x86 sums pairs of 8-bit products in 16 bits, which may saturate."""
+    return not torch.cpu._is_vnni_supported() if hasattr(torch.cpu, "_is_vnni_supported") else False
+
+
+def _saved(model: Any, path: Path) -> Path:
+    large = _initializer_bytes(model) >= _SINGLE_FILE_BYTES
+    require("onnx").save_model(model, str(path), save_as_external_data=large)
+    return path
+
+
+def _initializer_bytes(model: Any) -> int:
+    return sum(len(tensor.raw_data) or 8 * _elements(tensor) for tensor in model.graph.initializer)
+
+
+def _pruning(model: nn.Module) -> dict[str, str]:
+    """What its pruner, or its file, says of a model."""
+    summary = summary_of(unwrap(model))
+    return {"pruning": json.dumps(summary)} if summary else {}
 
 
 def check_opset(exporter: str, opset: int, key: str = "opset") -> None:
@@ -138,8 +242,7 @@ def _finish(written: Path, final: Path, properties: Mapping[str, str]) -> int:
     onnx = require("onnx")
     model = onnx.load(str(written))
     onnx.helper.set_model_props(model, {**{item.key: item.value for item in model.metadata_props}, **properties})
-    size = sum(len(tensor.raw_data) or 8 * _elements(tensor) for tensor in model.graph.initializer)
-    if size < _SINGLE_FILE_BYTES:
+    if _initializer_bytes(model) < _SINGLE_FILE_BYTES:
         onnx.save_model(model, str(final), save_as_external_data=False)
     else:
         onnx.save_model(model, str(final), save_as_external_data=True, location=final.name + ".data")
@@ -153,13 +256,18 @@ def _elements(tensor: Any) -> int:
     return math.prod(int(size) for size in tensor.dims)
 
 
-def _compare(graph: Graph, path: Path) -> tuple[float, float, tuple[int, ...]]:
-    """Largest absolute difference, largest absolute output and batch sizes over the example and random batches."""
+def _compare(
+    graph: Graph, path: Path, given: Sequence[tuple[Tensor, ...]] | None = None
+) -> tuple[float, float, tuple[int, ...]]:
+    """Largest absolute difference, largest absolute output and batch sizes over the example and random batches, or
+    over those that are given."""
     session = open_session(str(path))
     size = graph.inputs[0].shape[0] if graph.inputs[0].ndim else 1
     sizes = tuple(dict.fromkeys((size, size + 1, 1))) if graph.dynamic else (size,)
     generator = torch.Generator().manual_seed(0)
     batches = [graph.inputs, *(_random_batch(graph, rows, generator) for rows in sizes[1:] or sizes)]
+    if given:
+        batches, sizes = list(given), tuple(dict.fromkeys(len(one[0]) for one in given))
     difference, scale = 0.0, 0.0
     for tensors in batches:
         expected = _reference(graph, tensors)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.errors import ConfigError, ModelError, unknown
 from pruningawaretraining.inputs import call, checked_call, evaluating, move, tensors_of
 from pruningawaretraining.registry import canonical, lookup, register
 
@@ -40,6 +40,7 @@ class Graph:
         inputs: the example tensors.
         batched: for each input, whether its dimension 0 is the batch.
         dynamic: whether the batch is a free dimension of the graph.
+        axes: input -> dimension -> name, of all free dimensions, the batch among them.
     """
 
     module: nn.Module
@@ -48,6 +49,7 @@ class Graph:
     output_names: tuple[str, ...]
     batched: tuple[bool, ...]
     dynamic: bool
+    axes: Mapping[str, Mapping[int, str]] = dataclasses.field(default_factory=dict)
 
 
 class _Flat(nn.Module):
@@ -117,7 +119,12 @@ def resize_batch(tensor: Tensor, size: int) -> Tensor:
     return tensor.repeat(-(-size // tensor.shape[0]), *[1] * (tensor.ndim - 1))[:size]
 
 
-def build_graph(model: nn.Module, example_inputs: Any, dynamic_batch: bool = True) -> Graph:
+def build_graph(
+    model: nn.Module,
+    example_inputs: Any,
+    dynamic_batch: bool = True,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+) -> Graph:
     """Flatten a model and its example inputs for an exporter. A model that is not on the CPU is copied there.
 
     Args:
@@ -126,8 +133,10 @@ def build_graph(model: nn.Module, example_inputs: Any, dynamic_batch: bool = Tru
             dimension equals that of the first tensor carry the batch.
         dynamic_batch: the graph takes any batch size; an example batch of 1 is then doubled, because an exporter
             takes a size of 1 for a constant.
+        dynamic_axes: input -> dimension -> name, of more free dimensions: equal names are equal sizes.
 
     Raises:
+        ConfigError: axes of an input or a dimension that is not there.
         ModelError: no tensor among the inputs or outputs, or the model rejects the inputs.
     """
     cpu = torch.device("cpu")
@@ -149,16 +158,22 @@ def build_graph(model: nn.Module, example_inputs: Any, dynamic_batch: bool = Tru
         pairs = zip(tensors, batched, strict=True)
         tensors = [resize_batch(tensor, 2) if carries else tensor for tensor, carries in pairs]
     dynamic = dynamic_batch and batch > 0
-    return Graph(_Flat(model, example_inputs), tuple(tensors), names, output_names, batched, dynamic)
+    axes = {name: {0: BATCH} for name, carries in zip(names, batched, strict=True) if carries} if dynamic else {}
+    for name, wanted in (dynamic_axes or {}).items():
+        if name not in names:
+            raise ConfigError(f"dynamic_axes: {unknown('input', name, names)}")
+        least = tensors[names.index(name)].ndim
+        bad = [dim for dim in wanted if not (isinstance(dim, int) and 0 <= dim < least)]
+        if bad:
+            raise ConfigError(f"dynamic_axes.{name}: {bad[0]!r} is no dimension of it. Allowed: 0 to {least - 1}")
+        axes[name] = {**axes.get(name, {}), **wanted}
+    return Graph(_Flat(model, example_inputs), tuple(tensors), names, output_names, batched, dynamic, axes)
 
 
 @register("exporter", "dynamo", "torch.export")
 def _export_dynamo(graph: Graph, path: Path, opset: int | None) -> None:
     """The exporter on top of torch.export."""
-    shapes = None
-    if graph.dynamic:
-        batch = torch.export.Dim(BATCH)
-        shapes = {"tensors": tuple({0: batch} if carries else None for carries in graph.batched)}
+    shapes = dynamic_shapes(graph)
     program = torch.onnx.export(
         graph.module, graph.inputs, dynamo=True, input_names=list(graph.input_names), verbose=False,
         output_names=list(graph.output_names), dynamic_shapes=shapes, opset_version=opset, optimize=True,
@@ -168,14 +183,24 @@ def _export_dynamo(graph: Graph, path: Path, opset: int | None) -> None:
     program.save(str(path), external_data=True)
 
 
+def dynamic_shapes(graph: Graph) -> dict[str, Any] | None:
+    """The free dimensions as torch.export takes them, or None."""
+    known = {name: torch.export.Dim(name) for axes in graph.axes.values() for name in axes.values()}
+    if not known:
+        return None
+    shapes = ({dim: known[name] for dim, name in graph.axes.get(one, {}).items()} or None for one in graph.input_names)
+    return {"tensors": tuple(shapes)}
+
+
 @register("exporter", "torchscript", "trace", "legacy")
 def _export_torchscript(graph: Graph, path: Path, opset: int | None) -> None:
     """The older exporter: tracing."""
-    carriers = [name for name, carries in zip(graph.input_names, graph.batched, strict=True) if carries]
-    axes = {name: {0: BATCH} for name in (*carriers, *graph.output_names)} if graph.dynamic else None
+    axes: dict[str, Any] = {name: dict(named) for name, named in graph.axes.items()}
+    if graph.dynamic:
+        axes.update({name: {0: BATCH} for name in graph.output_names})
     torch.onnx.export(
         graph.module, graph.inputs, str(path), dynamo=False, input_names=list(graph.input_names), verbose=False,
-        output_names=list(graph.output_names), dynamic_axes=axes, opset_version=opset,
+        output_names=list(graph.output_names), dynamic_axes=axes or None, opset_version=opset,
     )  # fmt: skip
 
 

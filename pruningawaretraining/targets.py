@@ -28,7 +28,7 @@ from pruningawaretraining.costs.macs import LinearCost
 from pruningawaretraining.costs.memory import MemoryCost, memory_cost
 from pruningawaretraining.costs.meter import Meter, RuntimeMeter
 from pruningawaretraining.costs.runtimes import Model
-from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.inputs import ForwardFn, tensors_of
 from pruningawaretraining.patterns.channel import ChannelGroups
 from pruningawaretraining.pruned_copy import bare_copy, pruned_copy
@@ -274,7 +274,11 @@ class Targets:
             reached = latency.measure(whole, copied(whole), timed.budget)
             if not met or reached.measured_ms <= timed.budget * (1 + TOLERANCE):
                 break
-            keep_R = allocate(task)  # the prediction has been corrected
+            try:
+                keep_R = allocate(task)  # the prediction has been corrected
+            except TargetError as error:  # training goes on with what is there: a measurement decides no run
+                log.warning("%s: %.4g ms measured, over the target: %s", share.key, reached.measured_ms, error)
+                break
         return keep_R, met, reached
 
     def _on_the_way(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining import export, onnx_graph
+from pruningawaretraining import Pruning, export, onnx_graph
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.export import export_onnx
+from pruningawaretraining.export_program import export_openvino, export_program
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -188,3 +190,95 @@ def test_an_opset_that_the_exporter_does_not_write_is_refused(opset: int, tmp_pa
     with pytest.raises(ConfigError, match=f"opset: {opset} is not what the exporter 'dynamo' wrote, which is"):
         export_onnx(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), torch.randn(2, 4), tmp_path / "m.onnx", opset=opset)
     assert not list(tmp_path.iterdir())
+
+
+# --- free dimensions, precisions, other forms -----------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Rows of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return (self.linear(x) * mask.unsqueeze(-1)).sum(1)
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_free_dimensions_by_name(tmp_path: Path, exporter: str) -> None:
+    inputs = (torch.randn(2, 5, 4), torch.ones(2, 5))
+    axes = {"x": {1: "length"}, "mask": {1: "length"}}
+    result = export_onnx(Tokens(), inputs, tmp_path / "m.onnx", exporter=exporter, dynamic_axes=axes)
+    assert shapes(result.path) == {"x": ["batch", "length", 4], "mask": ["batch", "length"], "output": ["batch", 3]}
+    session = onnx_graph.open_session(str(result.path))
+    longer = {"x": torch.randn(3, 9, 4), "mask": torch.ones(3, 9)}
+    assert onnx_graph.checked_run(session, onnx_graph.as_arrays(session, longer))[0].shape == (3, 3)
+
+
+def calibration(count: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(8, 3, 8, 8, generator=generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("precision", "dtype", "bound"), [("float16", "FLOAT16", 2e-2), ("int8", "INT8", 0.25)])
+def test_precisions_after_pruning(tmp_path: Path, precision: str, dtype: str, bound: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten())
+    model.append(nn.Linear(1024, 5)).eval()
+    pruner = Pruning(model, {"rules": [{"target": {"macs": 0.5}}]}, example_inputs=torch.randn(1, 3, 8, 8))
+    pruner.prune(model, 0)
+    whole = export_onnx(model, torch.randn(2, 3, 8, 8), tmp_path / "whole.onnx")
+    path = tmp_path / "small.onnx"
+    result = export_onnx(model, torch.randn(2, 3, 8, 8), path, precision=precision, calibration=calibration())
+    assert result.precision == precision and 0 < result.relative_diff <= bound
+    graph = onnx.load(str(path))
+    weights = {onnx.TensorProto.DataType.Name(one.data_type) for one in graph.graph.initializer}
+    assert dtype in weights and [item.name for item in sorted(tmp_path.iterdir())] == ["small.onnx", "whole.onnx"]
+    assert path.stat().st_size < (0.6 if precision == "float16" else 0.5) * whole.path.stat().st_size
+    properties = {item.key: item.value for item in graph.metadata_props}
+    assert properties["precision"] == precision
+    summary = json.loads(properties["pruning"])
+    assert summary["kept_macs"] <= 0.5 * summary["macs"] and summary["phase"] == "finetune"
+    with pytest.raises(ModelError, match="differs from the model"):
+        export_onnx(model, calibration()[0], path, precision=precision, calibration=calibration(), tolerance=1e-9)
+
+
+def test_precisions_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match='calibration: precision="int8" needs data'):
+        export_onnx(cnn(), torch.randn(1, 3, 8, 8), tmp_path / "m.onnx", precision="int8", exporter="torchscript")
+    with pytest.raises(ConfigError, match="precision: 'flot16' is not known; did you mean 'float16'"):
+        export_onnx(cnn(), torch.randn(1, 3, 8, 8), tmp_path / "m.onnx", precision="flot16")
+    with pytest.raises(ConfigError, match="dynamic_axes: input: 'inputs' is not known; did you mean 'input'"):
+        export_onnx(cnn(), torch.randn(1, 3, 8, 8), tmp_path / "m.onnx", dynamic_axes={"inputs": {2: "height"}})
+    with pytest.raises(ConfigError, match="dynamic_axes.input: 7 is no dimension of it. Allowed: 0 to 3"):
+        export_onnx(cnn(), torch.randn(1, 3, 8, 8), tmp_path / "m.onnx", dynamic_axes={"input": {7: "height"}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_of_torch_export(tmp_path: Path) -> None:
+    model = cnn().train()
+    assert export_program(model, torch.randn(2, 3, 8, 8), tmp_path / "m.pt2") < 1e-5
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    images = torch.randn(5, 3, 8, 8)
+    assert torch.allclose(program(images)[0], model.eval()(images), atol=1e-5)
+    with pytest.raises(ModelError, match="torch.export cannot export .*dynamic_batch=False"):
+        export_program(FixedBatch(), torch.randn(2, 3), tmp_path / "n.pt2")
+    assert [one.name for one in tmp_path.iterdir()] == ["m.pt2"]
+
+
+def test_openvino(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    model = cnn().eval()
+    images = torch.randn(2, 3, 8, 8)
+    assert export_openvino(model, images, tmp_path / "m.xml") < 1e-3
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["m.bin", "m.xml"]
+    found = torch.from_numpy(openvino.compile_model(str(tmp_path / "m.xml"), "CPU")([images.numpy()])[0])
+    assert torch.allclose(found, model(images), atol=0.05)
+
+
+def test_openvino_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(ConfigError, match="openvino is needed here and not installed"):
+        export_openvino(cnn(), torch.randn(1, 3, 8, 8), tmp_path / "m.xml")
