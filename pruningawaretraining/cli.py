@@ -127,16 +127,19 @@ def oneshot(
 def inspect(
     source: Annotated[str, typer.Argument(metavar="MODEL_OR_CONFIG", help="A model by name, or an experiment config.")],
     input_shape: Annotated[str | None, typer.Option(help="Shape of the example input, e.g. 1,3,224,224.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw which layers are coupled, as an SVG file.")] = None,
     debug: Debug = False,
 ) -> None:
     """Print a model's prunable groups, and the MACs and parameters of its layers."""
     with reported(debug):
-        from pruningawaretraining.experiment.inspection import groups_text, layers_table, load_inspected
+        from pruningawaretraining.experiment.inspection import groups_picture, groups_text, layers_table, load_inspected
         from pruningawaretraining.experiment.shipped import shipped_configs
 
         shape = None if input_shape is None else shape_of(input_shape)
         inspected = load_inspected(str(shipped_configs().get(source, source)), shape)
         typer.echo(groups_text(inspected))
+        if picture is not None:
+            picture.write_text(groups_picture(inspected), encoding="utf-8")
         Console().print(layers_table(inspected))
 
 

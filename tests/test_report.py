@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import report_fixture
 from rich.console import Console
 
 from pruningawaretraining.errors import CheckpointError
-from pruningawaretraining.report import Report, figures, svg, tables
+from pruningawaretraining.report import Report, coupling, figures, svg, tables
 from pruningawaretraining.report.html import duration, write_report
 from pruningawaretraining.report.run import Phase, Run, phases_of
 from pruningawaretraining.report.summary import arrow, group_table, percent, render, si
@@ -268,3 +270,50 @@ def test_snapshots_keep_the_ends_of_phases() -> None:
     chosen = figures.chosen_moments(epochs)
     assert len(chosen) == 8 and {0, 7, 17, 29} <= set(chosen)
     assert figures.chosen_moments(epochs[:1]) == [0] and figures.chosen_moments(epochs[:3]) == [0, 1, 2]
+
+
+# --- coupled layers ---------------------------------------------------------------------------------------------
+
+
+def test_lanes_do_not_overlap_and_are_shared() -> None:
+    found = coupling.lanes({"a": [0, 5], "b": [1, 3], "c": [6, 9], "d": [4, 8], "alone": [2]})
+    assert found == {"a": 0, "b": 1, "d": 1, "c": 0}
+
+
+def test_the_picture_has_every_layer_and_a_lane_for_each_set_of_several() -> None:
+    layers, _ = report_fixture.layers_and_groups()
+    drawn = coupling.picture(layers)
+    assert drawn.count('<text class="row name"') == len(layers) == 12
+    assert drawn.count('class="lane') == 3 and drawn.count('class="knot r-') == 6
+    assert drawn.count('class="knot alone"') == 6
+    assert coupling.picture([{"name": "a", "set": None}]) == ""
+
+
+def test_a_resnet50_is_as_wide_as_a_small_network(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from pruningawaretraining.cli import app
+
+    path = tmp_path / "groups.svg"
+    arguments = ["inspect", "resnet50", "--input-shape", "1,3,64,64", "--picture", str(path)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    text = path.read_text()
+    tree = ElementTree.fromstring(text)
+    assert tree.get("viewBox") == "0 0 430 930" and text.count('class="lane') == 4
+    assert text.count('<text class="row name"') == 54
+    assert len(set(re.findall(r'class="knot r-\d" cx="([\d.]+)"', text))) == 1, "one lane serves all stages"
+
+
+def test_numbers_of_the_report_as_json_and_csv(tmp_path: Path) -> None:
+    folder = report_fixture.write_run(tmp_path / "run")
+    write_report(folder)
+    found = json.loads((folder / "report.json").read_text())
+    assert found["pruned"]["accuracy"] == 0.9861 and len(found["epochs"]) == 2 * report_fixture.EPOCHS
+    assert [link["holds"] for link in found["verification"]] == [True, True, True]
+    rows = list(csv.DictReader((folder / "layers.csv").open()))
+    layers, groups = report_fixture.layers_and_groups()
+    assert [(row["name"], int(row["kept_out"])) for row in rows] == [(one["name"], one["kept_out"]) for one in layers]
+    coupled = {row["source"]: row["dependencies"] for row in csv.DictReader((folder / "groups.csv").open())}
+    assert coupled == {one["source"]: " ".join(one["dependencies"]) for one in groups}
+    epochs = list(csv.DictReader((folder / "epochs.csv").open()))
+    assert len(epochs) == 2 * report_fixture.EPOCHS and float(epochs[-1]["macs"]) == found["epochs"][-1]["macs"]

@@ -20,6 +20,8 @@ from pruningawaretraining.version import __version__
 
 MOST_SETS, OPEN_SETS = 60, 4
 COLOURS = 8
+HOLDS = 0.01
+"""An accuracy holds when it is within so much of the best."""
 
 
 @dataclass(frozen=True)
@@ -148,18 +150,21 @@ def advice(runs: Sequence[Compared]) -> str:
     """Which of several runs their norms (and accuracies, where known) speak for, in a sentence; "" for one run."""
     if len(runs) < 2:
         return ""
-    apart = [one for one in runs if one.choice.separated]
-    if not apart:
+    known = {one.name: float(value) for one in runs if (value := reached(one.run)["accuracy"]) is not None}
+    best = max(known.values(), default=0.0)
+    good = [one for one in runs if known.get(one.name, best) >= best - HOLDS]
+    apart = [one for one in good if one.choice.separated]
+    if apart:
+        chosen = max(apart, key=lambda one: (one.choice.settled, one.choice.share))
+        text = f"its norms have fallen apart, with {100 * chosen.choice.share:.1f}% of the groups near zero"
+    elif len(good) < len(runs):
+        chosen = max(good, key=lambda one: (one.strength or 0.0, one.choice.share))
+        text = "the strongest whose accuracy holds; its norms have not fallen apart, those of stronger ones may"
+    else:
         return "In none of them have the norms fallen apart: try a stronger regulariser, or more epochs before pruning."
-    known = {one.name: value for one in apart if (value := reached(one.run)["accuracy"]) is not None}
-    best = max(known.values(), default=None)
-    good = [one for one in apart if best is None or known.get(one.name, 0.0) >= best - 0.005]
-    chosen = max(good, key=lambda one: (one.choice.settled, one.choice.share))
-    text = f"{chosen.name}: its norms have fallen apart, with {100 * chosen.choice.share:.1f}% of the groups near zero"
-    if best is None:
-        return f"{text}, more than in the others that have."
-    others = f" (the best of those that have is {100 * best:.2f}%)" if len(apart) > 1 else ""
-    return f"{text}, at {100 * known.get(chosen.name, 0.0):.2f}% accuracy{others}."
+    if chosen.name not in known:
+        return f"{chosen.name}: {text}."
+    return f"{chosen.name}: {text}. Accuracy {100 * known[chosen.name]:.2f}%, the best of all {100 * best:.2f}%."
 
 
 def _row(one: Compared, number: int) -> dict[str, Any]:

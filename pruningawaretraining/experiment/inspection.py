@@ -21,6 +21,7 @@ from pruningawaretraining.experiment.datasets import data_shape
 from pruningawaretraining.experiment.schema import ModelConfig, load_experiment
 from pruningawaretraining.inputs import from_shapes
 from pruningawaretraining.pruning import Pruning
+from pruningawaretraining.report import coupling
 from pruningawaretraining.report.summary import percent, si
 
 STARS = "*" * 13
@@ -97,6 +98,16 @@ def groups_text(inspected: Inspected) -> str:
     if skipped:
         lines += ["", "Left as they are:", *(f"{name}: {reason}" for name, reason in skipped.items())]
     return "\n".join(lines)
+
+
+def groups_picture(inspected: Inspected) -> str:
+    """Which layers are coupled, as an SVG file; see :mod:`pruningawaretraining.report.coupling`.
+
+    Raises:
+        ConfigError, ModelError: nothing can be pruned, or the model rejects the inputs.
+    """
+    pruner = Pruning(inspected.model, inspected.pruning, example_inputs=inspected.inputs)
+    return coupling.standalone(coupling.picture(pruner.report().layers))
 
 
 def layers_table(inspected: Inspected) -> Table:

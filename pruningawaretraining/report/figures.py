@@ -69,7 +69,7 @@ def _accuracy(run: Run, bands: Sequence[Band]) -> Figure | None:
     low, high = values[int(0.15 * len(values))], values[-1]
     air = max(0.12 * (high - low), 0.004)
     limits = (max(0.0, low - air), min(1.0, high + air))
-    note = "The first epochs lie below the axis." if values[0] < limits[0] else ""
+    note = "Some epochs lie below the axis." if values[0] < limits[0] else ""
 
     def text(value: float) -> str:
         return f"{100 * value:.3g}%"
