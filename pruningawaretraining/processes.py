@@ -194,6 +194,28 @@ def rewrapped(wrapped: nn.Module) -> nn.Module:
     return new
 
 
+def rewrap_in_place(wrapped: nn.Module) -> None:
+    """Make an outdated DistributedDataParallel anew where it is, for trainers that hold on to the wrapper itself.
+
+    Args:
+        wrapped: the wrapper, on every process; anything else, and one that is up to date, stays as it is.
+
+    Raises:
+        ModelError: its gradients are delayed.
+    """
+    inner = wrapped._orig_mod if hasattr(wrapped, "_orig_mod") else wrapped
+    if not isinstance(inner, DistributedDataParallel) or not outdated(inner):
+        return
+    if getattr(inner, "_delay_all_reduce_params", None):
+        raise ModelError("model: its gradients are delayed (delay_all_reduce_named_params). Allowed: wrap it by hand")
+    options, hooks = _options_of(inner), list(getattr(inner, "_comm_hooks", ()))
+    training, synchronises, module = inner.training, inner.require_backward_grad_sync, inner.module
+    DistributedDataParallel.__init__(inner, module, **options)
+    for hook, state in hooks:
+        inner.register_comm_hook(state, hook)
+    inner.training, inner.require_backward_grad_sync = training, synchronises
+
+
 def _options_of(wrapped: DistributedDataParallel) -> dict[str, Any]:
     """The options that a wrapper was made with, as far as this version of PyTorch has them."""
     found = {name: getattr(wrapped, name, default) for name, default in KEPT_OPTIONS.items()}

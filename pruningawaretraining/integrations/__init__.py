@@ -1,0 +1,1 @@
+"""A ``PruningCallback`` for each of Lightning, transformers' Trainer and Accelerate; see docs/integrations.md."""

@@ -1,0 +1,124 @@
+"""``PruningCallback`` for Lightning's Trainer, of the package ``lightning`` and of ``pytorch_lightning``."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.inputs import ForwardFn
+from pruningawaretraining.integrations.common import Attached, imported
+from pruningawaretraining.pruning import Pruning, Source
+
+PACKAGES = {"lightning": "lightning.pytorch.callbacks", "pytorch_lightning": "pytorch_lightning.callbacks"}
+
+
+def _bases() -> tuple[type, ...]:
+    """The Callback of every package that is installed: a trainer of either takes the callback."""
+    there = [module for name, module in PACKAGES.items() if importlib.util.find_spec(name) is not None]
+    found = [imported(module, "lightning").Callback for module in there or PACKAGES.values()]
+    return tuple(dict.fromkeys(found))
+
+
+_Callbacks: Any = type("_Callbacks", _bases(), {})
+
+
+class PruningCallback(_Callbacks):  # type: ignore[misc]
+    """Prunes the model of a LightningModule while it is fitted.
+
+    Checkpoints of the Trainer hold the pruner's state. To go on from one, name it here and in ``fit``::
+
+        trainer = Trainer(callbacks=[PruningCallback(config, resume_from=path), ...])
+        trainer.fit(module, ckpt_path=path)
+
+    Args:
+        config: as for :class:`~pruningawaretraining.Pruning`.
+        example_inputs: likewise; without them the first batch of the part that is pruned shows them.
+        part: name of the submodule that is pruned, such as "model"; "" for the LightningModule itself.
+        forward_fn, ema, teacher: as for ``Pruning``.
+        resume_from: a checkpoint of the Trainer.
+
+    Raises:
+        ConfigError: neither package is installed.
+        CheckpointError: the checkpoint cannot be read, or holds no pruner.
+    """
+
+    def __init__(
+        self,
+        config: Source,
+        example_inputs: Any = None,
+        part: str = "",
+        forward_fn: ForwardFn | None = None,
+        ema: nn.Module | list[nn.Module] | None = None,
+        teacher: nn.Module | None = None,
+        resume_from: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        state = None if resume_from is None else _state_in(resume_from, self.state_key)
+        self._attached = Attached(config, example_inputs, forward_fn, ema, teacher, state)
+        self._part = part
+
+    @property
+    def pruner(self) -> Pruning:
+        """The pruner, once ``fit`` has begun."""
+        return self._attached.pruner
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Make the pruner, before weights are loaded and the strategy wraps the model."""
+        if stage == "fit":
+            self._attached.make(pl_module.get_submodule(self._part))
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Take part in the optimizers' steps."""
+        for optimizer in trainer.optimizers:
+            self.pruner.attach(optimizer)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.pruner.on_train_begin()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.pruner.on_step_begin(batch_idx)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Before clipping: masked gradients are 0."""
+        self.pruner.on_before_optimizer_step()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Prune; checkpoints of the epoch are written after it."""
+        self._attached.epoch_ended(trainer.strategy.model, trainer.current_epoch)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.pruner.on_train_end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pruner's state, for the Trainer's checkpoints."""
+        return self.pruner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Weights have been loaded by now, so the state must have come before; see ``resume_from``.
+
+        Raises:
+            CheckpointError: the training is gone on with, and ``resume_from`` was not given.
+        """
+        if self._attached.state is None:
+            raise CheckpointError(
+                "callback: the checkpoint is of a pruned training. Allowed: PruningCallback(..., resume_from=ckpt_path)"
+            )
+
+
+def _state_in(path: str | Path, key: str) -> Mapping[str, Any]:
+    """The callback's state in a checkpoint of the Trainer."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found: Mapping[str, Any] = checkpoint["callbacks"][key]
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"resume_from: {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"resume_from: {str(path)!r} holds no {key}. Allowed: one of such a training") from error
+    return found

@@ -1,0 +1,84 @@
+"""``PruningCallback`` for the Trainer of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pruningawaretraining.inputs import ForwardFn
+from pruningawaretraining.integrations.common import Attached, imported, read_state, wrappers_of, write_state
+from pruningawaretraining.processes import rewrap_in_place
+from pruningawaretraining.pruning import Pruning, Source
+
+_TrainerCallback: Any = imported("transformers", "transformers").TrainerCallback
+
+
+class PruningCallback(_TrainerCallback):  # type: ignore[misc]
+    """Prunes the model of a Trainer while it trains.
+
+    The pruner's state is written into every checkpoint. To go on from one, name it here and in ``train``::
+
+        trainer = Trainer(..., callbacks=[PruningCallback(config, inputs, resume_from=folder)])
+        trainer.train(resume_from_checkpoint=folder)
+
+    Args:
+        config: as for :class:`~pruningawaretraining.Pruning`.
+        example_inputs: likewise, usually a dict of keyword inputs.
+        forward_fn, ema, teacher: as for ``Pruning``.
+        resume_from: a checkpoint's folder.
+
+    Raises:
+        ConfigError: transformers is not installed.
+        CheckpointError: the folder holds no state of a pruner.
+    """
+
+    def __init__(
+        self,
+        config: Source,
+        example_inputs: Any = None,
+        forward_fn: ForwardFn | None = None,
+        ema: nn.Module | list[nn.Module] | None = None,
+        teacher: nn.Module | None = None,
+        resume_from: str | Path | None = None,
+    ) -> None:
+        state = None if resume_from is None else read_state(resume_from)
+        self._attached = Attached(config, example_inputs, forward_fn, ema, teacher, state)
+        self._wrapped: nn.Module | None = None
+
+    @property
+    def pruner(self) -> Pruning:
+        """The pruner, once the Trainer has been made."""
+        return self._attached.pruner
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Make the pruner, before the Trainer makes its optimizer and loads weights."""
+        if model is not None:
+            self._attached.make(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._attached.make(model)
+        optimizer = kwargs.get("optimizer")
+        if optimizer is not None:
+            self.pruner.attach(optimizer)
+        self.pruner.on_train_begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.pruner.on_step_begin(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.pruner.on_before_optimizer_step()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Prune; a checkpoint of the epoch is written after it."""
+        self.pruner.prune(None, max(0, round(state.epoch) - 1))
+        for wrapped in wrappers_of(self.pruner.model):
+            rewrap_in_place(wrapped)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Add the pruner's state to the checkpoint that the Trainer has just written."""
+        write_state(self.pruner, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.pruner.on_train_end()
