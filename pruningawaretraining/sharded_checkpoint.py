@@ -28,11 +28,11 @@ def save_sharded(folder: str | Path, model: nn.Module, optimizer: torch.optim.Op
         folder: a new folder that all processes see.
         model, optimizer, pruner: of the training.
     """
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     reshard(model)
     with pruner.paused():
-        checkpoint.save(_states(model, optimizer), checkpoint_id=str(folder))
+        save(_states(model, optimizer), checkpoint_id=str(folder))
     state = pruner.state_dict()
     if rank() == 0:
         write_atomically(Path(folder) / PRUNER, lambda path: torch.save(state, path))
@@ -59,12 +59,12 @@ def load_sharded(folder: str | Path, model: nn.Module, optimizer: torch.optim.Op
         folder: of :func:`save_sharded`.
         model, optimizer, pruner: freshly made; the pruner has its state already.
     """
-    from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     with pruner.paused():
         states = _states(model, optimizer)
-        checkpoint.load(states, checkpoint_id=str(folder))
+        load(states, checkpoint_id=str(folder))
         set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
 
 
