@@ -262,6 +262,8 @@ def test_advice_takes_the_accuracy_into_account() -> None:
     assert compare.advice(runs).startswith("middle: ")
     collapsed = compare.advice([runs[0], runs[2]])
     assert collapsed.startswith("weak: the strongest whose accuracy holds"), "an accuracy that is lost is no advice"
+    other = compare.compared("other", Run({"data": {"name": "cifar"}}, norms=runs[0].run.norms))
+    assert compare.advice([*runs, other]) == "", "other data: nothing to choose between"
     assert compare.advice(runs[:1]) == "" and "In none" in compare.advice([runs[2], runs[2]])
 
 

@@ -147,8 +147,11 @@ def page(runs: Sequence[Compared], title: str) -> dict[str, Any]:
 
 
 def advice(runs: Sequence[Compared]) -> str:
-    """Which of several runs their norms (and accuracies, where known) speak for, in a sentence; "" for one run."""
-    if len(runs) < 2:
+    """Which of several runs their norms (and accuracies, where known) speak for, in a sentence.
+
+    Nothing is said of a single run, nor of runs of different models or data.
+    """
+    if len(runs) < 2 or len({_subject(one.run) for one in runs}) > 1:
         return ""
     known = {one.name: float(value) for one in runs if (value := reached(one.run)["accuracy"]) is not None}
     best = max(known.values(), default=0.0)
@@ -165,6 +168,14 @@ def advice(runs: Sequence[Compared]) -> str:
     if chosen.name not in known:
         return f"{chosen.name}: {text}."
     return f"{chosen.name}: {text}. Accuracy {100 * known[chosen.name]:.2f}%, the best of all {100 * best:.2f}%."
+
+
+def _subject(run: Run) -> str:
+    """What was trained on what; "" where nothing was recorded."""
+    config = run.summary.get("config")
+    model = config.get("model") if isinstance(config, Mapping) else None
+    data = (run.summary.get("data") or {}).get("name")
+    return json.dumps([model, data], sort_keys=True) if model or data else ""
 
 
 def _row(one: Compared, number: int) -> dict[str, Any]:

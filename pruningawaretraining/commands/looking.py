@@ -43,6 +43,7 @@ def analyze(
     with reported(debug):
         from pruningawaretraining.analysis.compare import write_comparison
         from pruningawaretraining.analysis.sources import load_sources
+        from pruningawaretraining.experiment.shipped import shipped_configs
 
         console = Console()
         shape = None if input_shape is None else shape_of(input_shape)
@@ -50,7 +51,8 @@ def analyze(
         def shown(paths: Sequence[Path]) -> Any:
             return track(paths, "reading checkpoints", console=console, disable=not console.is_terminal)
 
-        runs = load_sources(sources, model, shape, out, shown)
+        named = None if model is None else str(shipped_configs().get(model, model))
+        runs = load_sources(sources, named, shape, out, shown)
         paths = write_comparison(runs, out, " / ".join(one.name for one in runs))
         _print_choices(runs, console)
         console.print(", ".join(str(path) for path in paths), highlight=False, soft_wrap=True)
