@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pruningawaretraining import Pruning
 from pruningawaretraining.errors import PruningError
-from pruningawaretraining.processes import rank, world
+from pruningawaretraining.processes import rank, rewrap_in_place, world
 from pruningawaretraining.proximal import PruneOptimizer
 
 BATCH, EPOCHS, STEPS = 16, 4, 2
@@ -62,7 +62,7 @@ def wrap(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, bucket_cap_mb=1, gradient_as_bucket_view=True) if world() > 1 else model
 
 
-def pruned(rule: dict[str, Any], calibrated: bool = False) -> dict[str, Any]:
+def pruned(rule: dict[str, Any], calibrated: bool = False, in_place: bool = False) -> dict[str, Any]:
     """A training with masks, and with a removal where there are channels."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -74,7 +74,10 @@ def pruned(rule: dict[str, Any], calibrated: bool = False) -> dict[str, Any]:
         for number in range(STEPS):
             step(wrapped, optimizer, epoch * STEPS + number)
         pruner.prune(wrapped, epoch)
-        wrapped = pruner.rewrap(wrapped)
+        if in_place:
+            rewrap_in_place(wrapped)
+        else:
+            wrapped = pruner.rewrap(wrapped)
     return {"masks": pruner.masks, "model": model.state_dict(), "phase": pruner.phase}
 
 
@@ -98,7 +101,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     try:
         if "proximal" in case:
             return proximal(case["proximal"])
-        return pruned(case["rule"], case.get("calibrated", False))
+        return pruned(case["rule"], case.get("calibrated", False), case.get("in_place", False))
     except PruningError as error:
         return {"refused": f"{type(error).__name__}: {error}"}
 

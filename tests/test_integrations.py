@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -125,3 +127,18 @@ def test_a_package_that_is_not_there_is_named_with_its_extra(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=rf"{name} is not installed.*pruningawaretraining\[{name}\]"):
         imported(name, name)
+
+
+@pytest.mark.slow
+def test_an_accelerate_run_of_one_process_goes_on_with_two(tmp_path):
+    """The checkpoint has lost channels: the wrapper that accelerate made before is made anew."""
+    module = example("accelerate_digits")
+    module.main(["--out", str(tmp_path), "--batch-size", "64", "--epochs", "5"])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = [str(EXAMPLES / "accelerate_digits.py"), "--out", str(tmp_path), "--resume", "--epochs", "7"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(
+        [sys.executable, *launcher, *script], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "of the MACs" in done.stdout

@@ -37,6 +37,7 @@ SAME: dict[str, dict[str, Any]] = {
             "final_sparsity": 0.7,
         }
     },
+    "channel, wrapper kept": {"rule": {**PATTERNS["channel"], **SCHEDULE}, "in_place": True},
     "channel, variance": {"rule": {**PATTERNS["channel"], **SCHEDULE, "criterion": "variance"}},
     "slice": {"rule": {**PATTERNS["slice"], **SCHEDULE, "criterion": "magnitude"}},
     "2:4": {"rule": {**PATTERNS["2:4"], **SCHEDULE, "criterion": "weight"}},

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from pruningawaretraining.inputs import ForwardFn
-from pruningawaretraining.integrations.common import Attached, imported, read_state, write_state
+from pruningawaretraining.integrations.common import Attached, imported, read_state, wrappers_of, write_state
 from pruningawaretraining.processes import rewrap_in_place
 from pruningawaretraining.pruning import Pruning, Source
 
@@ -58,5 +58,5 @@ class PruningCallback:
 
     def _load(self, models: list[nn.Module], input_dir: str) -> None:
         self.pruner.load_state_dict(read_state(input_dir))
-        for model in models:
-            rewrap_in_place(model)
+        for wrapped in wrappers_of(self.pruner.model):
+            rewrap_in_place(wrapped)

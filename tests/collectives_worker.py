@@ -1,0 +1,62 @@
+"""Run by test_collectives.py under torchrun: how many collectives a step and an event take."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fsdp_worker import network, shard
+from ranks_worker import batch, step
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from scaling import Meter
+
+from pruningawaretraining import Pruning
+from pruningawaretraining.registry import names
+
+PATTERNS = {"channel": {"target": {"macs": 0.6}}, "unstructured": {"target": {"sparsity": 0.5}}}
+
+
+def counted(rule: dict[str, Any], sharded: bool = False) -> list[int]:
+    """Collectives of ours in three steps, and in the event after them."""
+    model, meter = network(), Meter()
+    pruner = Pruning(model, {"rules": [{**rule, "start": 0, "end": 3}]}, example_inputs=batch(0)[0][:1])
+    if sharded:
+        shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    wrapped = model if sharded else DistributedDataParallel(model)
+    step(wrapped, optimizer, 0)
+    with meter.counting():
+        before = len(meter.calls)
+        for number in range(3):
+            step(wrapped, optimizer, number)
+        steps = [name for name, _ in meter.calls[before:] if name == "all_reduce" or not sharded]
+        done = len(meter.calls)
+        pruner.prune(model, 0)
+        return [len(steps), len(meter.calls) - done]
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    found: dict[str, Any] = {}
+    for criterion in names("criterion"):
+        for pattern, rule in PATTERNS.items():
+            if criterion == "mac_aware" and pattern != "channel":
+                continue
+            regularizer = {"regularizer": "growing_l2"} if pattern == "channel" else {}
+            rule = {"pattern": pattern, "criterion": criterion, **regularizer, **rule}
+            found[f"{criterion} {pattern}"] = counted(rule)
+    channel = PATTERNS["channel"]
+    found["sharded magnitude"] = counted({**channel}, sharded=True)
+    found["sharded growing_l2"] = counted({**channel, "regularizer": "growing_l2"}, sharded=True)
+    found["sharded taylor"] = counted({**channel, "criterion": "taylor"}, sharded=True)
+    torch.save(found, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""A step that does not prune takes no collective of ours; what a criterion shares goes in one flat all-reduce."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+LISTENING = ("variance", "variance_magnitude", "variance_next", "wanda")
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("counts")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    script = [str(TESTS / "collectives_worker.py"), str(folder)]
+    done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "0.pt", weights_only=True)
+
+
+def test_no_step_of_a_criterion_takes_a_collective(counts):
+    found = {name: steps for name, (steps, _) in counts.items() if not name.startswith("sharded")}
+    assert len(found) > 40 and set(found.values()) == {0}
+
+
+def test_an_event_takes_one_broadcast_and_one_all_reduce_of_what_each_has_heard(counts):
+    for name, (_, event) in counts.items():
+        if not name.startswith("sharded"):
+            assert event == (2 if name.split()[0] in LISTENING else 1), name
+
+
+def test_sharded_norms_and_gradient_scores_take_one_all_reduce_a_step(counts):
+    assert counts["sharded magnitude"][0] == 0
+    assert counts["sharded growing_l2"][0] == 3
+    assert counts["sharded taylor"][0] == 3
