@@ -177,6 +177,8 @@ def _run(
 
     experiment = experiment_of(config, data, out)
     console = Console()
+    if os.environ.get("RANK", "0") != "0":  # of several processes, the first logs
+        loggers = Loggers()
     board = experiment.folder() / "tensorboard" if loggers.tensorboard else None
     with tracked(loggers.wandb, experiment.name) as first, on_board(board, resume=resume) as second:
         watch = each_of(first, second)

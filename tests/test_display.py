@@ -84,6 +84,18 @@ def test_stale_events_go_unless_the_run_goes_on(tmp_path: Path) -> None:
         assert stale.exists() == resume
 
 
+def test_a_run_that_is_refused_leaves_its_events_alone(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "summary.json").write_text("{}")
+    events = tmp_path / "tensorboard" / "events.out.tfevents.1"
+    events.parent.mkdir()
+    events.touch()
+    config = tmp_path / "e.yaml"
+    config.write_text(yaml.safe_dump(tiny()))
+    result = CliRunner().invoke(app, ["run", str(config), "--out", str(tmp_path), "--tensorboard"])
+    assert result.exit_code == 2 and "holds a finished run" in result.stderr and events.exists()
+
+
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"--tensorboard: it is not installed.*\[tensorboard\]"), on_board(tmp_path):

@@ -62,21 +62,27 @@ def on_board(folder: Path | None, *, resume: bool = False) -> Iterator[Watch]:
     except ImportError as error:
         hint = "Allowed: pip install 'pruningawaretraining[tensorboard]'"
         raise ConfigError(f"--tensorboard: it is not installed. {hint}") from error
-    if not resume:
-        for stale in folder.glob("events.out.tfevents.*"):
-            stale.unlink()
-    writer = tensorboard.SummaryWriter(str(folder))
+    with contextlib.ExitStack() as opened:
+        writers: list[Any] = []
 
-    def watch(row: Mapping[str, Any]) -> None:
-        for key, value in row.items():
-            if key != "epoch" and isinstance(value, (int, float)):
-                writer.add_scalar(f"{key}/{row.get('model', 'model')}", value, int(row["epoch"]))
-        writer.flush()
+        def watch(row: Mapping[str, Any]) -> None:
+            if not writers:  # only now: a run that is refused leaves what is there alone
+                _clear(folder, resume)
+                writers.append(tensorboard.SummaryWriter(str(folder)))
+                opened.callback(writers[0].close)
+            for key, value in row.items():
+                if key != "epoch" and isinstance(value, (int, float)):
+                    writers[0].add_scalar(f"{key}/{row.get('model', 'model')}", value, int(row["epoch"]))
+            writers[0].flush()
 
-    try:
         yield watch
-    finally:
-        writer.close()
+
+
+def _clear(folder: Path, resume: bool) -> None:
+    """Take away the event files of an earlier run, unless it goes on."""
+    for stale in folder.glob("events.out.tfevents.*"):
+        if not resume:
+            stale.unlink()
 
 
 def each_of(*watches: Watch) -> Watch:
