@@ -2,6 +2,8 @@
 
     python benchmarks/make_docs.py
 
+Tables between ``<!-- result: NAME -->`` and ``<!-- end result -->`` in other pages are made anew too.
+
 Every file there holds what ``common.save`` wrote: a title, a note, the rows, and the command, machine and versions of
 the run. A benchmark without a result is listed as not run; a result without its script is shown all the same.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,10 +109,27 @@ def document(results: Sequence[Mapping[str, Any]], known: Mapping[str, str]) -> 
     return "\n".join(parts)
 
 
+EMBEDDED = re.compile(r"(<!-- result: (\w+) -->\n).*?(<!-- end result -->)", re.DOTALL)
+
+
+def embedded(text: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """A page with the tables of results between its marks made anew; a mark without a result stays empty."""
+    known = {str(one["name"]): one for one in results}
+
+    def fill(match: re.Match[str]) -> str:
+        one = known.get(match[2])
+        return match[1] + ("" if one is None else section(one).partition("\n\n")[2]) + match[3]
+
+    return EMBEDDED.sub(fill, text)
+
+
 def main() -> None:
-    """Write the page."""
+    """Write the page, and the tables in others."""
     TARGET.parent.mkdir(exist_ok=True)
     TARGET.write_text(document(read_results(HERE / "results"), scripts(HERE)), encoding="utf-8")
+    for page in sorted(TARGET.parent.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(embedded(text, read_results(HERE / "results")), encoding="utf-8")
     sys.stdout.write(f"wrote {TARGET.relative_to(HERE.parent)}\n")
 
 

@@ -103,15 +103,15 @@ def keys_of(model: type[BaseModel], beside: type[BaseModel] | None = None) -> st
         if beside is not None and name in beside.model_fields:
             continue
         if name in NAMED and model is Rule:
-            kind = "name" if name in ("schedule", "scope") else "name or `{type: name, ...options}`"
-            what = kind + (" or none" if name == "regularizer" else "")
+            kind = "name" if name in ("schedule", "scope", "allocation") else "name or `{type: name, ...options}`"
+            what = kind + (" or none" if name in ("regularizer", "allocation") else "")
         else:
             what = "any form of pruning config" if name == "pruning" else allowed(properties[name])
         rows.append((f"`{name}`", what, _default(field), str(field.description)))
     return table(("key", "allowed", "default", "meaning"), rows)
 
 
-NAMED = ("pattern", "criterion", "regularizer", "schedule", "scope")
+NAMED = ("pattern", "criterion", "regularizer", "schedule", "scope", "allocation")
 
 
 def _default(field: Any) -> str:
@@ -221,7 +221,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "forms": forms,
     **{
         kind: registered(kind)
-        for kind in ("pattern", "criterion", "normalizer", "mac_weighting", "schedule", "scope", "regularizer")
+        for kind in (
+            *("pattern", "criterion", "normalizer", "mac_weighting", "schedule", "scope", "regularizer", "allocation"),
+            "runtime",
+        )
     },
 }
 

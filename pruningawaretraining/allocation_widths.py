@@ -144,11 +144,13 @@ class WidthSearch:
         kept_S = self.start_S.clone()
         savings: dict[int, Tensor] = {}
         active: SetCost | None = None
-        with_goal = any(goal.cost is driver for goal in goals)
+        with_goal: bool | None = None  # a driver whose own goal holds from the start guides all the way
         while True:
             over = [goal for goal in goals if float(goal.cost.of_sets(kept_S.unsqueeze(0))[0]) > goal.budget]
             if not over:
                 return kept_S
+            if with_goal is None:
+                with_goal = any(goal.cost is driver for goal in over)
             if with_goal and not any(goal.cost is driver for goal in over):
                 driver, with_goal = None, False  # its own goal holds: from here on the others decide
             chosen, need = self._driver(over, kept_S, driver)

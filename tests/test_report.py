@@ -317,3 +317,13 @@ def test_numbers_of_the_report_as_json_and_csv(tmp_path: Path) -> None:
     assert coupled == {one["source"]: " ".join(one["dependencies"]) for one in groups}
     epochs = list(csv.DictReader((folder / "epochs.csv").open()))
     assert len(epochs) == 2 * report_fixture.EPOCHS and float(epochs[-1]["macs"]) == found["epochs"][-1]["macs"]
+
+
+def test_latency_that_was_predicted_and_measured(tmp_path: Path) -> None:
+    folder = report_fixture.write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    event = {"rule": "channels", "at": 7, "predicted_ms": 0.55, "measured_ms": 0.5, "dense_ms": 1.0, "budget_ms": 0.6}
+    summary["latency"]["events"] = [event]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = Page(write_report(folder).read_text()).text
+    assert all(one in text for one in ("predicted, ms", "0.550", "0.500", "+10.0%", "50.0%"))

@@ -144,7 +144,15 @@ def _latency(trained: Trained, model: nn.Module) -> dict[str, Any]:
     pair = {"dense": (trained.fresh_model(), images), "pruned": (model, images)}
     found = compare_latency(pair, runtime, spec.threads, spec.repeats, spec.warmup)
     common = {"runtime": spec.runtime, "threads": spec.threads, "batch": len(images), "ratio": found.ratios["pruned"]}
-    return {**common, **{name: one.to_dict() for name, one in found.latencies.items()}}
+    measured = {name: one.to_dict() for name, one in found.latencies.items()}
+    return {**common, **measured, "events": _latency_events(trained.pruner)}
+
+
+def _latency_events(pruner: Pruning) -> list[dict[str, Any]]:
+    """What was predicted and measured at the events of latency targets."""
+    if not any(rule.target.about_costs for rule in pruner.config.rules):
+        return []
+    return [{"rule": one.key, **event} for one in pruner.engine.rules for event in one.state.latencies]
 
 
 def _summary(
