@@ -17,18 +17,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from common import markdown, save
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from pruningawaretraining import Pruning
+from pruningawaretraining.experiment.models import digits_resnet
 
-RESULTS = Path(__file__).parent / "results" / "scaling.json"
 GROWING = {"regularizer": {"type": "growing_l2", "strength": 1e-3}}
 RULES: dict[str, dict[str, Any]] = {
     "no pruner": {},
@@ -38,6 +38,7 @@ RULES: dict[str, dict[str, Any]] = {
     "2:4, snip_momentum": {"pattern": "2:4", "criterion": "snip_momentum", "target": {"sparsity": 0.5}},
     "unstructured, weight": {"pattern": "unstructured", "criterion": "weight", "target": {"sparsity": 0.8}},
 }
+IN_FORWARD = ("no pruner", "channels, variance")  # what they cost is no part of the optimizer's step
 CALLS = (
     "all_reduce",
     "broadcast",
@@ -47,7 +48,7 @@ CALLS = (
     "reduce_scatter_tensor",
     "all_gather_into_tensor",
 )
-BATCH, STEPS = 8, 15
+BATCH, STEPS = 32, 25
 
 
 class Meter:
@@ -79,11 +80,8 @@ class Meter:
 
 
 def network() -> nn.Module:
-    from torchvision.models import resnet18
-
     torch.manual_seed(0)
-    model: nn.Module = resnet18(num_classes=10)
-    return model
+    return digits_resnet()
 
 
 def run(rule: dict[str, Any]) -> dict[str, Any]:
@@ -94,10 +92,10 @@ def run(rule: dict[str, Any]) -> dict[str, Any]:
     pruner = None
     if rule:
         config = {"rules": [{**rule, "start": 0, "end": 3}]}
-        pruner = Pruning(model, config, example_inputs=torch.randn(1, 3, 64, 64), optimizer=optimizer)
+        pruner = Pruning(model, config, example_inputs=torch.randn(1, 1, 8, 8), optimizer=optimizer)
     wrapped = DistributedDataParallel(model)
     generator, seconds = torch.Generator().manual_seed(rank), []
-    inputs, targets = torch.randn(BATCH, 3, 64, 64, generator=generator), torch.arange(BATCH) % 10
+    inputs, targets = torch.randn(BATCH, 1, 8, 8, generator=generator), torch.arange(BATCH) % 10
     with meter.counting():
         for _ in range(STEPS):
             began = time.perf_counter()
@@ -113,12 +111,12 @@ def run(rule: dict[str, Any]) -> dict[str, Any]:
     calls = meter.calls[len(in_steps) :]
     return {
         "processes": world,
-        "step": statistics.median(seconds[3:]),
-        "collectives_in_steps": len(in_steps),
-        "event": event,
-        "collectives_in_event": len(calls),
-        "bytes_in_event": sum(size for _, size in calls),
-        "gradient_bytes": sum(parameter.numel() * 4 for parameter in model.parameters()),
+        "ms a step": round(1e3 * statistics.median(seconds[5:]), 2),
+        "our collectives in all steps": len(in_steps),
+        "ms an event": round(1e3 * event, 1),
+        "our collectives in an event": len(calls),
+        "bytes in an event": sum(size for _, size in calls),
+        "bytes of gradients in a step": sum(parameter.numel() * 4 for parameter in model.parameters()),
     }
 
 
@@ -131,18 +129,57 @@ def worker() -> None:
         for name, rule in RULES.items():
             rows.setdefault(name, []).append(run(rule))
     if dist.get_rank() == 0:
-        best = [{"rule": name, **min(found, key=lambda one: float(one["step"]))} for name, found in rows.items()]
+        best = [{"rule": name, **min(found, key=lambda one: float(one["ms a step"]))} for name, found in rows.items()]
         print("ROWS " + json.dumps(best), flush=True)
     dist.destroy_process_group()
+
+
+def grown(width: int, depth: int, rule: dict[str, Any]) -> dict[str, Any]:
+    """One process: seconds of what a step adds, and of an event, for a stack of linear layers."""
+    layers: list[nn.Module] = [nn.Linear(64, width), nn.ReLU()]
+    for _ in range(depth):
+        layers += [nn.Linear(width, width), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(width, 8))
+    config = {"rules": [{**rule, "start": 0, "end": 3}]}
+    pruner = Pruning(model, config, example_inputs=torch.randn(1, 64))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    pruner.on_round()
+    pruner.on_gradients(1.0, None)
+    began = time.process_time()
+    pruner.prune(model, 0)
+    event, times = time.process_time() - began, []
+    for _ in range(5):
+        began = time.process_time()
+        pruner.on_round()
+        pruner.on_gradients(1.0, None)
+        pruner.on_stepped()
+        times.append(time.process_time() - began)
+    return {
+        "rule": next(name for name, one in RULES.items() if one == rule),
+        "million parameters": round(sum(one.numel() for one in model.parameters()) / 1e6, 2),
+        "groups": sum(len(keep) for keep in pruner.masks.values()),
+        "CPU ms a step": round(1e3 * statistics.median(times), 2),
+        "CPU ms an event": round(1e3 * event, 1),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--grow", action="store_true", help="cost against parameters and groups instead, one process")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker()
+        return
+    if args.grow:
+        torch.set_num_threads(1)
+        sizes = [(512, 4), (1024, 4), (2048, 4), (512, 16), (512, 64)]
+        grow = [grown(*size, rule) for name, rule in RULES.items() if name not in IN_FORWARD for size in sizes]
+        note = "Stacks of linear layers, one thread, CPU seconds. A step is what masks, regulariser and statistics add."
+        save("scaling_growth", grow, "Cost against parameters and groups", note)
+        print(markdown(grow))
         return
     rows = []
     for processes in args.processes:
@@ -155,8 +192,14 @@ def main() -> None:
         rows += found
         for row in found:
             print(json.dumps(row), flush=True)
-    cores = os.cpu_count()
-    RESULTS.write_text(json.dumps({"torch": torch.__version__, "cores": cores, "rows": rows}, indent=1) + "\n")
+    save(
+        "scaling",
+        rows,
+        "Data-parallel steps: what pruning adds",
+        f"{digits_resnet().__class__.__name__} of the demo, batches of {BATCH} on each process, gloo, {os.cpu_count()} "
+        "cores: more processes than cores share them, and other work ran on the machine, so only differences of one "
+        "number of processes mean anything. The better of two runs; an event scores, decides and masks.",
+    )
 
 
 if __name__ == "__main__":

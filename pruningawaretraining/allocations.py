@@ -16,7 +16,6 @@ from pruningawaretraining.allocation import Allocator, Limits
 from pruningawaretraining.allocation_widths import Goal, WidthSearch
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.by_sets import KeptGroups, SetCost
-from pruningawaretraining.costs.latency_cost import LatencyCost
 from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.registry import register
 
@@ -71,20 +70,12 @@ class Task:
         removed_R = ~self.keep_D[share.groups_D]
         return Allocator(share.grouping, self.scores_R, share.limits(), scope or share.rule.scope, removed_R)
 
-    def search(self) -> WidthSearch:
-        """A search over the widths of the rule's sets."""
-        share = self.share
-        return WidthSearch(self.allocator(), self.scores_R, share.sets, share.groups_D, self.keep_D, self.set_ids_D)
-
     def check(self) -> None:
         """Refuse a goal that is out of reach, whatever the allocation.
 
         Raises:
             TargetError: the message names it, and what is reachable.
         """
-        if self.share.rule.allocation not in RANKED and any(isinstance(one.cost, LatencyCost) for one in self.goals):
-            self.search().check(self.goals)
-            return
         allocator = self.allocator()
         smallest = allocator.smallest()
         for goal in self.goals:
@@ -185,12 +176,13 @@ def _ranked(task: Task, allocator: Allocator) -> Tensor:
 
 
 def _weighed(task: Task, name: str) -> Tensor:
-    share = task.share
+    share, allocator = task.share, task.allocator()
     driver = next((goal.cost for goal in task.goals if goal.key.endswith(f".{name}")), None) or task.costs(name)
+    search = WidthSearch(allocator, task.scores_R, share.sets, share.groups_D, task.keep_D, task.set_ids_D)
     goals = list(task.goals)
     if task.at_least > 0:
         goals.append(_sparsity_goal(share, task))
-    return task.search().solve(goals, driver)
+    return search.solve(goals, driver)
 
 
 def _sparsity_goal(share: Share, task: Task) -> Goal:
