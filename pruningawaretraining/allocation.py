@@ -21,6 +21,7 @@ from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.registry import lookup, register
 
 Cost = Callable[[Tensor], float]
+UNEVEN_STEPS = 128
 SLACK = 1e-6  # of one group: keeps 0.07 * 100 from becoming 6
 
 
@@ -195,6 +196,17 @@ class Allocator:
             middle = (low + high) / 2
             low, high = (low, middle) if cost(self.at(middle)) <= budget else (middle, high)
         return self._give_back(self.at(high), cost, budget, at_least)
+
+    def to_uneven_cost(self, cost: Cost, budget: float, *, at_least: float = 0.0, key: str = "target") -> Tensor:
+        """:meth:`to_cost` for a cost that may rise where groups go, such as milliseconds at odd widths.
+
+        The mildest of evenly spaced sparsities that meets the budget is taken, and what fits is given back.
+        """
+        for step in range(UNEVEN_STEPS + 1):
+            keep_G = self.at(at_least + (1 - at_least) * step / UNEVEN_STEPS)
+            if cost(keep_G) <= budget:
+                return self._give_back(keep_G, cost, budget, at_least)
+        return self.to_cost(cost, budget, at_least=at_least, key=key)
 
     def _give_back(self, keep_G: Tensor, cost: Cost, budget: float, at_least: float) -> Tensor:
         """Return removed groups, the most important first, as long as the budget holds."""

@@ -16,6 +16,7 @@ from pruningawaretraining.allocation import Allocator, Limits
 from pruningawaretraining.allocation_widths import Goal, WidthSearch
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.by_sets import KeptGroups, SetCost
+from pruningawaretraining.costs.latency_cost import LatencyCost
 from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.registry import register
 
@@ -70,18 +71,27 @@ class Task:
         removed_R = ~self.keep_D[share.groups_D]
         return Allocator(share.grouping, self.scores_R, share.limits(), scope or share.rule.scope, removed_R)
 
+    def search(self) -> WidthSearch:
+        """A search over the widths of the rule's sets."""
+        share = self.share
+        return WidthSearch(self.allocator(), self.scores_R, share.sets, share.groups_D, self.keep_D, self.set_ids_D)
+
     def check(self) -> None:
         """Refuse a goal that is out of reach, whatever the allocation.
 
         Raises:
             TargetError: the message names it, and what is reachable.
         """
-        allocator = self.allocator()
+        if self.share.rule.allocation not in RANKED and any(isinstance(one.cost, LatencyCost) for one in self.goals):
+            self.search().check(self.goals)
+            return
+        allocator = self.allocator(RANKED.get(self.share.rule.allocation or "ranking"))
         smallest = allocator.smallest()
         for goal in self.goals:
             cost = SubCost(goal.cost, self.share.groups_D, self.keep_D)
             if cost(smallest) > goal.budget:
-                allocator.to_cost(cost, goal.budget, key=goal.key)
+                reach = allocator.to_uneven_cost if isinstance(goal.cost, LatencyCost) else allocator.to_cost
+                reach(cost, goal.budget, key=goal.key)
 
 
 class SubCost:
@@ -169,20 +179,22 @@ def _ranked(task: Task, allocator: Allocator) -> Tensor:
     if len(task.goals) == 1:
         goal = task.goals[0]
         cost = SubCost(goal.cost, share.groups_D, task.keep_D)
-        return allocator.to_cost(cost, goal.budget, at_least=task.at_least, key=goal.key)
+        reach = allocator.to_uneven_cost if isinstance(goal.cost, LatencyCost) else allocator.to_cost
+        return reach(cost, goal.budget, at_least=task.at_least, key=goal.key)
     task.check()
     cost = SubCost(AllOf(task.goals), share.groups_D, task.keep_D)
-    return allocator.to_cost(cost, 1.0, at_least=task.at_least, key=f"{share.key}.target")
+    uneven = any(isinstance(goal.cost, LatencyCost) for goal in task.goals)
+    reach = allocator.to_uneven_cost if uneven else allocator.to_cost
+    return reach(cost, 1.0, at_least=task.at_least, key=f"{share.key}.target")
 
 
 def _weighed(task: Task, name: str) -> Tensor:
-    share, allocator = task.share, task.allocator()
+    share = task.share
     driver = next((goal.cost for goal in task.goals if goal.key.endswith(f".{name}")), None) or task.costs(name)
-    search = WidthSearch(allocator, task.scores_R, share.sets, share.groups_D, task.keep_D, task.set_ids_D)
     goals = list(task.goals)
     if task.at_least > 0:
         goals.append(_sparsity_goal(share, task))
-    return search.solve(goals, driver)
+    return task.search().solve(goals, driver)
 
 
 def _sparsity_goal(share: Share, task: Task) -> Goal:

@@ -106,3 +106,17 @@ def test_an_unreachable_cost_says_what_is_reachable() -> None:
 def test_bad_scores_are_refused(scores: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="need 4 numbers without NaN"):
         Allocator(sets(4), scores)
+
+
+def test_a_cost_that_rises_where_groups_go_is_met_where_it_can_be() -> None:
+    allocator = Allocator(sets(8), torch.arange(8.0))
+
+    def uneven(keep_G: torch.Tensor) -> float:
+        kept = int(keep_G.sum())
+        return float(kept if kept % 4 == 0 else 10 + kept)
+
+    assert uneven(allocator.smallest()) == 11.0
+    assert int(allocator.to_uneven_cost(uneven, 5).sum()) == 4
+    assert int(allocator.to_uneven_cost(uneven, 9).sum()) == 8
+    with pytest.raises(TargetError, match="at least"):
+        allocator.to_uneven_cost(uneven, 3)
