@@ -319,7 +319,8 @@ class Pruning:
         for _, rule, layers in chosen:
             units |= _structure(rule).head_units(self.model, layers)
         multiples = {name: rule.multiple for _, rule, layers in chosen for name in layers}
-        found = removable_channels(self.model, self._inputs, union, self._forward_fn, multiples, units)
+        limit = self.config.trace_limit
+        found = removable_channels(self.model, self._inputs, union, self._forward_fn, multiples, units, limit)
         for name, reason in found.skipped.items():
             log.info("%s stays as it is: %s", name, reason)
         return ChannelPruner(self.model, found, chosen, self._inputs, self._forward_fn)

@@ -12,21 +12,26 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.grouping import Member
 from pruningawaretraining.inputs import ForwardFn, disagreement, outputs_of
+from pruningawaretraining.masking import Masks
 from pruningawaretraining.patterns.channel import ChannelGroups, find_channels
+from pruningawaretraining.patterns.dependency import TRACE_LIMIT
 from pruningawaretraining.patterns.head import is_of_heads
 from pruningawaretraining.quantization import resting
 from pruningawaretraining.removal import remove
 
 log = logging.getLogger(__name__)
 
+
+MISREAD = "removed, some of it would leave another model than masked: an operation that is not understood"
 
 Left = Callable[[int, int], int]
 """(number of a set, its size) -> how many of its groups stay."""
@@ -42,20 +47,28 @@ def _a_part(number: int, size: int) -> int:
 
 
 @contextmanager
-def _masked(grouping: Grouping, keep_G: Tensor) -> Iterator[None]:
-    """Weights of the groups that go are zero inside the block."""
-    changed: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad():
-        for member, keep_W in grouping.without_role("buffer").expand(keep_G.float(), outside=1.0):
-            if bool((keep_W == 0).any()):
-                changed.append((member.parameter, member.parameter.detach().clone()))
-                member.parameter.mul_(keep_W.to(member.parameter.device, member.parameter.dtype))
+def _masked(model: nn.Module, found: ChannelGroups, keep_G: Tensor) -> Iterator[None]:
+    """The groups that go are masked inside the block."""
+    saved = {
+        id(member.parameter): (member.parameter, member.parameter.detach().clone()) for member in _losing(found, keep_G)
+    }
+    masks = Masks(model, found.grouping, found.norms)
+    masks.set(keep_G)
     try:
         yield
     finally:
+        masks.clear()
         with torch.no_grad():
-            for tensor, values in reversed(changed):
+            for tensor, values in saved.values():
                 tensor.copy_(values)
+
+
+def _losing(found: ChannelGroups, keep_G: Tensor) -> Iterator[Member]:
+    """The tensors that masks would change."""
+    keep_G1 = torch.cat([keep_G, torch.ones(1, dtype=torch.bool)])
+    for member in found.grouping.without_role("buffer").members:
+        if member.slots is not None and not bool(keep_G1[member.slots.cpu()].all()):
+            yield member
 
 
 class _Rehearsal:
@@ -72,18 +85,13 @@ class _Rehearsal:
         self.reasons: dict[int, str] = {}
 
     def problem(self, numbers: Sequence[int]) -> str:
-        """Why the model does not run when each of these sets has lost a channel, or about half; "" if it does."""
-        return (
-            self._without(numbers, _all_but_one)
-            or self._without(numbers, _a_part)
-            or self._misread([number for number in numbers if is_of_heads(self.found.grouping.sets[number])])
-        )
-
-    def _without(self, numbers: Sequence[int], left: Left) -> str:
-        """The problem when each set has lost its first channels, down to so many or the next multiple below."""
-        keep_G = self._keep(numbers, left)
-        outputs = [] if bool(keep_G.all()) else self._outputs_without(keep_G)
-        return outputs if isinstance(outputs, str) else ""
+        """Why the model cannot do without a channel of each of these sets, or about half of them; "" if it can."""
+        outputs = self._outputs_without(self._keep(numbers, _all_but_one))
+        if isinstance(outputs, str):
+            return outputs
+        keep_G = self._keep(numbers, _a_part)
+        outputs = self._outputs_without(keep_G)
+        return outputs if isinstance(outputs, str) else self._misread(keep_G, outputs)
 
     def _keep(self, numbers: Sequence[int], left: Left) -> Tensor:
         keep_G = torch.ones(self.found.grouping.size, dtype=torch.bool)
@@ -96,30 +104,37 @@ class _Rehearsal:
 
     def _outputs_without(self, keep_G: Tensor) -> list[Tensor] | str:
         """What the model computes without some groups, or why it does not run."""
+        if bool(keep_G.all()):
+            return []
         try:
             surgery = remove(self.model, self.found, keep_G)
         except ModelError as error:  # a layer would lose all: it reads but a part of what it is coupled to
             return str(error)
         try:
-            with resting(self.model):
-                return outputs_of(self.model, self.inputs, self.forward_fn)
+            return self._outputs()
         except ModelError as error:
             lines = str(error.__cause__ or error).strip().splitlines()
             return lines[0] if lines else type(error.__cause__ or error).__name__
         finally:
             surgery.undo()
 
-    def _misread(self, numbers: Sequence[int]) -> str:
-        """Why heads are not where they are thought to be: removed, they leave another model than masked; "" if not."""
-        keep_G = self._keep(numbers, _a_part)
-        if bool(keep_G.all()):
+    def _misread(self, keep_G: Tensor, removed: list[Tensor]) -> str:
+        """Why groups are not what they are thought to be: removed, they leave another model than masked; "" if not."""
+        if not self.compares or bool(keep_G.all()):
             return ""
-        removed = self._outputs_without(keep_G)
-        if isinstance(removed, str):
-            return removed
-        with _masked(self.found.grouping, keep_G), resting(self.model):
-            masked = outputs_of(self.model, self.inputs, self.forward_fn)
-        return "its heads are laid out in a way that is not understood" if disagreement(masked, removed) else ""
+        with _masked(self.model, self.found, keep_G):
+            masked = self._outputs()
+        return MISREAD if disagreement(masked, removed) else ""
+
+    def _outputs(self) -> list[Tensor]:
+        with resting(self.model):
+            return outputs_of(self.model, self.inputs, self.forward_fn)
+
+    @cached_property
+    def compares(self) -> bool:
+        """Whether outputs tell anything: they have values, and the same when the model runs twice."""
+        outputs = self._outputs()
+        return not any(one.is_meta for one in outputs) and disagreement(outputs, self._outputs()) == 0
 
     def able(self, numbers: Sequence[int]) -> list[int]:
         """The sets that can lose channels, together: halves are tried until the others are found."""
@@ -149,6 +164,7 @@ def removable_channels(
     forward_fn: ForwardFn | None = None,
     multiples: Mapping[str, int] | None = None,
     units: Mapping[str, str] | None = None,
+    limit: float = TRACE_LIMIT,
 ) -> ChannelGroups:
     """The channels whose removal the model survives; each set that is left out is a warning with the reason.
 
@@ -157,19 +173,16 @@ def removable_channels(
         inputs, forward_fn: how to run it.
         chosen: the layers that may lose output channels.
         multiples: set -> what the number of its channels stays a multiple of.
-        units: see :func:`pruningawaretraining.patterns.channel.find_channels`.
+        units, limit: see :func:`pruningawaretraining.patterns.channel.find_channels`.
 
     Raises:
         ModelError: the inputs are rejected, or nothing can be removed.
     """
-    found = find_channels(model, inputs, chosen, forward_fn, units)
+    found = find_channels(model, inputs, chosen, forward_fn, units, limit)
     rehearsal = _Rehearsal(model, found, inputs, forward_fn, multiples or {})
     if len(rehearsal.able(range(len(found.grouping.sets)))) == len(found.grouping.sets):
         return found
-    reasons = {
-        number: f"without some of its {_kind(found, number)} the model does not run ({reason})"
-        for number, reason in sorted(rehearsal.reasons.items())
-    }
+    reasons = {number: _why(found, number, reason) for number, reason in sorted(rehearsal.reasons.items())}
     left = found.without(reasons)
     for number, reason in reasons.items():
         log.warning("%s stays as it is: %s", found.grouping.sets[number].name, reason)
@@ -179,5 +192,8 @@ def removable_channels(
     return left
 
 
-def _kind(found: ChannelGroups, number: int) -> str:
-    return "heads" if is_of_heads(found.grouping.sets[number]) else "channels"
+def _why(found: ChannelGroups, number: int, reason: str) -> str:
+    if reason == MISREAD:
+        return reason
+    kind = "heads" if is_of_heads(found.grouping.sets[number]) else "channels"
+    return f"without some of its {kind} the model does not run ({reason})"

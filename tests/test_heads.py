@@ -246,7 +246,7 @@ def test_heads_in_another_order_are_left_out_by_name(caplog: pytest.LogCaptureFi
     torch.manual_seed(0)
     model, inputs = nn.Sequential(Misread(), nn.Linear(16, 3)), torch.randn(2, 5, 16)
     before = outputs_of(model, inputs)
-    with pytest.raises(ModelError, match="0: .*laid out in a way that is not understood"):
+    with pytest.raises(ModelError, match="0: removed, some of it would leave another model than masked"):
         pruner_of(model, inputs)
     assert largest_difference(before, outputs_of(model, inputs)) == 0.0
 

@@ -399,26 +399,37 @@ def test_bad_models_and_inputs_are_refused_by_name() -> None:
         Pruning(net(), {"rules": [rules(target={"macs": 0.9})["rules"][0]] * 2}, example_inputs=X[:1])
 
 
+class Ranks(nn.Module):
+    """Weighs each channel by its number, from some day on: removing one renumbers the others."""
+
+    def __init__(self, weighs: bool) -> None:
+        super().__init__()
+        self.weighs, self.a, self.b = weighs, nn.Conv2d(3, 8, 1), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x).mean((2, 3))
+        return self.b(x * torch.arange(x.shape[1]) if self.weighs else x)
+
+
 def test_a_removal_that_would_change_the_outputs_is_undone() -> None:
-    class Ranks(nn.Module):
-        """Weighs each channel by its number: removing one renumbers the others."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Linear(8, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.a(x).mean((2, 3))
-            return self.b(x * torch.arange(x.shape[1]))
-
-    model = Ranks()
+    model = Ranks(weighs=False)
     pruner = Pruning(model, rules(target={"sparsity": 0.5}, end=1), example_inputs=X[:1])
+    model.weighs = True
     pruner.prune(model, 0)
     masked = outputs_of(model, X)[0]
     with pytest.raises(ValueError, match="removal: the removed model's outputs differ"):
         pruner.remove()
     assert model.a.out_channels == 8
     assert torch.equal(outputs_of(model, X)[0], masked)
+
+
+def test_layers_whose_removal_would_change_the_outputs_are_left_out_by_name() -> None:
+    model = Ranks(weighs=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="a: removed, some of it would leave another model than masked"):
+        Pruning(model, rules(target={"sparsity": 0.5}), example_inputs=X[:1])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model.a._forward_hooks and not model.a.weight._backward_hooks
 
 
 def test_several_rules_share_one_model() -> None:

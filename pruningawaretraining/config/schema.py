@@ -240,6 +240,10 @@ class PruningConfig(Strict):
     reset_optimizer: bool = Field(
         False, description="Clear the optimizer's state after removal; otherwise it is kept and sliced."
     )
+    trace_limit: Positive = Field(
+        60.0,
+        description="Seconds that the search for coupled channels may take; layers that are not done by then stay.",
+    )
     distillation: Distillation | None = Field(
         None, description="Let a teacher take part in the loss: 'pruner.distill_loss(outputs, inputs)' in the loop."
     )

@@ -8,14 +8,16 @@ outputs), so ``kept = dense * out / out0 * in / in0`` is exact after removal, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.inputs import ForwardFn, checked_call, evaluating
@@ -42,21 +44,61 @@ def macs_per_layer(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn 
     Args and raises: as :func:`count_macs`.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    counter = FlopCounterMode(display=False)
+    counter = _Counter()
+    named = dict.fromkeys((name for name, _ in model.named_modules()), 0)
     try:
         # The fast path of attention is one operation that the counter does not know.
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), evaluating(model), counter:
+        with torch.no_grad(), evaluating(model), counter, _counted_by_module(model, counter, named):
             checked_call(model, example_inputs, forward_fn)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    counts = {name: sum(per_op.values()) // 2 for name, per_op in counter.get_flop_counts().items()}
-    root = type(model).__name__
-    named = {"": counts.get("Global", 0)}
-    for name, _ in model.named_modules():
-        if name:
-            named[name] = counts.get(f"{root}.{name}", 0)
-    return named
+    return {**named, "": counter.flops // 2}
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up what torch's own formulas say of every operation; it looks at operations alone, not at modules."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None:  # perhaps it is made of others
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        result = func(*args, **kwargs)
+        if formula is not None:
+            self.flops += int(formula(*args, **kwargs, out_val=result))
+        return result
+
+
+@contextmanager
+def _counted_by_module(model: nn.Module, counter: _Counter, named: dict[str, int]) -> Iterator[None]:
+    """Add what each module computes, its children included, to ``named``; a function may call them in any order."""
+    before: dict[str, list[int]] = {name: [] for name in named}
+
+    def begin(name: str, *_: Any) -> None:
+        before[name].append(counter.flops)
+
+    def end(name: str, *_: Any) -> None:
+        named[name] += (counter.flops - before[name].pop()) // 2
+
+    handles = []
+    for name, module in model.named_modules():
+        handles += [
+            module.register_forward_pre_hook(partial(begin, name)),
+            module.register_forward_hook(partial(end, name)),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True, eq=False)

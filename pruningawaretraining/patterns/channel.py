@@ -21,7 +21,7 @@ from pruningawaretraining.grouping import Grouping, GroupSet, Member, concat
 from pruningawaretraining.inputs import ForwardFn
 from pruningawaretraining.kept_norms import is_foreign_rms_norm
 from pruningawaretraining.patterns.attention import is_transposed_linear
-from pruningawaretraining.patterns.dependency import DependencyMap, Space, trace
+from pruningawaretraining.patterns.dependency import TRACE_LIMIT, DependencyMap, Space, trace
 from pruningawaretraining.patterns.head import Heads, chosen_heads, find_heads, is_of_heads
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.quantization import is_converted, resting
@@ -205,6 +205,7 @@ def find_channels(
     chosen: set[str],
     forward_fn: ForwardFn | None = None,
     units: Mapping[str, str] | None = None,
+    limit: float = TRACE_LIMIT,
 ) -> ChannelGroups:
     """Trace a model and group its channels and heads.
 
@@ -214,6 +215,7 @@ def find_channels(
         chosen: the layers that may lose output channels; without any the model is not traced.
         units: attention blocks that may lose heads -> what goes together there, see
             :class:`pruningawaretraining.patterns.head.Head`.
+        limit: seconds that the search for coupled channels may take; what is not finished then is left out.
 
     Raises:
         ModelError: the inputs are rejected, or nothing can be pruned.
@@ -222,7 +224,7 @@ def find_channels(
     found = ChannelGroups(Grouping("channel", (), ()))
     if chosen - units.keys() or not units:
         with resting(model):
-            dependencies = trace(model, inputs, forward_fn)
+            dependencies = trace(model, inputs, forward_fn, limit)
         found = channel_groups(model, dependencies, chosen)
     if units:
         found = found.beside(*find_heads(model, units))
@@ -398,7 +400,7 @@ def _members(space: Space, groups: Tensor, total: int) -> list[Member]:
         return _input_members(space, owner, groups, total, transposed)
     if is_producer(owner):
         dim = 1 if transposed and space.side == "out" else 0
-        return _along(space, groups, total, {"weight": (dim, "out"), "bias": (0, "bias")})
+        return _along(space, groups, total, {"weight": (dim, "out"), "bias": (0, "bias"), **_extra(owner, len(groups))})
     if isinstance(owner, nn.Embedding):
         return _along(space, groups, total, {"weight": (1, "out")})
     if isinstance(owner, nn.PReLU):
@@ -425,3 +427,9 @@ def _along(space: Space, groups: Tensor, total: int, tensors: dict[str, tuple[in
         if isinstance(tensor, Tensor):
             members.append(Member.along(f"{space.name}.{attribute}", tensor, dim, groups, total, role))
     return members
+
+
+def _extra(layer: nn.Module, outputs: int) -> dict[str, tuple[int, str]]:
+    """Parameters of a layer's own kind with one entry for each output, such as the gains of scaled convolutions."""
+    own = {name: one for name, one in layer._parameters.items() if name not in ("weight", "bias") and one is not None}
+    return {name: (0, "raw") for name, one in own.items() if one.dim() and one.numel() == one.shape[0] == outputs}

@@ -9,6 +9,7 @@ twice, and an index mapping that disagrees with a layer's width is noticed inste
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from torch_pruning import ops
 from torch_pruning.dependency import index_mapping as mappings
+from torch_pruning.dependency import shape_infer
 
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.inputs import ForwardFn, checked_call, differentiable, evaluating, float_tensors_of
@@ -48,6 +50,9 @@ MIXING_OPERATIONS = {
     "sort": "a sort",
     "fft": "a Fourier transform",
 }
+TRACE_LIMIT = 60.0
+"""Seconds."""
+
 UNSUPPORTED_TYPES = {
     ops.OPTYPE.MHA: "multi-head attention (prune it by heads)",
     ops.OPTYPE.LSTM: "a recurrent layer",
@@ -94,7 +99,9 @@ class DependencyMap:
     blocked: dict[int, str]
 
 
-def trace(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> DependencyMap:
+def trace(
+    model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None, limit: float = TRACE_LIMIT
+) -> DependencyMap:
     """Trace a model and find its coupled channels.
 
     The model's parameters, modes, gradients and hooks are left as they were.
@@ -103,17 +110,20 @@ def trace(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) ->
         model: the model, on any device.
         inputs: example inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
         forward_fn: see :func:`pruningawaretraining.inputs.call`.
+        limit: seconds that it may take; channels that are not followed to their end by then are blocked.
 
     Raises:
         ModelError: the model rejects the inputs, or Torch-Pruning cannot trace it.
     """
+    deadline = _Deadline(limit)
     graph = _build_graph(model, inputs, forward_fn)
-    closure = _Closure(graph, {module: name for name, module in model.named_modules()})
+    problems = graph.map_indices(deadline)
+    closure = _Closure(graph, {module: name for name, module in model.named_modules()}, problems, deadline)
     closure.run()
     return closure.result()
 
 
-def _build_graph(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> tp.DependencyGraph:
+def _build_graph(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> _Graph:
     mode = mode_to_trace(model, inputs, forward_fn)
 
     def forward(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
@@ -127,7 +137,8 @@ def _build_graph(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) ->
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.enable_grad(), evaluating(model), differentiable(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return tp.DependencyGraph().build_dependency(
+            graph = _Graph()
+            graph.build_dependency(
                 model,
                 inputs,
                 forward_fn=forward,
@@ -140,6 +151,7 @@ def _build_graph(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) ->
                 ignored_params=[],
                 verbose=False,
             )
+            return graph
     except ModelError:
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
@@ -148,6 +160,46 @@ def _build_graph(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) ->
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+class _Deadline:
+    """A time by which the graph has to be done."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.end = limit, time.monotonic() + limit
+
+    @property
+    def passed(self) -> bool:
+        return time.monotonic() > self.end
+
+    @property
+    def reason(self) -> str:
+        return f"a part of the graph that was not done within {self.limit:g} s (trace_limit)"
+
+
+class _Graph(tp.DependencyGraph):  # type: ignore[misc]
+    """Torch-Pruning's graph, whose index mappings are made node by node: one that fails blocks its own channels."""
+
+    def _build_dependency(self, module2node: dict[Any, Any]) -> None:
+        super()._build_dependency(module2node)
+        self.nodes = module2node
+        self.module2node: dict[Any, Any] = {}  # nothing for it to go through now; see map_indices
+
+    def map_indices(self, deadline: _Deadline) -> dict[Any, str]:
+        """Make the mappings of concatenations, splits and reshapes; node -> why it has none."""
+        problems: dict[Any, str] = {}
+        for step in (shape_infer.init_shape_information, mappings.update_index_mapping):
+            for module, node in self.nodes.items():
+                if deadline.passed:
+                    problems.setdefault(node, deadline.reason)
+                    continue
+                self.module2node = {module: node}
+                try:
+                    step(self)
+                except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+                    problems.setdefault(node, f"an operation whose channels are not understood ({error})")
+        self.module2node = self.nodes
+        return problems
 
 
 class _TransposedLinearPruner(tp.BasePruningFunc):  # type: ignore[misc]
@@ -169,9 +221,11 @@ class _TransposedLinearPruner(tp.BasePruningFunc):  # type: ignore[misc]
 class _Closure:
     """Follows every dependency once and unites the channels that it couples."""
 
-    def __init__(self, graph: tp.DependencyGraph, names: dict[nn.Module, str]) -> None:
-        self.graph = graph
-        self.names = names
+    def __init__(
+        self, graph: _Graph, names: dict[nn.Module, str], problems: dict[Any, str], deadline: _Deadline
+    ) -> None:
+        self.graph, self.names = graph, names
+        self.problems, self.deadline = problems, deadline
         self.spaces: dict[tuple[Any, Callable[..., Any]], Space] = {}
         self.edges: list[tuple[Space, Indices, Space, Indices]] = []
         # No operation between layers has more channels than the widest layer: an index beyond is a mapping gone astray.
@@ -189,6 +243,9 @@ class _Closure:
         while work:
             node, handler, indices = work.popleft()
             source = self.spaces[node, handler]
+            if self.deadline.passed:
+                source.problem = source.problem or self.deadline.reason
+                continue
             for dependency in node.dependencies:
                 if dependency.trigger != handler:
                     continue
@@ -226,6 +283,7 @@ class _Closure:
     def _new_space(self, node: Any, handler: Callable[..., Any]) -> Space:
         module = node.module
         problem = "" if is_transposed_linear(module) else UNSUPPORTED_TYPES.get(node.type, "")
+        problem = self.problems.get(node, problem)
         if isinstance(module, nn.Parameter):
             name = self.graph._param_to_name.get(module, "")
             return Space(module, name, "both", module.shape[node.pruning_dim], problem, node.pruning_dim)
@@ -326,11 +384,16 @@ def _map_indices(chain: list[Any], indices: Indices) -> tuple[Indices | None, In
         if mapping is None:
             continue
         function = _VECTORISED.get(type(mapping))
-        if function is None:
+        if function is None or not _is_sound(mapping):
             return None, images
         kept, images = function(mapping, images)
         positions = positions[kept]
     return positions, images
+
+
+def _is_sound(mapping: Any) -> bool:
+    """Whether a mapping can be right: some are made of widths that Torch-Pruning could not infer."""
+    return len(getattr(mapping, "offset", (0, 0))) == 2 and int(getattr(mapping, "_stride", 1)) >= 1
 
 
 def _flatten(mapping: Any, indices: Indices) -> tuple[Indices, Indices]:
