@@ -22,6 +22,7 @@ from pruningawaretraining.errors import TargetError
 
 WIDTHS = 64  # steps of a set are the largest power of 2 that leaves it about so many widths
 LEAST = 1e-12
+UNITS = (1, 4, 8, 16)
 TIGHTER = 0.995  # of a budget, when the masks miss what the widths promised
 
 
@@ -105,7 +106,7 @@ class WidthSearch:
         Raises:
             TargetError: the limits make a goal unreachable.
         """
-        self._check_reachable(goals)
+        self.check(goals)
         tight = list(goals)
         for _ in range(12):
             kept_S = self._give_back(self._descend(tight, driver), tight)
@@ -129,10 +130,14 @@ class WidthSearch:
         whole[self.groups] = keep_G
         return whole
 
-    def _check_reachable(self, goals: Sequence[Goal]) -> None:
-        smallest = self._whole(self.allocator.smallest())
+    def check(self, goals: Sequence[Goal]) -> None:
+        """Refuse goals that no widths reach; the smallest widths may be odd ones, and slower than round ones.
+
+        Raises:
+            TargetError: the message names the goal, and what is reachable.
+        """
         for goal in goals:
-            least = goal.cost(smallest)
+            least = min(goal.cost(self._whole(self.mask(self._rounded(unit)))) for unit in UNITS)
             if least > goal.budget:
                 raise TargetError(
                     f"{goal.key}: {goal.budget / goal.cost.dense:.4g} of the dense cost is out of reach: caps, "
@@ -161,15 +166,22 @@ class WidthSearch:
                 driver, with_goal = None, False  # nothing saves more of it
                 continue
             if step is None:
-                return self._smallest()
+                return self._smallest(goals)
             kept_S[step[0]] = step[1]
             for one in {step[0], *torch.nonzero(chosen.neighbours()[step[0]]).flatten().tolist()}:
                 savings.pop(one, None)
 
-    def _smallest(self) -> Tensor:
+    def _smallest(self, goals: Sequence[Goal]) -> Tensor:
+        """The smallest widths, rounded up as suits the goals best."""
+        rows = [self._rounded(unit) for unit in UNITS]
+        over = [max(float(goal.cost.of_sets(row.unsqueeze(0))[0]) / goal.budget for goal in goals) for row in rows]
+        return rows[over.index(min(over))]
+
+    def _rounded(self, unit: int) -> Tensor:
+        """Each set's smallest width, rounded up to a multiple of a unit."""
         kept_S = self.start_S.clone()
         for one in self.sets:
-            kept_S[one] = float(self.widths[one][0])
+            kept_S[one] = min(float(-(-self.widths[one][0] // unit) * unit), self.most[one])
         return kept_S
 
     def _driver(self, over: Sequence[Goal], kept_S: Tensor, driver: SetCost | None) -> tuple[SetCost, float | None]:

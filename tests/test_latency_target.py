@@ -253,6 +253,20 @@ def test_caps_multiples_and_what_is_gone_hold() -> None:
         search(scores, Limits(max_sparsity=0.5)).solve([Goal("a.b", cost, 30.0)], cost)
 
 
+class Odd(Stairs):
+    """A machine on which widths below 8 are dearer than 8."""
+
+    def of_sets(self, kept_NS: torch.Tensor) -> torch.Tensor:
+        return super().of_sets(torch.where(kept_NS < STEP, 40.0, kept_NS))
+
+
+def test_the_smallest_widths_need_not_be_the_fastest() -> None:
+    scores, cost = torch.rand(128).double(), Odd()
+    assert cost(search(scores).allocator.smallest()) == 160.0
+    keep_G = search(scores).solve([Goal("t", cost, 32.0)], cost)
+    assert [int(keep_G[:64].sum()), int(keep_G[64:].sum())] == [STEP, STEP]
+
+
 # --- through the pruner ---------------------------------------------------------------------------------------------
 
 
