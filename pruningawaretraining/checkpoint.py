@@ -25,6 +25,7 @@ from pruningawaretraining.inputs import unwrap
 from pruningawaretraining.kept_attention import replace_multihead
 from pruningawaretraining.patterns.attention import HEADS, KEY_VALUE_HEADS, REPETITIONS, WIDTHS
 from pruningawaretraining.quantization import is_converted
+from pruningawaretraining.sharded import any_sharded
 from pruningawaretraining.surgery import Surgery, successor
 from pruningawaretraining.version import __version__
 
@@ -115,6 +116,10 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
         CheckpointError: it is no model, its weights are integers already, or the path is that of a folder.
     """
     model = unwrap(_module(model))
+    if any_sharded(model):
+        raise CheckpointError(
+            "model: fully_shard has spread its parameters. Allowed: pruner.gathered(build_model()), or save_sharded"
+        )
     if Path(path).is_dir():
         raise CheckpointError(f"path: {str(path)!r} is a folder. Allowed: the path of a file")
     state = model.state_dict()

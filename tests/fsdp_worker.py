@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from pruningawaretraining import Pruning
+from pruningawaretraining import Pruning, save_pruned
 from pruningawaretraining.errors import PruningError
 from pruningawaretraining.processes import rank, world
 from pruningawaretraining.sharded_checkpoint import load_sharded, read_pruner_state, save_sharded
@@ -120,6 +120,12 @@ def refusals() -> dict[str, str]:
         pruner.prune(model, 1)
         pruner.remove()
 
+    def saved() -> None:
+        model = network()
+        shard(model)
+        save_pruned(model, "never.safetensors")
+
+    tried("saved", saved)
     for name, call in {"after": after, "parallel": parallel, "every": every, "removal": removal}.items():
         tried(name, call)
     return found
