@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.errors import CheckpointError, nearest
 from pruningawaretraining.inputs import unwrap
-from pruningawaretraining.kept_attention import replace_multihead
+from pruningawaretraining.kept_attention import with_fewer_heads
 from pruningawaretraining.patterns.attention import HEADS, KEY_VALUE_HEADS, REPETITIONS, WIDTHS
 from pruningawaretraining.quantization import is_converted
 from pruningawaretraining.sharded import any_sharded
@@ -291,8 +291,8 @@ def _put_widths(model: nn.Module, widths: dict[str, dict[str, Any]], surgery: Su
     modules = dict(model.named_modules())
     for name, attributes in widths.items():
         module = modules[name]
-        if isinstance(module, nn.MultiheadAttention) and attributes["num_heads"] != module.num_heads:
-            modules[name] = replace_multihead(model, module, surgery)
+        if attributes.get("num_heads", 0) != getattr(module, "num_heads", 0):
+            modules[name] = with_fewer_heads(model, module, surgery)
         for attribute, value in attributes.items():
             old = getattr(modules[name], attribute)
             new = type(old)(value) if isinstance(old, (list, tuple)) else value

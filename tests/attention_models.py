@@ -26,6 +26,19 @@ def _hf(model: str, config: str, inputs: dict[str, Tensor], **options: Any) -> C
     return build
 
 
+def _swin(block: str, merging: str) -> Callable[[], Built]:
+    def build() -> Built:
+        from torchvision.models import swin_transformer as swin
+
+        kinds = {"block": getattr(swin, block), "downsample_layer": getattr(swin, merging)}
+        model = swin.SwinTransformer(
+            [2, 2], 16, [2, 2], [2, 4], [3, 4], num_classes=5, stochastic_depth_prob=0.0, **kinds
+        )
+        return model, IMAGES[:, :, :26, :30]
+
+    return build
+
+
 def _encoder() -> Built:
     layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
     return nn.TransformerEncoder(layer, 2), torch.linspace(-1, 1, 320).reshape(2, 5, 32)
@@ -48,6 +61,8 @@ MODELS: dict[str, Callable[[], Built]] = {
     "timm_swin": _timm(
         "swin_tiny_patch4_window7_224", patch_size=2, window_size=4, embed_dim=16, depths=(2, 1), num_heads=(2, 4)
     ),
+    "swin_v1": _swin("SwinTransformerBlock", "PatchMerging"),
+    "swin_v2": _swin("SwinTransformerBlockV2", "PatchMergingV2"),
     "bert": _hf("BertForSequenceClassification", "BertConfig", {"input_ids": IDS}, **TEXT),
     "distilbert": _hf(
         "DistilBertForSequenceClassification", "DistilBertConfig", {"input_ids": IDS},

@@ -9,11 +9,12 @@ import pytest
 import torch
 from attention_models import IDS, MODELS, build
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, save_pruned
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.inputs import call, outputs_of
-from pruningawaretraining.kept_attention import PrunedMultiheadAttention
+from pruningawaretraining.kept_attention import PrunedMultiheadAttention, PrunedWindowAttention
 from pruningawaretraining.patterns.attention import attention_blocks
 from pruningawaretraining.patterns.head import find_heads
 
@@ -159,6 +160,22 @@ def test_a_pruned_multihead_attention_takes_what_pytorchs_takes(
         assert torch.allclose(expected_weights, actual_weights, atol=1e-6)
 
 
+@pytest.mark.parametrize("second", [False, True], ids=["Swin", "Swin V2"])
+@pytest.mark.parametrize("size", [(8, 12), (7, 9), (3, 4)], ids=str)
+@pytest.mark.parametrize("shift", [[0, 0], [1, 2]], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_pruned_window_attention_computes_what_torchvisions_does(
+    second: bool, size: tuple[int, int], shift: list[int], bias: bool
+) -> None:
+    torch.manual_seed(0)
+    kind = ShiftedWindowAttentionV2 if second else ShiftedWindowAttention
+    dense = kind(16, [3, 4], shift, 4, qkv_bias=bias).eval()
+    for parameter in dense.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, *size, 16)
+    assert torch.allclose(dense(x), PrunedWindowAttention.of(dense)(x), atol=1e-5)
+
+
 def test_unbatched_inputs_and_a_mask_for_heads_that_are_gone() -> None:
     torch.manual_seed(0)
     dense = nn.MultiheadAttention(16, 4).eval()
@@ -252,7 +269,7 @@ def test_heads_in_another_order_are_left_out_by_name(caplog: pytest.LogCaptureFi
 
 
 class WidthInCode(Misread):
-    """The mixed heads are reshaped to the width of the input, as in torchvision's Swin and timm's BEiT."""
+    """The mixed heads are reshaped to the width of the input, as in timm's BEiT."""
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)

@@ -279,6 +279,14 @@ def _own_tensors(name: str, module: nn.Module, heads: int, width: int, known: se
     for attribute, child in module.named_children():
         if isinstance(child, nn.Embedding) and child.embedding_dim == heads:
             yield Part(f"{prefix}{attribute}.weight", child.weight, 1, torch.arange(heads), False, "raw")
+        elif (
+            isinstance(child, nn.Sequential)
+            and len(child)
+            and isinstance(child[-1], nn.Linear)
+            and child[-1].out_features == heads
+        ):
+            last = _Projection(f"{prefix}{attribute}.{len(child) - 1}", child[-1])  # an MLP that makes position biases
+            yield from _projected(last, [(torch.arange(heads), False)])
         elif not isinstance(child, (nn.Linear, nn.modules.conv._ConvNd)):
             for own, tensor in child._parameters.items():
                 if tensor is not None and "relative" in own:
@@ -286,11 +294,14 @@ def _own_tensors(name: str, module: nn.Module, heads: int, width: int, known: se
 
 
 def _raw(name: str, tensor: Tensor, heads: int, width: int) -> Iterator[Part]:
-    sizes = {heads: torch.arange(heads), heads * width: _spread(heads, width)}
+    learned = isinstance(tensor, nn.Parameter)
+    sizes = {heads * width: _spread(heads, width)}
+    if learned:
+        sizes[heads] = torch.arange(heads)
     for size, heads_D in sizes.items():
         dims = [dim for dim, length in enumerate(tensor.shape) if length == size]
         if len(dims) == 1:
-            role = "raw" if isinstance(tensor, nn.Parameter) else "buffer"
+            role = "raw" if learned else "buffer"
             yield Part(name, tensor, dims[0], heads_D, False, role)
             return
 
