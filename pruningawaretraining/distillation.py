@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from pruningawaretraining.errors import CheckpointError, ModelError, unknown
+from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, unknown
 
 
 def frozen_teacher(model: nn.Module) -> nn.Module:
@@ -154,6 +154,7 @@ class Distiller:
         feature_weight: of the features beside the logits.
 
     Raises:
+        ConfigError: a negative weight, or a temperature that is not above 0.
         ModelError: a feature that one of the two does not have.
     """
 
@@ -169,6 +170,11 @@ class Distiller:
     ) -> None:
         self.own = teacher is None
         self.teacher = frozen_teacher(student) if teacher is None else teacher
+        for name, value in (("weight", weight), ("feature_weight", feature_weight)):
+            if not value >= 0:
+                raise ConfigError(f"{name}: {value!r} is not allowed. Allowed: 0 or more")
+        if not temperature > 0:
+            raise ConfigError(f"temperature: {temperature!r} is not allowed. Allowed: a number above 0")
         self.weight, self.temperature, self.feature_weight = weight, temperature, feature_weight
         self.names = tuple(features)
         self._taps = Taps(student, self.names), Taps(self.teacher, self.names)

@@ -8,6 +8,7 @@ gradients or activations and none has been seen, it waits for the first ones, wh
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,6 +37,9 @@ from pruningawaretraining.schedules import sparsity_at
 from pruningawaretraining.weight_pruner import WeightPruner, put, weight_pattern
 
 PHASES = ("regularize", "prune", "finetune", "done")
+
+log = logging.getLogger(__name__)
+
 DONE = {"prune": "pruned", "unprune": "masks lifted", "lock": "zeros locked"}
 Optimizers = Sequence[torch.optim.Optimizer]
 
@@ -52,7 +56,8 @@ class ElementPruner:
         self.model = model
         self.rules = [make_rule(model, *one) for one in rules]
         self.count = 0  # real steps that have been taken notice of
-        self.calibration: Calibration | None = None  # data that second-order criteria measure curvature on
+        self.calibration: Calibration | None = None  # data that criteria look at instead of training
+        self._empty: set[tuple[str, str]] = set()  # (rule, layer) without any weight, as has been said
         self._gathered = False
 
     @property
@@ -107,7 +112,7 @@ class ElementPruner:
                 weight_pattern(one.pattern, f"{one.key}.pattern")
         self.calibration = calibration
         for one in self.rules:
-            if one.state.waiting is not None and self._by_curvature(one):  # it was due when the pruner was made
+            if one.state.waiting is not None:  # it was due when the pruner was made, or before anything was heard
                 self._fire(one, one.state.waiting, ())
 
     # --- events -------------------------------------------------------------------------------------------------
@@ -184,7 +189,7 @@ class ElementPruner:
                 one.collector.detach()
 
     def _fire(self, one: ElementRule, now: int, optimizers: Optimizers) -> list[str]:
-        if one.gathers and not has_seen(one) and not self._by_curvature(one):
+        if one.gathers and not has_seen(one) and self.calibration is None:
             one.state.waiting = now
             return []
         one.state.waiting = None
@@ -201,6 +206,7 @@ class ElementPruner:
                 one.masks.clear()
             last = True
         one.state.phase = "finetune" if last else "prune"
+        self._warn_of_empty_layers(one)
         line = f"{one.key}: {one.rule.unit} {now}: {DONE[one.rule.mode]}, sparsity {one.sparsity:.4f}"
         if last and one.rule.release:
             if one.next_G is not None:
@@ -208,6 +214,17 @@ class ElementPruner:
             one.masks.clear()
             line += "; masks lifted"
         return [line]
+
+    def _warn_of_empty_layers(self, one: ElementRule) -> None:
+        """Say once which layers have no weight left: the model may be cut in two there."""
+        kept_S = torch.zeros(len(one.grouping.sets)).index_add_(0, one.grouping.set_ids, one.masks.keep_G.cpu().float())
+        for number in torch.nonzero(kept_S == 0).flatten().tolist():
+            name = one.grouping.sets[number].name
+            if (one.key, name) not in self._empty:
+                self._empty.add((one.key, name))
+                log.warning(
+                    "%s: no weight is left in %s; max_sparsity below 1 keeps some in every layer", one.key, name
+                )
 
     def _by_curvature(self, one: ElementRule) -> bool:
         """Whether the rule's events measure curvature and compensate what stays."""
@@ -218,7 +235,7 @@ class ElementPruner:
             keep_G = prune_by_curvature(self.calibration, one, self._progress(one, now, last))
             self._mask(one, keep_G, optimizers)
             return
-        scores_G = scores_of(one)
+        scores_G = scores_of(one, self.calibration)
         (next_G,) = agreed(decide(self.model, one, scores_G, self._progress(one, now, last)))
         if min(one.rule.progressive, one.rule.every) > 1:
             one.next_G, one.scores_G, one.state.begun, one.state.part = next_G, scores_G, now, 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from pruningawaretraining.allocation_elements import ElementLimits, allocate, allocate_windows, classes_of
 from pruningawaretraining.config.schema import COSTS, Rule
+from pruningawaretraining.criteria.second_order import Calibration
+from pruningawaretraining.criteria.second_order.gathering import gathered
 from pruningawaretraining.element_masks import ElementMasks
 from pruningawaretraining.errors import ConfigError, ModelError, TargetError
 from pruningawaretraining.grouping import Grouping
@@ -178,7 +180,16 @@ def _check_options(key: str, rule: Rule, pattern: ElementPattern) -> None:
                 f"{key}.regularizer: {rule.regularizer!r} is for channels. Allowed for {rule.pattern!r}: "
                 "block_lasso, slice_penalty"
             )
+    for option in ("allocation", "final_sparsity"):
+        value, default = getattr(rule, option), Rule.model_fields[option].default
+        if value != default:
+            raise ConfigError(f"{key}.{option}: {value!r} is for channels. Allowed for {rule.pattern!r}: {default!r}")
     target = rule.target.sparsity
+    if target is not None and rule.mode == "prune" and target > rule.max_sparsity + 1e-9:
+        raise TargetError(
+            f"{key}.target.sparsity: {target} is out of reach: at most {rule.max_sparsity} of a layer goes "
+            "(max_sparsity). Lower the target or raise max_sparsity"
+        )
     if isinstance(pattern, NofM) and target is not None and rule.mode == "prune":
         most = pattern.drop / pattern.of
         if target > most + 1e-9:
@@ -201,15 +212,23 @@ def has_seen(one: ElementRule) -> bool:
     return bool(known) and int(known.get("steps", torch.tensor(1))) > 0
 
 
-def scores_of(one: ElementRule) -> Tensor:
+def scores_of(one: ElementRule, calibration: Calibration | None = None) -> Tensor:
     """Scores of the rule's groups.
+
+    Args:
+        one: the rule.
+        calibration: data for a criterion that has heard nothing of training yet.
 
     Raises:
         ModelError: there are NaN among them.
     """
     if one.collector is not None:
         one.collector.agree()
-    scores_G = one.criterion.score(scorable(one.grouping, one.criterion), _statistics(one))
+    statistics = _statistics(one)
+    if calibration is not None and not has_seen(one):
+        heard = gathered(calibration, lambda copy: _grouping(copy, one.key, one.rule, one.pattern), one.criterion)[1]
+        statistics = replace(statistics, tensors=heard.tensors)
+    scores_G = one.criterion.score(scorable(one.grouping, one.criterion), statistics)
     if bool(torch.isnan(scores_G).any()):
         raise ModelError(f"{one.key}.criterion: {one.rule.criterion!r} gives NaN: the weights are not finite")
     return scores_G.detach().to(one.masks.keep_G.device)

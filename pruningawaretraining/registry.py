@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pruningawaretraining.errors import ConfigError, unknown
@@ -132,5 +132,19 @@ def check_fields(entry: Any, options: Mapping[str, Any], where: str) -> None:
     for key, value in options.items():
         if key not in allowed:
             raise ConfigError(unknown(f"{where}.{key}", key, allowed or ["(no options)"]))
-        if hints.get(key) in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ConfigError(f"{where}.{key}: {value!r} is not a number")
+        problem = _wrong_type(hints.get(key), value)
+        if problem:
+            raise ConfigError(f"{where}.{key}: {value!r} is not {problem}")
+
+
+def _wrong_type(hint: Any, value: Any) -> str:
+    """What a value should have been, where the hint is plain enough to tell; "" if it is fine."""
+    if hint in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        return "a number"
+    if hint is bool and not isinstance(value, bool):
+        return "true or false"
+    if hint is str and not isinstance(value, str):
+        return "a text"
+    of_texts = typing.get_origin(hint) in (list, tuple, Sequence) and str in typing.get_args(hint)
+    listed = isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
+    return "a list of texts" if of_texts and not listed else ""

@@ -48,6 +48,10 @@ def to_semi_structured(model: nn.Module, layers: Iterable[str] | None = None) ->
 
     Source: Mishra et al. 2021, Accelerating Sparse Deep Neural Networks.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model: a {type(model).__name__} is not allowed. Allowed: a torch.nn.Module")
+    if isinstance(layers, str):
+        raise ModelError(f"layers: {layers!r} is a text. Allowed: a list of names, such as [{layers!r}]")
     linear = {name: one for name, one in model.named_modules() if type(one) is nn.Linear}
     named = list(linear) if layers is None else list(layers)
     for name in named:

@@ -145,6 +145,7 @@ EXPECTED = {
         "example_inputs": {"shape": [1, 3, 32, 32], "container": None, "dtype": "float32"},
         "infer": False,
         "reset_optimizer": False,
+        "trace_limit": 60.0,
         "distillation": None,
     },
     FLAT: {
@@ -152,6 +153,7 @@ EXPECTED = {
         "example_inputs": None,
         "infer": False,
         "reset_optimizer": False,
+        "trace_limit": 60.0,
         "distillation": None,
     },
 }
@@ -385,7 +387,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "rules[0].target.mac: 'mac' is not known; did you mean 'macs'? Allowed: batch, latency, "
         "latency_ms, macs, parameters, peak_memory, runtime, sparsity",
     ),
-    ({"target": {}}, "rules[0].target: nothing to reach. Allowed: sparsity, macs or both"),
+    ({"target": {}}, "rules[0].target: nothing to reach. Allowed: sparsity, macs, parameters, latency"),
     ({"target": 0.5}, "rules[0].target: 0.5 is not a mapping"),
     ({"start": 9, "end": 3}, "rules[0].end: 3 is before start. Allowed: start (9) or later"),
     ({"end": -1}, "rules[0].end: -1 is before start"),
@@ -677,7 +679,7 @@ def test_another_dialect_is_a_class_with_two_methods(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("registered")
 def test_json_schema_lists_what_is_registered() -> None:
     schema = json_schema()
-    keys = ["$schema", "rules", "example_inputs", "infer", "reset_optimizer", "distillation"]
+    keys = ["$schema", "rules", "example_inputs", "infer", "reset_optimizer", "trace_limit", "distillation"]
     assert list(schema["properties"]) == keys
     fields = schema["$defs"]["Rule"]["properties"]
     assert fields["schedule"]["enum"] == registry.names("schedule")

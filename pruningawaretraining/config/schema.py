@@ -205,6 +205,11 @@ class Rule(Strict):
             raise ConfigError(
                 f"min_sparsity: {self.min_sparsity} is above max_sparsity. Allowed: at most {self.max_sparsity}"
             )
+        sparsity = self.target.sparsity
+        if self.enabled and sparsity is not None and self.min_sparsity > sparsity:
+            raise ConfigError(
+                f"min_sparsity: {self.min_sparsity} is above target.sparsity. Allowed: at most {sparsity}"
+            )
         if self.enabled and self.layers is not None and not self.layers:
             raise ConfigError("layers: [] names no layer. Allowed: at least one, or leave the key out for all")
         whole = self.pattern if isinstance(self.pattern, str) else self.pattern.get("type")
@@ -214,7 +219,7 @@ class Rule(Strict):
             raise ConfigError(f"max_sparsity_from: it is for channels and heads, not {whole!r}. Allowed: leave it out")
         aimless = not self.target.given and self.regularizer is None
         if self.enabled and self.mode == "prune" and aimless:
-            raise ConfigError("target: nothing to reach. Allowed: sparsity, macs or both, each in (0, 1]")
+            raise ConfigError("target: nothing to reach. Allowed: sparsity, macs, parameters, latency and the like")
         return self
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.patterns.attention import Attention, Part, attention_blocks, scaled_attributes
 from pruningawaretraining.patterns.selection import select
@@ -62,13 +63,25 @@ class Head:
     unit: str = "group"
 
     def __post_init__(self) -> None:
-        lookup("head_unit", self.unit)
+        lookup("head_unit", self.unit, "unit")
 
     def chosen(
         self, model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] = (), key: str = ""
     ) -> set[str]:
-        """The attention blocks that a rule selects: by their names, those of containers or of their projections."""
-        return chosen_heads(model, layers, exclude, key)
+        """The attention blocks that a rule selects: by their names, those of containers or of their projections.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        chosen = chosen_heads(model, layers, exclude, key)
+        if not chosen:
+            blocks = ", ".join(one.name for one in attention_blocks(model)[0][:8])
+            where = f"{key}." if key else ""
+            raise ConfigError(
+                f"{where}layers: {layers!r} selects no attention block (exclude: {list(exclude)!r}). "
+                + (f"Allowed: {blocks}" if blocks else f"The {type(model).__name__} has none that is known")
+            )
+        return chosen
 
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
         """Block -> unit."""

@@ -106,8 +106,10 @@ def pruner_rule(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     Raises:
         ConfigError: values that do not go together.
     """
-    check_window(values["start_step"], values["end_step"], f"{name}.end_step", "start_step")
     locked = values["pruning_type"].startswith(LOCK)
+    if locked:  # one event, at the start
+        values = {**values, "end_step": values["start_step"]}
+    check_window(values["start_step"], values["end_step"], f"{name}.end_step", "start_step")
     pattern = pruner_pattern(values, name)
     target = values["target_sparsity"]
     _check_reachable(pattern, target, name, locked)

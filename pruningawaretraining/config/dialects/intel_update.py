@@ -56,6 +56,9 @@ def _changed(rule: dict[str, Any], items: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in items.items():
         if key in PLAIN or (key in FIELDS and key != "target"):
             rule[PLAIN.get(key, key)] = value
+    for name in ("start_step", "end_step", "pruning_frequency"):
+        if name in items and (isinstance(items[name], bool) or not isinstance(items[name], int)):
+            raise ConfigError(f"update: {name}: {items[name]!r} is not allowed. Allowed: a whole number")
     if "end_step" in items or "start_step" in items:
         check_window(rule["start"], rule["end"], "end_step", "start_step")
     if "target_sparsity" in items:
