@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from typing import Any
 
 from torch import nn
 
-from pruningawaretraining.inputs import ForwardFn
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.inputs import ForwardFn, unwrap
 from pruningawaretraining.integrations.common import Attached, imported, read_state, wrappers_of, write_state
 from pruningawaretraining.processes import rewrap_in_place
 from pruningawaretraining.pruning import Pruning, Source
+
+log = logging.getLogger(__name__)
+_LAST: weakref.WeakKeyDictionary[Any, weakref.ref[PruningCallback]] = weakref.WeakKeyDictionary()
 
 
 class PruningCallback:
@@ -25,7 +31,8 @@ class PruningCallback:
         example_inputs, forward_fn, ema, teacher: likewise.
 
     Raises:
-        ConfigError: accelerate is not installed.
+        ConfigError: accelerate is not installed, the first two arguments are something else, the model is prepared
+            already, or another callback prunes it.
     """
 
     def __init__(
@@ -39,9 +46,25 @@ class PruningCallback:
         teacher: nn.Module | None = None,
     ) -> None:
         imported("accelerate", "accelerate")
-        self.pruner: Pruning = Attached(config, example_inputs, forward_fn, ema, teacher).make(model)
-        accelerator.register_save_state_pre_hook(self._save)
-        accelerator.register_load_state_pre_hook(self._load)
+        _check_arguments(accelerator, model)
+        attached = Attached(config, example_inputs, forward_fn, ema, teacher)
+        last = _LAST[accelerator]() if accelerator in _LAST else None
+        if last is not None and last.pruner.model is unwrap(model):
+            raise ConfigError(
+                f"model: this {type(model).__name__} has a PruningCallback already. Allowed: one, with all rules in "
+                "its config"
+            )
+        self.pruner: Pruning = attached.make(model)
+        attached.release()  # the state comes before the weights
+        if last is not None:
+            log.warning("accelerator: its checkpoints hold the pruner of the %s from here on", type(model).__name__)
+            for handle in last._handles:
+                handle.remove()
+        self._handles: list[Any] = [
+            accelerator.register_save_state_pre_hook(self._save),
+            accelerator.register_load_state_pre_hook(self._load),
+        ]
+        _LAST[accelerator] = weakref.ref(self)
 
     def on_epoch_end(self, model: nn.Module, epoch: int) -> None:
         """Prune what is due after an epoch.
@@ -60,3 +83,16 @@ class PruningCallback:
         self.pruner.load_state_dict(read_state(input_dir))
         for wrapped in wrappers_of(self.pruner.model):
             rewrap_in_place(wrapped)
+
+
+def _check_arguments(accelerator: Any, model: Any) -> None:
+    order = "Allowed: PruningCallback(accelerator, model, config, example_inputs)"
+    if not hasattr(accelerator, "register_save_state_pre_hook"):
+        raise ConfigError(f"accelerator: a {type(accelerator).__name__} is none. {order}")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: a {type(model).__name__} is none. {order}")
+    if any(getattr(one, "_is_accelerate_prepared", False) for one in (model, unwrap(model))):
+        raise ConfigError(
+            f"model: accelerator.prepare has had this {type(model).__name__} already. Allowed: make the "
+            "PruningCallback before it"
+        )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import pickle
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,17 @@ import torch
 from torch import nn
 
 from pruningawaretraining.checkpoint import write_atomically
+from pruningawaretraining.config.load import load_config
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.inputs import ForwardFn, unwrap
 from pruningawaretraining.processes import rank, rewrap_in_place, world
 from pruningawaretraining.pruning import Pruning, Source
 
+log = logging.getLogger(__name__)
+
 STATE = "pruner.pt"
 """Name of the pruner's state in a checkpoint's folder."""
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attached]] = weakref.WeakKeyDictionary()
 
 
 def imported(name: str, extra: str) -> Any:
@@ -43,6 +49,9 @@ class Attached:
         config: as for :class:`~pruningawaretraining.Pruning`.
         example_inputs, forward_fn, ema, teacher: likewise.
         state: of a pruner that this one goes on from.
+
+    Raises:
+        ConfigError: the config cannot be used.
     """
 
     def __init__(
@@ -54,19 +63,64 @@ class Attached:
         teacher: nn.Module | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        self.config, self.example_inputs, self.forward_fn = config, example_inputs, forward_fn
+        self.config, self.example_inputs, self.forward_fn = load_config(config), example_inputs, forward_fn
         self.options: dict[str, Any] = {"ema": ema, "teacher": teacher}
         self.state = state
         self.made: Pruning | None = None
+        self._guard: Any = None
 
     def make(self, model: nn.Module) -> Pruning:
-        """The pruner of a model, made once, before any optimizer; with a state, the model gets its architecture."""
-        if self.made is None:
-            inputs, forward_fn = self.example_inputs, self.forward_fn
-            self.made = Pruning(unwrap(model), self.config, forward_fn, example_inputs=inputs, **self.options)
-            if self.state is not None:
-                self.made.load_state_dict(self.state)
+        """The pruner of a model, made once, before any optimizer; with a state, the model gets its architecture.
+
+        Raises:
+            ConfigError: it is another model than before, and a moving average of that one was given.
+        """
+        plain = unwrap(model)
+        if self.made is not None and self.made.model is plain:
+            return self.made
+        if self.made is not None and self.options["ema"] is not None:
+            raise ConfigError(
+                f"ema: it is of the {type(plain).__name__} that this callback was used for before, and this is another "
+                "one. Allowed: a new PruningCallback for every model"
+            )
+        self.release()
+        inputs, forward_fn = self.example_inputs, self.forward_fn
+        self.made = Pruning(plain, self.config, forward_fn, example_inputs=inputs, **self.options)
+        if self.state is not None:
+            self.made.load_state_dict(self.state)
+        else:
+            hook: Any = plain.register_load_state_dict_pre_hook
+            self._guard = hook(_refuse_smaller)
+        _OWNERS[plain] = weakref.ref(self)
         return self.made
+
+    def begin(self) -> None:
+        """Training begins.
+
+        Raises:
+            ConfigError: another callback prunes the same model.
+        """
+        self.release()
+        pruner = self.pruner
+        owner = _OWNERS.get(pruner.model)
+        if owner is not None and owner() is not self:
+            raise ConfigError(
+                f"callbacks: two PruningCallbacks are of the same {type(pruner.model).__name__}. Allowed: one, with "
+                "all rules in its config"
+            )
+        if pruner.phase == "done" and self.state is None:
+            log.warning(
+                "callback: the pruner of this %s has ended with an earlier training; nothing is pruned any more. "
+                "Allowed: another PruningCallback, or another model",
+                type(pruner.model).__name__,
+            )
+        pruner.on_train_begin()
+
+    def release(self) -> None:
+        """Let any weights be loaded into the model from here on."""
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
 
     @property
     def pruner(self) -> Pruning:
@@ -83,6 +137,20 @@ class Attached:
         """Let what is due after an epoch take place; a DistributedDataParallel is made anew where it is."""
         self.pruner.prune(None, epoch)
         rewrap_in_place(wrapped)
+
+
+def _refuse_smaller(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Pre-hook of ``load_state_dict``: refuse the weights of a model that has lost channels, into a dense one."""
+    for name, own in module.state_dict().items():
+        given = state_dict.get(prefix + name)
+        if not (isinstance(own, torch.Tensor) and isinstance(given, torch.Tensor)) or given.dim() != own.dim():
+            continue
+        if given.shape != own.shape and all(a <= b for a, b in zip(given.shape, own.shape, strict=True)):
+            raise CheckpointError(
+                f"resume_from: {name} is {tuple(given.shape)} in the checkpoint and {tuple(own.shape)} in the "
+                f"{type(module).__name__}: channels have gone. Allowed: PruningCallback(..., resume_from=) with this "
+                "checkpoint"
+            )
 
 
 def write_state(pruner: Pruning, folder: str | Path) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.errors import CheckpointError, ConfigError, unknown
 from pruningawaretraining.inputs import ForwardFn
 from pruningawaretraining.integrations.common import Attached, imported
+from pruningawaretraining.patterns.channel import StructuredPattern
 from pruningawaretraining.pruning import Pruning, Source
+from pruningawaretraining.registry import build
 
 PACKAGES = {"lightning": "lightning.pytorch.callbacks", "pytorch_lightning": "pytorch_lightning.callbacks"}
 
@@ -45,7 +47,7 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
         resume_from: a checkpoint of the Trainer.
 
     Raises:
-        ConfigError: neither package is installed.
+        ConfigError: neither package is installed, or the config cannot be used.
         CheckpointError: the checkpoint cannot be read, or holds no pruner.
     """
 
@@ -63,6 +65,7 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
         state = None if resume_from is None else _state_in(resume_from, self.state_key)
         self._attached = Attached(config, example_inputs, forward_fn, ema, teacher, state)
         self._part = part
+        self._restored = False  # whether fit has been given a checkpoint
 
     @property
     def pruner(self) -> Pruning:
@@ -70,9 +73,32 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
         return self._attached.pruner
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Make the pruner, before weights are loaded and the strategy wraps the model."""
+        """Make the pruner, before weights are loaded and the strategy wraps the model.
+
+        Raises:
+            ConfigError: there is no such part, or none was given and the LightningModule has no forward.
+        """
         if stage == "fit":
-            self._attached.make(pl_module.get_submodule(self._part))
+            self._restored = False
+            self._attached.make(self._part_of(pl_module))
+
+    def _part_of(self, pl_module: Any) -> nn.Module:
+        modules = dict(pl_module.named_modules())
+        depth = self._part.count(".")
+        near = [name for name in modules if name and name.count(".") <= depth]
+        if self._part not in modules:
+            raise ConfigError(f"part: {unknown('submodule', self._part, near)}")
+        base: Any = next(one for one in type(pl_module).__mro__ if one.__name__ == "LightningModule")
+        rules = [one for one in self._attached.config.rules if one.enabled]
+        traced = any(isinstance(build("pattern", one.pattern), StructuredPattern) for one in rules)
+        plain = self._part == "" and type(pl_module).forward is base.forward and self._attached.forward_fn is None
+        if traced and plain:
+            raise ConfigError(
+                f"part: '' is the {type(pl_module).__name__} itself, which has no forward to trace channels with. "
+                f"Allowed: part= one of {', '.join(near)}, a forward of the LightningModule, or forward_fn="
+            )
+        part: nn.Module = modules[self._part]
+        return part
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Take part in the optimizers' steps."""
@@ -80,7 +106,18 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
             self.pruner.attach(optimizer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.pruner.on_train_begin()
+        """Training begins, with the checkpoint's weights where there are any.
+
+        Raises:
+            CheckpointError: ``resume_from`` was given, and ``fit`` has no checkpoint.
+            ConfigError: another callback prunes the same model.
+        """
+        if self._attached.state is not None and not self._restored:
+            raise CheckpointError(
+                "resume_from: the model has the checkpoint's architecture and not its weights: fit was given no "
+                "checkpoint. Allowed: trainer.fit(module, ckpt_path=), with the same path"
+            )
+        self._attached.begin()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.pruner.on_step_begin(batch_idx)
@@ -106,6 +143,7 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
         Raises:
             CheckpointError: the training is gone on with, and ``resume_from`` was not given.
         """
+        self._restored = True
         if self._attached.state is None:
             raise CheckpointError(
                 "callback: the checkpoint is of a pruned training. Allowed: PruningCallback(..., resume_from=ckpt_path)"

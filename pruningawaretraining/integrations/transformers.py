@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.inputs import ForwardFn
-from pruningawaretraining.integrations.common import Attached, imported, read_state, wrappers_of, write_state
+from pruningawaretraining.integrations.common import STATE, Attached, imported, read_state, wrappers_of, write_state
 from pruningawaretraining.processes import rewrap_in_place
 from pruningawaretraining.pruning import Pruning, Source
+
+log = logging.getLogger(__name__)
 
 _TrainerCallback: Any = imported("transformers", "transformers").TrainerCallback
 
@@ -30,7 +35,7 @@ class PruningCallback(_TrainerCallback):  # type: ignore[misc]
         resume_from: a checkpoint's folder.
 
     Raises:
-        ConfigError: transformers is not installed.
+        ConfigError: transformers is not installed, or the config cannot be used.
         CheckpointError: the folder holds no state of a pruner.
     """
 
@@ -45,7 +50,7 @@ class PruningCallback(_TrainerCallback):  # type: ignore[misc]
     ) -> None:
         state = None if resume_from is None else read_state(resume_from)
         self._attached = Attached(config, example_inputs, forward_fn, ema, teacher, state)
-        self._wrapped: nn.Module | None = None
+        self._training: weakref.ref[Any] | None = None  # the state of the training that has begun last
 
     @property
     def pruner(self) -> Pruning:
@@ -58,11 +63,37 @@ class PruningCallback(_TrainerCallback):  # type: ignore[misc]
             self._attached.make(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Take part in the optimizer's steps.
+
+        Raises:
+            CheckpointError: only one of ``resume_from`` and ``resume_from_checkpoint`` was given.
+            ConfigError: the callback is there twice, or another one prunes the same model.
+        """
+        if self._training is not None and self._training() is state:
+            raise ConfigError("callbacks: this PruningCallback is there twice. Allowed: once")
+        self._training = weakref.ref(state)
+        self._check_resumed(Path(args.output_dir), state.global_step)
         self._attached.make(model)
         optimizer = kwargs.get("optimizer")
         if optimizer is not None:
             self.pruner.attach(optimizer)
-        self.pruner.on_train_begin()
+        self._attached.begin()
+
+    def _check_resumed(self, folder: Path, step: int) -> None:
+        """Weights and the pruner's state are of the same checkpoint, or neither is of any."""
+        if self._attached.state is not None and step == 0:
+            raise CheckpointError(
+                "resume_from: the model has the checkpoint's architecture and not its weights: train was given no "
+                "checkpoint. Allowed: trainer.train(resume_from_checkpoint=), with the same folder"
+            )
+        if self._attached.state is None and step > 0:
+            where = folder / f"checkpoint-{step}"
+            if (where / STATE).is_file():
+                raise CheckpointError(
+                    f"resume_from: the training goes on from step {step}, and the callback has no state. Allowed: "
+                    f"PruningCallback(..., resume_from={str(where)!r})"
+                )
+            log.warning("resume_from: the training goes on from step %d, the pruner begins anew", step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.pruner.on_step_begin(state.global_step)
