@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pruningawaretraining.commands import looking, timing
-from pruningawaretraining.commands.common import experiment_of, reported, shape_of
+from pruningawaretraining.commands.common import check_out, experiment_of, reported, shape_of
 from pruningawaretraining.version import __version__
 
 app = typer.Typer(
@@ -131,10 +131,12 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Print a model's prunable groups, and the MACs and parameters of its layers."""
-    with reported(debug):
+    with reported(debug, shaped=True):
         from pruningawaretraining.experiment.inspection import groups_picture, groups_text, layers_table, load_inspected
         from pruningawaretraining.experiment.shipped import shipped_configs
 
+        if picture is not None:
+            check_out(picture, key="--picture")
         shape = None if input_shape is None else shape_of(input_shape)
         inspected = load_inspected(str(shipped_configs().get(source, source)), shape)
         typer.echo(groups_text(inspected))

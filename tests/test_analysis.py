@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +267,110 @@ def test_advice_takes_the_accuracy_into_account() -> None:
     other = compare.compared("other", Run({"data": {"name": "cifar"}}, norms=runs[0].run.norms))
     assert compare.advice([*runs, other]) == "", "other data: nothing to choose between"
     assert compare.advice(runs[:1]) == "" and "In none" in compare.advice([runs[2], runs[2]])
+
+
+def of_accuracy(name: str, near: int, accuracy: float, dense: float | None = None) -> compare.Compared:
+    summary = {"pruned": {"accuracy": accuracy}, "dense": {"accuracy": dense}}
+    return compare.compared(name, Run(summary, norms=history([0, near, near, near]).norms))
+
+
+def test_an_accuracy_holds_against_the_dense_baseline() -> None:
+    lost = compare.advice([of_accuracy("strong", 40, 0.134, 0.28), of_accuracy("weak", 0, 0.166, 0.28)])
+    assert lost.startswith("Accuracy holds in none of them: strong is at 13.40%, 14.60 points below its dense model")
+    assert "weak is at 16.60%, 11.40 points below" in lost
+    found = compare.advice([of_accuracy("strong", 0, 0.2, 0.28), of_accuracy("weak", 0, 0.275, 0.28)])
+    assert found.startswith("weak: the strongest whose accuracy holds")
+    assert "27.50%, 0.50 points below its dense model" in found
+    unknown = compare.advice([of_accuracy("strong", 0, 0.8), of_accuracy("weak", 0, 0.96)])
+    assert "no dense model to compare with" in unknown
+
+
+def test_a_single_checkpoint_says_nothing_of_time() -> None:
+    run = history([40])
+    run.norms["epochs"][0]["file"] = "best.pt"
+    found = choice.choose(run)
+    assert found.epoch is None and "in best.pt" in found.reason and "waiting" not in found.reason
+    assert found.reason.count("40.0%") == 1
+    alone = choice.choose(history([40]))
+    assert alone.epoch == 0 and alone.reason.count("40.0%") == 1 and "waiting" not in alone.reason
+
+
+def test_files_given_by_name_are_runs_of_their_own(tmp_path: Path) -> None:
+    model = small()
+    pruner = pruner_of(model)
+    save_file(model.state_dict(), tmp_path / "dense.safetensors")
+    for epoch in (0, 1):
+        pruner.prune(model, epoch)
+    save_pruned(model, tmp_path / "pruned.safetensors")
+    files = [tmp_path / name for name in ("pruned.safetensors", "dense.safetensors")]
+    runs = load_sources(files, f"{__name__}:small", (2, 1, 8, 8))
+    assert [one.name for one in runs] == ["pruned.safetensors", "dense.safetensors"]
+    assert all(len(one.run.norms["epochs"]) == 1 for one in runs)
+    removed = [sum(row["removed"] for row in compare.rows_of(one) if row["set"] == "all") for one in runs]
+    assert removed[0] > 0 and removed[1] == 0
+    assert compare.advice(runs) == "", "files say nothing of which training was better"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_junk_is_one_line_that_names_the_file(tmp_path: Path, alone: bool) -> None:
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    torch.save(small().state_dict(), folder / "0.pt")
+    (folder / "bad.pt").write_bytes(bytes((7 * number + 3) % 256 for number in range(300)))
+    source = folder / "bad.pt" if alone else folder
+    arguments = ["analyze", str(source), "--model", f"{__name__}:small", "--input-shape", "1,1,8,8"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "a.html")])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "bad.pt' cannot be read" in result.stderr and "weights_only" not in result.stderr
+
+
+def test_any_junk_is_refused(tmp_path: Path) -> None:
+    chosen, path = random.Random(0), tmp_path / "junk.pt"
+    for number in range(300):
+        path.write_bytes((b"", b"PK\x03\x04", b"\x80\x02")[number % 3] + chosen.randbytes(chosen.randint(0, 300)))
+        with pytest.raises(CheckpointError, match="junk.pt"):
+            read_weights(path)
+
+
+@pytest.mark.parametrize("shape", [["--input-shape", "1,1,8,8"], []])
+def test_a_checkpoint_of_another_network_is_said(tmp_path: Path, shape: list[str]) -> None:
+    torch.save(small().state_dict(), tmp_path / "other.pt")
+    result = CliRunner().invoke(app, ["analyze", str(tmp_path / "other.pt"), "--model", "resnet18", *shape])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "other.pt': it belongs to another network than ResNet" in result.stderr
+    assert "'layer1.0.conv1.weight' for one (nearest: 'stages.1.0.conv1.weight')" in result.stderr
+    assert "'conv1.weight' is 8x1x3x3 where the model has 64x3x7x7" in result.stderr
+
+
+def test_a_wrong_shape_is_said_in_terms_of_the_command(tmp_path: Path) -> None:
+    torch.save(small().state_dict(), tmp_path / "0.pt")
+    arguments = ["analyze", str(tmp_path / "0.pt"), "--model", f"{__name__}:small", "--input-shape", "1,3,8,8"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "rejects inputs of shape [(1, 3, 8, 8)]" in result.stderr
+    assert "--input-shape" in result.stderr and "example_inputs" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("nowhere/a.html", "there is no folder"),
+        ("a.json", "does not end in .html"),
+        ("a", "does not end in .html"),
+    ],
+)
+def test_where_a_page_may_go(tmp_path: Path, out: str, message: str) -> None:
+    folder = report_fixture.write_run(tmp_path / "run")
+    result = CliRunner().invoke(app, ["analyze", str(folder), "--out", str(tmp_path / out)])
+    assert result.exit_code == 2 and result.stderr.startswith("error: --out: ") and message in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_axes_of_norms_have_at_least_two_decades() -> None:
+    run = history([0, 0])  # all norms in one bin
+    page = compare.page([compare.compared("a", run)], "a")
+    for side in page["sides"]:
+        for figure in side["figures"]:
+            assert len(re.findall(r'text-anchor="middle">([^<]+)<', figure.svg)) >= 2
 
 
 def test_analyze_needs_a_model_for_checkpoints_and_reads_unfinished_runs(tmp_path: Path) -> None:

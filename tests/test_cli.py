@@ -250,3 +250,19 @@ def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
     assert pruned["accuracy"] >= dense["accuracy"] - 0.01
     assert checks["reloaded_onnx"] <= 1e-4 and checks["onnx_accuracy"] == pytest.approx(pruned["accuracy"], abs=0.003)
     assert pruned["latency_ms"] < dense["latency_ms"]
+
+
+def test_inspect_of_a_rule_for_single_weights(tmp_path: Path) -> None:
+    result = pat("inspect", written(tmp_path, pruning={"rules": [{"pattern": "2:4", "target": {"sparsity": 0.5}}]}))
+    assert result.exit_code == 0, result.output
+    assert "Source conv: stages.0.0.conv1.weight" in result.output and "Left as they are" not in result.output
+
+
+def test_no_message_of_a_command_speaks_of_arguments_of_functions(tmp_path: Path) -> None:
+    shaped = pat("inspect", "resnet18", "--input-shape", "1,1,64,64")
+    assert "Allowed: another --input-shape" in shaped.stderr and "example_inputs" not in shaped.stderr
+    plain = pat("run", written(tmp_path, model={"kwargs": {"in_channels": 3}}), "--out", tmp_path / "out")
+    assert "Allowed: data or example inputs that the model takes" in plain.stderr
+    assert "example_inputs=" not in plain.stderr and "--input-shape" not in plain.stderr
+    nowhere = pat("inspect", "resnet18", "--picture", tmp_path / "none" / "a.svg")
+    assert nowhere.exit_code == 2 and "--picture: there is no folder" in nowhere.stderr

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from pruningawaretraining.cli import app
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.experiment.display import Display, Pace, time_left
+from pruningawaretraining.experiment.display import Display, Pace, epoch_text, short_text, time_left
 from pruningawaretraining.experiment.tracking import each_of, on_board
 
 
@@ -49,6 +49,13 @@ def test_a_terminal_gets_one_line_that_fits() -> None:
     for part in ("epoch 3/4", "50%", "prune", "95.10%", "MACs 62.0%"):
         assert part in last
     assert len(last) <= 80
+
+
+def test_zeros_are_shown_where_no_channel_goes() -> None:
+    zeros = row(1, macs=1.0, sparsity=0.5)
+    assert "MACs 100.0%  sparsity 50.0%" in epoch_text(zeros) and "sparsity 50.0%" in short_text(zeros)
+    assert "sparsity" not in epoch_text(row(1, model="dense", sparsity=0.0))
+    assert "MACs 62.0%" in short_text(row(1, sparsity=0.4))
 
 
 def test_the_pace_follows_the_last_epochs() -> None:

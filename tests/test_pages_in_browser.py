@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -31,11 +32,14 @@ window.addEventListener("load", () => {
   const drawn = [...document.querySelectorAll("svg[role=img]")];
   const empty = drawn.filter(one => one.getBoundingClientRect().height < 20).length;
   const shown = [...document.querySelectorAll("svg[role=img] text")].map(one => one.getBoundingClientRect());
+  const boxes = [...document.querySelectorAll(".scroll")].filter(one => one.scrollWidth > one.clientWidth);
   const found = {
     broken, pictures: drawn.length, empty, failures: window.failures,
     loaded: performance.getEntriesByType("resource").length,
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     smallest: Math.min(...shown.filter(box => box.height).map(box => box.height), 99),
+    cut: boxes.length,
+    hinted: boxes.filter(one => getComputedStyle(one).backgroundAttachment.includes("local")).length,
     dark: getComputedStyle(document.body).backgroundColor,
   };
   document.title = "PROBED " + JSON.stringify(found);
@@ -68,7 +72,6 @@ def probed(page: Path, width: int, *options: str) -> dict[str, object]:
     match = re.search(r'data-found="PROBED ({.*?})"', text)
     assert match, text[:500]
     import html
-    import json
 
     found: dict[str, object] = json.loads(html.unescape(match[1]))
     return found
@@ -106,17 +109,32 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "sets": {"layer1.0.conv1": {"groups": 8, "rows": rows, "max_sparsity": 0.25}},
     }
     table = sensitivity.write_sensitivity(found, folder / "sensitivity.json")[1]
-    return {"report": report, "compare": comparison, "sensitivity": table}
+    timed = report_fixture.write_run(folder / "timed")
+    summary = json.loads((timed / "summary.json").read_text())
+    event = {"at": 17, "predicted_ms": 0.555, "measured_ms": 0.512, "dense_ms": 1.003}
+    summary["latency"]["events"] = [event] * 2
+    (timed / "summary.json").write_text(json.dumps(summary))
+    return {"report": report, "compare": comparison, "sensitivity": table, "latency": write_report(timed)}
 
 
-@pytest.mark.parametrize(("name", "pictures"), [("report", 16), ("compare", 3 + 20), ("sensitivity", 0)])
-@pytest.mark.parametrize("width", [360, 1100])
+@pytest.mark.parametrize(
+    ("name", "pictures"), [("report", 16), ("compare", 3 + 20), ("sensitivity", 0), ("latency", 16)]
+)
+@pytest.mark.parametrize("width", [360, 375, 1100])
 def test_pages_are_whole_and_fit(pages: dict[str, Path], name: str, pictures: int, width: int) -> None:
     found = probed(pages[name], width)
     assert found["broken"] == found["empty"] == found["loaded"] == 0 and found["failures"] == []
     assert found["pictures"] == pictures
     assert found["overflow"] == 0, "the page is wider than the window"
     assert float(str(found["smallest"])) >= 8, "text in a picture is too small to read"
+
+
+@pytest.mark.parametrize("name", ["compare", "latency"])
+def test_a_table_that_is_cut_off_says_so(pages: dict[str, Path], name: str) -> None:
+    """A wide table scrolls in its own box, under a hint that is there only as long as something is cut off."""
+    narrow, wide = probed(pages[name], 375), probed(pages[name], 1100)
+    assert int(str(narrow["cut"])) > 0 and narrow["hinted"] == narrow["cut"]
+    assert wide["cut"] == wide["hinted"] == 0
 
 
 def test_pages_follow_the_dark(pages: dict[str, Path]) -> None:

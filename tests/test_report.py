@@ -319,6 +319,44 @@ def test_numbers_of_the_report_as_json_and_csv(tmp_path: Path) -> None:
     assert len(epochs) == 2 * report_fixture.EPOCHS and float(epochs[-1]["macs"]) == found["epochs"][-1]["macs"]
 
 
+def fine_run(folder: Path, **rule: Any) -> Path:
+    """A run whose rule masks single weights, as a 2:4 rule leaves it."""
+    found = report_fixture.summary()
+    rules = [{"pattern": "2:4", "regularizer": None, "enabled": True, **rule}]
+    layers = [{**one, "set": None, "kept_out": one["dense_out"]} for one in found["pruning"]["layers"]]
+    groups = [{"number": 1, "source": "layer1.0.conv1.weight", "dependencies": [], "size": 576, "kept": 288}]
+    pruning = {**found["pruning"], "layers": layers, "groups": groups, "sparsity": 0.5}
+    pruning["parameters"] = {"dense": 272474, "kept": 140000, "fraction": 0.51}
+    pruned = {**found["pruned"], "parameters": 272474}
+    return report_fixture.write_run(folder, pruning=pruning, pruned=pruned, config={"pruning": {"rules": rules}})
+
+
+def test_a_run_of_single_weights_is_not_told_in_channels(tmp_path: Path) -> None:
+    page = Page(write_report(fine_run(tmp_path / "run")).read_text())
+    said = " ".join(page.text.split())
+    assert "50.0% of the prunable single weights are zero" in said
+    for untrue in ("Channels", "channels", "coupled", "the regulariser separates", "what was masked is removed"):
+        assert untrue not in said
+    assert "no regulariser: nothing is pruned yet" in said and "what was masked stays zero" in said
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    text = render(tables.comparison_table(summary))
+    assert re.search(r"Sparsity +0.0% +50.0%", text)
+    assert re.search(r"Nonzero parameters +272k +140k +−48.6%", text)
+    assert "groups removed" not in said and "set to zero" in said
+
+
+def test_a_run_of_channels_is_told_in_channels(tmp_path: Path) -> None:
+    config = {"pruning": {"rules": [{"pattern": {"type": "channel"}, "regularizer": "growing_l2"}]}}
+    _, page = write(tmp_path / "run", config=config)
+    said = " ".join(page.text.split())
+    assert "33.7% of the prunable channels are gone" in said and "the regulariser separates the groups" in said
+    rules = [{"pattern": "channel", "regularizer": None}, {"pattern": "4x1", "regularizer": None}]
+    _, page = write(tmp_path / "both", config={"pruning": {"rules": rules}})
+    assert "of the prunable channels and blocks of weights are gone or zero" in " ".join(page.text.split())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "Sparsity" not in render(tables.comparison_table(summary))
+
+
 def test_latency_that_was_predicted_and_measured(tmp_path: Path) -> None:
     folder = report_fixture.write_run(tmp_path / "run")
     summary = json.loads((folder / "summary.json").read_text())

@@ -53,6 +53,20 @@ def test_each_set_is_pruned_alone_by_score(tmp_path: Path) -> None:
         assert alone["sets"][name]["rows"][0] == one["rows"][1]
 
 
+def test_a_rule_that_is_not_for_channels_is_said(tmp_path: Path) -> None:
+    config = load_experiment(tiny(pruning={"rules": [{"pattern": "2:4", "target": {"sparsity": 0.5}}]}))
+    with pytest.raises(ConfigError, match=r"pruning.rules: none is for channels, .*'2:4'.*Allowed: a rule"):
+        measure(config, SensitivityOptions((0.5,), 0.05, 60, weights(tmp_path)))
+
+
+@pytest.mark.parametrize(("out", "message"), [("none/a.json", "there is no folder"), ("sens", "does not end in .json")])
+def test_where_the_result_may_go(tmp_path: Path, out: str, message: str) -> None:
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(tiny()))
+    arguments = ["sensitivity", str(tmp_path / "e.yaml"), "--out", str(tmp_path / out)]
+    result = CliRunner().invoke(app, [*arguments, "--weights", str(weights(tmp_path))])
+    assert result.exit_code == 2 and result.stderr.startswith("error: --out: ") and message in result.stderr
+
+
 def test_weights_are_needed(tmp_path: Path) -> None:
     config = load_experiment(tiny(out=str(tmp_path / "none")))
     with pytest.raises(ConfigError, match="model.weights: none are given"):
@@ -93,6 +107,7 @@ def test_command_and_config_end_to_end(tmp_path: Path) -> None:
     experiment = tmp_path / "e.yaml"
     experiment.write_text(yaml.safe_dump(tiny()))
     out = tmp_path / "found" / "sensitivity.json"
+    out.parent.mkdir()
     arguments = ["sensitivity", str(experiment), "--sparsities", "0.25", "0.5", "--images", "40", "--out", str(out)]
     result = CliRunner().invoke(app, [*arguments, "--weights", str(weights(tmp_path))])
     assert result.exit_code == 0, result.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,22 @@ from torch import Tensor
 from pruningawaretraining.errors import CheckpointError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ckpt", ".bin", ".tar")
+BROKEN = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    AssertionError,
+    struct.error,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+"""What readers raise at files that are damaged, or of another kind: the unpickler acts on any byte."""
 NESTS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "ema", "training")
 """Keys under which trainers keep the state dict of the model; "training" is what our own runs write."""
 
@@ -58,13 +75,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         values = load_file(path) if path.suffix == ".safetensors" else _load(path)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{str(path)!r} cannot be read: {lines[0]}") from error
+    except BROKEN as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read: {_why(error)}. Allowed: whole files of torch.save or safetensors"
+        ) from error
     found = _inside(values)
     if found is None:
         raise CheckpointError(f"{str(path)!r} holds no state dict. Allowed: tensors by name, or under {NESTS}")
     return _masked(found)
+
+
+def _why(error: BaseException) -> str:
+    """The reader's reason in a line, without torch's advice to read files of strangers unchecked."""
+    text = str(error)
+    found = re.search(r"WeightsUnpickler error: (.+)", text)
+    if found or "weights_only" in text:
+        return found[1].strip().rstrip(".") if found else "it is no file of plain tensors, or damaged"
+    return (text.splitlines() or [type(error).__name__])[0].strip().rstrip(".")
 
 
 def _load(path: Path) -> Any:

@@ -26,7 +26,7 @@ class Choice:
     """What one run's norms say.
 
     Attributes:
-        epoch: after which to start; None when nothing was recorded.
+        epoch: after which to start; None when nothing was recorded, or of a single checkpoint.
         threshold: groups below this part of their set's large norms are near zero.
         share: fraction of the groups near zero after that epoch.
         depth: how deep the gap is, 0 (none) to 1 (empty).
@@ -49,20 +49,53 @@ def choose(run: Run) -> Choice:
     edges = run.norms.get("edges") or []
     moments = before_pruning(run.norms.get("epochs") or [])
     if len(edges) < 2 or not moments:
-        return Choice(None, FALLBACK, 0.0, 0.0, False, False, "No norms were recorded before pruning began.")
+        return Choice(None, FALLBACK, 0.0, 0.0, False, False, _reason_of_none(run.norms))
     threshold, depth = gap(edges, moments[-1]["sets"])
     separated = threshold is not None
     threshold = FALLBACK if threshold is None else threshold
     shares = [share(edges, moment["sets"], threshold) for moment in moments]
     at = _settled_at(shares) if separated else len(shares) - 1
-    settled = at < len(shares) - 1 or len(shares) == 1
+    settled = at < len(shares) - 1
     epoch = int(moments[at]["epoch"])
     last = int(moments[-1]["epoch"])
-    reason = _reason(threshold, depth if separated else None, (epoch, shares[at]), (last, shares[-1]), settled)
+    gap_depth = depth if separated else None
+    if len(moments) == 1:
+        reason = _reason_of_one(threshold, gap_depth, moments[0], shares[0])
+    else:
+        reason = _reason(threshold, gap_depth, (epoch, shares[at]), (last, shares[-1]), settled)
     on_their_way = share(edges, moments[-1]["sets"], max(FALLBACK, threshold)) - shares[-1]
     if separated and on_their_way > SETTLED:
         reason += f" Another {100 * on_their_way:.1f}% are on their way there, below {FALLBACK} of the large norms."
-    return Choice(epoch, threshold, shares[at], depth, separated, settled, reason)
+    start = None if one_file(run.norms) else epoch
+    return Choice(start, threshold, shares[at], depth, separated, settled, reason)
+
+
+def one_file(norms: Mapping[str, Any]) -> bool:
+    """Whether these are the norms of a single checkpoint, and not of a training."""
+    epochs = norms.get("epochs") or []
+    return len(epochs) == 1 and bool(epochs[0].get("file"))
+
+
+def _reason_of_none(norms: Mapping[str, Any]) -> str:
+    if not one_file(norms):
+        return "No norms were recorded before pruning began."
+    (moment,) = norms["epochs"]
+    whole = sum(one["size"] + one.get("removed", 0) for one in moment["sets"].values())
+    return f"It has been pruned: {100 * _gone(moment) / max(whole, 1):.1f}% of its groups are gone."
+
+
+def _reason_of_one(threshold: float, depth: float | None, moment: Mapping[str, Any], near: float) -> str:
+    """The reason where there is a single moment, of which the norms say nothing of time."""
+    where = f"in {moment['file']}" if moment.get("file") else f"after epoch {moment['epoch']}"
+    if depth is None:
+        return (
+            f"The norms have not fallen apart {where}: there is no gap near zero, and {100 * near:.1f}% of the groups "
+            f"lie below {threshold:.2g} of their layer's large norms."
+        )
+    return (
+        f"{_heap(threshold, depth)}It holds {100 * near:.1f}% of the groups {where}. One moment does not say whether "
+        "the heap still grows."
+    )
 
 
 def _reason(
@@ -75,11 +108,7 @@ def _reason(
             f"of the groups lie below {threshold:.2g} of their layer's large norms. Regularise longer or more "
             "strongly, or let the ranking decide."
         )
-    gap_text = "empty" if depth > 0.995 else f"{100 * depth:.0f}% deep"
-    text = (
-        f"Below {threshold:.2g} of their layer's large norms lies a heap of groups near zero, and the gap above it is "
-        f"{gap_text}. "
-    )
+    text = _heap(threshold, depth)
     if not settled:
         return text + (
             f"Up to the last epoch looked at, {last[0]}, the heap still grows ({100 * last[1]:.1f}% of the groups): "
@@ -88,6 +117,14 @@ def _reason(
     return text + (
         f"It holds {100 * near:.1f}% of the groups after epoch {epoch}, and {100 * last[1]:.1f}% after epoch "
         f"{last[0]}: waiting longer changes little."
+    )
+
+
+def _heap(threshold: float, depth: float) -> str:
+    gap_text = "empty" if depth > 0.995 else f"{100 * depth:.0f}% deep"
+    return (
+        f"Below {threshold:.2g} of their layer's large norms lies a heap of groups near zero, and the gap above it is "
+        f"{gap_text}. "
     )
 
 

@@ -10,8 +10,16 @@ from typing import Any
 
 import yaml
 
-from pruningawaretraining.analysis.choice import Choice, before_pruning, choose, near_zero, share, with_removed
-from pruningawaretraining.report.figures import Figure, chosen_moments, occupied, total
+from pruningawaretraining.analysis.choice import (
+    Choice,
+    before_pruning,
+    choose,
+    near_zero,
+    one_file,
+    share,
+    with_removed,
+)
+from pruningawaretraining.report.figures import Figure, chosen_moments, shown_bins, total
 from pruningawaretraining.report.html import render_template
 from pruningawaretraining.report.numbers import as_csv, write
 from pruningawaretraining.report.run import Run
@@ -21,7 +29,7 @@ from pruningawaretraining.version import __version__
 MOST_SETS, OPEN_SETS = 60, 4
 COLOURS = 8
 HOLDS = 0.01
-"""An accuracy holds when it is within so much of the best."""
+"""An accuracy holds when it is within so much of the dense model's; without one, of the best run's."""
 
 
 @dataclass(frozen=True)
@@ -149,13 +157,17 @@ def page(runs: Sequence[Compared], title: str) -> dict[str, Any]:
 def advice(runs: Sequence[Compared]) -> str:
     """Which of several runs their norms (and accuracies, where known) speak for, in a sentence.
 
-    Nothing is said of a single run, nor of runs of different models or data.
+    An accuracy is compared with that of the run's dense baseline, or with the best of the runs where none is known.
+    Nothing is said of a single run, nor of runs of different models or data, nor of single checkpoints.
     """
-    if len(runs) < 2 or len({_subject(one.run) for one in runs}) > 1:
+    if len(runs) < 2 or len({_subject(one.run) for one in runs}) > 1 or any(one_file(one.run.norms) for one in runs):
         return ""
-    known = {one.name: float(value) for one in runs if (value := reached(one.run)["accuracy"]) is not None}
-    best = max(known.values(), default=0.0)
-    good = [one for one in runs if known.get(one.name, best) >= best - HOLDS]
+    losses = _losses(runs)
+    good = [one for one, loss in zip(runs, losses, strict=True) if loss is None or _holds(loss)]
+    known = [(one, loss) for one, loss in zip(runs, losses, strict=True) if loss is not None]
+    if known and not any(_holds(loss) for _, loss in known):
+        told = "; ".join(f"{one.name} is at {_against(one, loss)}" for one, loss in known)
+        return f"Accuracy holds in none of them: {told}. Try a weaker regulariser, a milder target, or more epochs."
     apart = [one for one in good if one.choice.separated]
     if apart:
         chosen = max(apart, key=lambda one: (one.choice.settled, one.choice.share))
@@ -165,9 +177,36 @@ def advice(runs: Sequence[Compared]) -> str:
         text = "the strongest whose accuracy holds; its norms have not fallen apart, those of stronger ones may"
     else:
         return "In none of them have the norms fallen apart: try a stronger regulariser, or more epochs before pruning."
-    if chosen.name not in known:
+    loss = losses[next(at for at, one in enumerate(runs) if one is chosen)]
+    if loss is None:
         return f"{chosen.name}: {text}."
-    return f"{chosen.name}: {text}. Accuracy {100 * known[chosen.name]:.2f}%, the best of all {100 * best:.2f}%."
+    return f"{chosen.name}: {text}. Accuracy {_against(chosen, loss)}."
+
+
+def _losses(runs: Sequence[Compared]) -> list[float | None]:
+    """What accuracy each run lost; None where its own is not known."""
+    found = [reached(one.run) for one in runs]
+    best = max((one["accuracy"] for one in found if one["accuracy"] is not None), default=0.0)
+    dense = [best if one["dense_accuracy"] is None else one["dense_accuracy"] for one in found]
+    return [
+        None if one["accuracy"] is None else float(whole - one["accuracy"])
+        for one, whole in zip(found, dense, strict=True)
+    ]
+
+
+def _against(one: Compared, loss: float) -> str:
+    """``27.50%, 0.50 points below its dense model (28.00%)``."""
+    found = reached(one.run)
+    side = "below" if loss >= 0 else "above"
+    text = f"{100 * found['accuracy']:.2f}%, "
+    points = f"{100 * abs(loss):.2f} points {side} " if abs(loss) >= 5e-5 else ""
+    if found["dense_accuracy"] is None:
+        return f"{text}{points}the best of these; there is no dense model to compare with"
+    return f"{text}{points or 'as '}its dense model ({100 * found['dense_accuracy']:.2f}%)"
+
+
+def _holds(loss: float) -> bool:
+    return loss <= HOLDS + 1e-9
 
 
 def _subject(run: Run) -> str:
@@ -241,14 +280,13 @@ def _ridges(runs: Sequence[Compared], name: str | None) -> list[Figure]:
     counts = [_counts(moment, name, len(edges) - 1) for _, shown in drawn for moment in shown]
     if not counts:
         return []
-    first, last = occupied(counts, len(edges) - 1)
-    bins = slice(first, last)
+    bins = shown_bins(counts, edges)
     figures = []
     for one, shown in drawn:
         rows = [_ridge(moment, name, edges, one.choice.threshold, bins) for moment in shown]
         if rows:
             label = f"Norms of {name or 'all groups'}, {one.name}"
-            figures.append(Figure(one.name, ridge_chart(label, rows, edges[first : last + 1])))
+            figures.append(Figure(one.name, ridge_chart(label, rows, edges[bins.start : bins.stop + 1])))
     return figures
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pruningawaretraining.analysis.checkpoints import epochs_of, read_weights
-from pruningawaretraining.errors import CheckpointError, PruningError
+from pruningawaretraining.errors import CheckpointError, PruningError, nearest
 from pruningawaretraining.experiment.record import EDGES, histogram
 from pruningawaretraining.group_index import GroupIndex
 from pruningawaretraining.grouping import Grouping
@@ -33,14 +33,18 @@ class NormReader:
 
     Args:
         build: see :data:`Build`.
+        first: a state dict that it will read: that it is of the model is checked before anything is run.
 
     Raises:
+        CheckpointError: the first is of another model.
         ModelError: nothing in the model can be pruned.
     """
 
-    def __init__(self, build: Build) -> None:
+    def __init__(self, build: Build, first: Mapping[str, Tensor] | None = None) -> None:
         self.build = build
         model, inputs = build()
+        if first is not None:
+            check_same_network(model, plain(first))
         found = removable_channels(model, inputs, chosen_layers(model, None))
         self.sizes = {one.name: one.size for one in found.grouping.sets}
         self.model, self.grouping = model, found.grouping
@@ -64,30 +68,66 @@ class NormReader:
 
     def _load(self, weights: Mapping[str, Tensor]) -> None:
         """Put the weights into the model; one of other shapes is built and traced first."""
-        plain = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in weights.items()}
-        shapes = _shapes(plain)
+        plain_weights = plain(weights)
+        shapes = _shapes(plain_weights)
         if any(shapes.get(name, shape) != shape for name, shape in self.shapes.items()):
             self.model, inputs = self.build()
-            model, missing, _ = load_state_dict_pruned(self.model, plain)
+            check_same_network(self.model, plain_weights)
+            model, missing, _ = load_state_dict_pruned(self.model, plain_weights)
             grouping = find_channels(model, inputs, chosen_layers(model, None)).grouping
             self.grouping = grouping.select_sets([at for at, one in enumerate(grouping.sets) if one.name in self.sizes])
             self.index = GroupIndex(self.grouping, ROLES)
             self.shapes = _shapes(dict(model.state_dict()))
         else:
-            self.model.load_state_dict(plain, strict=False)
-            missing = sorted(set(self.shapes) - set(plain))
-        self._check(self.grouping, missing, plain)
+            self.model.load_state_dict(plain_weights, strict=False)
+            missing = sorted(set(self.shapes) - set(plain_weights))
+        self._check(self.grouping, missing)
 
-    def _check(self, grouping: Grouping, missing: Sequence[str], weights: Mapping[str, Tensor]) -> None:
+    def _check(self, grouping: Grouping, missing: Sequence[str]) -> None:
         """Refuse weights without tensors that norms are made of."""
         needed = {member.name for member in grouping.of_role(*ROLES).members}
         lacking = [name for name in missing if name in needed]
         if lacking:
-            first = next(iter(weights), "nothing")
             raise CheckpointError(
-                f"{len(lacking)} weights of the model are missing, {lacking[0]!r} for one; it holds {first!r}. "
+                f"{len(lacking)} weights of the model are missing, {lacking[0]!r} for one. "
                 "Allowed: checkpoints of the model that --model names"
             )
+
+
+def plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without what wrappers put in front of its names."""
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in weights.items()}
+
+
+def check_same_network(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights of another network: half of the names are not there, or kernels are of another size.
+
+    Args:
+        model: dense.
+        weights: of it, dense or pruned.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    own = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    lacking = [name for name in own if name not in weights]
+    kernels = [name for name in own if name in weights and weights[name].shape[2:] != own[name][2:]]
+    told = []
+    if 2 * len(lacking) > len(own):
+        convolutions = [name for name in lacking if len(own[name]) > 1]
+        first = (convolutions or lacking)[0]
+        close = nearest(first, weights) or next(iter(weights), "nothing")
+        told.append(
+            f"{len(lacking)} of {len(own)} weights of the model are missing, {first!r} for one (nearest: {close!r})"
+        )
+    if kernels:
+        found, wanted = ("x".join(map(str, shape)) for shape in (weights[kernels[0]].shape, own[kernels[0]]))
+        told.append(f"{kernels[0]!r} is {found} where the model has {wanted}")
+    if told:
+        raise CheckpointError(
+            f"it belongs to another network than {type(model).__name__}: {', and '.join(told)}. "
+            "Allowed: checkpoints of the model that --model names"
+        )
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -105,20 +145,30 @@ def scan(paths: Sequence[Path], build: Build, track: Track = iter) -> dict[str, 
     Raises:
         CheckpointError: a file is no checkpoint of the model; the message names it.
     """
-    reader = NormReader(build)
-    epochs = list(_epochs(paths, reader, track))
+    epochs = list(_epochs(paths, build, track))
     return {"edges": list(EDGES), "epochs": epochs}
 
 
-def _epochs(paths: Sequence[Path], reader: NormReader, track: Track) -> Iterator[dict[str, Any]]:
+def scan_each(paths: Sequence[Path], build: Build, track: Track = iter) -> list[dict[str, Any]]:
+    """The norms of single checkpoints, each as a training of its own; see :func:`scan`."""
+    epochs = [{**moment, "epoch": 0} for moment in _epochs(paths, build, track)]
+    return [{"edges": list(EDGES), "epochs": [moment]} for moment in epochs]
+
+
+def _epochs(paths: Sequence[Path], build: Build, track: Track) -> Iterator[dict[str, Any]]:
+    reader = None
     for path, epoch in zip(track(paths), epochs_of(paths), strict=True):
         try:
-            sets = reader.read(read_weights(path))
+            weights = read_weights(path)
+            reader = reader or NormReader(build, weights)
+            sets = reader.read(weights)
         except CheckpointError as error:
             text = str(error)
             raise CheckpointError(text if str(path) in text else f"{str(path)!r}: {text}") from error
-        except PruningError as error:  # what is left cannot be traced
-            raise CheckpointError(f"{str(path)!r}: {error}") from error
+        except PruningError as error:
+            if reader is None:  # the model itself, or its example inputs
+                raise
+            raise CheckpointError(f"{str(path)!r}: {error}") from error  # what is left cannot be traced
         yield {"epoch": epoch, "phase": "train", "file": path.name, "sets": sets}
 
 

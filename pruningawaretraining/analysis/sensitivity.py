@@ -22,6 +22,7 @@ from pruningawaretraining.experiment.build import build_model
 from pruningawaretraining.experiment.calibration import SourceBatches, loss_of
 from pruningawaretraining.experiment.data import Batch, Pipeline
 from pruningawaretraining.experiment.datasets import load_data
+from pruningawaretraining.experiment.inspection import has_channels
 from pruningawaretraining.experiment.run import find_device
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.train import scores_of
@@ -78,6 +79,7 @@ def measure(config: ExperimentConfig, options: SensitivityOptions, track: Track 
     Raises:
         ConfigError: there are no trained weights, no rule on channels, or anything that the config gets wrong.
     """
+    check_channels(config)
     device = find_device(config.device)
     torch.manual_seed(config.seed)
     data = load_data(config.data)
@@ -107,6 +109,22 @@ def measure(config: ExperimentConfig, options: SensitivityOptions, track: Track 
         "tolerance": options.tolerance,
         "sets": sets,
     }
+
+
+def check_channels(config: ExperimentConfig) -> None:
+    """Refuse a config without a rule for coupled layers.
+
+    Raises:
+        ConfigError: every rule is for what is finer.
+    """
+    rules = [rule for rule in config.pruning.rules if rule.enabled]
+    if not rules or has_channels(config.pruning):
+        return
+    shown = ", ".join(repr(rule.pattern) for rule in rules)
+    raise ConfigError(
+        f"pruning.rules: none is for channels, they are for {shown}; sensitivity is that of sets of channels. "
+        "Allowed: a rule whose pattern is channel or head"
+    )
 
 
 def _with_weights(config: ExperimentConfig, options: SensitivityOptions) -> ExperimentConfig:

@@ -12,7 +12,7 @@ from torch import nn
 
 from pruningawaretraining.analysis.checkpoints import find_checkpoints
 from pruningawaretraining.analysis.compare import Compared, compared
-from pruningawaretraining.analysis.norms import Build, Track, run_of, scan
+from pruningawaretraining.analysis.norms import Build, Track, run_of, scan, scan_each
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.experiment.inspection import load_inspected
 from pruningawaretraining.report.run import NORMS, REPORT, load_run
@@ -25,20 +25,20 @@ def load_sources(
     page: Path | None = None,
     track: Track | None = None,
 ) -> list[Compared]:
-    """Every source as one run; files given together are one run.
+    """Every source as one run: a folder of checkpoints is a training, a file given by name stands for itself.
 
     Args:
         sources: folders or files.
         model: the dense model of checkpoints: a name as in a config's ``model.name``, or an experiment config.
         input_shape: of its example input.
         page: where the page will be, for links to the runs' own reports.
-        track: shows progress over the files of a folder.
+        track: shows progress over files.
 
     Raises:
         CheckpointError: a source is not there or holds neither a run nor checkpoints.
         ConfigError: checkpoints without a model.
     """
-    found, files = [], []
+    found: list[Compared | Path] = []  # files keep their place until they are read together
     for source in sources:
         if (source / NORMS).is_file():
             report = source / REPORT
@@ -48,12 +48,14 @@ def load_sources(
             paths = find_checkpoints(source)
             found.append(_scanned(source.resolve().name, paths, builder(model, input_shape, source), track))
         elif source.is_file():
-            files.append(source)
+            found.append(source)
         else:
             raise CheckpointError(f"there is no {str(source)!r}. Allowed: folders of runs or checkpoints, or files")
-    if files:
-        found.append(_scanned(files[0].resolve().parent.name, files, builder(model, input_shape, files[0]), track))
-    return _named_apart(found)
+    files = [one for one in found if isinstance(one, Path)]
+    each = iter(scan_each(files, builder(model, input_shape, files[0]), track or iter) if files else ())
+    return _named_apart(
+        [compared(one.name, run_of(one.name, next(each))) if isinstance(one, Path) else one for one in found]
+    )
 
 
 def builder(model: str | None, input_shape: Sequence[int] | None, source: Path) -> Build:

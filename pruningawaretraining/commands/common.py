@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,43 @@ def shape_of(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def check_out(path: Path, suffix: str | None = None, key: str = "--out") -> Path:
+    """The path of a file to write, before any work is done for it.
+
+    Args:
+        path: as given; its folder must be there.
+        suffix: that it must have; None for any.
+        key: the option, for messages.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    from pruningawaretraining.errors import ConfigError
+
+    if path.is_dir():
+        raise ConfigError(f"{key}: {str(path)!r} is a folder. Allowed: a file")
+    if suffix is not None and path.suffix.lower() != suffix:
+        raise ConfigError(f"{key}: {str(path)!r} does not end in {suffix}. Allowed: {str(path.with_suffix(suffix))!r}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{key}: there is no folder {str(path.parent)!r}. Allowed: a file in a folder that is there")
+    return path
+
+
+def _in_terms_of_commands(text: str, shaped: bool) -> str:
+    """A message of the library without the arguments of its functions."""
+    advice = "Allowed: another --input-shape" if shaped else "Allowed: data or example inputs that the model takes"
+    text = re.sub(r"Pass example_inputs= as .*?forward_fn\(model, inputs\)", advice, text)
+    return text.removeprefix("example_inputs: ") if shaped else text
+
+
 @contextlib.contextmanager
-def reported(debug: bool) -> Iterator[None]:
-    """Turn what the user can mend into lines on stderr and an exit code."""
+def reported(debug: bool, shaped: bool = False) -> Iterator[None]:
+    """Turn what the user can mend into lines on stderr and an exit code.
+
+    Args:
+        debug: show the traceback too.
+        shaped: whether the command has the option ``--input-shape``.
+    """
     from pruningawaretraining.errors import PruningError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -61,6 +96,6 @@ def reported(debug: bool) -> Iterator[None]:
     except (PruningError, OSError) as error:
         if debug:
             errors.print_exception()
-        for line in str(error).splitlines() or [type(error).__name__]:
+        for line in _in_terms_of_commands(str(error), shaped).splitlines() or [type(error).__name__]:
             errors.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(BAD_INPUT) from None

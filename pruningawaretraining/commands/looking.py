@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from pruningawaretraining.commands.common import experiment_of, reported, shape_of
+from pruningawaretraining.commands.common import check_out, experiment_of, reported, shape_of
 
 if TYPE_CHECKING:
     from pruningawaretraining.analysis.compare import Compared
@@ -28,7 +28,8 @@ def analyze(
         list[Path],
         typer.Argument(
             metavar="RUN_OR_CHECKPOINTS...",
-            help="Folders of runs, folders of checkpoints (state dicts: .pt, .safetensors ...), or checkpoints.",
+            help="Folders of runs, folders of the checkpoints (state dicts: .pt, .safetensors ...) of one training, or "
+            "single checkpoints, each shown by itself.",
         ),
     ],
     model: Annotated[
@@ -36,16 +37,22 @@ def analyze(
         typer.Option(help="For checkpoints: the dense model by name, package.module:factory, or an experiment config."),
     ] = None,
     input_shape: Annotated[str | None, typer.Option(help="Shape of the example input, e.g. 1,3,224,224.")] = None,
-    out: Annotated[Path, typer.Option(help="The page; a .json and a .csv file lie beside it.")] = Path("analysis.html"),
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The page: a file that ends in .html, in a folder that is there; a .json and a .csv lie beside it."
+        ),
+    ] = Path("analysis.html"),
     debug: Debug = False,
 ) -> None:
     """Draw the norms of groups through training; say from which epoch to prune, and below which norm."""
-    with reported(debug):
+    with reported(debug, shaped=True):
         from pruningawaretraining.analysis.compare import write_comparison
         from pruningawaretraining.analysis.sources import load_sources
         from pruningawaretraining.experiment.shipped import shipped_configs
 
         console = Console()
+        check_out(out, ".html")
         shape = None if input_shape is None else shape_of(input_shape)
 
         def shown(paths: Sequence[Path]) -> Any:
@@ -61,7 +68,8 @@ def analyze(
 def _print_choices(runs: Sequence[Compared], console: Console) -> None:
     from pruningawaretraining.analysis.compare import advice, reached
 
-    table = Table("run", "strength", "start after epoch", "threshold", "near zero", "accuracy", box=box.SIMPLE)
+    headings = ("strength", "start after epoch", "threshold", "near zero", "accuracy")
+    table = Table(Column("run", overflow="fold"), *headings, box=box.SIMPLE)
     for one in runs:
         choice, accuracy = one.choice, reached(one.run)["accuracy"]
         strength = "–" if one.strength is None else f"{one.strength:g}"
@@ -109,7 +117,12 @@ def sensitivity(
     images: Annotated[int, typer.Option(help="Test images to measure on; 0 for all.")] = 1000,
     weights: Annotated[Path | None, typer.Option(help="Dense weights, such as a run's dense.safetensors.")] = None,
     data: DataRoot = None,
-    out: Annotated[Path, typer.Option(help="The result; a page lies beside it.")] = Path("sensitivity.json"),
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The result: a file that ends in .json, in a folder that is there; a .html page lies beside it."
+        ),
+    ] = Path("sensitivity.json"),
     more: Annotated[list[float] | None, typer.Argument(help="More sparsities.", hidden=True)] = None,
     debug: Debug = False,
 ) -> None:
@@ -117,6 +130,7 @@ def sensitivity(
     with reported(debug):
         from pruningawaretraining.analysis.sensitivity import GRID, SensitivityOptions, measure, write_sensitivity
 
+        check_out(out, ".json")
         experiment = experiment_of(config, data, None)
         levels = tuple(sorted({*(sparsities or ()), *(more or ())})) or GRID
         console = Console()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pruningawaretraining.commands.common import reported, shape_of
+from pruningawaretraining.commands.common import check_out, reported, shape_of
 
 
 def latency(
@@ -27,14 +27,16 @@ def latency(
     threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
     batch: Annotated[int, typer.Option(help="Rows of the example inputs.")] = 1,
     repeats: Annotated[int, typer.Option(help="Timed runs of each model; the median counts.")] = 50,
-    out: Annotated[Path | None, typer.Option(help="Write the rows to this JSON file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the rows to this JSON file; its folder must be there.")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw accuracy against latency into this file (.png, .svg).")
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the library's log.")] = False,
 ) -> None:
     """Time dense and pruned models side by side, in turns, with MACs, parameters, memory and size on disk."""
-    with reported(debug):
+    with reported(debug, shaped=True):
         from pruningawaretraining.experiment.timing import (
             candidates,
             draw_timing,
@@ -43,6 +45,9 @@ def latency(
             write_timing,
         )
 
+        for path, key in ((out, "--out"), (plot, "--plot")):
+            if path is not None:
+                check_out(path, key=key)
         shape = None if input_shape is None else shape_of(input_shape)
         rows = timed(candidates(sources, model, shape), runtime, threads, batch, repeats)
         title = f"{runtime}, batch {batch}, {threads} thread{'s' if threads > 1 else ''}"

@@ -15,15 +15,23 @@ LOG = logging.getLogger(__name__)
 
 
 def epoch_text(row: Mapping[str, Any]) -> str:
-    """One epoch of ``metrics.jsonl`` in a line: ``regularize  loss 0.312  accuracy 95.20%  MACs 62.0%``."""
+    """One epoch of ``metrics.jsonl`` in a line: ``regularize  loss 0.312  accuracy 95.20%  MACs 62.0%``.
+
+    Where the MACs stay because weights are only set to zero, ``sparsity 50.0%`` follows.
+    """
     text = f"{row['phase']:<10} loss {row['loss']:.3f}  accuracy {100 * row['accuracy']:.2f}%"
-    return text if row["model"] == "dense" else f"{text}  MACs {100 * row['macs']:.1f}%"
+    return text if row["model"] == "dense" else f"{text}  {_kept(row)}"
 
 
 def short_text(row: Mapping[str, Any]) -> str:
     """The same for a line that a progress bar shares: ``regularize  95.20%  MACs 62.0%``."""
     text = f"{row['phase']:<10}  {100 * row['accuracy']:.2f}%"
-    return text if row["model"] == "dense" else f"{text}  MACs {100 * row['macs']:.1f}%"
+    return text if row["model"] == "dense" else f"{text}  {_kept(row)}"
+
+
+def _kept(row: Mapping[str, Any]) -> str:
+    text, zeros = f"MACs {100 * row['macs']:.1f}%", float(row.get("sparsity") or 0.0)
+    return f"{text}  sparsity {100 * zeros:.1f}%" if zeros > 0 and row["macs"] == 1 else text
 
 
 def time_left(seconds: float) -> str:

@@ -20,7 +20,9 @@ from pruningawaretraining.experiment.build import build_model
 from pruningawaretraining.experiment.datasets import data_shape
 from pruningawaretraining.experiment.schema import ModelConfig, load_experiment
 from pruningawaretraining.inputs import from_shapes
+from pruningawaretraining.patterns.channel import StructuredPattern
 from pruningawaretraining.pruning import Pruning
+from pruningawaretraining.registry import build
 from pruningawaretraining.report import coupling
 from pruningawaretraining.report.summary import percent, si
 
@@ -94,10 +96,16 @@ def groups_text(inspected: Inspected) -> str:
     verb = "is" if len(groups) == 1 else "are"
     lines.append(f"There {verb} {len(groups)} {noun} of layers, with the following source convs:")
     lines.append(str([group["source"] for group in groups]))
-    skipped = pruner.engine.found.skipped
+    skipped = pruner.engine.found.skipped if has_channels(inspected.pruning) else {}
     if skipped:
         lines += ["", "Left as they are:", *(f"{name}: {reason}" for name, reason in skipped.items())]
     return "\n".join(lines)
+
+
+def has_channels(pruning: PruningConfig) -> bool:
+    """Whether a rule that is enabled prunes channels, or what else can be removed of coupled layers."""
+    patterns = [build("pattern", rule.pattern) for rule in pruning.rules if rule.enabled]
+    return any(isinstance(pattern, StructuredPattern) for pattern in patterns)
 
 
 def groups_picture(inspected: Inspected) -> str:

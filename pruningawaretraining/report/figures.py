@@ -20,6 +20,7 @@ from pruningawaretraining.report.svg import (
     line_chart,
     ridge_chart,
 )
+from pruningawaretraining.report.units import units_of
 
 _ROWS = 8
 _STYLES = {"dense": "s-dense", "pruned": "s-kept"}
@@ -89,7 +90,8 @@ def _loss(run: Run, bands: Sequence[Band]) -> Figure | None:
 
 def _kept(run: Run, bands: Sequence[Band]) -> Figure | None:
     macs = [Series("MACs kept", line.points, "s-kept") for line in _series(run, "macs", ("pruned",))]
-    sparsity = [Series("groups removed", line.points, "s-other") for line in _series(run, "sparsity", ("pruned",))]
+    gone = units_of(run.summary).label
+    sparsity = [Series(gone, line.points, "s-other") for line in _series(run, "sparsity", ("pruned",))]
     target = (run.summary.get("target") or {}).get("macs")
     guides = [Guide(float(target), f"target {100 * target:.3g}% of MACs")] if target else []
 
@@ -154,12 +156,11 @@ def norms(run: Run, most: int = 60) -> list[Figure]:
     shown = [epochs[number] for number in chosen_moments(epochs)]
     names = list(dict.fromkeys(name for one in epochs for name in one["sets"]))
     totals = [(one, total(one, len(edges) - 1)) for one in shown]
-    first, last = occupied([total["counts"] for _, total in totals], len(edges) - 1)
-    bins = slice(first, last)  # of all sets: one axis for every picture
+    bins = shown_bins([total["counts"] for _, total in totals], edges)  # of all sets: one axis for every picture
     rows = {"All groups": totals}
     if len(names) > 1:
         rows |= {name: [(one, one["sets"][name]) for one in shown if name in one["sets"]] for name in names[:most]}
-    return [_norm_figure(name, found, bins, edges[first : last + 1]) for name, found in rows.items()]
+    return [_norm_figure(name, found, bins, edges[bins.start : bins.stop + 1]) for name, found in rows.items()]
 
 
 def chosen_moments(epochs: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -195,9 +196,14 @@ def _norm_figure(
     return Figure(title, ridge_chart(f"Norms of {title} by epoch", ridges, edges))
 
 
-def occupied(counts: Sequence[Sequence[int]], bins: int) -> tuple[int, int]:
-    """The range of bins that hold anything, with one empty bin on either side."""
+def shown_bins(counts: Sequence[Sequence[int]], edges: Sequence[float]) -> slice:
+    """The bins of whole decades that hold anything: an axis over them begins and ends at a power of ten."""
+    bins = len(edges) - 1
     filled = [number for row in counts for number, count in enumerate(row) if count]
     if not filled:
-        return 0, bins
-    return max(min(filled) - 1, 0), min(max(filled) + 2, bins)
+        return slice(0, bins)
+    decades = [math.log10(edge) for edge in edges]
+    low, high = math.floor(decades[min(filled)] + 1e-6), math.ceil(decades[max(filled) + 1] - 1e-6)
+    first = max((at for at in range(bins) if decades[at] <= low + 1e-6), default=0)
+    last = min((at for at in range(1, bins + 1) if decades[at] >= high - 1e-6), default=bins)
+    return slice(first, last)

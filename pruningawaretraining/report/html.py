@@ -13,15 +13,10 @@ from pruningawaretraining.report import coupling, figures, tables
 from pruningawaretraining.report.numbers import write, write_numbers
 from pruningawaretraining.report.run import REPORT, Phase, Run, load_run
 from pruningawaretraining.report.summary import arrow, fraction, percent, si
+from pruningawaretraining.report.units import Units, units_of
 
 _LOG = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
-_PHASES = {
-    "regularize": "the regulariser separates the groups",
-    "prune": "groups are masked on the schedule",
-    "finetune": "what was masked is removed; the rest trains on",
-    "done": "training is over",
-}
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -71,15 +66,17 @@ def page(run: Run) -> dict[str, Any]:
     layers, groups = pruning.get("layers") or [], pruning.get("groups") or []
     latency = summary.get("latency") or {}
     links = tables.chain(summary)
+    found = units_of(summary)
     return {
         "name": summary.get("name") or "run",
         "version": summary.get("version"),
         "about": _about(summary),
         "rows": tables.compared_rows(summary),
         "verdict": _verdict(links),
-        "phases": [_phase(phase) for phase in run.phases],
+        "phases": [_phase(phase, found) for phase in run.phases],
+        "units": found,
         "timeline": figures.timeline(run),
-        "widths": figures.widths(layers),
+        "widths": figures.widths(layers) if found.removed else [],
         "norms": figures.norms(run),
         "latency": latency,
         "latency_figure": figures.latency(latency),
@@ -125,9 +122,9 @@ def _verdict(links: Sequence[tables.Link]) -> str:
     return "" if not known else "ok" if all(known) else "failed"
 
 
-def _phase(phase: Phase) -> dict[str, Any]:
+def _phase(phase: Phase, units: Units) -> dict[str, Any]:
     span = f"epoch {phase.first}" if phase.first == phase.last else f"epochs {phase.first}–{phase.last}"
-    return {"name": phase.name, "span": span, "meaning": _PHASES.get(phase.name, "")}
+    return {"name": phase.name, "span": span, "meaning": units.meaning(phase.name)}
 
 
 def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:

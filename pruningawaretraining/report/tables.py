@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pruningawaretraining.report.summary import fraction, percent, si
+from pruningawaretraining.report.units import units_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,18 @@ def compared_rows(summary: Mapping[str, Any]) -> list[Compared]:
     ]
     rows = [_accuracy(dense.get("accuracy"), pruned.get("accuracy"))]
     rows += [_size(label, dense.get(key), pruned.get(key), text) for label, key, text in sizes]
+    rows[1:1] = _zeros(summary)
     return [row for row in rows if (row.dense, row.pruned) != ("–", "–")]
+
+
+def _zeros(summary: Mapping[str, Any]) -> list[Compared]:
+    """Where rules leave zeros in the weights: how many of their groups are zero, and the weights that are not."""
+    pruning = summary.get("pruning") or {}
+    if not units_of(summary).zeroed or pruning.get("sparsity") is None:
+        return []
+    counts = pruning.get("parameters") or {}
+    rows = [Compared("Sparsity", percent(0.0), percent(pruning["sparsity"]), "–")]
+    return [*rows, _size("Nonzero parameters", counts.get("dense"), counts.get("kept"), si)]
 
 
 def _accuracy(dense: float | None, pruned: float | None) -> Compared:
