@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,11 +34,25 @@ class Goal:
         key: of the config, for messages.
         cost: of the whole model.
         budget: in the units of the cost.
+        asked: what the user wrote, for messages; without it a fraction of the dense cost.
+        unit: of the cost, where amounts say something.
     """
 
     key: str
     cost: SetCost
     budget: float
+    asked: str = ""
+    unit: str = ""
+
+    def out_of_reach(self, least: float) -> TargetError:
+        """The error where the limits leave more of the cost than the budget."""
+        dense = self.cost.dense
+        asked = self.asked or f"{self.budget / dense:.4g} of the dense cost"
+        amount = f", {least:.4g} of {dense:.4g} {self.unit}" if self.unit else ""
+        return TargetError(
+            f"{self.key}: {asked} is out of reach: caps, multiples and the selected layers leave at least "
+            f"{least / dense:.4f}{amount}. Raise the target or max_sparsity, or select more"
+        )
 
 
 class WidthSearch:
@@ -115,7 +129,7 @@ class WidthSearch:
             if not any(missed):
                 return keep_G
             tight = [
-                Goal(goal.key, goal.cost, goal.budget * TIGHTER) if miss else goal
+                replace(goal, budget=goal.budget * TIGHTER) if miss else goal
                 for goal, miss in zip(tight, missed, strict=True)
             ]
         return self.allocator.smallest()
@@ -139,11 +153,7 @@ class WidthSearch:
         for goal in goals:
             least = min(goal.cost(self._whole(self.mask(self._rounded(unit)))) for unit in UNITS)
             if least > goal.budget:
-                raise TargetError(
-                    f"{goal.key}: {goal.budget / goal.cost.dense:.4g} of the dense cost is out of reach: caps, "
-                    f"multiples and the selected layers leave at least {least / goal.cost.dense:.4f}. Raise the target "
-                    "or max_sparsity, or select more"
-                )
+                raise goal.out_of_reach(least)
 
     def _descend(self, goals: Sequence[Goal], driver: SetCost | None) -> Tensor:
         kept_S = self.start_S.clone()

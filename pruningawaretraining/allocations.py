@@ -17,6 +17,7 @@ from pruningawaretraining.allocation_widths import Goal, WidthSearch
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.by_sets import KeptGroups, SetCost
 from pruningawaretraining.costs.latency_cost import LatencyCost
+from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.registry import register
 
@@ -89,9 +90,13 @@ class Task:
         smallest = allocator.smallest()
         for goal in self.goals:
             cost = SubCost(goal.cost, self.share.groups_D, self.keep_D)
-            if cost(smallest) > goal.budget:
-                reach = allocator.to_uneven_cost if isinstance(goal.cost, LatencyCost) else allocator.to_cost
+            if cost(smallest) <= goal.budget:
+                continue
+            reach = allocator.to_uneven_cost if isinstance(goal.cost, LatencyCost) else allocator.to_cost
+            try:
                 reach(cost, goal.budget, key=goal.key)
+            except TargetError as error:
+                raise goal.out_of_reach(cost(smallest)) from error
 
 
 class SubCost:
@@ -140,6 +145,22 @@ def _marginal(cost: Any, keep_D: Tensor) -> Tensor:
 
 RANKED = {"ranking": None, "uniform": "local"}
 """Allocations that go by ranks, with the scope that they need; events on the way go by sparsity then."""
+
+
+def scope_of(share: Share) -> str:
+    """The scope in which the groups of a rule are ranked under a sparsity.
+
+    Raises:
+        ConfigError: its allocation weighs what a cost saves, and its target is a sparsity alone.
+    """
+    rule = share.rule
+    if rule.allocation is not None and rule.allocation not in RANKED and not rule.target.about_costs:
+        raise ConfigError(
+            f"{share.key}.allocation: {rule.allocation!r} weighs importance against a cost, and the target is a "
+            f"sparsity alone. Allowed with it: {', '.join(RANKED)}"
+        )
+    return RANKED.get(rule.allocation or "ranking") or rule.scope
+
 
 # --- allocations ----------------------------------------------------------------------------------------------------
 

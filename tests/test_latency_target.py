@@ -331,6 +331,64 @@ def test_out_of_reach_is_said_before_training(made_up: MadeUp) -> None:
         Pruning(Net(), {"rules": [{"target": {"parameters": 0.001, "macs": 0.9}}]}, example_inputs=INPUT)
 
 
+def test_what_is_out_of_reach_is_said_in_the_users_own_numbers(made_up: MadeUp) -> None:
+    for target, message in (
+        (
+            {"latency_ms": 0.0001},
+            r"target\.latency_ms: 0\.0001 ms is out of reach.*least 0\.\d+, [\d.]+ of [\d.]+ ms\.",
+        ),
+        ({"latency": 0.01}, r"target\.latency: 0\.01 of the dense cost is out of reach"),
+        ({"latency": 0.5, "latency_ms": 0.0001}, r"target\.latency_ms: 0\.0001 ms is"),
+    ):
+        for allocation in ("latency", "ranking"):
+            with pytest.raises(TargetError, match=r"^rules\[0\]\." + message):
+                Pruning(Net(), {"rules": [{"target": target, "allocation": allocation}]}, example_inputs=INPUT)
+
+
+class Slow(MadeUp):
+    """Whatever the widths, copies take as long as the dense model."""
+
+    def milliseconds(self, models: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+        return dict.fromkeys(models, 2.0) if "copy" in models else super().milliseconds(models)
+
+
+@pytest.mark.parametrize("allocation", ["latency", "ranking"])
+def test_a_missed_latency_is_said_with_both_numbers(
+    allocation: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    meter = Slow()
+    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda _: meter)
+    with caplog.at_level("WARNING"):
+        _, pruner = pruned({"latency": 0.9}, meter, allocation=allocation)
+    reached = pruner.engine.rules[0].state.latencies[-1]
+    assert reached["measured_ms"] > reached["budget_ms"] and pruner.phase == "finetune"
+    wanted = f"rules[0].target.latency: the target is missed: {reached['measured_ms']:.4g} ms measured, "
+    assert wanted + f"{reached['budget_ms']:.4g} ms asked for" in caplog.text
+
+
+def test_the_last_masks_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are chosen anew three times, and not once more after the last measurement."""
+    chosen: list[int] = []
+    meter = Slow()
+    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda _: meter)
+
+    def allocate(task: Any) -> torch.Tensor:
+        chosen.append(len(chosen))
+        keep_R = torch.ones(len(task.share.groups_D), dtype=torch.bool)
+        keep_R[: len(chosen)] = False
+        return keep_R
+
+    monkeypatch.setattr("pruningawaretraining.targets.lookup", lambda kind, name: allocate)
+    _, pruner = pruned({"latency": 0.9}, meter)
+    assert len(chosen) == 4 and int((~pruner.engine.keep_D).sum()) == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_runtime_that_is_not_there_is_said_of_the_rule() -> None:
+    with pytest.raises(ConfigError, match=r"^rules\[0\]\.target\.runtime: 'cuda' needs a GPU"):
+        Pruning(Net(), {"rules": [{"target": {"latency": 0.5, "runtime": "cuda"}}]}, example_inputs=INPUT)
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
