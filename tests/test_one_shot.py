@@ -12,6 +12,7 @@ from second_order_fixture import batches, cross_entropy, layer_weights, rule, sm
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from pruningawaretraining import count_macs
 from pruningawaretraining.criteria.second_order.bank import Bank
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.errors import ConfigError, ModelError, PruningError, TargetError
@@ -510,3 +511,34 @@ def test_accuracy_counts_and_leaves_the_model_alone():
     model.train()
     assert accuracy(model, data) == right / 24
     assert model.training
+
+
+# --- targets of a cost ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allocation", ["ranking", "macs"])
+@pytest.mark.parametrize("criterion", ["magnitude", "obs"])
+def test_channels_go_at_once_until_the_macs_are_met(criterion, allocation):
+    model, example = small_net(), next(iter(batches()))[0][:1]
+    spec = rule("channel", CRITERIA[criterion], allocation=allocation, target={"macs": 0.6})
+    ((sparsity, pruned),) = one_shot(model, spec, batches(), cross_entropy).items()
+    dense = count_macs(model, example)
+    assert 0.4 * dense < count_macs(pruned, example) <= 0.6 * dense
+    ((less, wider),) = one_shot(model, {**spec, "target": {"macs": 0.9}}, batches(), cross_entropy).items()
+    assert 0 < less < sparsity < 1
+    assert count_macs(pruned, example) < count_macs(wider, example) <= 0.9 * dense
+
+
+def test_several_costs_at_once_must_all_hold():
+    model, example = small_net(), next(iter(batches()))[0][:1]
+    spec = rule("channel", "magnitude", target={"macs": 0.95, "parameters": 0.5})
+    (pruned,) = one_shot(model, spec, batches(), cross_entropy).values()
+    assert count_macs(pruned, example) <= 0.95 * count_macs(model, example)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(parameter.numel() for parameter in pruned.parameters()) <= 0.5 * count
+
+
+def test_a_cost_that_cannot_be_met_is_refused():
+    spec = rule("channel", "magnitude", target={"macs": 0.001})
+    with pytest.raises(TargetError, match="macs"):
+        one_shot(small_net(), spec, batches(), cross_entropy)
