@@ -10,6 +10,7 @@ from pruningawaretraining.costs.macs import count_macs
 from pruningawaretraining.criteria import (  # noqa: F401  (importing them registers the criteria)
     activation,
     cost_aware,
+    depth,
     geometric,
     gradient,
     magnitude,

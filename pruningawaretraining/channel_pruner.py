@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.allocation import Allocator, Limits, limits_of
+from pruningawaretraining.allocations import scope_of
 from pruningawaretraining.channel_listening import Listener
 from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.config.schema import Rule
@@ -141,11 +142,13 @@ class ChannelPruner:
         self.dense_sets = found.grouping.sets
         self.dense_per_layer = macs_per_layer(model, inputs, forward_fn)
         heads = {name: one.groups_H for name, one in found.heads.items()}
-        self.macs_cost = macs_cost(found.grouping, self.dense_per_layer, heads)
+        blocks = {name: one.group for name, one in found.blocks.items()}
+        self.macs_cost = macs_cost(found.grouping, self.dense_per_layer, heads, blocks)
         self.parameters_cost = parameters_cost(found.grouping, model)
         self.targets = Targets(model, found, self.macs_cost, self.parameters_cost, inputs, forward_fn)
         self.dense_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.dense_widths = layer_widths(model)
+        self.dense_types = {name: type(module).__name__ for name, module in model.named_modules()}
         self.set_of_layer = _set_of_layer(found.grouping)
         self.keep_D = torch.ones(found.grouping.size, dtype=torch.bool)
         self.live_D = torch.arange(found.grouping.size)  # dense numbers of the groups that are still there
@@ -154,7 +157,7 @@ class ChannelPruner:
         self._listens = False
         self.calibration: Calibration | None = None  # data that criteria may look at instead of training
         self.spared: frozenset[str] = frozenset()
-        self.masks = Masks(model, found.grouping, found.norms)
+        self.masks = Masks(model, found.grouping, found.norms, blocks=found.blocks)
         self.reset_optimizer = False
         self.sharded = False  # whether fully_shard has spread the parameters
         self._regularizers: list[tuple[ChannelRule, Regularizer, Tensor]] | None = None
@@ -166,7 +169,7 @@ class ChannelPruner:
         for one in self.rules:
             _refuse_what_channels_lack(one)
             self._check_caps(one)
-            allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), one.limits(), one.rule.scope)
+            allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), one.limits(), scope_of(one))
             if one.rule.target.about_costs and one.rule.enabled:
                 self.targets.check(one)
             if one.rule.target.sparsity is not None:
@@ -331,7 +334,7 @@ class ChannelPruner:
                 one.state.latencies = [*one.state.latencies, {"at": now, **vars(reached)}]
             return keep_R, met
         assert rule.target.sparsity is not None
-        allocator = Allocator(one.grouping, scores_R, one.limits(), rule.scope, ~self.keep_D[one.groups_D])
+        allocator = Allocator(one.grouping, scores_R, one.limits(), scope_of(one), ~self.keep_D[one.groups_D])
         return allocator.at(sparsity_at(rule.schedule, progress, 0.0, rule.target.sparsity)), last
 
     def _copy_of(self, keep_D: Tensor) -> nn.Module:
@@ -381,9 +384,11 @@ class ChannelPruner:
         """Take the model's parameters as they are now, by their names: ``fully_shard`` has exchanged them.
 
         Raises:
-            ConfigError: a rule removes at every event, or works by second order with data of its own.
+            ConfigError: a rule removes at every event, has a latency to reach, or works by second order with data of
+                its own.
         """
         for one in self.rules:
+            self.targets.check_sharded(one)
             if one.rule.application == "remove":
                 raise ConfigError(
                     f"{one.key}.application: 'remove' at every event cannot follow fully_shard. Allowed: mask"
@@ -398,7 +403,7 @@ class ChannelPruner:
         self.found = self.found.on(self.model)
         for one in self.rules:
             one.listener.rebind(self.found)
-        self.masks = Masks(self.model, self.found.grouping, self.found.norms, self.spared)
+        self.masks = Masks(self.model, self.found.grouping, self.found.norms, self.spared, self.found.blocks)
         self.masks.set(keep_G)
         self._regularizers = None
 
@@ -455,7 +460,7 @@ class ChannelPruner:
         for one in self.rules:
             one.listener.follow(self.found, keep_G[torch.isin(self.live_D, one.groups_D)])
         self.live_D = self.live_D[keep_G]
-        self.masks = Masks(self.model, self.found.grouping, self.found.norms, self.spared)
+        self.masks = Masks(self.model, self.found.grouping, self.found.norms, self.spared, self.found.blocks)
         self._regularizers = None
 
     # --- exported graphs ----------------------------------------------------------------------------------------
@@ -470,6 +475,11 @@ class ChannelPruner:
             ModelError: a norm over channels, whose statistics cannot be restricted in a graph; or the graph does not
                 run on the example inputs.
         """
+        if self.found.blocks:
+            raise ModelError(
+                "graph: 'depth' takes whole blocks out of the model, and in an exported graph they cannot be found. "
+                "Allowed: remove them before the export"
+            )
         modules = dict(self.model.named_modules())
         for name in self.found.norms:
             if kept_norm_of(modules[name]) is not None:
@@ -482,7 +492,7 @@ class ChannelPruner:
         keep_G, divisors = self.masks.keep_G, graph.divisors()
         self.spared |= divisors
         self.masks.clear()
-        self.masks = Masks(self.model, self.found.grouping, self.found.norms, self.spared)
+        self.masks = Masks(self.model, self.found.grouping, self.found.norms, self.spared, self.found.blocks)
         self.masks.set(keep_G)
         with torch.no_grad():
             for member, keep_W in self.found.grouping.expand(keep_G.float(), outside=1.0):
@@ -507,8 +517,9 @@ class ChannelPruner:
         return {one.name: norms_G[one.start : one.stop] for one in self.found.grouping.sets}
 
     def kept_widths(self) -> dict[str, tuple[int, int]]:
-        """(outputs, inputs) that every convolution and linear layer keeps, masked channels not counted."""
-        widths = layer_widths(self.model)
+        """(outputs, inputs) that every convolution and linear layer keeps, masked channels not counted; 0 for layers in
+        blocks that are gone."""
+        widths = {**dict.fromkeys(self.dense_widths, (0, 0)), **layer_widths(self.model)}
         modules = dict(self.model.named_modules())
         keep_G1 = torch.cat([self.keep_D[self.live_D], torch.ones(1, dtype=torch.bool)])
         for member in self.found.grouping.of_role("out", "in").members:
@@ -523,7 +534,8 @@ class ChannelPruner:
                 widths[name] = (kept, kept * inputs // outputs)
             else:
                 widths[name] = (kept, inputs)
-        return widths
+        masked = tuple(f"{name}." for name, one in self.found.blocks.items() if not bool(keep_G1[one.group]))
+        return {name: (0, 0) if name.startswith(masked) else pair for name, pair in widths.items()}
 
     def keep_by_set(self) -> dict[str, Tensor]:
         """Masks of the dense model's groups by set, True = keep."""

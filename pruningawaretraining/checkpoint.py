@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pruningawaretraining.errors import CheckpointError, nearest
 from pruningawaretraining.inputs import unwrap
 from pruningawaretraining.kept_attention import with_fewer_heads
+from pruningawaretraining.kept_blocks import PassThrough, pass_through, passed_blocks
 from pruningawaretraining.patterns.attention import HEADS, KEY_VALUE_HEADS, REPETITIONS, WIDTHS
 from pruningawaretraining.quantization import is_converted
 from pruningawaretraining.sharded import any_sharded
@@ -122,7 +123,9 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
         )
     if Path(path).is_dir():
         raise CheckpointError(f"path: {str(path)!r} is a folder. Allowed: the path of a file")
-    state = model.state_dict()
+    passed = passed_blocks(model)
+    gone = tuple(f"{name}." for name in passed)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(gone)}
     seen: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -143,8 +146,11 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
     description = {
         "version": __version__,
         "class": type(model).__qualname__,
-        "modules": {name: _widths(module) for name, module in model.named_modules() if _widths(module)},
+        "modules": {
+            name: _widths(one) for name, one in model.named_modules() if not name.startswith(gone) and _widths(one)
+        },
         "aliases": aliases,
+        "passed": passed,
         "record": summary_of(model),
     }
     metadata = {KEY: json.dumps(description), "format": "pt"}
@@ -204,6 +210,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for attributes in description["modules"].values():
             if not attributes.keys() <= set(ATTRIBUTES) or not all(map(_is_width, attributes.values())):
                 raise ValueError(f"{attributes} are no widths")
+        if not all(isinstance(one, int) for one in description.setdefault("passed", {}).values()):
+            raise ValueError(f"{description['passed']} are no blocks")
         description["record"].keys()
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -233,16 +241,30 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
     """
     wrapped, model = model, unwrap(_module(model))
     tensors, description = _read(Path(path))
-    _check_names(model, tensors)
     surgery = Surgery()
     try:
+        _take_out_blocks(model, description["passed"], surgery)
+        _check_names(model, tensors)
         _put_tensors(model, tensors, surgery)
         _put_widths(model, description["modules"], surgery)
+    except CheckpointError:
+        surgery.undo()
+        raise
     except (AttributeError, TypeError, KeyError, RuntimeError) as error:
         surgery.undo()
         raise CheckpointError(f"path: {str(path)!r} does not fit {type(model).__name__}: {error}") from error
     _RECORDS[model] = description["record"]
     return wrapped
+
+
+def _take_out_blocks(model: nn.Module, passed: dict[str, int], surgery: Surgery) -> None:
+    """Let blocks that are gone in the file hand on their input; those of a model that lacks them already stay so."""
+    modules = dict(model.named_modules())
+    for name, outputs in passed.items():
+        if name not in modules:
+            raise CheckpointError(f"model: {type(model).__name__} has no block {name!r}; the file says it was removed")
+        if not isinstance(modules[name], PassThrough):
+            pass_through(model, modules[name], outputs, surgery)
 
 
 def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> None:

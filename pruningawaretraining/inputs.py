@@ -173,6 +173,8 @@ def disagreement(expected: list[Tensor], actual: list[Tensor]) -> float:
 
 
 _LOOKS = [0]
+REJECTED = (RuntimeError, TypeError, ValueError, IndexError, AssertionError, AttributeError, NotImplementedError)
+"""What models raise at inputs, or without a part, that they cannot do with."""
 
 
 @contextmanager
@@ -194,7 +196,7 @@ def checked_call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = N
     try:
         with _looking():
             return call(model, inputs, forward_fn)
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError, NotImplementedError) as error:
+    except REJECTED as error:
         shapes = [tuple(tensor.shape) for tensor in tensors_of(inputs)]
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(

@@ -4,7 +4,7 @@ Shape suffixes: ``_G`` groups, ``_C`` channels of a norm layer, ``_W`` any weigh
 
 A masked group is 0 in every member, the input columns of its consumers included, so an activation with f(0) != 0 does
 no harm. Norms that mix channels (LayerNorm, GroupNorm) compute their statistics over the kept channels, through a
-forward hook, so that the masked model equals the removed one.
+forward hook, so that the masked model equals the removed one; and a whole block that is masked hands on its input.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from pruningawaretraining import fused
 from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.kept_blocks import Block, Bypass
 from pruningawaretraining.kept_norms import KeptNorm, kept_norm_of
 from pruningawaretraining.optimizer_state import mask_state
 from pruningawaretraining.sharded import is_sharded, local_of, part_of
@@ -34,6 +35,7 @@ class Masks:
         grouping: its groups; buffers are never masked, so that a norm's statistics survive.
         norms: norm layer -> group of each channel (``grouping.size`` for none), for norms that mix channels.
         spared: tensors that are not masked: what an exported graph divides by.
+        blocks: residual blocks that are groups; a masked one hands on its input.
     """
 
     def __init__(
@@ -42,14 +44,17 @@ class Masks:
         grouping: Grouping,
         norms: Mapping[str, Tensor] | None = None,
         spared: frozenset[str] = frozenset(),
+        blocks: Mapping[str, Block] | None = None,
     ) -> None:
         self.grouping = grouping.without_role("buffer").without_tensors(spared)
         self.model = model
         self.norms = dict(norms or {})
+        self.blocks = dict(blocks or {})
         self.keep_G = torch.ones(grouping.size, dtype=torch.bool)
         self._handles: list[RemovableHandle] = []
         self._gradient_handles: list[RemovableHandle] = []
         self._norm_hooks: dict[str, KeptNorm] = {}
+        self._block_handles: dict[str, RemovableHandle] = {}
         self._parameters: list[Tensor] = []
         self._factors: list[Tensor] = []
         self._cleared: list[_Cleared] = []
@@ -73,6 +78,7 @@ class Masks:
         self._build_factors()
         self._hook_gradients()
         self._hook_norms()
+        self._hook_blocks()
         self.apply()
 
     def clear(self) -> None:
@@ -80,6 +86,7 @@ class Masks:
         self.keep_G = torch.ones_like(self.keep_G)
         self._keep_on, self._parameters, self._factors, self._cleared = {}, [], [], []
         self._hook_gradients()
+        self._hook_blocks()
         self._unhook()
 
     def _build_factors(self) -> None:
@@ -179,6 +186,19 @@ class Masks:
             forget_compiled()
         for name, hook in self._norm_hooks.items():
             hook.keep_C.copy_(keep_of[name])
+
+    def _hook_blocks(self) -> None:
+        """Let masked blocks hand on their input, and no others."""
+        masked = {name for name, one in self.blocks.items() if not bool(self.keep_G[one.group])}
+        if masked == self._block_handles.keys():
+            return
+        for name in self._block_handles.keys() - masked:
+            self._block_handles.pop(name).remove()
+        modules = dict(self.model.named_modules())
+        for name in masked - self._block_handles.keys():
+            hook = Bypass(self.blocks[name].outputs)
+            self._block_handles[name] = modules[name].register_forward_hook(hook, with_kwargs=True)
+        forget_compiled()
 
     def _unhook(self) -> None:
         for handle in self._handles:

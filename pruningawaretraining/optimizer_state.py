@@ -23,10 +23,20 @@ Exchanged = Mapping[Tensor, tuple[nn.Parameter, Keep]]
 """Old parameter -> the one in its place, and what was kept of it."""
 
 
-def follow(optimizer: torch.optim.Optimizer, exchanged: Exchanged, surgery: Surgery) -> None:
-    """Exchange an optimizer's parameters and slice its state."""
+def follow(
+    optimizer: torch.optim.Optimizer, exchanged: Exchanged, surgery: Surgery, lost: Sequence[Tensor] = ()
+) -> None:
+    """Exchange an optimizer's parameters and slice its state.
+
+    Args:
+        optimizer: changed in place.
+        exchanged: what has been sliced.
+        surgery: remembers the changes.
+        lost: parameters that are gone with their block; they leave their groups, and their state goes.
+    """
+    gone = {id(one) for one in lost}
     if isinstance(optimizer, torch.optim.LBFGS):
-        _slice_row(optimizer, exchanged, surgery)
+        _slice_row(optimizer, exchanged, surgery, gone)
     for group in optimizer.param_groups:
         for index, old in enumerate(group["params"]):
             if old in exchanged:
@@ -34,6 +44,23 @@ def follow(optimizer: torch.optim.Optimizer, exchanged: Exchanged, surgery: Surg
     for old, (new, keep) in exchanged.items():
         if old in optimizer.state:
             surgery.rename_key(optimizer.state, old, new, _sliced(optimizer, old, keep))
+    if gone:
+        _drop(optimizer, lost, gone, surgery)
+
+
+def _drop(optimizer: torch.optim.Optimizer, lost: Sequence[Tensor], gone: set[int], surgery: Surgery) -> None:
+    """Take parameters out of their groups, and their state away; a group may be empty afterwards."""
+    for group in optimizer.param_groups:
+        left = [one for one in group["params"] if id(one) not in gone]
+        if isinstance(optimizer, torch.optim.LBFGS) and left and group["params"][0] in optimizer.state:
+            first = group["params"][0]  # under which the state of all is kept
+            if id(first) in gone:
+                surgery.rename_key(optimizer.state, first, left[0], optimizer.state[first])
+        if len(left) < len(group["params"]):
+            surgery.set_item(group["params"], slice(None), left)
+    for parameter in lost:
+        if parameter in optimizer.state:
+            surgery.drop_key(optimizer.state, parameter)
 
 
 def _sliced(optimizer: torch.optim.Optimizer, old: Tensor, keep: Keep) -> dict[str, Any]:
@@ -79,7 +106,7 @@ def _summed_out(key: str, value: Tensor, shape: list[int]) -> int | None:
     return usual if usual in fits else (fits[-1] if fits else None)
 
 
-def _slice_row(optimizer: torch.optim.LBFGS, exchanged: Exchanged, surgery: Surgery) -> None:
+def _slice_row(optimizer: torch.optim.LBFGS, exchanged: Exchanged, surgery: Surgery, gone: set[int]) -> None:
     """LBFGS keeps its history as rows of all parameters."""
     parameters: list[Tensor] = optimizer.param_groups[0]["params"]
     total = sum(parameter.numel() for parameter in parameters)
@@ -89,7 +116,8 @@ def _slice_row(optimizer: torch.optim.LBFGS, exchanged: Exchanged, surgery: Surg
         keep = exchanged[parameter][1] if parameter in exchanged else {}
         for dim, indices in keep.items():
             places = places.index_select(dim, indices.to(places.device))
-        parts.append(places.flatten())
+        if id(parameter) not in gone:
+            parts.append(places.flatten())
         start += parameter.numel()
     kept = torch.cat(parts)
 

@@ -239,4 +239,5 @@ def outdated(wrapped: nn.Module) -> bool:
     known = {id(one) for one in getattr(wrapped, "_module_parameters", ())}
     ignored = set(getattr(wrapped, "parameters_to_ignore", ()))
     now = [one for name, one in wrapped.module.named_parameters() if one.requires_grad and name not in ignored]
-    return any(id(one) not in known for one in now)
+    there = {id(one) for one in wrapped.module.parameters()}
+    return any(id(one) not in known for one in now) or not known <= there

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.arguments import check_inputs, check_model, epoch_of, followers_of, optimizers_of
-from pruningawaretraining.channel_pruner import PHASES, ChannelPruner, Surroundings, layer_widths
+from pruningawaretraining.channel_pruner import PHASES, ChannelPruner, ChannelRule, Surroundings, layer_widths
 from pruningawaretraining.checkpoint import describe_with, record_of
 from pruningawaretraining.config.dialects.intel_update import updated
 from pruningawaretraining.config.load import load_config
@@ -26,18 +26,19 @@ from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.criteria.second_order.gradients import LossFn
 from pruningawaretraining.distillation import Distiller
 from pruningawaretraining.element_pruner import ElementPruner
-from pruningawaretraining.element_rules import ElementPattern
+from pruningawaretraining.element_rules import ElementPattern, ElementRule
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
 from pruningawaretraining.exported import ExportedGraph, is_exported
 from pruningawaretraining.inputs import ForwardFn, from_shapes, move, tensors_of, unwrap
 from pruningawaretraining.optimizer_state import clear_state
-from pruningawaretraining.patterns.channel import StructuredPattern, producer_names
+from pruningawaretraining.patterns.channel import ChannelGroups, StructuredPattern, producer_names
+from pruningawaretraining.patterns.depth import Depth, check_alone, check_rule
 from pruningawaretraining.patterns.stacking import check_stacking
 from pruningawaretraining.processes import outdated, rewrapped
 from pruningawaretraining.quantization import without_zero
 from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer
-from pruningawaretraining.rehearsal import removable_channels
+from pruningawaretraining.rehearsal import removable_blocks, removable_channels
 from pruningawaretraining.report.summary import Report
 from pruningawaretraining.run_state import (
     VERSION,
@@ -252,17 +253,21 @@ class Pruning:
         """The rules that are enabled: those for channels, and those for what is finer."""
         channels: list[tuple[str, Rule]] = []
         elements: list[tuple[str, Rule, ElementPattern]] = []
+        patterns: list[tuple[str, Any]] = []
         for number, rule in enumerate(self.config.rules):
             key = rule.name or f"rules[{number}]"
             pattern = build("pattern", rule.pattern, f"{key}.pattern")
             if not rule.enabled:
                 continue
+            patterns.append((key, pattern))
+            check_rule(key, pattern, rule, build("criterion", rule.criterion, f"{key}.criterion"))
             if isinstance(pattern, StructuredPattern):
                 channels.append((key, rule))
             elif isinstance(pattern, ElementPattern):
                 elements.append((key, rule, pattern))
             else:
                 raise ConfigError(f"{key}.pattern: {rule.pattern!r} cannot be trained")
+        check_alone(patterns)
         return channels, elements
 
     def _check_stacking(self) -> None:
@@ -315,15 +320,21 @@ class Pruning:
             (key, rule, _structure(rule).chosen(self.model, rule.layers, rule.exclude, key)) for key, rule in rules
         ]
         union = set().union(*(layers for _, _, layers in chosen))
+        if any(isinstance(_structure(rule), Depth) for _, rule in rules):
+            found = removable_blocks(self.model, self._inputs, union, self._forward_fn)
+        else:
+            found = self._removable_channels(chosen, union)
+        for name, reason in found.skipped.items():
+            log.info("%s stays as it is: %s", name, reason)
+        return ChannelPruner(self.model, found, chosen, self._inputs, self._forward_fn)
+
+    def _removable_channels(self, chosen: list[tuple[str, Rule, set[str]]], union: set[str]) -> ChannelGroups:
         units: dict[str, str] = {}
         for _, rule, layers in chosen:
             units |= _structure(rule).head_units(self.model, layers)
         multiples = {name: rule.multiple for _, rule, layers in chosen for name in layers}
         limit = self.config.trace_limit
-        found = removable_channels(self.model, self._inputs, union, self._forward_fn, multiples, units, limit)
-        for name, reason in found.skipped.items():
-            log.info("%s stays as it is: %s", name, reason)
-        return ChannelPruner(self.model, found, chosen, self._inputs, self._forward_fn)
+        return removable_channels(self.model, self._inputs, union, self._forward_fn, multiples, units, limit)
 
     @property
     def channel_pruner(self) -> ChannelPruner | NoChannels:
@@ -599,12 +610,27 @@ class Pruning:
 
     def on_train_end(self) -> None:
         """After the last epoch: nothing prunes or regularises any more; masks stay."""
+        if not self._ended:
+            self._warn_of_idle_rules()
         if self._elements is not None and not self._ended:
             self._elements.finish(self._steps.optimizers)
         if self._channels is not None:
             self._channels.release()
         self._ended = True
         log.info("training ended: sparsity %.4f", self.sparsity)
+
+    def _warn_of_idle_rules(self) -> None:
+        """Say which rules never had an event, most often because the loop does not count what they count."""
+        rules: list[ChannelRule | ElementRule] = []
+        rules += [] if self._channels is None else self._channels.rules
+        rules += [] if self._elements is None else self._elements.rules
+        calls = {"epoch": "prune(model, epoch) counts epochs", "step": "the optimizer's steps are counted"}
+        for one in rules:
+            if one.rule.target.given and one.rule.mode == "prune" and one.state.event == 0:
+                log.warning(
+                    "%s: it never pruned: its first event is in %s %d (%s)",
+                    *(one.key, one.rule.unit, one.rule.start, calls[one.rule.unit]),
+                )
 
     def channel_regularize(self, model: nn.Module | None = None) -> None:
         """Add the channel regularisers to ``.grad``, in place; call it after ``loss.backward()``.
@@ -843,13 +869,13 @@ class Pruning:
         kept = engine.kept_widths()
         rows = []
         for name, (dense_out, dense_in) in engine.dense_widths.items():
-            module = modules[name]
+            module = modules.get(name)  # None in a block that is gone
             kept_out, kept_in = kept[name]
             dense_macs = engine.dense_per_layer.get(name, 0)
             rows.append(
                 {
                     "name": name,
-                    "type": type(module).__name__,
+                    "type": engine.dense_types[name] if module is None else type(module).__name__,
                     "set": engine.set_of_layer.get(name),
                     "dense_out": dense_out,
                     "kept_out": kept_out,
@@ -857,7 +883,7 @@ class Pruning:
                     "kept_in": kept_in,
                     "dense_macs": dense_macs,
                     "kept_macs": round(kept_macs.get(name, dense_macs)),
-                    "parameters": sum(parameter.numel() for parameter in module.parameters(recurse=False)),
+                    "parameters": 0 if module is None else sum(one.numel() for one in module.parameters(recurse=False)),
                 }
             )
         return rows

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,7 @@ from pruningawaretraining.inputs import ForwardFn, disagreement, outputs_of
 from pruningawaretraining.masking import Masks
 from pruningawaretraining.patterns.channel import ChannelGroups, find_channels
 from pruningawaretraining.patterns.dependency import TRACE_LIMIT
+from pruningawaretraining.patterns.depth import find_blocks
 from pruningawaretraining.patterns.head import is_of_heads
 from pruningawaretraining.quantization import resting
 from pruningawaretraining.removal import remove
@@ -52,7 +54,7 @@ def _masked(model: nn.Module, found: ChannelGroups, keep_G: Tensor) -> Iterator[
     saved = {
         id(member.parameter): (member.parameter, member.parameter.detach().clone()) for member in _losing(found, keep_G)
     }
-    masks = Masks(model, found.grouping, found.norms)
+    masks = Masks(model, found.grouping, found.norms, blocks=found.blocks)
     masks.set(keep_G)
     try:
         yield
@@ -84,14 +86,17 @@ class _Rehearsal:
         self.multiples = multiples
         self.reasons: dict[int, str] = {}
 
+    def problem_without(self, keep_G: Tensor) -> str:
+        """Why the model cannot do with these groups alone; "" if it can."""
+        outputs = self._outputs_without(keep_G)
+        return outputs if isinstance(outputs, str) else self._misread(keep_G, outputs)
+
     def problem(self, numbers: Sequence[int]) -> str:
         """Why the model cannot do without a channel of each of these sets, or about half of them; "" if it can."""
         outputs = self._outputs_without(self._keep(numbers, _all_but_one))
         if isinstance(outputs, str):
             return outputs
-        keep_G = self._keep(numbers, _a_part)
-        outputs = self._outputs_without(keep_G)
-        return outputs if isinstance(outputs, str) else self._misread(keep_G, outputs)
+        return self.problem_without(self._keep(numbers, _a_part))
 
     def _keep(self, numbers: Sequence[int], left: Left) -> Tensor:
         keep_G = torch.ones(self.found.grouping.size, dtype=torch.bool)
@@ -190,6 +195,47 @@ def removable_channels(
         shown = "; ".join(f"{name}: {reason}" for name, reason in list(left.skipped.items())[:4])
         raise ModelError(f"model: {type(model).__name__} has no prunable channel group. {shown}")
     return left
+
+
+def removable_blocks(
+    model: nn.Module, inputs: Any, chosen: set[str], forward_fn: ForwardFn | None = None
+) -> ChannelGroups:
+    """The residual blocks that the model can do without; each that has to stay is a warning with the reason.
+
+    Args:
+        model: the model; it is as before afterwards.
+        inputs, forward_fn: how to run it.
+        chosen: the blocks that may go.
+
+    Raises:
+        ModelError: the inputs are rejected, or no block can go.
+    """
+    found = find_blocks(model, inputs, chosen, forward_fn)
+    reasons = _needed(_Rehearsal(model, found, inputs, forward_fn, {}), list(found.blocks))
+    for name, reason in reasons.items():
+        log.warning("%s stays: %s", name, reason)
+    if len(reasons) == len(found.blocks):
+        shown = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4])
+        raise ModelError(f"model: {type(model).__name__} has no residual block that could go. {shown}")
+    if reasons:
+        left = find_blocks(model, inputs, set(found.blocks) - reasons.keys(), forward_fn)
+        found = replace(left, skipped={**found.skipped, **reasons})
+    if found.grouping.size == 1:
+        log.warning("%s stays: it is the only residual block that could go, and one stays", found.grouping.sets[0].name)
+    return found
+
+
+def _needed(rehearsal: _Rehearsal, names: Sequence[str]) -> dict[str, str]:
+    """Block -> why the model cannot do without it; found out one by one where the model cannot do with the ends."""
+    one_by_one = ~torch.eye(len(names), dtype=torch.bool)
+    if not any(rehearsal.problem_without(~one_by_one[end]) for end in (0, -1)):
+        return {}
+    problems = {name: rehearsal.problem_without(keep_G) for name, keep_G in zip(names, one_by_one, strict=True)}
+    return {
+        name: reason if reason == MISREAD else f"without it the model does not run ({reason})"
+        for name, reason in problems.items()
+        if reason
+    }
 
 
 def _why(found: ChannelGroups, number: int, reason: str) -> str:

@@ -1,4 +1,4 @@
-"""Physical removal: slice every tensor that a group owns, and let the optimizers and averages follow.
+"""Physical removal: slice every tensor that a group owns, take out blocks, and let optimizers and averages follow.
 
 Shape suffixes: ``_G`` groups, ``_D`` entries of one dimension.
 
@@ -8,7 +8,7 @@ model, its optimizers and its averages as they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from pruningawaretraining.errors import ModelError
 from pruningawaretraining.exported import ExportedGraph
 from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.kept_attention import Kept, shrink_heads
+from pruningawaretraining.kept_blocks import remove_blocks
 from pruningawaretraining.optimizer_state import follow
 from pruningawaretraining.patterns.attention import is_transposed_linear
 from pruningawaretraining.patterns.channel import ChannelGroups
@@ -25,12 +26,13 @@ from pruningawaretraining.quantization import follow_weights
 from pruningawaretraining.surgery import Keep, Surgery, slice_tensor, successor
 
 
-def kept_indices(grouping: Grouping, keep_G: Tensor) -> dict[str, Keep]:
+def kept_indices(grouping: Grouping, keep_G: Tensor, gone: Container[str] = ()) -> dict[str, Keep]:
     """For every tensor that loses something: dimension -> indices that stay (int64, ascending).
 
     Args:
         grouping: groups whose members each index one dimension.
         keep_G: True for groups that stay.
+        gone: tensors that go as a whole, with the block that has them.
 
     Raises:
         ModelError: nothing would be left of a tensor.
@@ -38,6 +40,8 @@ def kept_indices(grouping: Grouping, keep_G: Tensor) -> dict[str, Keep]:
     keep_G1 = torch.cat([keep_G.cpu().bool(), torch.ones(1, dtype=torch.bool)])
     masks: dict[str, dict[int, Tensor]] = {}
     for member in grouping.members:
+        if member.name in gone:
+            continue
         dim = next(index for index, label in enumerate(member.labels) if label is not None)
         assert member.slots is not None
         keep_D = keep_G1[member.slots.cpu()]
@@ -78,21 +82,26 @@ def remove(
     Raises:
         ModelError: nothing would be left of a layer, or a follower is no copy of the model.
     """
-    kept = kept_indices(found.grouping, keep_G)
+    blocks = {name: one for name, one in found.blocks.items() if not bool(keep_G[one.group])}
+    prefixes = tuple(f"{name}." for name in blocks)
+    gone = {member.name for member in found.grouping.members if member.name.startswith(prefixes)}
+    kept = kept_indices(found.grouping, keep_G, gone)
     bare = _bare_norm_widths(model, found.norms, keep_G)
     heads = _kept_heads(found.heads, keep_G)
     surgery = Surgery()
     try:
         exchanged = _slice_module(model, kept, bare, surgery)
         shrink_heads(model, heads, surgery)
+        lost = remove_blocks(model, blocks, surgery)
         for follower in followers:
-            inner = _inner(follower, kept)
+            inner = _inner(follower, kept.keys() | gone)
             _slice_module(inner, kept, bare, surgery)
             shrink_heads(inner, heads, surgery)
+            remove_blocks(inner, blocks, surgery)
         for graph in graphs:
             graph.slice(model, kept, surgery)
         for optimizer in optimizers:
-            follow(optimizer, exchanged, surgery)
+            follow(optimizer, exchanged, surgery, lost)
     except BaseException:
         surgery.undo()
         raise
@@ -116,14 +125,15 @@ def _kept_heads(heads: Mapping[str, Heads], keep_G: Tensor) -> dict[str, Kept]:
     return {name: Kept(*counts[name], heads[name].attributes) for name in heads if counts[name][0] < counts[name][1]}
 
 
-def _inner(follower: nn.Module, kept: dict[str, Keep]) -> nn.Module:
+def _inner(follower: nn.Module, touched: Collection[str]) -> nn.Module:
     """The module inside a follower that has the model's tensors under the model's names."""
     for candidate in (follower, getattr(follower, "module", None), getattr(follower, "ema", None)):
         if isinstance(candidate, nn.Module):
             names = {name for name, _ in candidate.named_parameters()} | {name for name, _ in candidate.named_buffers()}
-            if kept.keys() <= names:
+            if names.issuperset(touched):
                 return candidate
-    raise ModelError(f"ema: {type(follower).__name__} holds no copy of the model; {next(iter(kept))} is missing in it")
+    one = next(iter(touched))
+    raise ModelError(f"ema: {type(follower).__name__} holds no copy of the model; {one} is missing in it")
 
 
 def _slice_module(

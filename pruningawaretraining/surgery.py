@@ -59,6 +59,10 @@ class Surgery:
 
         self._undo.append(undo)
 
+    def drop_key(self, target: Any, key: Any) -> None:
+        old = target.pop(key)
+        self._undo.append(lambda: target.__setitem__(key, old))
+
     def when_undone(self, action: Callable[[], Any]) -> None:
         """Call this once everything that is changed from here on has been put back."""
         self._undo.append(action)

@@ -45,7 +45,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for criterion in names("criterion"):
         for pattern, rule in PATTERNS.items():
-            if criterion == "mac_aware" and pattern != "channel":
+            if criterion == "block_change" or (criterion == "mac_aware" and pattern != "channel"):
                 continue
             regularizer = {"regularizer": "growing_l2"} if pattern == "channel" else {}
             rule = {"pattern": pattern, "criterion": criterion, **regularizer, **rule}

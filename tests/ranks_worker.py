@@ -33,6 +33,21 @@ def network() -> nn.Module:
     )  # fmt: skip
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(8, 16), nn.Linear(16, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.down(functional.relu(self.up(x))))
+
+
+def residual_network() -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [Residual() for _ in range(4)]
+    return nn.Sequential(nn.Flatten(), nn.Linear(72, 8), *blocks, nn.Linear(8, 3))
+
+
 def batch(number: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(number)
     inputs = torch.randn(BATCH, 2, 6, 6, generator=generator)
@@ -62,9 +77,11 @@ def wrap(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, bucket_cap_mb=1, gradient_as_bucket_view=True) if world() > 1 else model
 
 
-def pruned(rule: dict[str, Any], calibrated: bool = False, in_place: bool = False) -> dict[str, Any]:
-    """A training with masks, and with a removal where there are channels."""
-    model = network()
+def pruned(
+    rule: dict[str, Any], calibrated: bool = False, in_place: bool = False, blocks: bool = False
+) -> dict[str, Any]:
+    """A training with masks, and with a removal where there are channels or blocks."""
+    model = residual_network() if blocks else network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     pruner = Pruning(model, {"rules": [rule]}, example_inputs=batch(0)[0][:1], optimizer=optimizer)
     if calibrated:
@@ -101,7 +118,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     try:
         if "proximal" in case:
             return proximal(case["proximal"])
-        return pruned(case["rule"], case.get("calibrated", False), case.get("in_place", False))
+        return pruned(
+            case["rule"], case.get("calibrated", False), case.get("in_place", False), case.get("blocks", False)
+        )
     except PruningError as error:
         return {"refused": f"{type(error).__name__}: {error}"}
 

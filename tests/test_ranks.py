@@ -26,6 +26,7 @@ REGISTRY = {
     f"{criterion} {pattern}": {"rule": {**rule, **SCHEDULE, "criterion": criterion}}
     for criterion in names("criterion")
     for pattern, rule in PATTERNS.items()
+    if criterion != "block_change"  # of whole blocks
 }
 CAP = {"type": "cap", "num_grads": 64, "micro_batch": 1, "damp": 1e-2, "fisher_block_size": 16}
 SAME: dict[str, dict[str, Any]] = {
@@ -39,6 +40,10 @@ SAME: dict[str, dict[str, Any]] = {
     },
     "channel, wrapper kept": {"rule": {**PATTERNS["channel"], **SCHEDULE}, "in_place": True},
     "channel, variance": {"rule": {**PATTERNS["channel"], **SCHEDULE, "criterion": "variance"}},
+    "depth": {
+        "rule": {"pattern": "depth", "criterion": "block_change", **SCHEDULE, "target": {"sparsity": 0.5}},
+        "blocks": True,
+    },
     "slice": {"rule": {**PATTERNS["slice"], **SCHEDULE, "criterion": "magnitude"}},
     "2:4": {"rule": {**PATTERNS["2:4"], **SCHEDULE, "criterion": "weight"}},
     "snip_momentum": {

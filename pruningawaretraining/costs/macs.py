@@ -204,7 +204,12 @@ class LinearCost:
         return torch.cat([keep_G.detach().cpu().double(), torch.ones(1, dtype=torch.float64)])
 
 
-def macs_cost(grouping: Grouping, per_layer: dict[str, int], heads: Mapping[str, Tensor] | None = None) -> LinearCost:
+def macs_cost(
+    grouping: Grouping,
+    per_layer: dict[str, int],
+    heads: Mapping[str, Tensor] | None = None,
+    blocks: Mapping[str, int] | None = None,
+) -> LinearCost:
     """The MACs of a model as a function of its channel masks.
 
     Args:
@@ -212,6 +217,7 @@ def macs_cost(grouping: Grouping, per_layer: dict[str, int], heads: Mapping[str,
         per_layer: dense MACs by module name, from :func:`macs_per_layer`.
         heads: attention block -> the group of each of its heads; what the block computes itself, beside the layers in
             it, is in proportion to them.
+        blocks: residual block -> its group; what it computes beside the layers that the grouping touches goes with it.
     """
     weights = [member for member in grouping.of_role("out", "in").members if member.name.endswith(".weight")]
     bases = {member.name: float(per_layer.get(member.name.removesuffix(".weight"), 0)) for member in weights}
@@ -219,6 +225,10 @@ def macs_cost(grouping: Grouping, per_layer: dict[str, int], heads: Mapping[str,
     for name, groups_H in (heads or {}).items():
         bases[name] = float(_own_macs(name, per_layer))
         outputs.append((name, groups_H.cpu()))
+    for name, group in (blocks or {}).items():
+        known = sum(base for layer, base in bases.items() if layer.startswith(f"{name}."))
+        bases[name] = float(per_layer.get(name, 0)) - known
+        outputs.append((name, torch.tensor([group])))
     return _linear_cost(outputs, inputs, bases, float(per_layer.get("", 0)), grouping.size)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -134,6 +135,8 @@ class Variance(_FromActivations):
         momentum: how much earlier batches still count at the next one; 1 for all alike.
         in_eval: listen in eval mode too (calibration), not only while training.
     """
+
+    not_for_blocks: ClassVar[bool] = True
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
         """See :class:`~pruningawaretraining.statistics.Criterion`."""

@@ -6,6 +6,7 @@ Shape suffixes: ``_G`` groups, ``_S`` slots of one member, ``_SE`` their entries
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class GeometricMedian:
         exact: groups in a set up to which every pair is compared.
         iterations: of Weiszfeld's algorithm.
     """
+
+    not_for_blocks: ClassVar[bool] = True
 
     exact: int = 4096
     iterations: int = 20

@@ -265,14 +265,14 @@ class Runner:
             yield batch
 
     def _change(self, model: nn.Module, pruner: Pruning, change: Callable[[], None]) -> None:
-        """Let the pruner change the model; the first time that it removes channels, compare with the masked model."""
+        """Let the pruner change the model; the first time that it removes something, compare with the masked model."""
         if self.state.masked_removed is not None:
             change()
             return
         before = {key: value.detach().clone() for key, value in model.state_dict().items()}
         change()
         after = model.state_dict()
-        if any(value.shape != after[key].shape for key, value in before.items()):
+        if any(key not in after or value.shape != after[key].shape for key, value in before.items()):
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices):
                 masked = masked_scores(self.new_model(), before, self.config.pruning, pruner.masks, self.images)

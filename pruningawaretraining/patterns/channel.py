@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.grouping import Grouping, GroupSet, Member, concat
 from pruningawaretraining.inputs import ForwardFn
+from pruningawaretraining.kept_blocks import Block
 from pruningawaretraining.kept_norms import is_foreign_rms_norm
 from pruningawaretraining.patterns.attention import is_transposed_linear
 from pruningawaretraining.patterns.dependency import TRACE_LIMIT, DependencyMap, Space, trace
@@ -47,12 +48,14 @@ class ChannelGroups:
         skipped: layer -> why its channels stay.
         norms: norm layer -> the group of each of its channels (``grouping.size`` for channels outside every group).
         heads: attention block -> its heads, where they are groups too.
+        blocks: residual block -> its group, where whole blocks are groups.
     """
 
     grouping: Grouping
     skipped: dict[str, str] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     heads: dict[str, Heads] = field(default_factory=dict)
+    blocks: dict[str, Block] = field(default_factory=dict)
 
     def restrict(self, model: nn.Module, keep_G: Tensor) -> ChannelGroups:
         """The groups that are left after the others have been removed from the model."""
@@ -66,6 +69,8 @@ class ChannelGroups:
         for member in self.grouping.members:
             dim = next(index for index, label in enumerate(member.labels) if label is not None)
             slots = _restricted(member.slots, alive_G1, renumbered)
+            if len(slots) == 0:  # of a block that is gone
+                continue
             members.append(Member.along(member.name, tensors[member.name], dim, slots, size, member.role))
         bounds = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(keep_G.long(), 0)])
         sets = tuple(
@@ -76,7 +81,14 @@ class ChannelGroups:
             name: replace(one, groups_H=_restricted(one.groups_H, alive_G1, renumbered))
             for name, one in self.heads.items()
         }
-        return ChannelGroups(Grouping(self.grouping.name, tuple(members), sets), self.skipped, norms, heads)
+        blocks = {
+            name: replace(one, group=int(renumbered[one.group]))
+            for name, one in self.blocks.items()
+            if keep_G[one.group]
+        }
+        if blocks:  # the layers of a set of blocks are its groups
+            sets = tuple(replace(one, layers=tuple(name for name in one.layers if name in blocks)) for one in sets)
+        return ChannelGroups(Grouping(self.grouping.name, tuple(members), sets), self.skipped, norms, heads, blocks)
 
     def on(self, copy: nn.Module) -> ChannelGroups:
         """The same groups on the tensors of a copy of the model."""
@@ -98,15 +110,17 @@ class ChannelGroups:
         norms = {name: groups for name, groups in norms.items() if bool((groups < grouping.size).any())}
         heads = {name: replace(one, groups_H=renumbered[one.groups_H.cpu()]) for name, one in self.heads.items()}
         heads = {name: one for name, one in heads.items() if bool((one.groups_H < grouping.size).any())}
+        blocks = {name: replace(one, group=int(renumbered[one.group])) for name, one in self.blocks.items()}
+        blocks = {name: one for name, one in blocks.items() if one.group < grouping.size}
         skipped = {self.grouping.sets[number].name: reason for number, reason in reasons.items()}
-        return ChannelGroups(grouping, {**self.skipped, **skipped}, norms, heads)
+        return ChannelGroups(grouping, {**self.skipped, **skipped}, norms, heads, blocks)
 
     def beside(self, grouping: Grouping, heads: dict[str, Heads], skipped: dict[str, str]) -> ChannelGroups:
         """These groups, and heads behind them."""
         first, both = self.grouping.size, concat([self.grouping, grouping], self.grouping.name)
         norms = {name: torch.where(groups >= first, both.size, groups) for name, groups in self.norms.items()}
         moved = {name: replace(one, groups_H=one.groups_H + first) for name, one in heads.items()}
-        return ChannelGroups(both, {**self.skipped, **skipped}, norms, {**self.heads, **moved})
+        return ChannelGroups(both, {**self.skipped, **skipped}, norms, {**self.heads, **moved}, self.blocks)
 
 
 def _restricted(groups: Tensor | None, alive_G1: Tensor, renumbered_G1: Tensor) -> Tensor:
@@ -122,7 +136,7 @@ class StructuredPattern(Protocol):
     def chosen(
         self, model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] = (), key: str = ""
     ) -> set[str]:
-        """The layers and attention blocks that a rule selects."""
+        """The layers and blocks that a rule selects."""
         ...
 
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:

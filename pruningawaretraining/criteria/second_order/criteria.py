@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -73,6 +73,8 @@ class Sampling:
         num_recomputations: rounds, each with fresh curvature; the sparsity rises from one to the next.
         recomputation_schedule: how it rises: a registered schedule.
     """
+
+    not_for_blocks: ClassVar[bool] = True
 
     num_grads: int = 1024
     micro_batch: int | None = None

@@ -1,0 +1,275 @@
+"""Depth: a group is a whole residual block; without it, its input is handed on.
+
+A block is a child of an ``nn.Sequential`` or ``nn.ModuleList`` that runs once, adds its input to what it computes, and
+gives out one tensor of its input's shape. Whatever else is there stays, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.inputs import ForwardFn, checked_call, evaluating
+from pruningawaretraining.kept_blocks import Block
+from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.patterns.selection import select
+from pruningawaretraining.quantization import is_converted, resting
+from pruningawaretraining.registry import register
+
+SIGNATURE = "blocks"
+ADDITIONS = (torch.ops.aten.add, torch.ops.aten.add_, torch.ops.aten.addcmul, torch.ops.aten.addcmul_)
+
+
+@register("pattern", "depth", "residual_block")
+@dataclass(frozen=True)
+class Depth:
+    """Whole residual blocks, all in one ranking; they can be removed physically. Blocks that change the shape stay."""
+
+    def chosen(
+        self, model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] = (), key: str = ""
+    ) -> set[str]:
+        """The children of containers that a rule selects, by their names or those of what they are in.
+
+        Raises:
+            ConfigError: a name that is no module of the model.
+        """
+        names, prefix = candidates(model), f"{key}." if key else ""
+        return select(model, layers, names, f"{prefix}layers") - select(model, list(exclude), names, f"{prefix}exclude")
+
+    def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
+        """No heads are groups of their own."""
+        return {}
+
+
+def candidates(model: nn.Module) -> list[str]:
+    """Children of containers that have parameters and children themselves, in the order of the model."""
+    modules = dict(model.named_modules())
+    return [
+        name
+        for name, module in modules.items()
+        if name and isinstance(modules.get(name.rpartition(".")[0]), (nn.Sequential, nn.ModuleList))
+        if any(True for _ in module.children()) and any(True for _ in module.parameters())
+    ]
+
+
+def is_of_blocks(one: GroupSet) -> bool:
+    """Whether a set's groups are whole blocks; ``layers`` of such a set are its blocks, one a group."""
+    return one.signature == SIGNATURE
+
+
+@dataclass
+class _Run:
+    """What one candidate does while the model runs."""
+
+    calls: int = 0
+    given: Tensor | None = None
+    made: Any = None
+    adds: bool = False
+
+
+class _Additions(TorchDispatchMode):
+    """Notes which of the open blocks add their input (or a view of it) to something."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.open: list[_Run] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.open and func._overloadpacket in ADDITIONS:
+            added = {_storage(one) for one in args if isinstance(one, Tensor)}
+            for run in self.open:
+                run.adds |= run.given is not None and _storage(run.given) in added
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def _watched(model: nn.Module, runs: Mapping[str, _Run], additions: _Additions) -> Iterator[None]:
+    """Hooks on every candidate inside the block."""
+    modules, handles = dict(model.named_modules()), []
+
+    def begin(run: _Run, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run.calls += 1
+        run.given = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
+        additions.open.append(run)
+
+    def end(run: _Run, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        run.made = output
+        additions.open.pop()
+
+    for name, run in runs.items():
+        handles.append(modules[name].register_forward_pre_hook(partial(begin, run), with_kwargs=True))
+        handles.append(modules[name].register_forward_hook(partial(end, run)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> dict[str, _Run]:
+    """Every candidate, as it ran on the example inputs."""
+    runs = {name: _Run() for name in candidates(model)}
+    additions, fast_path = _Additions(), torch.backends.mha.get_fastpath_enabled()
+    try:
+        # The fast path of PyTorch's own encoder layers is one operation, additions included.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad(), evaluating(model), resting(model), _watched(model, runs, additions), additions:
+            checked_call(model, inputs, forward_fn)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return runs
+
+
+def _problem(run: _Run, module: nn.Module, owners: Counter[int]) -> str:
+    """Why a candidate cannot go; "" if its form allows it."""
+    if run.calls != 1:
+        return f"it runs {run.calls} times on the example inputs"
+    first, *others = run.made if isinstance(run.made, tuple) and run.made else (run.made,)
+    if not isinstance(first, Tensor) or run.given is None:
+        return f"it makes {type(first).__name__} of {type(run.given).__name__}, not a tensor of a tensor"
+    if any(one is not None for one in others):
+        return "it hands on more than one tensor"
+    if first.shape != run.given.shape:
+        return f"it changes the shape from {tuple(run.given.shape)} to {tuple(first.shape)}"
+    if not run.adds:
+        return "it does not add its input to what it computes"
+    return _parameter_problem(module, owners)
+
+
+def _parameter_problem(module: nn.Module, owners: Counter[int]) -> str:
+    for name, parameter in module.named_parameters():
+        if owners[id(parameter)] > 1:
+            return f"its {name} is shared with another module"
+        if is_converted(parameter):
+            return f"its {name} is quantized already; prune before it is converted"
+        if parameter.dim() == 0:
+            return f"its {name} has no dimensions, so it cannot be masked"
+    return ""
+
+
+def _is_stage(run: _Run, inner: Sequence[_Run]) -> bool:
+    """Whether a block only calls blocks: its input is the input of one of them, its output that of one."""
+    return any(one.given is run.given for one in inner) and any(one.made is run.made for one in inner)
+
+
+def find_blocks(
+    model: nn.Module,
+    inputs: Any,
+    chosen: set[str],
+    forward_fn: ForwardFn | None = None,
+) -> ChannelGroups:
+    """Group the residual blocks of a model: all in one set, a group each.
+
+    Args:
+        model: the model; it is run once in eval mode.
+        inputs, forward_fn: how to run it.
+        chosen: the candidates that may go. Of nested ones the outermost is the group, but blocks rather than a stage
+            that only calls them one after the other.
+
+    Raises:
+        ModelError: the inputs are rejected, or no block can go.
+    """
+    runs, modules = _run(model, inputs, forward_fn), dict(model.named_modules())
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    problems = {name: _problem(run, modules[name], owners) for name, run in runs.items()}
+    for name in [name for name, problem in problems.items() if not problem]:
+        inner = [runs[one] for one in runs if one.startswith(f"{name}.") and not problems[one]]
+        if _is_stage(runs[name], inner):
+            problems[name] = "it is made of blocks, which go one by one"
+    able = [name for name in runs if name in chosen and not problems[name]]
+    names = [name for name in able if not any(name.startswith(f"{other}.") for other in able)]
+    skipped = {
+        name: problems[name]
+        for name in runs
+        if name in chosen and problems[name] and not any(name.startswith(f"{other}.") for other in runs)
+    }
+    if not names:
+        shown = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:4]) or "no container has any"
+        raise ModelError(f"model: {type(model).__name__} has no residual block that could go. {shown}")
+    members = [
+        member
+        for group, name in enumerate(names)
+        for member in _members(name, modules[name], group, len(names))
+    ]  # fmt: skip
+    sets = (GroupSet(names[0], 0, len(names), 1, SIGNATURE, tuple(names)),)
+    blocks = {name: Block(group, _outputs(runs[name])) for group, name in enumerate(names)}
+    return ChannelGroups(Grouping("depth", tuple(members), sets), skipped, blocks=blocks)
+
+
+def _outputs(run: _Run) -> int:
+    return len(run.made) if isinstance(run.made, tuple) else 0
+
+
+def _members(name: str, module: nn.Module, group: int, size: int) -> Iterator[Member]:
+    """All parameters of a block; its buffers go with it, and are never masked."""
+    for own, parameter in module.named_parameters():
+        vector = "norm" if own.rpartition(".")[2] == "weight" else "bias"
+        groups_D = torch.full((len(parameter),), group)
+        yield Member.along(f"{name}.{own}", parameter, 0, groups_D, size, "out" if parameter.dim() > 1 else vector)
+
+
+def check_alone(patterns: Sequence[tuple[str, Any]]) -> None:
+    """Refuse rules beside one on depth.
+
+    Args:
+        patterns: key and pattern of every rule that is enabled.
+
+    Raises:
+        ConfigError: it names both.
+    """
+    depth = next((key for key, pattern in patterns if isinstance(pattern, Depth)), None)
+    other = next((key for key, _ in patterns if key != depth), None)
+    if depth is not None and other is not None:
+        raise ConfigError(
+            f"{depth}.pattern: 'depth' removes whole blocks, and {other} would prune in them. Allowed: one after the "
+            "other, each in a Pruning of its own"
+        )
+
+
+def check_rule(key: str, pattern: Any, rule: Any, criterion: Any) -> None:
+    """Refuse what has no meaning for whole blocks, and criteria that are about whole blocks elsewhere.
+
+    Raises:
+        ConfigError: it names the key, the value and what is allowed.
+    """
+    prefix, about_blocks = f"{key}." if key else "", _flag(criterion, "for_blocks")
+    if not isinstance(pattern, Depth):
+        if about_blocks:
+            raise ConfigError(f"{prefix}criterion: {rule.criterion!r} scores whole blocks. Allowed: with 'depth'")
+        return
+    if _flag(criterion, "not_for_blocks"):
+        raise ConfigError(
+            f"{prefix}criterion: {rule.criterion!r} compares channels, or looks at what reads them, and a block is "
+            "neither. Allowed with 'depth': 'block_change', 'magnitude', 'taylor' and others"
+        )
+    target = {f"target.{name}": getattr(rule.target, name) for name in ("latency", "latency_ms", "peak_memory")}
+    given = {name: value for name, value in target.items() if value is not None}
+    if given:
+        name, value = next(iter(given.items()))
+        raise ConfigError(
+            f"{prefix}{name}: {value!r} is for channels. Allowed with 'depth': sparsity, macs, parameters"
+        )
+    if rule.allocation not in (None, "ranking"):
+        raise ConfigError(f"{prefix}allocation: {rule.allocation!r} is for channels. Allowed with 'depth': 'ranking'")
+    if rule.multiple != 1:
+        raise ConfigError(f"{prefix}multiple: {rule.multiple!r} is for channels. Allowed with 'depth': 1")
+
+
+def _flag(criterion: Any, name: str) -> bool:
+    """What a criterion, or the one that it weighs, says of itself."""
+    base = getattr(criterion, "base", None)
+    return bool(getattr(criterion, name, False) or (base is not None and _flag(base, name)))
