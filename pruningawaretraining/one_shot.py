@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pruningawaretraining.allocation import Allocator, limits_of
+from pruningawaretraining.allocation import Allocator, Limits, limits_of
 from pruningawaretraining.channel_listening import Listener
 from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.criteria.second_order.channels import (
     compensate_readers,
     losing_readers,
@@ -26,13 +27,16 @@ from pruningawaretraining.criteria.second_order.criteria import Sampling
 from pruningawaretraining.criteria.second_order.gathering import on_model, unchanged_copy
 from pruningawaretraining.criteria.second_order.gradients import Calibration, LossFn
 from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.inputs import unwrap
-from pruningawaretraining.patterns.channel import StructuredPattern
+from pruningawaretraining.patterns.channel import ChannelGroups, StructuredPattern
 from pruningawaretraining.patterns.depth import Depth, check_rule
+from pruningawaretraining.pruned_copy import pruned_copy
 from pruningawaretraining.registry import build, lookup
 from pruningawaretraining.rehearsal import removable_blocks, removable_channels
 from pruningawaretraining.removal import remove
 from pruningawaretraining.statistics import Statistics
+from pruningawaretraining.targets import Targets
 from pruningawaretraining.weight_pruner import WeightPruner, put, weight_pattern
 
 __all__ = ["AfterPruning", "accuracy", "one_shot"]
@@ -79,11 +83,13 @@ def one_shot(
             that listen to training (snip, taylor, wanda, variance ...) listen to 64 micro-batches.
         dataloader: batches ``(inputs, targets)``, or mappings of keyword inputs with "labels".
         loss_fn: ``(outputs, targets) -> loss``.
-        sparsities: fractions to remove; those of the rule's target when None.
+        sparsities: fractions to remove; None for the rule's target. Where that is of MACs, parameters, memory or
+            latency, channels go by the rule's ``allocation`` until it is met.
         after: what follows the pruning.
 
     Returns:
-        A pruned copy of the model for each sparsity. Pruned weights are exactly 0; channels are removed.
+        A pruned copy of the model for each sparsity (the one that came out, where the target is of a cost). Pruned
+        weights are exactly 0; channels are removed.
 
     Raises:
         ConfigError, ModelError, TargetError: an option, layer, batch or sparsity that cannot be used; it is named.
@@ -100,6 +106,8 @@ def one_shot(
     calibration = Calibration(inner, dataloader, loss_fn, micro_batch)
     if isinstance(pattern, StructuredPattern):
         return _one_shot_channels(calibration, rule, pattern, criterion, wanted, after)
+    if not wanted:
+        raise ConfigError(f"target: {rule.target.model_dump(exclude_none=True)} is for channels; give a sparsity")
     _refuse_what_weights_lack(rule, after)
     pruner = WeightPruner(calibration, rule, weight_pattern(pattern), criterion)
     models = {}
@@ -137,6 +145,8 @@ def _parsed(rule: Any, aimless: bool) -> Rule:
 
 def _checked(sparsities: Any, rule: Rule) -> list[float]:
     if sparsities is None:
+        if rule.target.about_costs:
+            return []
         if rule.target.sparsity is None:
             raise ConfigError("sparsities: none given, and the rule has no target.sparsity")
         return [rule.target.sparsity]
@@ -171,14 +181,13 @@ def _one_shot_channels(
     grouping = channels.grouping
     listener = Listener("rule", criterion, model, channels, list(range(len(grouping.sets))))
     scores_G = criterion.score(grouping, Statistics(tensors=listener.statistics(calibration)))
-    allocator = Allocator(grouping, scores_G, limits_of(rule), rule.scope)
+    keeps = _keeps(model, rule, channels, inputs, scores_G, sparsities)
     hooks = None
     if after.compensation != "none":
         every = list(losing_readers(model, grouping, torch.zeros(grouping.size, dtype=torch.bool)))
         hooks = measure(every, calibration, after.input_batches)
     models = {}
-    for sparsity in sparsities:
-        keep_G = allocator.at(sparsity)
+    for sparsity, keep_G in keeps.items():
         pruned = unchanged_copy(model)
         found = channels.on(pruned)
         if hooks is not None:
@@ -189,6 +198,38 @@ def _one_shot_channels(
             recalibrate_norms(pruned, on_model(calibration, pruned), after.norm_batches)
         models[sparsity] = pruned
     return models
+
+
+@dataclass(eq=False)
+class _Everything:
+    """The share of the only rule: all channels that were found; see :class:`pruningawaretraining.allocations.Share`."""
+
+    rule: Rule
+    grouping: Grouping
+    sets: list[int]
+    groups_D: Tensor
+    key: str = "rule"
+
+    def limits(self) -> Limits:
+        """What every allocation respects."""
+        return limits_of(self.rule)
+
+
+def _keeps(
+    model: nn.Module, rule: Rule, found: ChannelGroups, inputs: Any, scores_G: Tensor, sparsities: Sequence[float]
+) -> dict[float, Tensor]:
+    """What stays, by sparsity: at those that are wanted, or where the rule's target is met."""
+    grouping = found.grouping
+    if sparsities:
+        allocator = Allocator(grouping, scores_G, limits_of(rule), rule.scope)
+        return {sparsity: allocator.at(sparsity) for sparsity in sparsities}
+    heads = {name: one.groups_H for name, one in found.heads.items()}
+    macs = macs_cost(grouping, macs_per_layer(model, inputs), heads)
+    targets = Targets(model, found, macs, parameters_cost(grouping, model), inputs)
+    share = _Everything(rule, grouping, list(range(len(grouping.sets))), torch.arange(grouping.size))
+    everything = torch.ones(grouping.size, dtype=torch.bool)
+    keep_G, _, _ = targets.decide(share, scores_G, everything, 1.0, lambda keep_D: pruned_copy(model, found, keep_D))
+    return {1.0 - float(keep_G.double().mean()): keep_G}
 
 
 def accuracy(model: nn.Module, dataloader: Iterable[Any], batches: int | None = None) -> float:
