@@ -21,13 +21,24 @@ from torch import Tensor, nn
 from pruningawaretraining import onnx_graph
 from pruningawaretraining.checkpoint import summary_of
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.inputs import evaluating, move, tensors_of, unwrap
-from pruningawaretraining.onnx_graph import Graph, build_graph, export_graph, open_session, require, resize_batch
+from pruningawaretraining.inputs import evaluating, move, unwrap
+from pruningawaretraining.onnx_graph import (
+    Graph,
+    batch_of,
+    build_graph,
+    export_graph,
+    open_session,
+    opsets,
+    require,
+    resize_batch,
+)
 from pruningawaretraining.registry import canonical, lookup, register
 
 _LOG = logging.getLogger(__name__)
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.25}
 """Largest difference by precision, as a fraction of the largest output."""
+OWN = ("producer", "model", "parameters", "batch", "exporter", "torch", "precision", "pruning")
+"""Entries of a file's metadata that the library writes."""
 _SINGLE_FILE_BYTES = 1_900_000_000  # protobuf holds at most 2 GiB; above this the weights go to <name>.data
 
 
@@ -88,24 +99,36 @@ def export_onnx(
             2e-2 for float16, 0.25 for int8.
         precision: "float32"; "float16", whose inputs and outputs stay float32; or "int8", onnxruntime's static
             quantization of weights (by channel) and activations.
-        calibration: for int8: batches in the form of ``example_inputs``, for the ranges of activations; the file is
-            compared on the first few of them.
+        calibration: for int8: batches in the form of ``example_inputs``, for the ranges of activations; what comes
+            after the model's inputs, such as labels, is left out. The file is compared on the first few of them.
         dynamic_axes: more free dimensions: input -> dimension -> name.
         metadata: written to the file's metadata as text, beside this library's own entries and, of a pruned model, its
             pruning.
 
     Raises:
-        ConfigError: unknown exporter, precision or axis, int8 without calibration, a tolerance that is not positive, or
-            a package is missing.
-        ModelError: the model rejects the inputs, cannot be exported, or the file disagrees with the model.
+        ConfigError: unknown exporter, precision or axis, int8 without calibration, a tolerance that is not positive, a
+            folder as path, an entry of this library in ``metadata``, or a package is missing.
+        ModelError: the model rejects the inputs or cannot be exported, batches of ``calibration`` do not fit it, or the
+            file disagrees with it.
     """
     precision = canonical("precision", precision, "precision")
     tolerance = TOLERANCES.get(precision, 1e-4) if tolerance is None else tolerance
     if not tolerance > 0:
         raise ConfigError(f"tolerance: {tolerance!r} is not a positive number")
     path, exporter = Path(path), canonical("exporter", exporter, "exporter")
+    if path.is_dir():
+        raise ConfigError(
+            f"path: {str(path)!r} is a folder. Allowed: a file in it, such as {str(path / 'model.onnx')!r}"
+        )
+    own = next((key for key in metadata or {} if key in OWN), None)
+    if own is not None:
+        raise ConfigError(f"metadata: {own!r} is an entry of this library. Allowed: any but {', '.join(OWN)}")
     graph = build_graph(model, example_inputs, dynamic_batch, dynamic_axes)
-    batches = [tuple(tensors_of(move(one, torch.device("cpu")))) for one in calibration]
+    cpu = torch.device("cpu")
+    batches = [
+        batch_of(graph, example_inputs, move(one, cpu), f"calibration[{number}]")
+        for number, one in enumerate(calibration)
+    ]
     convert: Convert = lookup("precision", precision)
     properties = _properties(graph, exporter, {"precision": precision, **_pruning(model), **(metadata or {})})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,13 +139,13 @@ def export_onnx(
         if opset not in (None, version):
             raise ConfigError(
                 f"opset: {opset!r} is not what the exporter {exporter!r} wrote, which is {version}. Allowed: that, "
-                "None for the exporter's own choice, or another exporter. Nothing was written"
+                f"None for the exporter's own choice, or another exporter ({opsets()}). Nothing was written"
             )
         difference, scale, sizes = _compare(graph, final, batches[:4] if precision == "int8" else None)
         if not difference <= tolerance * max(scale, 1e-12):
             raise ModelError(
                 f"{path.name}: onnxruntime differs from the model by {difference:.3g} where outputs reach {scale:.3g}; "
-                f"allowed is tolerance={tolerance:g} of that. Nothing was written"
+                f"allowed is tolerance={tolerance:g} of that. Nothing was written{_half(model)}"
             )
         for part in (final.with_name(final.name + ".data"), final):
             if part.exists():
@@ -131,6 +154,17 @@ def export_onnx(
     _LOG.info("%s: opset %d, largest difference %.3g (%.2g of the output)", path, version, difference, relative)
     names = (graph.input_names, graph.output_names)
     return ExportResult(path, difference, exporter, version, *names, relative, sizes, precision)
+
+
+def _half(model: nn.Module) -> str:
+    """A hint where the model itself computes in 16 bits."""
+    kinds = {one.dtype for one in model.parameters()} & {torch.float16, torch.bfloat16}
+    if not kinds:
+        return ""
+    kind = str(kinds.pop()).removeprefix("torch.")
+    return (
+        f'. The model is in {kind}: allow tolerance={TOLERANCES["float16"]:g}, or model.float() and precision="float16"'
+    )
 
 
 # --- precisions -----------------------------------------------------------------------------------------------------

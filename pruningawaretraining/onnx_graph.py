@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import importlib
 import inspect
+import keyword
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError, ModelError, unknown
-from pruningawaretraining.inputs import call, checked_call, evaluating, move, tensors_of
+from pruningawaretraining.inputs import REJECTED, call, checked_call, evaluating, move, tensors_of
 from pruningawaretraining.registry import canonical, lookup, register
 
 _NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")
 BATCH = "batch"
+OPSETS = {"dynamo": (14, 26), "torchscript": (7, 23)}
+"""As tried with torch 2.15 and onnx 1.23: of a linear layer and a ReLU."""
 ON_CPU = ("CPUExecutionProvider",)
 
 
@@ -162,12 +165,100 @@ def build_graph(
     for name, wanted in (dynamic_axes or {}).items():
         if name not in names:
             raise ConfigError(f"dynamic_axes: {unknown('input', name, names)}")
+        _check_axes(name, wanted)
         least = tensors[names.index(name)].ndim
         bad = [dim for dim in wanted if not (isinstance(dim, int) and 0 <= dim < least)]
         if bad:
             raise ConfigError(f"dynamic_axes.{name}: {bad[0]!r} is no dimension of it. Allowed: 0 to {least - 1}")
         axes[name] = {**axes.get(name, {}), **wanted}
-    return Graph(_Flat(model, example_inputs), tuple(tensors), names, output_names, batched, dynamic, axes)
+    graph = Graph(_Flat(model, example_inputs), tuple(tensors), names, output_names, batched, dynamic, axes)
+    _check_sizes(graph, dynamic_axes or {})
+    return graph
+
+
+def _check_axes(name: str, wanted: Any) -> None:
+    """Refuse what is no mapping of dimensions to names."""
+    if not isinstance(wanted, Mapping):
+        raise ConfigError(
+            f'dynamic_axes.{name}: {wanted!r} names nothing. Allowed: dimension -> name, as {{2: "height"}}'
+        )
+    for dim, axis in wanted.items():
+        if not isinstance(axis, str) or not axis.isidentifier() or keyword.iskeyword(axis):
+            raise ConfigError(
+                f"dynamic_axes.{name}: {axis!r}, of dimension {dim!r}, is no name. Allowed: letters, digits and _, "
+                "the first no digit"
+            )
+
+
+def _check_sizes(graph: Graph, wanted: Mapping[str, Mapping[int, str]]) -> None:
+    """Refuse free dimensions of which the model takes one size only: exporters pass over them."""
+    for name, axes in wanted.items():
+        for dim, axis in axes.items():
+            if dim == 0:
+                continue
+            size = graph.inputs[graph.input_names.index(name)].shape[dim]
+            others = [other for other in (2 * size, size // 2, size + 1) if other > 0]
+            if not any(_takes(graph, axis, other) for other in others):
+                raise ConfigError(
+                    f"dynamic_axes.{name}: dimension {dim} ({axis!r}) is {size}, and the model takes neither of "
+                    f"{', '.join(map(str, others))}. Allowed: dimensions that may have several sizes"
+                )
+
+
+def _takes(graph: Graph, axis: str, size: int) -> bool:
+    """Whether the model runs with another size of a free dimension."""
+    tensors = list(graph.inputs)
+    for number, name in enumerate(graph.input_names):
+        for dim in (dim for dim, one in graph.axes.get(name, {}).items() if one == axis):
+            index = torch.arange(size) % tensors[number].shape[dim]
+            tensors[number] = tensors[number].index_select(dim, index)
+    try:
+        with torch.no_grad(), evaluating(graph.module):
+            graph.module(*tensors)
+    except REJECTED:
+        return False
+    return True
+
+
+def batch_of(graph: Graph, example_inputs: Any, batch: Any, key: str) -> tuple[Tensor, ...]:
+    """The tensors of a batch as the graph takes them; what comes after them, such as labels, is left out.
+
+    Args:
+        graph: of the model.
+        example_inputs: what it was made from.
+        batch: in their form, or a sequence that begins with them, or a mapping of the graph's inputs.
+        key: for messages.
+
+    Raises:
+        ModelError: inputs are missing, or of other shapes or kinds.
+    """
+    names = graph.input_names
+    if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Mapping):
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        nest = example_inputs if isinstance(example_inputs, Mapping) else dict.fromkeys(names, torch.empty(0))
+        needed = [name for name, value in nest.items() if any(True for _ in tensors_of(value))]
+        missing = [name for name in needed if name not in batch]
+        if missing:
+            raise ModelError(f"{key}: {missing[0]!r} is missing of {', '.join(map(str, batch))}. Expected: {needed}")
+        batch = [batch[name] for name in needed]
+    elif isinstance(example_inputs, Mapping):
+        raise ModelError(f"{key}: a {type(batch).__name__}. Expected: a mapping with {', '.join(names)}")
+    found = tuple(tensors_of(batch))[: len(names)]
+    if len(found) < len(names):
+        raise ModelError(f"{key}: {len(found)} tensors. Expected: {len(names)}, {', '.join(names)}")
+    for name, example, tensor in zip(names, graph.inputs, found, strict=True):
+        free = graph.axes.get(name, {})
+        wanted = [free.get(dim, size) for dim, size in enumerate(example.shape)]
+        fits = tensor.ndim == example.ndim and all(
+            dim in free or size == tensor.shape[dim] for dim, size in enumerate(example.shape)
+        )
+        if not fits or tensor.dtype != example.dtype:
+            raise ModelError(
+                f"{key}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}. Expected: {example.dtype} of "
+                f"({', '.join(map(str, wanted))})"
+            )
+    return found
 
 
 @register("exporter", "dynamo", "torch.export")
@@ -222,10 +313,16 @@ def export_graph(graph: Graph, path: Path, exporter: str = "dynamo", opset: int 
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fixed = " If the model fixes its batch size, pass dynamic_batch=False." if graph.dynamic else ""
         other = "torchscript" if name == "dynamo" else "dynamo"
+        known = "" if opset is None else f" Opsets: {opsets()}."
         kind = type(next(graph.module.children())).__name__
         raise ModelError(
-            f"exporter {name!r} cannot export {kind}: {reason}.{fixed} Or try exporter={other!r}"
+            f"exporter {name!r} cannot export {kind}: {reason}.{fixed}{known} Or try exporter={other!r}"
         ) from error
+
+
+def opsets() -> str:
+    """The opsets that each exporter writes of simple layers, for messages."""
+    return ", ".join(f"{name!r} mostly {least} to {most}" for name, (least, most) in OPSETS.items())
 
 
 def require(package: str) -> ModuleType:

@@ -257,6 +257,95 @@ def test_precisions_that_cannot_be(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class Scaled(nn.Module):
+    """Takes two inputs, of which one may be missing in a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.linear(x) * mask
+
+
+LABELLED = [(torch.randn(2, 4), torch.ones(2, 1), torch.tensor([0, 1])) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("example", "batches"),
+    [
+        ((torch.randn(2, 4), torch.ones(2, 1)), LABELLED),
+        ((torch.randn(2, 4), torch.ones(2, 1)), [[[x, mask], label] for x, mask, label in LABELLED]),
+        ((torch.randn(2, 4), torch.ones(2, 1)), [{"label": label, "mask": m, "x": x} for x, m, label in LABELLED]),
+        ({"x": torch.randn(2, 4), "mask": torch.ones(2, 1)}, [({"mask": m, "x": x}, y) for x, m, y in LABELLED]),
+    ],
+)
+def test_calibration_takes_batches_with_labels(tmp_path: Path, example: Any, batches: list[Any]) -> None:
+    graph = onnx_graph.build_graph(Scaled(), example)
+    for batch, (x, mask, _) in zip(batches, LABELLED, strict=True):
+        found = dict(zip(graph.input_names, onnx_graph.batch_of(graph, example, batch, "calibration[0]"), strict=True))
+        assert torch.equal(found["x"], x) and torch.equal(found["mask"], mask)
+
+
+def test_a_loader_with_labels_calibrates(tmp_path: Path) -> None:
+    images = torch.utils.data.TensorDataset(torch.cat(calibration(1)), torch.arange(8))
+    loader = torch.utils.data.DataLoader(images, 4)
+    example = torch.randn(1, 3, 8, 8)
+    result = export_onnx(
+        cnn(), example, tmp_path / "m.onnx", precision="int8", exporter="torchscript", calibration=loader
+    )
+    assert result.precision == "int8" and result.batch_sizes == (4,)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.randn(2, 4), "1 tensors. Expected: 2, x, mask"),
+        ({"x": torch.randn(2, 4)}, r"'mask' is missing of x. Expected: \['x', 'mask'\]"),
+        ((torch.randn(2, 5), torch.ones(2, 1)), r"x is torch.float32 of shape \(2, 5\). Expected: .* \(batch, 4\)"),
+        ((torch.randn(4), torch.ones(2, 1)), r"x is torch.float32 of shape \(4,\)"),
+        ((torch.ones(2, 4, dtype=torch.uint8), torch.ones(2, 1)), "x is torch.uint8 .* Expected: torch.float32"),
+    ],
+)
+def test_calibration_that_does_not_fit(tmp_path: Path, batch: Any, message: str) -> None:
+    example = (torch.randn(2, 4), torch.ones(2, 1))
+    with pytest.raises(ModelError, match=rf"^calibration\[1\]: {message}"):
+        export_onnx(Scaled(), example, tmp_path / "m.onnx", precision="int8", calibration=[LABELLED[0], batch])
+    with pytest.raises(ModelError, match=r"calibration\[0\]: a Tensor. Expected: a mapping with x, mask"):
+        keyed = dict(zip(("x", "mask"), example, strict=True))
+        export_onnx(Scaled(), keyed, tmp_path / "m.onnx", precision="int8", calibration=[torch.randn(2, 4)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dynamic_axes": {"input": {1: "c"}}}, r"dynamic_axes.input: dimension 1 \('c'\) is 3, .* 6, 1, 4"),
+        ({"dynamic_axes": {"input": [2, 3]}}, r"dynamic_axes.input: \[2, 3\] names nothing"),
+        ({"dynamic_axes": {"input": {2: "a b"}}}, "dynamic_axes.input: 'a b', of dimension 2, is no name"),
+        ({"metadata": {"pruning": 1}}, "metadata: 'pruning' is an entry of this library"),
+    ],
+)
+def test_options_are_refused_before_the_export(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_onnx(cnn(), torch.randn(1, 3, 8, 8), tmp_path / "m.onnx", **options)
+    with pytest.raises(ConfigError, match="path: .* is a folder"):
+        export_onnx(cnn(), torch.randn(1, 3, 8, 8), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_free_height_and_width(tmp_path: Path) -> None:
+    axes = {"input": {2: "height", 3: "width"}}
+    path = export_onnx(cnn(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", dynamic_axes=axes).path
+    assert shapes(path)["input"] == ["batch", 3, "height", "width"]
+
+
+def test_opsets_and_half_models_say_what_is_allowed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'dynamo' mostly 14 to 26, 'torchscript' mostly 7 to 23"):
+        export_onnx(nn.Linear(4, 2), torch.randn(2, 4), tmp_path / "m.onnx", opset=9)
+    assert "The model is in float16: allow tolerance=0.02, or model.float() and" in export._half(nn.Linear(2, 2).half())
+    assert export._half(nn.Linear(2, 2)) == ""
+
+
 def test_a_program_of_torch_export(tmp_path: Path) -> None:
     model = cnn().train()
     assert export_program(model, torch.randn(2, 3, 8, 8), tmp_path / "m.pt2") < 1e-5
