@@ -11,7 +11,7 @@ help:
 	@echo "make demo       train, prune, export and report on a small real data set; results in runs/demo"
 	@echo "make test       linter, types and tests"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make bench      the benchmarks of docs/benchmarks.md"
+	@echo "make bench      every benchmark of docs/benchmarks.md, on the CPU; DATA=FOLDER for those with CIFAR-10"
 	@echo "make docs       the site of docs/, in site/"
 	@echo "make schemas    write the JSON schemas in configs/ anew, after a change of the config"
 	@echo "make clean      remove the virtual environment, caches and build products (runs/ stays)"
@@ -38,7 +38,7 @@ demo: $(READY)
 	$(BIN)/pat demo
 
 bench: $(READY)
-	for file in benchmarks/*.py; do $(BIN)/python "$$file" || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_all.py $(if $(DATA),--data $(DATA))
 
 docs: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]'

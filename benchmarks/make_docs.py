@@ -20,7 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 TARGET = HERE.parent / "docs" / "benchmarks.md"
-NO_BENCHMARK = ("common", "make_docs")
+NO_BENCHMARK = ("make_docs", "run_all")
 
 INTRODUCTION = """# Benchmarks
 
@@ -46,11 +46,12 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def scripts(folder: Path) -> dict[str, str]:
-    """Name and first line of the description of every benchmark in a folder."""
+    """Name and first line of the description of every benchmark in a folder: the scripts that can be run."""
     found = {}
     for path in sorted(folder.glob("*.py")):
-        if path.stem not in NO_BENCHMARK:
-            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        source = path.read_text(encoding="utf-8")
+        if path.stem not in NO_BENCHMARK and '__name__ == "__main__"' in source:
+            text = ast.get_docstring(ast.parse(source)) or ""
             found[path.stem] = text.partition("\n")[0]
     return found
 

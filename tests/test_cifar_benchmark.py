@@ -1,0 +1,69 @@
+"""The CIFAR-10 benchmark: what is drawn and tabled, without its data."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import cifar_resnet56
+import cifar_training
+import run_all
+
+
+def test_augmented_images_are_crops_of_the_padded_ones_some_flipped():
+    images = torch.rand(12, 3, 8, 8)
+    drawn = cifar_training.augmented(images, torch.Generator().manual_seed(0))
+    padded = functional.pad(images, (4, 4, 4, 4))
+    found = []
+    for number, one in enumerate(drawn):
+        crops = {
+            (row, column, flip): padded[number, :, row : row + 8, column : column + 8].flip(-1)
+            if flip
+            else padded[number, :, row : row + 8, column : column + 8]
+            for row in range(9)
+            for column in range(9)
+            for flip in (False, True)
+        }
+        found.append(next(place for place, crop in crops.items() if torch.equal(crop, one)))
+    assert {flip for _, _, flip in found} == {False, True}
+    assert len({(row, column) for row, column, _ in found}) > 6
+
+
+def test_the_rate_is_constant_and_then_falls_to_nothing():
+    budget = cifar_training.BUDGETS["full"]
+    first = cifar_training.Phase(budget, 0, 0, budget.sparse_epochs, math.inf, tuning=False)
+    second = cifar_training.Phase(budget, 0, 0, budget.tune_epochs, math.inf, tuning=True)
+    assert first.rate(0) == first.rate(budget.sparse_epochs) == second.rate(0) == budget.lr
+    assert second.rate(budget.tune_epochs / 2) == pytest.approx(budget.lr / 2)
+    assert second.rate(budget.tune_epochs) == pytest.approx(0)
+
+
+def test_the_table_has_means_and_spreads_over_seeds():
+    def run(seed: int, after: float) -> dict[str, object]:
+        return {
+            "way": "tp_l1",
+            "target": 2.11,
+            "seed": seed,
+            "dense": 93.0,
+            "before": 50.0,
+            "after": after,
+            "reduction": 2.12,
+            "seconds": 3.0,
+        }
+
+    (row,) = cifar_resnet56.table([run(0, 90.0), run(1, 92.0)])
+    assert (row["after"], row["drop from dense"], row["seeds"]) == ("91.00 ± 1.41", "2.00 ± 1.41", 2)
+    assert (row["before fine-tuning"], row["MACs, times fewer"]) == ("50.00 ± 0.00", "2.120")
+
+
+def test_data_is_handed_to_the_benchmarks_that_take_it(tmp_path):
+    found = run_all.commands(["mac_target", "cifar_resnet56"], tmp_path)
+    assert found == [["mac_target.py"], ["cifar_resnet56.py", "--budget", "small", "--data", str(tmp_path)]]
+    assert run_all.commands(["one_shot_cifar"], None) == [["one_shot_cifar.py"]]
