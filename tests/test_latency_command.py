@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, save_pruned
 from pruningawaretraining.cli import app
 from pruningawaretraining.experiment.models import digits_resnet
-from pruningawaretraining.experiment.timing import Timed, draw_timing, weight_bytes
+from pruningawaretraining.experiment.timing import Timed, draw_timing, timing_tables, weight_bytes
+from pruningawaretraining.report.summary import si
 
 MODEL = "pruningawaretraining.experiment.models:digits_resnet"
 SHAPE = ["--input-shape", "1,1,8,8", "--repeats", "3"]
@@ -69,6 +72,20 @@ def test_bad_input_is_one_line(
     monkeypatch.chdir(tmp_path)
     found = CliRunner().invoke(app, ["latency", *arguments], env={"COLUMNS": "300"})
     assert found.exit_code == 2 and message in found.output
+
+
+@pytest.mark.parametrize("name", ["resnet18", "runs/a/very/long/path/of/a/checkpoint/that/is/pruned.safetensors"])
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_milliseconds_are_there_at_every_width(name: str, width: int) -> None:
+    rows = [Timed(f"{name}{n}", "r", 2.01 - n, 1.51, 3.01, 1 - n / 4, 10**9, 10**7, 10**6, 10**5, 0.91) for n in (0, 1)]
+    console = Console(width=width, file=io.StringIO())
+    for table in timing_tables(rows, "onnxruntime", width):
+        console.print(table)
+    text = console.file.getvalue()
+    assert "…" not in text and all(len(line) <= width for line in text.splitlines())
+    for wanted in ("2.01", "1.01", "1.51 to 3.01", "0.750", si(10**9), si(10**7), si(10**6, "B"), "91.00%"):
+        assert wanted in text
+    assert len(timing_tables(rows, "", width)) == (1 if width == 200 else 2)
 
 
 def test_a_picture_of_a_family(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def latency(
             candidates,
             draw_timing,
             timed,
-            timing_table,
+            timing_tables,
             write_timing,
         )
 
@@ -51,7 +51,9 @@ def latency(
         shape = None if input_shape is None else shape_of(input_shape)
         rows = timed(candidates(sources, model, shape), runtime, threads, batch, repeats)
         title = f"{runtime}, batch {batch}, {threads} thread{'s' if threads > 1 else ''}"
-        Console().print(timing_table(rows, title))
+        console = Console()
+        for table in timing_tables(rows, title, console.width):
+            console.print(table)
         if out is not None:
             write_timing(rows, out)
         if plot is not None:

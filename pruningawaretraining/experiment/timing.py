@@ -198,24 +198,42 @@ def timed(
     return rows
 
 
-def timing_table(rows: Sequence[Timed], title: str) -> Table:
-    """One row a model."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+def timing_tables(rows: Sequence[Timed], title: str, width: int) -> list[Table]:
+    """One row a model; two tables, times and what models cost, where one is wider than the terminal.
+
+    Args:
+        rows: one of each model.
+        title: above the first.
+        width: of the terminal, in characters.
+    """
+    times = {
+        "ms": [f"{one.median_ms:.3g}" for one in rows],
+        "p10 to p90": [f"{one.p10:.3g} to {one.p90:.3g}" for one in rows],
+        "of dense": [f"{one.ratio:.3f}" for one in rows],
+        "accuracy": [percent(one.accuracy, 2) for one in rows],
+    }
+    costs = {
+        "MACs": [si(one.macs) for one in rows],
+        "parameters": [si(one.parameters) for one in rows],
+        "peak memory": [si(one.peak_bytes, "B") for one in rows],
+        "on disk": [si(one.bytes, "B") for one in rows],
+    }
+    names = [one.name for one in rows]
+    accuracy = times.pop("accuracy")
+    whole = _table(title, names, {**times, **costs, "accuracy": accuracy})
+    needed = sum(max(map(len, (heading, *cells))) + 2 for heading, cells in {**times, **costs}.items())
+    if needed + len("accuracy") + max(map(len, ("model", *names))) + 2 <= width:
+        return [whole]
+    return [_table(title, names, {**times, "accuracy": accuracy}), _table("", names, costs)]
+
+
+def _table(title: str, names: Sequence[str], columns: Mapping[str, Sequence[str]]) -> Table:
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     table.add_column("model", overflow="fold")
-    for heading in ("ms", "p10 to p90", "of dense", "MACs", "parameters", "peak memory", "on disk", "accuracy"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for one in rows:
-        table.add_row(
-            one.name,
-            f"{one.median_ms:.3g}",
-            f"{one.p10:.3g} to {one.p90:.3g}",
-            f"{one.ratio:.3f}",
-            si(one.macs),
-            si(one.parameters),
-            si(one.peak_bytes, "B"),
-            si(one.bytes, "B"),
-            percent(one.accuracy, 2),
-        )
+    for heading, cells in columns.items():
+        table.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, (heading, *cells))))
+    for row in zip(names, *columns.values(), strict=True):
+        table.add_row(*row)
     return table
 
 
