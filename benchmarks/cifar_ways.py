@@ -24,6 +24,7 @@ TICKS = 12  # of the first phase; a rule counts them as its epochs
 FIRST, LAST = 2, 10
 OBS = {"type": "obs", "num_grads": 128, "micro_batch": 4}
 VARIANCE = {"type": "variance_next"}
+REPAIR = AfterPruning(compensation="least_squares", norm_batches=32, input_batches=32)
 LEAST = {"max_sparsity": 0.9}  # a tenth of every layer stays
 
 
@@ -109,12 +110,11 @@ def at_first(
     note: Note,
     *,
     criterion: Any,
-    compensation: str,
     allocation: str = "ranking",
+    after: AfterPruning = REPAIR,
 ) -> nn.Module:
-    """One shot, the readers of what is gone adjusted, and then training."""
+    """One shot, the readers of what is gone adjusted and norms measured anew, and then training."""
     rule = {"criterion": criterion, "allocation": allocation, "target": {"macs": 1 / target}, **LEAST}
-    after = AfterPruning(compensation=compensation, norm_batches=32, input_batches=32)
     (pruned,) = one_shot(model, rule, data.calibration, functional.cross_entropy, after=after).values()
     note(pruned)
     train(pruned, phase.budget.optimizer(pruned.parameters()), data, phase, distiller)
@@ -196,13 +196,14 @@ def their_l1(
 
 OURS, THEIRS = "this library", "Torch-Pruning"
 GROWING = partial(by_rule, criterion="magnitude", regularize=True)
-OBS_FIRST = partial(at_first, criterion=OBS, compensation="least_squares", allocation="macs")
-L2_FIRST = partial(at_first, criterion={"type": "magnitude", "normalize": "max"}, compensation="least_squares")
-VARIANCE_FIRST = partial(at_first, criterion=VARIANCE, compensation="least_squares", allocation="macs")
+OBS_FIRST = partial(at_first, criterion=OBS, allocation="macs")
+L2_FIRST = partial(at_first, criterion={"type": "magnitude", "normalize": "max"})
+VARIANCE_FIRST = partial(at_first, criterion=VARIANCE, allocation="macs")
 OBS_STEPS = partial(by_rule, criterion={**OBS, "num_grads": 64}, allocation="macs", every=2)
 WAYS = (
     Way("l2_first", OURS, "global L2, one shot, least squares", L2_FIRST),
     Way("l2_taught", OURS, "global L2, one shot, least squares, distillation", L2_FIRST, distill=True),
+    Way("l2_bare", OURS, "global L2, one shot, nothing adjusted", partial(L2_FIRST, after=AfterPruning())),
     Way("tp_l1", THEIRS, "L1, one shot", their_l1),
     Way("tp_group", THEIRS, "GroupNorm sparse learning", their_sparse_learning),
     Way("growing", OURS, "growing L2 + global L2, iterative", GROWING),

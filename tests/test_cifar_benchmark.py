@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+
+from pruningawaretraining.experiment.models import CifarResNet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -67,3 +71,46 @@ def test_data_is_handed_to_the_benchmarks_that_take_it(tmp_path):
     found = run_all.commands(["mac_target", "cifar_resnet56"], tmp_path)
     assert found == [["mac_target.py"], ["cifar_resnet56.py", "--budget", "small", "--data", str(tmp_path)]]
     assert run_all.commands(["one_shot_cifar"], None) == [["one_shot_cifar.py"]]
+
+
+class FakeLoader:
+    """Noise in the shapes of CIFAR-10, and weights that were never trained."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.state = CifarResNet(56).state_dict()
+
+    def cifar10(self, split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        draw = np.random.default_rng(0)
+        return draw.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8), draw.integers(0, 10, 16), []
+
+    def cifar_resnet_state(self, depth: int) -> dict[str, torch.Tensor]:
+        return self.state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["l2_first", "growing", "tp_l1"])
+def test_a_run_that_is_stopped_and_gone_on_with_ends_as_one_that_is_not(key, tmp_path, monkeypatch):
+    budget = replace(cifar_training.BUDGETS["small"], images=16, test=(0, 16), batch=8, tune_epochs=2)
+    loader = FakeLoader()
+    data = cifar_training.Data.load(loader, budget, torch.device("cpu"))
+    (way,) = (one for one in cifar_resnet56.WAYS if one.key == key)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = cifar_resnet56.Run(tmp_path / "whole", way, 2.11, 0, budget).run(loader, data, 10.0, math.inf)
+
+    def stopping(model, optimizer, data, phase, *others):
+        if phase.first == 1:
+            raise cifar_training.OutOfTime
+        cifar_training.train(model, optimizer, data, phase, *others)
+
+    stopped = cifar_resnet56.Run(tmp_path / "parts", way, 2.11, 0, budget)
+    with monkeypatch.context() as patch:
+        patch.setattr(cifar_resnet56, "train", stopping)
+        with pytest.raises(cifar_training.OutOfTime):
+            stopped.run(loader, data, 10.0, math.inf)
+    assert stopped.checkpoint.is_file() and not stopped.done
+    found = stopped.run(loader, data, 10.0, math.inf)
+    assert stopped.done and not stopped.checkpoint.exists()
+    assert {**found, "seconds": 0} == {**whole, "seconds": 0}
+    assert found["reduction"] >= 2.11
