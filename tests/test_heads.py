@@ -237,7 +237,7 @@ def test_heads_that_share_a_position_bias_go_together() -> None:
     [
         ({"layers": ["layers.7"]}, "layers.7"),
         ({"pattern": {"type": "head", "unit": "qery"}}, "query"),
-        ({"layers": ["layers.0.linear1"]}, "layers: no prunable channel group|no prunable channel group"),
+        ({"layers": ["layers.0.linear1"]}, "selects no attention block.*Allowed: layers.0.self_attn"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(rule: dict[str, Any], message: str) -> None:

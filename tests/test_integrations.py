@@ -21,7 +21,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture(autouse=True)
 def examples(monkeypatch):
+    """Examples can be imported, and each test has an Accelerator of its own: Accelerate keeps one state in a process."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    state = pytest.importorskip("accelerate.state")
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def example(name: str):

@@ -24,8 +24,8 @@ def epoch_text(row: Mapping[str, Any]) -> str:
 
 
 def short_text(row: Mapping[str, Any]) -> str:
-    """The same for a line that a progress bar shares: ``regularize  95.20%  MACs 62.0%``."""
-    text = f"{row['phase']:<10}  {100 * row['accuracy']:.2f}%"
+    """The same for a line that a progress bar shares: ``regularize  acc 95.20%  MACs 62.0%``."""
+    text = f"{row['phase']:<10}  acc {100 * row['accuracy']:.2f}%"
     return text if row["model"] == "dense" else f"{text}  {_kept(row)}"
 
 
