@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture(autouse=True)
 def examples(monkeypatch):
-    """Examples can be imported, and each test has an Accelerator of its own: Accelerate keeps one state in a process."""
+    """Examples can be imported; each test has an Accelerator of its own, of which Accelerate keeps one in a process."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     state = pytest.importorskip("accelerate.state")
     state.AcceleratorState._reset_state(reset_partial_state=True)
