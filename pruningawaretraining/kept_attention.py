@@ -228,6 +228,8 @@ def with_fewer_heads(model: nn.Module, module: nn.Module, surgery: Surgery) -> n
         return module
     made: nn.Module = kind.of(module)
     for owner in list(model.modules()):
+        if isinstance(owner, nn.TransformerEncoder) and any(one is module for one in owner.modules()):
+            surgery.set_attribute(owner, "use_nested_tensor", False)  # only PyTorch's own block takes nested tensors
         for attribute, child in list(owner._modules.items()):
             if child is module:
                 surgery.set_attribute(owner, attribute, made)

@@ -335,3 +335,19 @@ def test_intels_mha_masks_heads_by_steps_and_removes_them() -> None:
     blocks = [layer.attention.self for layer in model.bert.encoder.layer]
     assert sum(block.num_attention_heads for block in blocks) == 8
     assert all(block.all_head_size == block.query.out_features == 8 * block.num_attention_heads for block in blocks)
+
+
+def test_a_transformer_encoder_without_some_heads_takes_a_padding_mask_in_inference(tmp_path: Path) -> None:
+    model, inputs = build("encoder")
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    with torch.no_grad():
+        pruner = pruner_of(model, inputs, start=0, end=1)
+        pruner.prune(epoch=0)
+        pruner.remove()
+        found = model.eval()(inputs, src_key_padding_mask=padding)
+        save_pruned(model, tmp_path / "model.safetensors")
+        loaded = load_pruned(build("encoder")[0], tmp_path / "model.safetensors").eval()
+        assert torch.equal(found, loaded(inputs, src_key_padding_mask=padding))
+        shorter = model(inputs[:1, :3])
+    assert torch.allclose(found[:1, :3], shorter, atol=1e-6)
