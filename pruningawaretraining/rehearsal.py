@@ -221,7 +221,8 @@ def removable_blocks(
         left = find_blocks(model, inputs, set(found.blocks) - reasons.keys(), forward_fn)
         found = replace(left, skipped={**found.skipped, **reasons})
     if found.grouping.size == 1:
-        log.warning("%s stays: it is the only residual block that could go, and one stays", found.grouping.sets[0].name)
+        name = found.grouping.sets[0].name
+        log.warning("%s stays: of the residual blocks that were selected it alone could go, and one stays", name)
     return found
 
 

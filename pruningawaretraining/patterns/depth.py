@@ -41,10 +41,17 @@ class Depth:
         """The children of containers that a rule selects, by their names or those of what they are in.
 
         Raises:
-            ConfigError: a name that is no module of the model.
+            ConfigError: a name that is no module of the model, or nothing is selected.
         """
         names, prefix = candidates(model), f"{key}." if key else ""
-        return select(model, layers, names, f"{prefix}layers") - select(model, list(exclude), names, f"{prefix}exclude")
+        chosen = select(model, layers, names, f"{prefix}layers")
+        chosen -= select(model, list(exclude), names, f"{prefix}exclude")
+        if names and not chosen:
+            raise ConfigError(
+                f"{prefix}layers: {layers!r} selects no block (exclude: {list(exclude)!r}). Allowed: "
+                f"{', '.join(sorted(names)[:8])}"
+            )
+        return chosen
 
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
         """No heads are groups of their own."""
