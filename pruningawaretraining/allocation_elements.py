@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pruningawaretraining import fused
 from pruningawaretraining.allocation import SLACK
 from pruningawaretraining.errors import TargetError
 from pruningawaretraining.folding import slot_maxima
@@ -308,6 +309,11 @@ def _lowest_in_rows(values: Tensor, count: int) -> Tensor:
 
     Each pair of columns is compared once: sorting many rows of four costs ten times as much.
     """
+    kernels = fused.kernels() if fused.fits(values) else None
+    if kernels is not None:
+        found = torch.empty(values.shape, dtype=torch.bool)
+        kernels.find_lowest(values.flatten(0, -2).numpy(), count, found.flatten(0, -2).numpy())
+        return found
     columns = [column.contiguous() for column in values.unbind(-1)]
     dtype = torch.uint8 if len(columns) < 256 else torch.int16
     ranks = [torch.zeros_like(column, dtype=dtype) for column in columns]

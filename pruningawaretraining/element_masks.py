@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.criteria.reductions import device_of
-from pruningawaretraining.folding import fill_groups, slots_of
+from pruningawaretraining.folding import fill_groups, slot_counts, slots_of
 from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.optimizer_state import mask_state
 from pruningawaretraining.sharded import is_sharded, local_member, local_of
@@ -83,6 +83,8 @@ class ElementMasks:
     def apply_to_state(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Set the optimizers' state of masked weights (momenta, averages) to 0."""
         known = list(optimizers)
+        if not known:
+            return
         for index, (member, _) in enumerate(self._drops):
             keep_W = torch.ones_like(local_of(member.parameter), dtype=torch.bool)
             self._fill(index, keep_W, is_sharded(member.parameter))
@@ -110,10 +112,10 @@ class ElementMasks:
     def masked_weights(self) -> int:
         """How many weights are masked."""
         total = 0
-        for index, (member, _) in enumerate(self._drops):
-            keep_W = torch.ones(member.parameter.shape, dtype=torch.bool, device=member.parameter.device)
-            self._fill(index, keep_W)
-            total += int((~keep_W).sum())
+        for member, drop_S in self._drops:
+            counts = slot_counts(member).to(drop_S.device)
+            gone = drop_S.count_nonzero() if counts.numel() == 1 else drop_S.view(member.sizes).double()
+            total += round(float((gone * counts).sum()))
         return total
 
     def by_parameter(self) -> dict[str, Tensor]:

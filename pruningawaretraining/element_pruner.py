@@ -70,7 +70,7 @@ class ElementPruner:
         """(groups, those that are masked) of all rules."""
         return (
             sum(one.grouping.size for one in self.rules),
-            sum(int((~one.masks.keep_G).sum()) for one in self.rules),
+            sum(one.grouping.size - int(one.masks.keep_G.count_nonzero()) for one in self.rules),
         )
 
     @property
@@ -217,9 +217,11 @@ class ElementPruner:
 
     def _warn_of_empty_layers(self, one: ElementRule) -> None:
         """Say once which layers have no weight left: the model may be cut in two there."""
-        kept_S = torch.zeros(len(one.grouping.sets)).index_add_(0, one.grouping.set_ids, one.masks.keep_G.cpu().float())
-        for number in torch.nonzero(kept_S == 0).flatten().tolist():
-            name = one.grouping.sets[number].name
+        sets = one.grouping.sets
+        for each, keep_N in zip(sets, one.masks.keep_G.split([each.size for each in sets]), strict=True):
+            if bool(keep_N.any()):
+                continue
+            name = each.name
             if (one.key, name) not in self._empty:
                 self._empty.add((one.key, name))
                 log.warning(

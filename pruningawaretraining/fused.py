@@ -1,11 +1,12 @@
 """Single passes over a weight on the CPU, compiled if numba is installed (``pip install pruningawaretraining[fast]``).
 
 PyTorch has no operation that sums a matrix's squares along both dimensions in one pass, or that adds a matrix scaled
-along both: from its own, several passes are made, and these wait for memory. Everything here is float32, contiguous and
-on the CPU; without numba :func:`kernels` is None, and its callers use PyTorch's operations.
+along both: from its own, several passes are made, and these wait for memory. Nor has it one that ranks within many
+short rows. Everything here is float32, contiguous and on the CPU; without numba :func:`kernels` is None, and its
+callers use PyTorch's operations.
 
 Shape suffixes: ``_ON`` a weight as a matrix of its first dimension and all the others, ``_O``, ``_N`` along these;
-``_PRQ`` a weight seen as places that are chosen one by one (P, Q) and, between them, alike (R).
+``_PRQ`` a weight seen as places that are chosen one by one (P, Q) and, between them, alike (R); ``_NM`` windows of M.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Kernels:
         clear: ``(w_ON, cleared_O, columns)``: set some rows, and some columns of the others, to 0.
         shrink_rows: ``(source_ON, target_ON, threshold_O)``: shorten every row by a threshold, to 0 at least.
         clear_chosen: ``(w_PRQ, chosen_PQ)``: set the chosen entries (uint8, 1 = chosen) to 0 at every R.
+        find_lowest: ``(values_NM, count, found_NM)``: True for the lowest of every row, the first among equals.
     """
 
     add_square_sums: Kernel
@@ -39,6 +41,7 @@ class Kernels:
     clear: Kernel
     shrink_rows: Kernel
     clear_chosen: Kernel
+    find_lowest: Kernel
 
 
 def _add_square_sums(w_ON: Any, rows: Any, sums_O: Any, sums_N: Any) -> None:
@@ -135,6 +138,17 @@ def _clear_chosen(w_PRQ: Any, chosen_PQ: Any) -> None:
                         row[q] = 0
 
 
+def _find_lowest(values_NM: Any, count: int, found_NM: Any) -> None:
+    for n in range(values_NM.shape[0]):
+        for m in range(values_NM.shape[1]):
+            before, value = 0, values_NM[n, m]
+            for other in range(m):
+                before += values_NM[n, other] <= value
+            for other in range(m + 1, values_NM.shape[1]):
+                before += values_NM[n, other] < value
+            found_NM[n, m] = before < count
+
+
 def _shrink_rows(source_ON: Any, target_ON: Any, threshold_O: Any) -> None:
     """Two rows at a time, each from a half of its own; while a row is written, the next one's norm is summed."""
     rows, half = source_ON.shape[0], source_ON.shape[0] // 2
@@ -196,6 +210,7 @@ def kernels() -> Kernels | None:
         compiled(_clear, matrix, flags, rows),
         compiled(_shrink_rows, matrix, matrix, vector),
         compiled(_clear_chosen, numba.float32[:, :, ::1], numba.uint8[:, ::1]),
+        compiled(_find_lowest, matrix, numba.int64, numba.boolean[:, ::1]),
     )
 
 
