@@ -24,6 +24,7 @@ from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.criteria.second_order import Calibration, Sampling
+from pruningawaretraining.criteria.second_order.channels import MAKE_UP_BATCHES, make_up, recalibrate_norms
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, unknown
 from pruningawaretraining.exported import ExportedGraph
 from pruningawaretraining.grouping import Grouping, GroupSet
@@ -31,7 +32,7 @@ from pruningawaretraining.inputs import ForwardFn, disagreement, outputs_of
 from pruningawaretraining.kept_norms import kept_norm_of
 from pruningawaretraining.masking import Masks
 from pruningawaretraining.patterns.channel import ChannelGroups
-from pruningawaretraining.processes import agreed
+from pruningawaretraining.processes import agreed, same_buffers
 from pruningawaretraining.pruned_copy import pruned_copy
 from pruningawaretraining.quantization import resting
 from pruningawaretraining.registry import build
@@ -285,6 +286,7 @@ class ChannelPruner:
         Returns:
             One line for each thing that happened.
         """
+        self._check_data()
         lines = []
         for one in self.rules:
             counted = one.rule.enabled and one.rule.unit == unit and one.rule.target.given
@@ -304,7 +306,7 @@ class ChannelPruner:
         one.state.event += 1
         one.state.last = now
         one.state.phase = "prune"
-        self._mask(one, keep_R, surroundings)
+        self._adjusted(one, keep_R, surroundings)
         lines = [f"{one.key}: {one.rule.unit} {now}: masked to {self._summary()}"]
         if self.sharded and met:
             lines.append(f"{one.key}: {one.rule.unit} {now}: the target is met; gathered() removes what is masked")
@@ -315,6 +317,33 @@ class ChannelPruner:
             one.state.phase = "finetune"
             self._follow_phases()
         return lines
+
+    def _check_data(self) -> None:
+        """Refuse a compensation without data at the first call, and not only at the event.
+
+        Raises:
+            ConfigError: the message names the rule.
+        """
+        for one in self.rules:
+            coming = one.rule.enabled and one.state.phase in ("regularize", "prune")
+            if coming and one.rule.compensation != "none" and self.calibration is None:
+                raise ConfigError(
+                    f"{one.key}.compensation: {one.rule.compensation!r} needs data, and none was given. Allowed: "
+                    "pruner.calibrate_with(dataloader, loss_fn) before the first prune(); or 'none'"
+                )
+
+    def _adjusted(self, one: ChannelRule, keep_R: Tensor, surroundings: Surroundings) -> None:
+        """Mask; before it the layers that read what goes make up for it, after it norms are measured anew."""
+        if one.rule.compensation == "none" or self.calibration is None:
+            self._mask(one, keep_R, surroundings)
+            return
+        keep_D = self.keep_D.clone()
+        keep_D[one.groups_D] = keep_R
+        with self.deaf():
+            make_up(self.model, self.found.grouping, keep_D[self.live_D], self.calibration, one.rule.compensation)
+            self._mask(one, keep_R, surroundings)
+            recalibrate_norms(self.model, self.calibration, MAKE_UP_BATCHES)
+            same_buffers(self.model)
 
     def _agreed(self, keep_R: Tensor, met: bool) -> tuple[Tensor, bool]:
         """The first process's decision; inputs that it was shown may give it other costs than the others."""
@@ -392,6 +421,11 @@ class ChannelPruner:
             if one.rule.application == "remove":
                 raise ConfigError(
                     f"{one.key}.application: 'remove' at every event cannot follow fully_shard. Allowed: mask"
+                )
+            if one.rule.compensation != "none":
+                raise ConfigError(
+                    f"{one.key}.compensation: {one.rule.compensation!r} needs whole layers, and fully_shard has spread "
+                    "them. Allowed: 'none', or DistributedDataParallel"
                 )
             if self.calibration is not None and isinstance(one.criterion, Sampling):
                 raise ConfigError(

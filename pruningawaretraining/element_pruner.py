@@ -218,7 +218,7 @@ class ElementPruner:
     def _warn_of_empty_layers(self, one: ElementRule) -> None:
         """Say once which layers have no weight left: the model may be cut in two there."""
         sets = one.grouping.sets
-        for each, keep_N in zip(sets, one.masks.keep_G.split([each.size for each in sets]), strict=True):
+        for each, keep_N in zip(sets, torch.split(one.masks.keep_G, [each.size for each in sets]), strict=True):
             if bool(keep_N.any()):
                 continue
             name = each.name

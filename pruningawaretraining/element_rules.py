@@ -172,6 +172,11 @@ def _check_options(key: str, rule: Rule, pattern: ElementPattern) -> None:
         raise ConfigError(f"{key}.application: 'remove' is for channels. Allowed for {rule.pattern!r}: mask")
     if rule.multiple != 1:
         raise ConfigError(f"{key}.multiple: {rule.multiple} is for channels. Allowed for {rule.pattern!r}: 1")
+    if rule.compensation != "none":
+        raise ConfigError(
+            f"{key}.compensation: {rule.compensation!r} is for channels. Allowed for {rule.pattern!r}: none; obs, cap "
+            "and other criteria of second order compensate by themselves"
+        )
     lookup("scope", rule.scope, f"{key}.scope")
     if rule.regularizer is not None:
         options = build("regularizer", rule.regularizer, f"{key}.regularizer")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def one_shot(
         loss_fn: ``(outputs, targets) -> loss``.
         sparsities: fractions to remove; None for the rule's target. Where that is of MACs, parameters, memory or
             latency, channels go by the rule's ``allocation`` until it is met.
-        after: what follows the pruning.
+        after: what follows the pruning; without a compensation of its own the rule's.
 
     Returns:
         A pruned copy of the model for each sparsity (the one that came out, where the target is of a cost). Pruned
@@ -105,6 +105,8 @@ def one_shot(
     micro_batch = criterion.micro_batch if isinstance(criterion, Sampling) else None
     calibration = Calibration(inner, dataloader, loss_fn, micro_batch)
     if isinstance(pattern, StructuredPattern):
+        if after.compensation == "none":
+            after = replace(after, compensation=rule.compensation)
         return _one_shot_channels(calibration, rule, pattern, criterion, wanted, after)
     if not wanted:
         raise ConfigError(f"target: {rule.target.model_dump(exclude_none=True)} is for channels; give a sparsity")
@@ -126,6 +128,7 @@ def _refuse_what_weights_lack(rule: Rule, after: AfterPruning) -> None:
         "multiple": (rule.multiple, 1),
         "application": (rule.application, "mask"),
         "after.compensation": (after.compensation, "none"),
+        "compensation": (rule.compensation, "none"),
     }
     for key, (value, allowed) in given.items():
         if value != allowed:

@@ -502,9 +502,11 @@ class Pruning:
     def calibrate_with(self, dataloader: Iterable[Any], loss_fn: LossFn) -> None:
         """Give second-order criteria data of their own: every event of theirs then measures curvature on it and moves
         the weights that stay to where the loss rises least (OBS, CAP, FastCAP, SparseGPT; see docs/second_order.md).
+        A rule's ``compensation`` is fitted on it, too.
 
         Args:
-            dataloader: batches ``(inputs, targets)``, or mappings of keyword inputs with "labels".
+            dataloader: batches ``(inputs, targets)``, or mappings of keyword inputs with "labels"; the loader of the
+                training, with its augmentation, as the norms are measured on it.
             loss_fn: ``(outputs, targets) -> loss``.
         """
         self._calibration = (dataloader, loss_fn)

@@ -58,6 +58,10 @@ SAME: dict[str, dict[str, Any]] = {
     },
     "cap": {"rule": {**PATTERNS["unstructured"], **SCHEDULE, "criterion": CAP}, "calibrated": True},
     "cap on channels": {"rule": {**PATTERNS["channel"], **SCHEDULE, "criterion": CAP}, "calibrated": True},
+    "compensation": {
+        "rule": {**PATTERNS["channel"], **SCHEDULE, "compensation": "least_squares"},
+        "calibrated": True,
+    },
     "proximal": {"proximal": {"group_type": "Dim0Grouper", "prox_type": "ProxGroupLasso", "reg_lambda": 1.5}},
 }  # fmt: skip
 

@@ -153,6 +153,11 @@ class Rule(Strict):
     application: Literal["mask", "remove"] = Field(
         "mask", description="mask: zero until the target is met, then remove. remove: shrink the model at each event."
     )
+    compensation: str = Field(
+        "none",
+        description="How the layers that read masked channels make up for them at every event: least_squares, bias, "
+        "bias_variance or none. It needs 'pruner.calibrate_with(data, loss)', and measures batch norms anew.",
+    )
     regularizer: str | dict[str, Any] | None = Field(
         None, description="Penalty that pushes groups towards zero: a name, {type: name, ...its options}, or none."
     )
@@ -181,6 +186,11 @@ class Rule(Strict):
             form = "a name" if kind in NAMED_ONLY else "a name or a mapping with a 'type'"
             raise ConfigError(f"{kind}: {value!r} is not {form}. Allowed: {', '.join(names(kind))}")
         return dict(value) if info.context == UNCHECKED or not names(kind) else _check_options(kind, value)
+
+    @field_validator("compensation")
+    @classmethod
+    def _is_compensation(cls, value: str) -> str:
+        return canonical("channel_compensation", value, "compensation") if names("channel_compensation") else value
 
     @field_validator("max_sparsity_from", mode="before")
     @classmethod

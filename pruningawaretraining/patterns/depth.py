@@ -274,6 +274,8 @@ def check_rule(key: str, pattern: Any, rule: Any, criterion: Any) -> None:
         raise ConfigError(f"{prefix}allocation: {rule.allocation!r} is for channels. Allowed with 'depth': 'ranking'")
     if rule.multiple != 1:
         raise ConfigError(f"{prefix}multiple: {rule.multiple!r} is for channels. Allowed with 'depth': 1")
+    if rule.compensation != "none":
+        raise ConfigError(f"{prefix}compensation: {rule.compensation!r} is for channels. Allowed with 'depth': 'none'")
 
 
 def _flag(criterion: Any, name: str) -> bool:

@@ -9,6 +9,7 @@ setting the gate from 1 to 0, and the Fisher block of a set's gates says what th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,11 +21,15 @@ from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layer_inputs import InputHessians
 from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.processes import gathered_rows, world
-from pruningawaretraining.registry import register
+from pruningawaretraining.registry import lookup, register
+
+log = logging.getLogger(__name__)
 
 GATE_DAMP = 1e-2
 LEAST_SQUARES_DAMP = 1e-3
 LARGEST_SCALE = 8.0
+MAKE_UP_BATCHES = 16
+"""Batches behind the compensation of an event in training, and behind the norms that are measured anew after it."""
 
 
 def readers(grouping: Grouping) -> Grouping:
@@ -152,7 +157,12 @@ def compensate_readers(found: list[Reader], hooks: InputHessians, compensate: Co
 
     A layer without a bias keeps none: a norm behind it is recalibrated, or the shift is lost.
     """
+    unseen = [reader.name for reader in found if reader.name not in hooks.sums]
+    if unseen:
+        log.warning("compensation: %s never ran as a module of its own, and stays as it is", ", ".join(unseen))
     for reader in found:
+        if reader.name in unseen:
+            continue
         weight = reader.module.weight
         assert isinstance(weight, Tensor)
         kernel = weight[0, 0].numel()
@@ -177,13 +187,32 @@ def _without_constant(moments_XX: Tensor) -> Tensor:
 
 
 def measure(readers_found: list[Reader], calibration: Calibration, count: int) -> InputHessians:
-    """Moments of the inputs of layers, a constant 1 included, on the model as it is."""
-    hooks = InputHessians([(reader.name, reader.module) for reader in readers_found], bias=True)
+    """Moments of the inputs of layers, a constant 1 included, on the model as it is.
+
+    Several processes each run their own batches, and know the moments of all afterwards.
+    """
+    layers = [(reader.name, reader.module) for reader in readers_found]
+    hooks = InputHessians(layers, bias=True)
     try:
         calibration.run(count)
     finally:
         hooks.remove()
+    hooks.agree(layers)
     return hooks
+
+
+def make_up(model: nn.Module, grouping: Grouping, keep_G: Tensor, calibration: Calibration, how: str) -> None:
+    """Let the layers that read what goes make up for it, in place, before it goes.
+
+    Args:
+        model, grouping: the channels, those that are masked already included.
+        keep_G: what stays.
+        calibration: data; ``MAKE_UP_BATCHES`` batches are run.
+        how: a registered compensation.
+    """
+    lost = list(losing_readers(model, grouping, keep_G))
+    compensate: Compensate = lookup("channel_compensation", how)
+    compensate_readers(lost, measure(lost, calibration, MAKE_UP_BATCHES), compensate)
 
 
 def recalibrate_norms(model: nn.Module, calibration: Calibration, batches: int = 100) -> int:

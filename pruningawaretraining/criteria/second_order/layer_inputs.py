@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.processes import totals, world
 
 
 def check_supported(name: str, module: nn.Module) -> None:
@@ -75,6 +76,24 @@ class InputHessians:
             self.counts[name] = self.counts.get(name, 0) + seen_GND.shape[1]
 
         return add
+
+    def agree(self, layers: Sequence[tuple[str, nn.Module]]) -> None:
+        """Put together what all processes have seen of these layers; a collective."""
+        if world() == 1:
+            return
+        rows = []
+        for name, module in layers:
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            width = weight[0].numel() + self.bias
+            groups = int(getattr(module, "groups", 1))  # type: ignore[arg-type]
+            known = self.sums.get(name)
+            rows.append(weight.new_zeros(groups, width, width, dtype=torch.float64) if known is None else known)
+        counts = torch.tensor([self.counts.get(name, 0) for name, _ in layers], dtype=torch.float64)
+        *sums, counts = totals([*rows, counts])
+        seen = {name: (row, int(count)) for (name, _), row, count in zip(layers, sums, counts, strict=True) if count}
+        self.sums = {name: row for name, (row, _) in seen.items()}
+        self.counts = {name: count for name, (_, count) in seen.items()}
 
     def remove(self) -> None:
         """Take the hooks out."""
