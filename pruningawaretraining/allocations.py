@@ -19,7 +19,7 @@ from pruningawaretraining.costs.by_sets import KeptGroups, SetCost
 from pruningawaretraining.costs.latency_cost import LatencyCost
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.grouping import Grouping
-from pruningawaretraining.registry import register
+from pruningawaretraining.registry import lookup, register
 
 
 class Share(Protocol):
@@ -145,6 +145,23 @@ def _marginal(cost: Any, keep_D: Tensor) -> Tensor:
 
 RANKED = {"ranking": None, "uniform": "local"}
 """Allocations that go by ranks, with the scope that they need; events on the way go by sparsity then."""
+
+
+def allocation_of(rule: Rule) -> str:
+    """The allocation of a rule whose target is about costs.
+
+    Without one of its own it is by latency where the target is; by the cost of the target where the criterion's scores
+    are losses that add up; and by ranking otherwise.
+    """
+    target = rule.target
+    if rule.allocation is not None:
+        return rule.allocation
+    if target.latency is not None or target.latency_ms is not None:
+        return "latency"
+    named = rule.criterion if isinstance(rule.criterion, str) else rule.criterion["type"]
+    if not getattr(lookup("criterion", named), "adds_up", False):
+        return "ranking"
+    return "parameters" if target.macs is None and target.parameters is not None else "macs"
 
 
 def scope_of(share: Share) -> str:

@@ -10,14 +10,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pruningawaretraining.criteria.second_order.channels import gate_gradients, readers
-from pruningawaretraining.criteria.second_order.criteria import GRADIENTS, Sampling
+from pruningawaretraining.criteria.second_order.channels import readers
+from pruningawaretraining.criteria.second_order.criteria import Sampling
 from pruningawaretraining.criteria.second_order.gathering import gathered
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.patterns.channel import ChannelGroups
 from pruningawaretraining.statistics import collector_of
+
+
+def measures(criterion: Any) -> bool:
+    """Whether a criterion measures what it needs itself, on data that the pruner is given."""
+    return hasattr(criterion, "measured")
 
 
 class Listener:
@@ -43,9 +48,11 @@ class Listener:
         own = self.found.grouping.select_sets(self.sets)
         return readers(own) if isinstance(self.criterion, Sampling) else own
 
-    def begin(self) -> None:
-        """Listen from now on."""
-        if self.collector is not None and not self._listening:
+    def begin(self, calibration: Calibration | None = None) -> None:
+        """Listen from now on; a criterion that measures on data of its own has no need to."""
+        if calibration is not None and measures(self.criterion):
+            self.end()
+        elif self.collector is not None and not self._listening:
             self.collector.attach(self.model, self.grouping)
             self._listening = True
 
@@ -88,10 +95,9 @@ class Listener:
         """
         if self.collector is None:
             return {}
-        if calibration is not None and isinstance(self.criterion, Sampling):
-            return {
-                GRADIENTS: gate_gradients(self.grouping, self.criterion.sampled(calibration), self.criterion.num_grads)
-            }
+        if calibration is not None and measures(self.criterion):
+            found: dict[str, Tensor] = self.criterion.measured(self.model, self.grouping, calibration)
+            return found
         self.collector.agree()
         known = self.collector.tensors()
         if known and int(known.get("steps", 1)) > 0:
@@ -109,7 +115,7 @@ class Listener:
 
     def ready(self, calibration: Calibration | None) -> bool:
         """Whether the criterion can score: it needs nothing, has data to look at, or has heard a step."""
-        if self.collector is None or (calibration is not None and isinstance(self.criterion, Sampling)):
+        if self.collector is None or (calibration is not None and measures(self.criterion)):
             return True
         known = self.collector.tensors()
         return bool(known) and int(known.get("steps", 1)) > 0

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from pruningawaretraining.allocation import Allocator, Limits, limits_of
 from pruningawaretraining.allocations import scope_of
-from pruningawaretraining.channel_listening import Listener
+from pruningawaretraining.channel_listening import Listener, measures
 from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
-from pruningawaretraining.criteria.second_order import Calibration, Sampling
+from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.criteria.second_order.channels import MAKE_UP_BATCHES, make_up, recalibrate_norms
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, unknown
 from pruningawaretraining.exported import ExportedGraph
@@ -202,9 +202,14 @@ class ChannelPruner:
             return
         for one in self.rules:
             if one.rule.enabled and one.state.phase in ("regularize", "prune"):
-                one.listener.begin()
+                one.listener.begin(self.calibration)
             else:
                 one.listener.end()
+
+    def calibrate(self, calibration: Calibration) -> None:
+        """Data that criteria and compensation may look at; those that measure on it need not listen to training."""
+        self.calibration = calibration
+        self._follow_phases()
 
     def hear(self, scale: Tensor | float) -> None:
         """Gradients are complete and no weight has moved; ``scale`` is what they are still multiplied with."""
@@ -427,7 +432,7 @@ class ChannelPruner:
                     f"{one.key}.compensation: {one.rule.compensation!r} needs whole layers, and fully_shard has spread "
                     "them. Allowed: 'none', or DistributedDataParallel"
                 )
-            if self.calibration is not None and isinstance(one.criterion, Sampling):
+            if self.calibration is not None and measures(one.criterion):
                 raise ConfigError(
                     f"{one.key}.criterion: {one.rule.criterion!r} with data of its own needs whole layers, and "
                     "fully_shard has spread them. Allowed: DistributedDataParallel"

@@ -519,7 +519,7 @@ class Pruning:
         if self._elements is not None:
             self._elements.calibrate(calibration)
         if self._channels is not None:
-            self._channels.calibration = calibration
+            self._channels.calibrate(calibration)
 
     def on_epoch_begin(self, epoch: int) -> None:
         """At the start of an epoch (counted from 0)."""

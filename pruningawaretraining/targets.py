@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.allocation_widths import Goal
-from pruningawaretraining.allocations import RANKED, Share, Task
+from pruningawaretraining.allocations import RANKED, Share, Task, allocation_of
 from pruningawaretraining.config.schema import Target
 from pruningawaretraining.costs.by_sets import LinearBySets, SetCost
 from pruningawaretraining.costs.latency_cost import LatencyCost
@@ -291,7 +291,7 @@ class Targets:
         """
         rule, goals = share.rule, self.goals(share)
         timed = next((goal for goal in goals if isinstance(goal.cost, LatencyCost)), None)
-        name = rule.allocation or ("latency" if timed else "ranking")
+        name = allocation_of(rule)
         allocate: Callable[[Task], Tensor] = lookup("allocation", name)
         at_least = rule.target.sparsity or 0.0
         task = Task(share, scores_R, keep_D, self.set_ids_D, goals, self._costs_for(share), at_least)

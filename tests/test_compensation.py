@@ -66,9 +66,7 @@ def test_it_is_what_one_shot_does() -> None:
     (options,) = rule(compensation="least_squares")["rules"]
     (by_rule,) = one_shot(dense, options, data, functional.cross_entropy).values()
     plain = {**options, "compensation": "none"}
-    (by_after,) = one_shot(
-        dense, plain, data, functional.cross_entropy, after=AfterPruning("least_squares")
-    ).values()
+    (by_after,) = one_shot(dense, plain, data, functional.cross_entropy, after=AfterPruning("least_squares")).values()
     x = data[0][0]
     assert torch.allclose(by_rule(x), by_after(x))
     assert torch.allclose(by_rule(x), after, atol=1e-5)

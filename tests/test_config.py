@@ -92,6 +92,7 @@ CHANNELS = {
     "schedule": "linear",
     "scope": "global",
     "allocation": None,
+    "compensation": "none",
     "start": 5,
     "end": 50,
     "every": 5,

@@ -390,7 +390,7 @@ def test_every_criterion_ranks_blocks_or_is_refused_by_name() -> None:
         _step(model, inputs, optimizer)
         pruner.prune(epoch=0)
         assert pruner.macs.fraction <= 0.6 and pruner.sparsity == 0.5, criterion
-    readers = {"variance", "variance_next", "variance_magnitude", "geometric_median"}
+    readers = {"variance", "variance_next", "variance_magnitude", "geometric_median", "reconstruction"}
     assert refused == {"obs", "cap", "fast_cap", "sparse_gpt", *readers}
 
 

@@ -72,7 +72,7 @@ class Moments:
         return self.spread_F + self.count * self.mean_F.square()
 
 
-class _InputHook:
+class InputHook:
     """Forward pre-hook that hands a layer's input on; a copy or a saved model keeps one that does nothing."""
 
     def __init__(self, see: Callable[[nn.Module, Tensor], None] | None = None) -> None:
@@ -82,8 +82,8 @@ class _InputHook:
         if self.see is not None and inputs and isinstance(inputs[0], Tensor):
             self.see(module, inputs[0])
 
-    def __reduce__(self) -> tuple[type[_InputHook], tuple[()]]:
-        return _InputHook, ()
+    def __reduce__(self) -> tuple[type[InputHook], tuple[()]]:
+        return InputHook, ()
 
 
 class ActivationCollector:
@@ -116,7 +116,7 @@ class ActivationCollector:
             if name in layers
         }
         for name, layer in self._layers.items():
-            hook = _InputHook(partial(self._see, name))
+            hook = InputHook(partial(self._see, name))
             self._handles.append(layer.register_forward_pre_hook(hook))
 
     def detach(self) -> None:

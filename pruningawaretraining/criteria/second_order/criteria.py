@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruningawaretraining.criteria.collectors import MaskGradientCollector
 from pruningawaretraining.criteria.magnitude import magnitude_scores
 from pruningawaretraining.criteria.second_order.bank import Budget, storage
-from pruningawaretraining.criteria.second_order.channels import gate_scores
+from pruningawaretraining.criteria.second_order.channels import gate_gradients, gate_scores
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layerwise import FastCapSolver, SparseGptSolver
 from pruningawaretraining.criteria.second_order.methods import CapMethod, ObsMethod
@@ -99,6 +99,10 @@ class Sampling:
     def solver(self, weights: Sequence[PrunableWeight], calibration: Calibration, choose: Choose) -> Solver:
         """Ready to prune some weights."""
         raise NotImplementedError
+
+    def measured(self, model: nn.Module, grouping: Grouping, calibration: Calibration) -> dict[str, Tensor]:
+        """Gradients of the gates of channels, on given data."""
+        return {GRADIENTS: gate_gradients(grouping, self.sampled(calibration), self.num_grads)}
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
         """:func:`gate_scores` of the gradients that were gathered; of too many groups for that, the diagonal's."""
