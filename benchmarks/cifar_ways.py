@@ -24,7 +24,9 @@ TICKS = 12  # of the first phase; a rule counts them as its epochs
 FIRST, LAST = 2, 10
 OBS = {"type": "obs", "num_grads": 128, "micro_batch": 4}
 VARIANCE = {"type": "variance_next"}
-REPAIR = AfterPruning(compensation="least_squares", norm_batches=32, input_batches=32)
+LARGEST = {"type": "magnitude", "normalize": "max"}
+REPAIR = AfterPruning(compensation="least_squares", norm_batches=16, input_batches=16)
+FITTED = {"compensation": "least_squares", "every": 4}
 LEAST = {"max_sparsity": 0.9}  # a tenth of every layer stays
 
 
@@ -37,6 +39,7 @@ class Way:
         who, label: in the table.
         prune: trains for the first phase, prunes in it, notes the model just then, and gives it back.
         distill: whether the dense model teaches in both phases.
+        lr: where it is not that of the others.
     """
 
     key: str
@@ -44,6 +47,7 @@ class Way:
     label: str
     prune: Prune = field(repr=False)
     distill: bool = False
+    lr: float | None = None
 
 
 def left_alone(
@@ -65,15 +69,14 @@ def by_rule(
     *,
     criterion: Any,
     regularize: bool = False,
-    at_once: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """A rule of :class:`Pruning` inside the training: in nine events, or in one at the end."""
+    """A rule of :class:`Pruning` inside the training, in events of a schedule."""
     budget = phase.budget
     rule = {
         "criterion": criterion,
         "schedule": "linear",
-        "start": LAST if at_once else FIRST,
+        "start": FIRST,
         "end": LAST,
         "target": {"macs": 1 / target},
         **LEAST,
@@ -110,7 +113,7 @@ def at_first(
     note: Note,
     *,
     criterion: Any,
-    allocation: str = "ranking",
+    allocation: str | None = None,
     after: AfterPruning = REPAIR,
 ) -> nn.Module:
     """One shot, the readers of what is gone adjusted and norms measured anew, and then training."""
@@ -195,23 +198,41 @@ def their_l1(
 
 
 OURS, THEIRS = "this library", "Torch-Pruning"
-GROWING = partial(by_rule, criterion="magnitude", regularize=True)
-OBS_FIRST = partial(at_first, criterion=OBS, allocation="macs")
-L2_FIRST = partial(at_first, criterion={"type": "magnitude", "normalize": "max"})
-VARIANCE_FIRST = partial(at_first, criterion=VARIANCE, allocation="macs")
-OBS_STEPS = partial(by_rule, criterion={**OBS, "num_grads": 64}, allocation="macs", every=2)
+RECONSTRUCTION_FIRST = partial(at_first, criterion="reconstruction")
+L2_FIRST = partial(at_first, criterion=LARGEST)
 WAYS = (
+    Way("rec_first", OURS, "reconstruction per MAC, one shot, least squares", RECONSTRUCTION_FIRST),
+    Way("rec_taught", OURS, "the same, distillation", RECONSTRUCTION_FIRST, distill=True),
+    Way(
+        "rec_steps",
+        OURS,
+        "reconstruction per MAC, iterative, least squares",
+        partial(by_rule, criterion="reconstruction", **FITTED),
+    ),
     Way("l2_first", OURS, "global L2, one shot, least squares", L2_FIRST),
-    Way("l2_taught", OURS, "global L2, one shot, least squares, distillation", L2_FIRST, distill=True),
     Way("l2_bare", OURS, "global L2, one shot, nothing adjusted", partial(L2_FIRST, after=AfterPruning())),
-    Way("tp_l1", THEIRS, "L1, one shot", their_l1),
-    Way("tp_group", THEIRS, "GroupNorm sparse learning", their_sparse_learning),
-    Way("growing", OURS, "growing L2 + global L2, iterative", GROWING),
-    Way("growing_taught", OURS, "growing L2 + global L2, iterative, distillation", GROWING, distill=True),
-    Way("growing_once", OURS, "growing L2 + global L2, at once", partial(GROWING, at_once=True)),
+    Way(
+        "growing",
+        OURS,
+        "growing L2 + global L2, iterative, least squares",
+        partial(by_rule, criterion=LARGEST, regularize=True, **FITTED),
+    ),
+    Way(
+        "growing_bare",
+        OURS,
+        "growing L2 + global L2, iterative, nothing adjusted",
+        partial(by_rule, criterion=LARGEST, regularize=True),
+    ),
     Way("proximal", OURS, "proximal coupled group lasso", proximal),
-    Way("variance", OURS, "variance per MAC, one shot, least squares", VARIANCE_FIRST),
-    Way("obs_first", OURS, "OBS per MAC, one shot, least squares", OBS_FIRST),
-    Way("obs_steps", OURS, "OBS per MAC, iterative", OBS_STEPS),
+    Way(
+        "variance",
+        OURS,
+        "variance per MAC, one shot, least squares",
+        partial(at_first, criterion=VARIANCE, allocation="macs"),
+    ),
+    Way("obs", OURS, "OBS per MAC, one shot, least squares", partial(at_first, criterion=OBS, allocation="macs")),
+    Way("tp_l1", THEIRS, "L1, one shot", their_l1),
+    Way("tp_l1_fast", THEIRS, "L1, one shot, lr 0.02", their_l1, lr=0.02),
+    Way("tp_group", THEIRS, "GroupNorm sparse learning", their_sparse_learning),
     Way("dense", "nobody", "not pruned, the same training", left_alone),
 )

@@ -155,7 +155,15 @@ def make_rule(model: nn.Module, key: str, rule: Rule, pattern: ElementPattern, s
     collector = collector_of(criterion) if rule.mode == "prune" and rule.target.sparsity is not None else None
     if collector is not None:
         collector.attach(model, grouping)
+    _tell_what_stays(key, rule, grouping)
     return ElementRule(rule, key, pattern, stacked, grouping, ElementMasks(grouping), criterion, collector)
+
+
+def _tell_what_stays(key: str, rule: Rule, grouping: Grouping) -> None:
+    """Warn of selected layers that the pattern does not fit, where it fits others."""
+    if grouping.skipped:
+        shown = "; ".join(grouping.skipped[:4]) + ("; ..." if len(grouping.skipped) > 4 else "")
+        log.warning("%s: %r leaves %d layers as they are: %s", key, rule.pattern, len(grouping.skipped), shown)
 
 
 def _grouping(model: nn.Module, key: str, rule: Rule, pattern: ElementPattern) -> Grouping:

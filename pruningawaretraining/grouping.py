@@ -142,11 +142,13 @@ class Grouping:
         name: the pattern that made it.
         members: the tensors and their labels; a tensor may appear more than once (out and in channels).
         sets: consecutive runs of groups that cover ``0 .. size - 1``.
+        skipped: layers that were selected and have no group, each with the reason.
     """
 
     name: str
     members: tuple[Member, ...]
     sets: tuple[GroupSet, ...]
+    skipped: tuple[str, ...] = ()
     _cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property

@@ -89,7 +89,7 @@ class FakeLoader:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["l2_first", "growing", "tp_l1"])
+@pytest.mark.parametrize("key", ["rec_first", "l2_first", "growing", "tp_l1"])
 def test_a_run_that_is_stopped_and_gone_on_with_ends_as_one_that_is_not(key, tmp_path, monkeypatch):
     budget = replace(cifar_training.BUDGETS["small"], images=16, test=(0, 16), batch=8, tune_epochs=2)
     loader = FakeLoader()

@@ -507,3 +507,12 @@ def test_a_removal_elsewhere_leaves_what_a_rule_has_gathered() -> None:
     kept = pruner.state_dict()["elements"]["rules"][0]["collector"]
     assert kept["steps"] == gathered["steps"] == 1
     assert all(torch.equal(a, b) for a, b in zip(kept["scores"], gathered["scores"], strict=True))
+
+
+def test_layers_that_a_pattern_does_not_fit_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Others are pruned, and one warning says which stay, and why."""
+    model = nn.Sequential(nn.Conv2d(2, 8, 1), nn.Conv2d(8, 8, 3))
+    with caplog.at_level("WARNING"):
+        Pruning(model, {"rules": [{"pattern": "2:4", "target": {"sparsity": 0.5}}]})
+    (line,) = (one.message for one in caplog.records if "as they are" in one.message)
+    assert line.startswith("rules[0]: '2:4' leaves 1 layers as they are: 0: its 2 inputs")

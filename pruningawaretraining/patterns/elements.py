@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ def build_grouping(
             parts.append(_one_layer(name, weight, labels))
     if not parts:
         raise ModelError(f"pattern: {name!r} finds no group in the selected layers. {'; '.join(skipped[:4])}")
-    return concat(parts, name)
+    return replace(concat(parts, name), skipped=tuple(skipped))
 
 
 def _one_layer(name: str, weight: LayerWeight, labels: Sequence[Labels]) -> Grouping:
