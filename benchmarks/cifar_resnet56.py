@@ -51,8 +51,8 @@ ALIKE = (
     "after the removal. 'Least squares' adjusts the layers that read what is gone and measures norms anew, on 1,024 "
     "augmented training images (iteratively, at each of three events); the other rows have neither. MACs are those of "
     "`count_macs` for all. Option-A shortcuts fix the widths of the stages, so for all only channels inside the blocks "
-    "go: Torch-Pruning is told to leave the others alone, and takes its own steps of 1/400 until the target is met. One "
-    "row has a higher rate, which suited Torch-Pruning's L1 better in the trials."
+    "go: Torch-Pruning is told to leave the others alone, and takes its own steps of 1/400 until the target is met. "
+    "One row has a higher rate, which suited Torch-Pruning's L1 better in the trials."
 )
 
 

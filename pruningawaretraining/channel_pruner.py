@@ -10,16 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.allocation import Allocator, Limits, limits_of
+from pruningawaretraining.allocation import Allocator
 from pruningawaretraining.allocations import scope_of
 from pruningawaretraining.channel_listening import Listener, measures
+from pruningawaretraining.channel_rules import PHASES, ChannelRule, RuleState, assign, refuse_what_channels_lack
 from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
@@ -27,7 +27,7 @@ from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.criteria.second_order.channels import MAKE_UP_BATCHES, make_up, recalibrate_norms
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, unknown
 from pruningawaretraining.exported import ExportedGraph
-from pruningawaretraining.grouping import Grouping, GroupSet
+from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.inputs import ForwardFn, disagreement, outputs_of
 from pruningawaretraining.kept_norms import kept_norm_of
 from pruningawaretraining.masking import Masks
@@ -39,82 +39,11 @@ from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer, prepare
 from pruningawaretraining.removal import remove
 from pruningawaretraining.schedules import sparsity_at
-from pruningawaretraining.statistics import Criterion, Statistics, scorable
+from pruningawaretraining.statistics import Statistics, scorable
 from pruningawaretraining.surgery import Surgery
 from pruningawaretraining.targets import Targets
 
 log = logging.getLogger(__name__)
-
-PHASES = ("regularize", "prune", "finetune", "done")
-
-
-@dataclass
-class RuleState:
-    """Where one rule stands.
-
-    Args:
-        phase: one of ``PHASES``.
-        event: firings so far.
-        last: the last epoch (or step) that fired.
-        scale: what the first event divided the scores of each set by.
-        first: scores of all groups before that, at the first event. Later events divide by the same scale, corrected
-            for how the groups that are left have changed, so that those that are gone do not change how layers compare.
-        latencies: predicted and measured at every event of a latency target.
-    """
-
-    phase: str = "regularize"
-    event: int = 0
-    last: int | None = None
-    scale: list[float] | None = None
-    first: Tensor | None = None
-    latencies: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class ChannelRule:
-    """A rule with its share of the model's channels.
-
-    Args:
-        rule: the configuration.
-        key: how messages call it.
-        sets: numbers of its sets.
-        groups_D: its groups, as indices of the dense model's groups.
-        grouping: the same groups alone (without members), renumbered.
-        listener: gathers what its criterion needs.
-    """
-
-    rule: Rule
-    key: str
-    sets: list[int]
-    groups_D: Tensor
-    grouping: Grouping
-    state: RuleState = field(default_factory=RuleState)
-    listener: Listener = field(init=False)
-
-    @cached_property
-    def criterion(self) -> Criterion:
-        built: Criterion = build("criterion", self.rule.criterion, f"{self.key}.criterion")
-        return built
-
-    @property
-    def events(self) -> int:
-        """How many times the rule fires."""
-        end = self.rule.start if self.rule.end is None else self.rule.end
-        return (end - self.rule.start) // self.rule.every + 1
-
-    @property
-    def last_event(self) -> int:
-        """The epoch or step of the last event."""
-        return self.rule.start + (self.events - 1) * self.rule.every
-
-    def fires(self, now: int) -> bool:
-        """Whether an epoch (or step) prunes: at start and every ``every`` from there on, once each."""
-        if self.state.phase in ("finetune", "done") or now < self.rule.start:
-            return False
-        return (now - self.rule.start) % self.rule.every == 0 and (self.state.last is None or now > self.state.last)
-
-    def limits(self) -> Limits:
-        return limits_of(self.rule)
 
 
 class ChannelPruner:
@@ -153,7 +82,7 @@ class ChannelPruner:
         self.set_of_layer = _set_of_layer(found.grouping)
         self.keep_D = torch.ones(found.grouping.size, dtype=torch.bool)
         self.live_D = torch.arange(found.grouping.size)  # dense numbers of the groups that are still there
-        self.rules = _assign(found.grouping, rules)
+        self.rules = assign(found.grouping, rules)
         self._make_listeners()
         self._listens = False
         self.calibration: Calibration | None = None  # data that criteria may look at instead of training
@@ -168,7 +97,7 @@ class ChannelPruner:
     def check_targets(self) -> None:
         """Refuse a target that no mask within the limits reaches, before any training is spent on it."""
         for one in self.rules:
-            _refuse_what_channels_lack(one)
+            refuse_what_channels_lack(one)
             self._check_caps(one)
             allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), one.limits(), scope_of(one))
             if one.rule.target.about_costs and one.rule.enabled:
@@ -361,7 +290,7 @@ class ChannelPruner:
         step = (now - rule.start) // rule.every + 1
         last = step >= one.events or rule.at_init
         progress = 1.0 if last else step / one.events
-        scores_R = self._scores(one)
+        scores_R = self.scores(one)
         if rule.target.about_costs:
             keep_R, met, reached = self.targets.decide(one, scores_R, self.keep_D, progress, self._copy_of)
             if reached is not None:
@@ -375,7 +304,7 @@ class ChannelPruner:
         """A copy of the model as it is now, without the groups that these masks drop."""
         return pruned_copy(self.model, self.found, keep_D[self.live_D])
 
-    def _scores(self, one: ChannelRule) -> Tensor:
+    def scores(self, one: ChannelRule) -> Tensor:
         """Scores of the rule's groups; those that are gone already score lowest."""
         grouping = self.found.grouping.select_sets(one.sets)
         mine_G = torch.isin(self.live_D, one.groups_D)
@@ -729,60 +658,6 @@ class _LiveCost:
         whole = self._keep_D.clone()
         whole[self._groups_D] = keep_G
         return self._cost.saving_G(whole)[self._groups_D]
-
-
-def _assign(grouping: Grouping, rules: Sequence[tuple[str, Rule, set[str]]]) -> list[ChannelRule]:
-    """Give every set to the rule that selects its source layer.
-
-    Raises:
-        ConfigError: two rules select one set.
-    """
-    owner: dict[int, str] = {}
-    assigned = []
-    for key, rule, layers in rules:
-        numbers = [number for number, one in enumerate(grouping.sets) if one.name in layers]
-        for number in numbers:
-            if number in owner:
-                raise ConfigError(
-                    f"{key}.layers: {grouping.sets[number].name!r} is pruned by {owner[number]} already; "
-                    "give the rules layers that do not overlap"
-                )
-            owner[number] = key
-        if not numbers:
-            raise ConfigError(f"{key}.layers: no prunable channel group among the layers that it selects")
-        assigned.append(_channel_rule(grouping, key, rule, numbers))
-    return assigned
-
-
-def _channel_rule(grouping: Grouping, key: str, rule: Rule, numbers: list[int]) -> ChannelRule:
-    sets: list[GroupSet] = []
-    start = 0
-    for number in numbers:
-        one = grouping.sets[number]
-        sets.append(GroupSet(one.name, start, start + one.size, one.width, one.signature, one.layers))
-        start += one.size
-    groups_D = torch.cat([torch.arange(grouping.sets[number].start, grouping.sets[number].stop) for number in numbers])
-    return ChannelRule(rule, key, numbers, groups_D, Grouping(grouping.name, (), tuple(sets)))
-
-
-def _refuse_what_channels_lack(one: ChannelRule) -> None:
-    """Refuse what only rules on weights can do, instead of passing over it.
-
-    Raises:
-        ConfigError: a mode or option of weight patterns.
-    """
-    regularizer = None if one.rule.regularizer is None else build("regularizer", one.rule.regularizer)
-    if regularizer is not None and not hasattr(regularizer, "prepare"):
-        raise ConfigError(
-            f"{one.key}.regularizer: {one.rule.regularizer!r} is for slices and blocks. "
-            "Allowed: bn_scale, group_lasso, growing_l2"
-        )
-    if one.rule.mode != "prune":
-        raise ConfigError(f"{one.key}.mode: {one.rule.mode!r} is for slices, blocks and weights. Allowed: 'prune'")
-    for option in ("keep_zeros", "progressive"):
-        value, default = getattr(one.rule, option), Rule.model_fields[option].default
-        if value != default:
-            raise ConfigError(f"{one.key}.{option}: {value!r} is for slices, blocks and weights. Allowed: {default!r}")
 
 
 def _set_of_layer(grouping: Grouping) -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, unknown
+from pruningawaretraining.inputs import shown
 
 
 def frozen_teacher(model: nn.Module) -> nn.Module:
@@ -191,18 +192,34 @@ class Distiller:
             args, kwargs: the inputs, for the teacher.
 
         Raises:
-            ModelError: no logits in the outputs, other shapes than the teacher's, or a feature that was not run.
+            ModelError: no logits in the outputs, other shapes than the teacher's, a feature that was not run, or inputs
+                on which the teacher does not run.
         """
         student_BC = logits_of(outputs)
         if self.own:
             self.teacher.to(student_BC.device)
         self.teacher.eval()
         with torch.no_grad():
-            teacher_BC = logits_of(self.teacher(*args, **kwargs))
+            teacher_BC = logits_of(self._taught(args, kwargs))
         loss = logits_loss(student_BC, teacher_BC, self.temperature)
         if self.names:
             loss = loss + self.feature_weight * self._feature_loss()
         return self.weight * loss
+
+    def _taught(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The teacher's outputs."""
+        try:
+            return self.teacher(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, RuntimeError) as error:
+            given = [*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())]
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(
+                f"distillation: the teacher ({type(self.teacher).__name__}) does not run on the inputs "
+                f"({', '.join(given) or 'none were given'}): {reason}. Allowed: distill_loss(outputs, *inputs), the "
+                "inputs as the teacher's forward takes them"
+            ) from error
 
     def _feature_loss(self) -> Tensor:
         student, teacher = (self._taken(taps) for taps in self._taps)

@@ -149,8 +149,8 @@ def make_rule(model: nn.Module, key: str, rule: Rule, pattern: ElementPattern, s
     criterion: Criterion = build("criterion", rule.criterion, f"{key}.criterion")
     if getattr(criterion, "for_channels", False):
         raise ConfigError(
-            f"{key}.criterion: {rule.criterion!r} scores channels by the layers that read them. Allowed: with 'channel' "
-            "or 'head'"
+            f"{key}.criterion: {rule.criterion!r} scores channels by the layers that read them. Allowed: with "
+            "'channel' or 'head'"
         )
     collector = collector_of(criterion) if rule.mode == "prune" and rule.target.sparsity is not None else None
     if collector is not None:

@@ -109,6 +109,11 @@ def tensors_of(nest: Any) -> Iterator[Tensor]:
             yield from tensors_of(getattr(nest, item.name))
 
 
+def shown(value: Any) -> str:
+    """What a value is, for messages."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
 def float_tensors_of(nest: Any) -> list[Tensor]:
     """The floating point tensors of :func:`tensors_of`."""
     return [tensor for tensor in tensors_of(nest) if tensor.is_floating_point()]

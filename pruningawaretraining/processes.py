@@ -86,7 +86,7 @@ def same_buffers(model: nn.Module) -> None:
     if world() > 1:
         with torch.no_grad():
             for buffer in model.buffers():
-                there = buffer.detach().to(_device(), copy=True).contiguous()
+                there = buffer.detach().to(backend_device(), copy=True).contiguous()
                 dist.broadcast(there, 0)
                 buffer.copy_(there)
 
@@ -100,7 +100,7 @@ def totals(tensors: Sequence[Tensor]) -> list[Tensor]:
     if world() == 1 or not tensors:
         return list(tensors)
     dtype = torch.float64 if any(one.dtype is torch.float64 for one in tensors) else torch.float32
-    flat = torch.cat([one.detach().to(_device(), dtype).reshape(-1) for one in tensors])
+    flat = torch.cat([one.detach().to(backend_device(), dtype).reshape(-1) for one in tensors])
     dist.all_reduce(flat)
     parts = torch.split(flat, [one.numel() for one in tensors])
     return [part.view(one.shape).to(one.device, one.dtype) for part, one in zip(parts, tensors, strict=True)]
@@ -114,7 +114,7 @@ def agreed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if world() == 1:
         return tensors
-    flat = torch.cat([one.detach().to(_device(), torch.uint8).reshape(-1) for one in tensors])
+    flat = torch.cat([one.detach().to(backend_device(), torch.uint8).reshape(-1) for one in tensors])
     dist.broadcast(flat, 0)
     parts = torch.split(flat, [one.numel() for one in tensors])
     return tuple(part.view(one.shape).to(one.device, one.dtype) for part, one in zip(parts, tensors, strict=True))
@@ -124,7 +124,7 @@ def gathered_rows(rows: Tensor) -> Tensor:
     """The rows of all processes one below the other; each may have its own number of them."""
     if world() == 1:
         return rows
-    mine = rows.detach().to(_device())
+    mine = rows.detach().to(backend_device())
     counts = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(world())]
     dist.all_gather(counts, torch.tensor([len(mine)], device=mine.device))
     most = max(int(count) for count in counts)
@@ -148,7 +148,7 @@ def average_gradients(model: nn.Module) -> None:
             gradient.copy_(total / world())
 
 
-def _device() -> torch.device:
+def backend_device() -> torch.device:
     """Where tensors have to be for the backend."""
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
 

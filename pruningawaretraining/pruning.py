@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.arguments import check_inputs, check_model, epoch_of, followers_of, optimizers_of
-from pruningawaretraining.channel_pruner import PHASES, ChannelPruner, ChannelRule, Surroundings, layer_widths
+from pruningawaretraining.channel_pruner import ChannelPruner, Surroundings, layer_widths
+from pruningawaretraining.channel_rules import PHASES, ChannelRule
 from pruningawaretraining.checkpoint import describe_with, record_of
 from pruningawaretraining.config.dialects.intel_update import updated
 from pruningawaretraining.config.load import load_config

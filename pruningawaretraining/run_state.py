@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.processes import rank
 
 VERSION = 1
 PLAIN = (Tensor, str, int, float, bool, type(None))
@@ -24,7 +25,7 @@ def rng_state() -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, words, gauss = random.getstate()
     return {
-        "rank": _rank(),
+        "rank": rank(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
@@ -38,7 +39,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: the state is damaged; no generator has changed.
     """
-    if _rank() != int(state["rank"]):
+    if rank() != int(state["rank"]):
         return
     before = rng_state()
     try:
@@ -46,11 +47,6 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     except DAMAGE:
         _set_rng_state(before)
         raise
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 def _set_rng_state(state: Mapping[str, Any]) -> None:

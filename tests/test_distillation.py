@@ -309,3 +309,15 @@ def test_the_weight_may_be_set_as_a_scripts_argument_would() -> None:
 def test_mistakes_are_named(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(sparse(**wrong))
+
+
+def test_inputs_on_which_the_teacher_does_not_run_are_named() -> None:
+    model = nn.Linear(4, 2)
+    pruner = Pruning(model, sparse(), teacher=nn.Linear(6, 2))
+    x = torch.randn(3, 4)
+    with pytest.raises(
+        ModelError, match=r"the teacher \(Linear\) does not run on the inputs \(a tensor of shape \(3, 4\)"
+    ):
+        pruner.distill_loss(model(x), x)
+    with pytest.raises(ModelError, match="none were given.*distill_loss"):
+        pruner.distill_loss(model(x))

@@ -92,7 +92,7 @@ def measure(config: ExperimentConfig, options: SensitivityOptions, track: Track 
     dense = {key: value.detach().clone() for key, value in model.state_dict().items()}
     scores = {}
     for rule in engine.rules:
-        scores_R = engine._scores(rule)
+        scores_R = engine.scores(rule)
         for one in rule.grouping.sets:
             scores[one.name] = scores_R[one.start : one.stop]
     sets = {}

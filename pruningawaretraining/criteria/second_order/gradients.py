@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.inputs import call, differentiable, evaluating, move, tensors_of
+from pruningawaretraining.inputs import call, differentiable, evaluating, move, shown, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Calibration:
         """
         given: Any = self.dataloader
         if not isinstance(given, Iterable) and not hasattr(given, "__getitem__"):
-            raise ConfigError(f"dataloader: {_shown(given)} cannot be iterated. Allowed: batches")
+            raise ConfigError(f"dataloader: {shown(given)} cannot be iterated. Allowed: batches")
         for turn in itertools.count():
             seen = False
             for batch in self.dataloader:
@@ -88,10 +88,10 @@ class Calibration:
             ModelError: it is no single finite number.
         """
         if not callable(self.loss_fn):
-            raise ConfigError(f"loss_fn: {_shown(self.loss_fn)} is no function of (outputs, targets)")
+            raise ConfigError(f"loss_fn: {shown(self.loss_fn)} is no function of (outputs, targets)")
         loss = self.loss_fn(call(self.model, inputs), targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ModelError(f"loss_fn: it gives {_shown(loss)}; a tensor with one element is needed")
+            raise ModelError(f"loss_fn: it gives {shown(loss)}; a tensor with one element is needed")
         if not bool(torch.isfinite(loss.detach()).all()):
             raise ModelError(f"loss_fn: the loss is {float(loss.detach())}; the model or the data is not finite")
         return loss.reshape(())
@@ -182,10 +182,6 @@ def _statistic(norm: nn.modules.batchnorm._BatchNorm) -> Statistic:
     return norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()
 
 
-def _shown(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
 def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     """A batch as what the model is called with, and what the loss gets beside the outputs.
 
@@ -197,7 +193,7 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, (list, tuple)) and len(batch) >= 2:
         inputs = batch[0] if len(batch) == 2 else tuple(batch[:-1])
         return tuple(inputs) if isinstance(inputs, list) else inputs, batch[-1]
-    raise ConfigError(f"dataloader: a batch is {_shown(batch)}. Allowed: (inputs, targets), or a mapping of inputs")
+    raise ConfigError(f"dataloader: a batch is {shown(batch)}. Allowed: (inputs, targets), or a mapping of inputs")
 
 
 def split(batch: Any, size: int | None) -> Iterator[Any]:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pruningawaretraining.processes import backend_device, rank, world
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -24,14 +26,12 @@ class Ranks:
     @classmethod
     def current(cls) -> Ranks:
         """Those of the default process group, or one alone."""
-        if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
-        return cls()
+        return cls(rank(), world())
 
     def broadcast(self, tensor: Tensor, owner: int) -> Tensor:
         """The owner's tensor, on every rank."""
         if self.world > 1:
-            there = tensor.to(_device(), copy=True).contiguous()
+            there = tensor.to(backend_device(), copy=True).contiguous()
             dist.broadcast(there, owner)
             return there.to(tensor.device)
         return tensor
@@ -40,7 +40,7 @@ class Ranks:
         """Every rank's tensor side by side along dimension 1, on the owner; None elsewhere."""
         if self.world == 1:
             return tensor
-        there = tensor.to(_device()).contiguous()
+        there = tensor.to(backend_device()).contiguous()
         found = [torch.empty_like(there) for _ in range(self.world)] if self.rank == owner else None
         dist.gather(there, found, owner)
         return None if found is None else torch.cat(found, 1)
@@ -53,7 +53,7 @@ class Ranks:
         """The sum over ranks, on every rank."""
         if self.world == 1:
             return tensor
-        there = tensor.to(_device(), copy=True).contiguous()
+        there = tensor.to(backend_device(), copy=True).contiguous()
         dist.all_reduce(there)
         return there.to(tensor.device)
 
@@ -64,8 +64,3 @@ class Ranks:
 
 ALONE = Ranks()
 """One process."""
-
-
-def _device() -> torch.device:
-    """Where tensors have to be for the backend."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
