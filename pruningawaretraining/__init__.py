@@ -21,7 +21,8 @@ from pruningawaretraining.export import export_onnx
 from pruningawaretraining.one_shot import one_shot
 from pruningawaretraining.patterns import block, slice  # noqa: F401  (importing them registers the patterns)
 from pruningawaretraining.proximal import PruneOptimizer
-from pruningawaretraining.pruning import Pruner, Pruning
+from pruningawaretraining.pruner import Pruner
+from pruningawaretraining.pruning import Pruning
 from pruningawaretraining.registry import register
 from pruningawaretraining.regularizers_elements import BlockLasso as _BlockLasso  # noqa: F401  (registers them)
 from pruningawaretraining.semi_structured import to_semi_structured

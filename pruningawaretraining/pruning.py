@@ -1,4 +1,4 @@
-"""Pruning: the facade and its hooks; Pruner: the three-line form."""
+"""Pruning: the facade and its hooks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.arguments import check_inputs, check_model, epoch_of, followers_of, optimizers_of
-from pruningawaretraining.channel_pruner import ChannelPruner, Surroundings, layer_widths
+from pruningawaretraining.channel_pruner import ChannelPruner, Surroundings
 from pruningawaretraining.channel_rules import PHASES, ChannelRule
 from pruningawaretraining.checkpoint import describe_with, record_of
 from pruningawaretraining.config.dialects.intel_update import updated
 from pruningawaretraining.config.load import load_config
 from pruningawaretraining.config.schema import Distillation, PruningConfig, Rule
-from pruningawaretraining.costs.macs import count_macs, macs_per_layer
+from pruningawaretraining.costs.macs import count_macs
 from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.criteria.second_order.gradients import LossFn
 from pruningawaretraining.distillation import Distiller
 from pruningawaretraining.element_pruner import ElementPruner
 from pruningawaretraining.element_rules import ElementPattern, ElementRule
-from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
+from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.exported import ExportedGraph, is_exported
 from pruningawaretraining.inputs import ForwardFn, from_shapes, move, tensors_of, unwrap
 from pruningawaretraining.optimizer_state import clear_state
@@ -41,6 +41,7 @@ from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer
 from pruningawaretraining.rehearsal import removable_blocks, removable_channels
 from pruningawaretraining.report.summary import Report
+from pruningawaretraining.reported import layer_rows, plain_rows, set_rows
 from pruningawaretraining.run_state import (
     VERSION,
     all_or_nothing,
@@ -809,22 +810,9 @@ class Pruning:
     def describe_groups(self) -> list[dict[str, Any]]:
         """One dict for each set of coupled layers: number, source, dependencies, size and kept groups."""
         finer = self._elements.describe_groups() if self._elements is not None else []
-        channels = self._describe_channels() if self._channel_rules or not finer else []
+        channels = set_rows(self.engine) if self._channel_rules or not finer else []
         rows = [*channels, *finer]
         return [{"number": number, **row} for number, row in enumerate(rows, start=1)]
-
-    def _describe_channels(self) -> list[dict[str, Any]]:
-        engine = self.engine
-        keep = engine.keep_by_set()
-        return [
-            {
-                "source": one.name,
-                "dependencies": list(one.layers[1:]),
-                "size": one.size * one.width,
-                "kept": int(keep[one.name].sum()) * one.width,
-            }
-            for one in engine.dense_sets
-        ]
 
     def report(self) -> Report:
         """What has been reached: per layer, and in all; prints as a table, has ``to_dict()``."""
@@ -842,54 +830,9 @@ class Pruning:
             sparsity=self.sparsity,
             macs={"dense": macs.dense, "kept": macs.kept, "fraction": macs.fraction},
             parameters={**counts, "fraction": kept_parameters / max(dense_parameters, 1)},
-            layers=self._layer_rows(engine) if engine is not None else self._plain_rows(),
+            layers=layer_rows(engine) if engine is not None else plain_rows(self.model, self._inputs, self._forward_fn),
             groups=self.describe_groups(),
         )
-
-    def _plain_rows(self) -> list[dict[str, Any]]:
-        """Rows of the layers of a model whose widths stay."""
-        macs = macs_per_layer(self.model, self._inputs, self._forward_fn) if self._inputs is not None else {}
-        modules = dict(self.model.named_modules())
-        return [
-            {
-                "name": name,
-                "type": type(modules[name]).__name__,
-                "set": None,
-                "dense_out": outputs,
-                "kept_out": outputs,
-                "dense_in": inputs,
-                "kept_in": inputs,
-                "dense_macs": macs.get(name, 0),
-                "kept_macs": macs.get(name, 0),
-                "parameters": sum(parameter.numel() for parameter in modules[name].parameters(recurse=False)),
-            }
-            for name, (outputs, inputs) in layer_widths(self.model).items()
-        ]
-
-    def _layer_rows(self, engine: ChannelPruner) -> list[dict[str, Any]]:
-        kept_macs = dict(zip(engine.macs_cost.names, engine.macs_cost.layers(engine.keep_D).tolist(), strict=True))
-        modules = dict(self.model.named_modules())
-        kept = engine.kept_widths()
-        rows = []
-        for name, (dense_out, dense_in) in engine.dense_widths.items():
-            module = modules.get(name)  # None in a block that is gone
-            kept_out, kept_in = kept[name]
-            dense_macs = engine.dense_per_layer.get(name, 0)
-            rows.append(
-                {
-                    "name": name,
-                    "type": engine.dense_types[name] if module is None else type(module).__name__,
-                    "set": engine.set_of_layer.get(name),
-                    "dense_out": dense_out,
-                    "kept_out": kept_out,
-                    "dense_in": dense_in,
-                    "kept_in": kept_in,
-                    "dense_macs": dense_macs,
-                    "kept_macs": round(kept_macs.get(name, dense_macs)),
-                    "parameters": 0 if module is None else sum(one.numel() for one in module.parameters(recurse=False)),
-                }
-            )
-        return rows
 
     def describe(self) -> dict[str, Any]:
         """What ``save_pruned`` writes beside the tensors: phase, sparsity, MACs, parameters and widths."""
@@ -1023,91 +966,3 @@ def _one_example(inputs: Any) -> Any:
         return value
 
     return cut(inputs)
-
-
-class Pruner:
-    """The three-line form: ``pruner = Pruner(model, target_sparsity=0.5)``, then ``pruner.step()`` after every epoch.
-
-    Channels are masked on the schedule and removed at its last step.
-
-    Args:
-        model: the model.
-        target_sparsity: fraction of the channels to remove, in (0, 1].
-        schedule: a registered schedule.
-        start_epoch: the first call of ``step`` that prunes, counted from 0.
-        end_epoch: the call that reaches the target.
-        total_steps: calls from ``start_epoch`` to ``end_epoch``, instead of ``end_epoch``; 10 if neither is given.
-        example_inputs: as for :class:`Pruning`; without it the model's first forward pass shows them.
-        optimizer: as for :class:`Pruning`.
-        macs: fraction of the MACs to keep; with ``target_sparsity`` as well, at least that many channels go.
-        options: any other field of a rule (criterion, layers, regularizer ...).
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        target_sparsity: float | None = None,
-        schedule: str = "linear",
-        *,
-        start_epoch: int = 0,
-        end_epoch: int | None = None,
-        total_steps: int | None = None,
-        example_inputs: Any = None,
-        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
-        macs: float | None = None,
-        **options: Any,
-    ) -> None:
-        if total_steps is not None and (not isinstance(total_steps, int) or total_steps < 1):
-            raise ConfigError(f"total_steps: {total_steps!r} is not allowed. Allowed: a whole number, 1 or more")
-        if end_epoch is None:
-            end_epoch = start_epoch + (10 if total_steps is None else total_steps) - 1
-        elif total_steps is not None:
-            raise ConfigError(f"total_steps: {total_steps} and end_epoch: {end_epoch} say the same; give one of them")
-        target = {key: value for key, value in {"sparsity": target_sparsity, "macs": macs}.items() if value is not None}
-        rule = {"schedule": schedule, "start": start_epoch, "end": end_epoch, "target": target, **options}
-        self.pruning = Pruning(model, {"rules": [rule]}, example_inputs=example_inputs, optimizer=optimizer)
-        self.epoch = 0
-
-    def step(self) -> None:
-        """One epoch has ended: mask, or at the last step mask and remove."""
-        self.pruning.prune(epoch=self.epoch)
-        self.epoch += 1
-
-    def regularize(self) -> None:
-        """Add the regulariser to the gradients; see :meth:`Pruning.channel_regularize`."""
-        self.pruning.channel_regularize()
-
-    @property
-    def phase(self) -> str:
-        """See :attr:`Pruning.phase`."""
-        return self.pruning.phase
-
-    @property
-    def sparsity(self) -> float:
-        """See :attr:`Pruning.sparsity`."""
-        return self.pruning.sparsity
-
-    @property
-    def macs(self) -> Macs:
-        """See :attr:`Pruning.macs`."""
-        return self.pruning.macs
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """See :attr:`Pruning.masks`."""
-        return self.pruning.masks
-
-    def report(self) -> Report:
-        """See :meth:`Pruning.report`."""
-        return self.pruning.report()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs beside the weights."""
-        return {"epoch": self.epoch, "pruning": self.pruning.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`Pruning.load_state_dict`."""
-        if not isinstance(state, Mapping) or not {"epoch", "pruning"} <= state.keys():
-            raise CheckpointError("state: it is no state of Pruner.state_dict(); that of Pruning is another")
-        self.pruning.load_state_dict(state["pruning"])
-        self.epoch = int(state["epoch"])

@@ -1,0 +1,73 @@
+"""The rows of a report: what each layer and each set of coupled layers has kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pruningawaretraining.channel_pruner import ChannelPruner, layer_widths
+from pruningawaretraining.costs.macs import macs_per_layer
+from pruningawaretraining.inputs import ForwardFn
+
+
+def set_rows(engine: ChannelPruner) -> list[dict[str, Any]]:
+    """One row for each set of coupled layers."""
+    keep = engine.keep_by_set()
+    return [
+        {
+            "source": one.name,
+            "dependencies": list(one.layers[1:]),
+            "size": one.size * one.width,
+            "kept": int(keep[one.name].sum()) * one.width,
+        }
+        for one in engine.dense_sets
+    ]
+
+
+def plain_rows(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> list[dict[str, Any]]:
+    """Rows of the layers of a model whose widths stay; without inputs no MACs are known."""
+    macs = macs_per_layer(model, inputs, forward_fn) if inputs is not None else {}
+    modules = dict(model.named_modules())
+    return [
+        {
+            "name": name,
+            "type": type(modules[name]).__name__,
+            "set": None,
+            "dense_out": outputs,
+            "kept_out": outputs,
+            "dense_in": inputs_of,
+            "kept_in": inputs_of,
+            "dense_macs": macs.get(name, 0),
+            "kept_macs": macs.get(name, 0),
+            "parameters": sum(parameter.numel() for parameter in modules[name].parameters(recurse=False)),
+        }
+        for name, (outputs, inputs_of) in layer_widths(model).items()
+    ]
+
+
+def layer_rows(engine: ChannelPruner) -> list[dict[str, Any]]:
+    """Rows of the layers of a model that loses channels; those in blocks that are gone included."""
+    kept_macs = dict(zip(engine.macs_cost.names, engine.macs_cost.layers(engine.keep_D).tolist(), strict=True))
+    modules = dict(engine.model.named_modules())
+    kept = engine.kept_widths()
+    rows = []
+    for name, (dense_out, dense_in) in engine.dense_widths.items():
+        module = modules.get(name)  # None in a block that is gone
+        kept_out, kept_in = kept[name]
+        dense_macs = engine.dense_per_layer.get(name, 0)
+        rows.append(
+            {
+                "name": name,
+                "type": engine.dense_types[name] if module is None else type(module).__name__,
+                "set": engine.set_of_layer.get(name),
+                "dense_out": dense_out,
+                "kept_out": kept_out,
+                "dense_in": dense_in,
+                "kept_in": kept_in,
+                "dense_macs": dense_macs,
+                "kept_macs": round(kept_macs.get(name, dense_macs)),
+                "parameters": 0 if module is None else sum(one.numel() for one in module.parameters(recurse=False)),
+            }
+        )
+    return rows
