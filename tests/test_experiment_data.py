@@ -15,6 +15,7 @@ from torch import nn
 from pruningawaretraining import count_macs
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.experiment.build import build_model
+from pruningawaretraining.experiment.calibration import SourceBatches, TrainingBatches
 from pruningawaretraining.experiment.data import DataSet, MemorySource, Pipeline, channel_statistics, mirrored, shifted
 from pruningawaretraining.experiment.datasets import data_shape, load_data
 from pruningawaretraining.experiment.models import CifarResNet, PaddedShortcut
@@ -284,3 +285,18 @@ def test_weights_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(1, 1), tmp_path / "weights.pt")  # a pickled module, which could run anything
     with pytest.raises(CheckpointError, match="cannot be read"):
         build_model(ModelConfig(name="resnet18", weights=str(tmp_path / "weights.pt")))
+
+
+def test_training_batches_are_augmented_and_the_same_each_time() -> None:
+    """What norms and fits are measured on looks like what training saw; plain batches are the images as they are."""
+    images = torch.randint(1, 256, (12, 1, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    source = MemorySource(images, torch.arange(12))
+    pipeline = Pipeline((0.5,), (0.25,), flip=True, crop=2)
+    seen, again = (list(TrainingBatches(pipeline, source, 4, torch.device("cpu"))) for _ in range(2))
+    for (x, y), (other_x, other_y) in zip(seen, again, strict=True):
+        assert torch.equal(x, other_x) and torch.equal(y, other_y)
+    labels = torch.cat([y for _, y in seen])
+    assert labels.sort().values.tolist() == list(range(12))
+    plain = torch.cat([x for x, _ in SourceBatches(pipeline, source, 4, torch.device("cpu"))])
+    augmented = torch.cat([x for x, _ in seen])[labels.argsort()]
+    assert (plain != augmented).flatten(1).any(1).sum() >= 10

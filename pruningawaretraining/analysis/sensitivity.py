@@ -19,7 +19,7 @@ from pruningawaretraining.channel_pruner import ChannelPruner
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import build_model
-from pruningawaretraining.experiment.calibration import SourceBatches, loss_of
+from pruningawaretraining.experiment.calibration import TrainingBatches, loss_of
 from pruningawaretraining.experiment.data import Batch, Pipeline
 from pruningawaretraining.experiment.datasets import load_data
 from pruningawaretraining.experiment.inspection import has_channels
@@ -87,7 +87,7 @@ def measure(config: ExperimentConfig, options: SensitivityOptions, track: Track 
     pipeline = Pipeline(data.mean, data.std, channels_last=config.channels_last)
     batches = list(_first(pipeline.test(data.test, BATCH, device), options.images or len(data.test)))
     pruner = Pruning(model, config.pruning, example_inputs=batches[0][0][:1])
-    pruner.calibrate_with(SourceBatches(pipeline, data.train, config.batch_size, device), loss_of)
+    pruner.calibrate_with(TrainingBatches(pipeline, data.train, config.batch_size, device), loss_of)
     engine = pruner.engine
     dense = {key: value.detach().clone() for key, value in model.state_dict().items()}
     scores = {}

@@ -1,4 +1,4 @@
-"""Training data as second-order criteria read it: in a fixed order, normalised, not augmented.
+"""Data that can be read again and again: a split as it is, or as training sees it, for criteria and compensation.
 
 Shape suffixes: ``_B`` labels of a batch.
 """
@@ -35,6 +35,17 @@ class SourceBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         return self.pipeline.test(self.source, self.size, self.device, self.pipeline.share)
+
+
+@dataclass(frozen=True)
+class TrainingBatches(SourceBatches):
+    """A split as training sees it, shuffled and augmented: the same batches each time that it is read.
+
+    Norms that training has measured on augmented images do not fit plain ones.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.pipeline.train(self.source, self.size, torch.Generator().manual_seed(0), self.device)
 
 
 def loss_of(outputs: Any, labels_B: Tensor) -> Tensor:

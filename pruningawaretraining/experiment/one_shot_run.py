@@ -21,7 +21,7 @@ from pruningawaretraining.checkpoint import save_pruned
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment.build import build_model
-from pruningawaretraining.experiment.calibration import SourceBatches, loss_of
+from pruningawaretraining.experiment.calibration import SourceBatches, TrainingBatches, loss_of
 from pruningawaretraining.experiment.data import Pipeline
 from pruningawaretraining.experiment.datasets import load_data
 from pruningawaretraining.experiment.run import find_device
@@ -82,7 +82,7 @@ def run_one_shot(config: ExperimentConfig, options: OneShotOptions) -> list[dict
     if config.model.weights is None:
         LOG.warning("model.weights: none are given; what is pruned is as the model's name builds it")
     pipeline = Pipeline(data.mean, data.std, channels_last=config.channels_last)
-    train = SourceBatches(pipeline, data.train, config.batch_size, device)
+    train = TrainingBatches(pipeline, data.train, config.batch_size, device)
     test = SourceBatches(pipeline, data.test, TEST_BATCH, device)
     models = prune_by_rules(model, config.pruning.rules, train, options)
     rows = [_row(DENSE, model, test), *(_row(sparsity, one, test) for sparsity, one in models.items())]
@@ -99,7 +99,7 @@ def run_one_shot(config: ExperimentConfig, options: OneShotOptions) -> list[dict
 
 
 def prune_by_rules(
-    model: nn.Module, rules: Sequence[Rule], train: SourceBatches, options: OneShotOptions
+    model: nn.Module, rules: Sequence[Rule], train: TrainingBatches, options: OneShotOptions
 ) -> dict[float, nn.Module]:
     """One rule at every sparsity, or several rules one after the other, each to its own target.
 

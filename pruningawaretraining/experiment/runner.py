@@ -16,7 +16,7 @@ from pruningawaretraining.config.recipe import LearningRates
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import build_model
-from pruningawaretraining.experiment.calibration import SourceBatches, loss_of
+from pruningawaretraining.experiment.calibration import TrainingBatches, loss_of
 from pruningawaretraining.experiment.data import Batch, DataSet, Pipeline
 from pruningawaretraining.experiment.display import Display, StageDisplay
 from pruningawaretraining.experiment.finish import Trained, prunes, save_dense
@@ -139,8 +139,8 @@ class Runner:
         pruner = None
         if name == "pruned":
             pruner = Pruning(model, config.pruning, example_inputs=self.images[:1], optimizer=optimizer)
-            batches = SourceBatches(self.pipeline, self.data.train, config.batch_size, self.device)
-            pruner.calibrate_with(batches, loss_of)  # read by second-order criteria only
+            batches = TrainingBatches(self.pipeline, self.data.train, config.batch_size, self.device)
+            pruner.calibrate_with(batches, loss_of)  # read by criteria and compensation that want data
         precision = Precision.of(config, self.device)
         wrapped = DistributedDataParallel(model) if world() > 1 else None
         learner = Learner(model, optimizer, precision, config.label_smoothing, config.clip_norm, pruner, wrapped)
