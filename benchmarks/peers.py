@@ -4,7 +4,7 @@
 
 Nothing is installed here. Those that are not found in the environment (or in FOLDER, as made by
 ``pip install --target FOLDER``) are rows that say so; what a library raises is its row. Each runs in a process of its
-own.
+own. A library that an earlier call had, with the same PyTorch, keeps the row of that call.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torchvision
-from common import markdown, save
+from common import RESULTS, environment, markdown, save
 from torch import nn
 from torch.nn import functional
 
@@ -110,7 +110,7 @@ def only_train_once(model: nn.Module) -> nn.Module:
     steps(model, optimizer, 8)
     with tempfile.TemporaryDirectory() as folder:
         oto.construct_subnet(out_dir=folder)
-        pruned: nn.Module = torch.load(oto.compressed_model_path, weights_only=False)
+        pruned: nn.Module = torch.load(oto.compressed_model_path, weights_only=False)  # whole models are all it saves
     return pruned
 
 
@@ -185,6 +185,15 @@ def row(name: str, path: Path | None) -> dict[str, Any]:
     return {**base, "outcome": f"fails: exit status {done.returncode}: {(done.stderr.splitlines() or [''])[-1][:160]}"}
 
 
+def tried_before() -> dict[str, dict[str, Any]]:
+    """Rows of an earlier call with the same PyTorch, of libraries that were there then."""
+    path = RESULTS / "peers.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if known.get("versions") != environment()["versions"]:
+        return {}
+    return {one["library"]: one for one in known["rows"] if one["outcome"] != "not tried"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", type=Path, help="a folder with libraries that are not in the environment")
@@ -194,9 +203,10 @@ def main() -> None:
     if args.one:
         print(json.dumps(attempt(args.one)))
         return
-    rows = []
+    rows, before = [], tried_before()
     for name in args.only:
-        rows.append(row(name, args.path))
+        found = row(name, args.path)
+        rows.append(before.get(name, found) if found["outcome"] == "not tried" else found)
         print(rows[-1], file=sys.stderr, flush=True)
     note = (
         "The smallest call of each that prunes, on a ResNet-18 without pretrained weights: whether it runs, not how "
