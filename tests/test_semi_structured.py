@@ -83,6 +83,18 @@ def test_outputs_stay_and_layers_are_sparse(caplog: pytest.LogCaptureFixture) ->
         assert torch.allclose(model(inputs), expected, atol=1e-2)
 
 
+def test_pruned_weights_survive_pytorchs_packing() -> None:
+    """The packing that the conversion uses, which runs without a GPU, gives back every weight that a rule has left."""
+    packing = pytest.importorskip("torch.sparse._semi_structured_conversions")
+    model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64))
+    Pruning(model, {"rules": [{"pattern": "2:4", "target": {"sparsity": 0.5}}]}).prune(model, 0)
+    for layer in (model[0], model[2]):
+        weight = layer.weight.detach().half()
+        values, places = packing.sparse_semi_structured_from_dense_cutlass(weight)
+        assert values.shape == (weight.shape[0], weight.shape[1] // 2)
+        assert torch.equal(packing.sparse_semi_structured_to_dense_cutlass(values, places), weight)
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "4x1", "unstructured"])
 def test_an_exported_file_keeps_the_zeros(pattern: str, tmp_path: Path) -> None:
     model, pruner = net(pattern)
