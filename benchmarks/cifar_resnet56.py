@@ -245,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("CIFAR_DATA", "data")))
     parser.add_argument("--budget", choices=list(BUDGETS), default="small")
+    parser.add_argument("--targets", nargs="+", type=float, help="times fewer MACs, in place of the form's own")
     parser.add_argument("--only", nargs="+", choices=[way.key for way in WAYS])
     parser.add_argument("--work", type=Path, help="folder of results and checkpoints")
     parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="stop by then, to be gone on with")
@@ -258,6 +259,7 @@ def main() -> None:
         return
     logging.basicConfig(level=logging.WARNING)
     budget = BUDGETS[args.budget]
+    budget = replace(budget, targets=tuple(args.targets)) if args.targets else budget
     work = args.work or RESULTS.parents[1] / "runs" / "cifar_resnet56" / budget.name
     work.mkdir(parents=True, exist_ok=True)
     loader = load_module(args.data)
