@@ -3,7 +3,7 @@
 What scores channels, and how they are shared out among layers: magnitude ranked over all layers or alike in each, and
 `reconstruction` per MAC.
 
-    OMP_NUM_THREADS=1 python benchmarks/one_shot_channels.py --data FOLDER [--depths 20 32 44 56]
+    OMP_NUM_THREADS=1 python benchmarks/one_shot_channels.py --data FOLDER [--depths 20 56]
 
 FOLDER (or $CIFAR_DATA, or ``data``) holds a ``load.py`` with ``cifar10(split)`` and ``cifar_resnet_state(depth)``.
 """
@@ -51,7 +51,7 @@ def main() -> None:
     """Measure, print the table and save it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("CIFAR_DATA", "data")))
-    parser.add_argument("--depths", type=int, nargs="*", default=[20, 32, 44, 56])
+    parser.add_argument("--depths", type=int, nargs="*", default=[20, 56])
     options = parser.parse_args()
     if not (options.data / "load.py").is_file():
         print("skipped: this benchmark needs --data FOLDER", file=sys.stderr)

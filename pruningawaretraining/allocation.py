@@ -110,7 +110,8 @@ class Allocator:
         self.sizes_S = grouping.set_sizes
         self.set_ids = grouping.set_ids
         removed_G = torch.zeros(grouping.size, dtype=torch.bool) if removed_G is None else removed_G.cpu()
-        scores_G = torch.where(removed_G, -torch.inf, scores_G)
+        finite = torch.finfo(scores_G.dtype)  # infinity is for what the limits protect or force
+        scores_G = torch.where(removed_G, -torch.inf, scores_G.clamp(finite.min, finite.max))
         self.place_G = _ranks(scores_G, self.set_ids, self.sizes_S, descending=True)
         self.floor_S, self.step_S = self._floors(), self._steps()
         self.forced_G = removed_G | self._forced_by_minimum()

@@ -106,7 +106,8 @@ class WidthSearch:
         scores = scores_G.detach().cpu().double()[inside][order]
         finite = scores[torch.isfinite(scores)]
         lowest = float(finite.min().clamp(max=0.0)) if len(finite) else 0.0
-        scores = torch.where(torch.isfinite(scores), scores - lowest, 0.0)
+        last = float((finite - lowest).sum()) + 1.0  # infinite: after all others
+        scores = torch.where(torch.isfinite(scores), scores - lowest, torch.where(scores > 0, last, 0.0))
         return torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumsum(scores, 0)])
 
     def solve(self, goals: Sequence[Goal], driver: SetCost | None = None) -> Tensor:

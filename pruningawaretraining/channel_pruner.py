@@ -28,7 +28,7 @@ from pruningawaretraining.criteria.second_order.channels import MAKE_UP_BATCHES,
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, unknown
 from pruningawaretraining.exported import ExportedGraph
 from pruningawaretraining.grouping import Grouping
-from pruningawaretraining.inputs import ForwardFn, disagreement, outputs_of
+from pruningawaretraining.inputs import ForwardFn, disagreement, full_precision, outputs_of
 from pruningawaretraining.kept_norms import kept_norm_of
 from pruningawaretraining.masking import Masks
 from pruningawaretraining.patterns.channel import ChannelGroups
@@ -227,7 +227,8 @@ class ChannelPruner:
             if last and now != one.last_event:
                 continue
             if counted and one.fires(now) and (unit == "epoch" or one.listener.ready(self.calibration)):
-                lines += self._fire(one, now, surroundings)
+                with full_precision(self.model):
+                    lines += self._fire(one, now, surroundings)
         return lines
 
     @property
@@ -261,6 +262,11 @@ class ChannelPruner:
         for one in self.rules:
             coming = one.rule.enabled and one.state.phase in ("regularize", "prune")
             if coming and one.rule.compensation != "none" and self.calibration is None:
+                if one.rule.at_init and one.rule.start <= 0:
+                    raise ConfigError(
+                        f"{one.key}.at_init: True prunes when the pruner is made, before it has the data that "
+                        f"compensation: {one.rule.compensation!r} needs. Allowed: False, or start: 1 or later"
+                    )
                 raise ConfigError(
                     f"{one.key}.compensation: {one.rule.compensation!r} needs data, and none was given. Allowed: "
                     "pruner.calibrate_with(dataloader, loss_fn) before the first prune(); or 'none'"
@@ -340,7 +346,7 @@ class ChannelPruner:
                 "removal: fully_shard has spread the parameters. Allowed: pruner = pruner.gathered(build_model()), "
                 "and fully_shard(pruner.model) again"
             )
-        with self.deaf():
+        with self.deaf(), full_precision(self.model):
             self._remove(surroundings)
 
     def rebind(self) -> None:
@@ -379,6 +385,7 @@ class ChannelPruner:
         keep_G = self.keep_D[self.live_D]
         if bool(keep_G.all()):
             return
+        surroundings.before_removal()
         before = self._outputs(surroundings.graphs)
         graphs = surroundings.graphs
         self.masks.clear()
@@ -633,12 +640,14 @@ class Surroundings:
         optimizers: their parameters and states.
         followers: moving averages of the model.
         graphs: exported from the model.
+        before_removal: called when the model is masked as it will be removed.
         after_removal: called once the model has been changed.
     """
 
     optimizers: Sequence[torch.optim.Optimizer] = ()
     followers: Sequence[nn.Module] = ()
     graphs: Sequence[ExportedGraph] = ()
+    before_removal: Callable[[], None] = lambda: None
     after_removal: Callable[[], None] = lambda: None
 
 

@@ -137,6 +137,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Without the autocast of a surrounding block, whose copies of weights would outlive a change of the weights."""
+    device = next((one.device.type for one in model.parameters()), "cpu")
+    if not torch.amp.autocast_mode.is_autocast_available(device):
+        yield
+        return
+    with torch.autocast(device, enabled=False):
+        yield
+
+
+@contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Every floating point parameter requires a gradient inside the block, so that frozen layers are traced too."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]

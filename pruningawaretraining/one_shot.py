@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.allocation import Allocator, Limits, limits_of
+from pruningawaretraining.arguments import check_model
 from pruningawaretraining.channel_listening import Listener
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
@@ -94,6 +95,9 @@ def one_shot(
     Raises:
         ConfigError, ModelError, TargetError: an option, layer, batch or sparsity that cannot be used; it is named.
     """
+    check_model(model)
+    if not isinstance(after, AfterPruning):
+        raise ConfigError(f"after: {after!r} is a {type(after).__name__}. Allowed: AfterPruning(...)")
     rule = _parsed(rule, sparsities is not None)
     if rule.mode != "prune" or not rule.enabled:
         raise ConfigError(f"mode: {rule.mode!r}, enabled: {rule.enabled} prunes nothing. Allowed: 'prune', True")
@@ -155,6 +159,9 @@ def _checked(sparsities: Any, rule: Rule) -> list[float]:
         return [rule.target.sparsity]
     if not isinstance(sparsities, Iterable) or isinstance(sparsities, str):
         raise ConfigError(f"sparsities: {sparsities!r} is not allowed. Allowed: a list of numbers in [0, 1]")
+    sparsities = list(sparsities)
+    if not sparsities:
+        raise ConfigError("sparsities: [] asks for nothing. Allowed: numbers in [0, 1], or None for the rule's target")
     for one in sparsities:
         if isinstance(one, bool) or not isinstance(one, (int, float)) or not 0 <= one <= 1:
             raise ConfigError(f"sparsities: {one!r} is not allowed. Allowed: numbers in [0, 1]")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.criteria.second_order.gradients import LossFn
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.pruning import Macs, Pruning
 from pruningawaretraining.report.summary import Report
@@ -60,6 +61,10 @@ class Pruner:
         """One epoch has ended: mask, or at the last step mask and remove."""
         self.pruning.prune(epoch=self.epoch)
         self.epoch += 1
+
+    def calibrate_with(self, dataloader: Iterable[Any], loss_fn: LossFn) -> None:
+        """Give criteria and compensation data; see :meth:`Pruning.calibrate_with`."""
+        self.pruning.calibrate_with(dataloader, loss_fn)
 
     def regularize(self) -> None:
         """Add the regulariser to the gradients; see :meth:`Pruning.channel_regularize`."""

@@ -99,6 +99,10 @@ class Pruning:
         teacher: a module for :meth:`distill_loss`; without it a config with ``distillation`` makes a frozen copy of the
             model, before anything is pruned.
 
+    Attributes:
+        before_removal: a function of nothing, yours if you like: called when channels are about to be removed, when the
+            model is masked as it will be removed.
+
     Raises:
         ValueError: a configuration, layer, target or input that cannot be used; one line that names it.
     """
@@ -141,6 +145,7 @@ class Pruning:
         self._inputs: Any = example_inputs
         self._teacher = teacher
         self._distiller: Distiller | None = None
+        self.before_removal: Callable[[], None] = lambda: None
         self._stepped = 0  # real steps so far, as of the last one
         self._begun = self._ended = self._says_before = self._heard = False
         self._sharded = self._sought_shards = False
@@ -376,7 +381,9 @@ class Pruning:
 
     def _surroundings(self) -> Surroundings:
         self._steps.look_around(again=self.steps == 0)  # one that has not stepped yet follows a removal all the same
-        return Surroundings(self._steps.optimizers, self._followers, self._graphs, self._after_removal)
+        return Surroundings(
+            self._steps.optimizers, self._followers, self._graphs, self.before_removal, self._after_removal
+        )
 
     def _after_removal(self) -> None:
         if self._elements is not None:
@@ -510,7 +517,12 @@ class Pruning:
             dataloader: batches ``(inputs, targets)``, or mappings of keyword inputs with "labels"; the loader of the
                 training, with its augmentation, as the norms are measured on it.
             loss_fn: ``(outputs, targets) -> loss``.
+
+        Raises:
+            ConfigError: the loss is no function.
         """
+        if not callable(loss_fn):
+            raise ConfigError(f"loss_fn: {loss_fn!r} is no function. Allowed: a function of (outputs, targets)")
         self._calibration = (dataloader, loss_fn)
         self._hand_calibration()
 
@@ -523,10 +535,10 @@ class Pruning:
         if self._channels is not None:
             self._channels.calibrate(calibration)
 
-    def on_epoch_begin(self, epoch: int) -> None:
+    def on_epoch_begin(self, epoch: int = 0) -> None:
         """At the start of an epoch (counted from 0)."""
 
-    def on_step_begin(self, step: int) -> None:
+    def on_step_begin(self, step: int = 0) -> None:
         """At the start of a step: rules that count steps have the event that is due.
 
         Args:
@@ -609,7 +621,10 @@ class Pruning:
         if not self._steps.optimizers and (self._steps.by_hand or not self._says_before):
             self._steps.stepped_by_hand()  # else the optimizer's own hooks have done it, or an earlier call
 
-    def on_epoch_end(self, epoch: int) -> None:
+    def on_step_end(self) -> None:
+        """At the end of a step; nothing is done then."""
+
+    def on_epoch_end(self, epoch: int = 0) -> None:
         """At the end of an epoch."""
 
     def on_train_end(self) -> None:

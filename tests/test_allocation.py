@@ -120,3 +120,13 @@ def test_a_cost_that_rises_where_groups_go_is_met_where_it_can_be() -> None:
     assert int(allocator.to_uneven_cost(uneven, 9).sum()) == 8
     with pytest.raises(TargetError, match="at least"):
         allocator.to_uneven_cost(uneven, 3)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_infinite_scores_do_not_empty_a_set(value: float) -> None:
+    """What limits protect stays, also where a criterion puts everything last or first."""
+    grouping = sets(4, 4)
+    for scores in (torch.full((8,), value), torch.cat([torch.full((4,), value), torch.ones(4)])):
+        keep = Allocator(grouping, scores, Limits(max_sparsity=0.75)).at(0.5)
+        assert int(keep.sum()) == 4 and int(keep[:4].sum()) >= 1 and int(keep[4:].sum()) >= 1
+        assert int(Allocator(grouping, scores).smallest().sum()) == 2

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pruningawaretraining import Pruning
-from pruningawaretraining.errors import ConfigError
+from pruningawaretraining import Pruner, Pruning
+from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.one_shot import AfterPruning, one_shot
 
 
@@ -113,6 +113,85 @@ def test_without_data_the_first_call_says_so() -> None:
         pruner.prune(model, 0)
     pruner.calibrate_with(data, functional.cross_entropy)
     pruner.prune(model, 0)
+
+
+def test_autocast_around_an_event_changes_nothing() -> None:
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model, data = doubled()
+        pruner = Pruning(
+            model, rule(compensation="least_squares", criterion="reconstruction"), example_inputs=data[0][0]
+        )
+        pruner.calibrate_with(data, functional.cross_entropy)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(data[0][0])
+            pruner.prune(model, 0)
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+def test_the_three_line_form_takes_data() -> None:
+    model, data = doubled()
+    pruner = Pruner(model, 0.5, total_steps=1, compensation="bias", layers=["0"], example_inputs=data[0][0])
+    with pytest.raises(ConfigError, match="needs data"):
+        pruner.step()
+    pruner.calibrate_with(data, functional.cross_entropy)
+    pruner.step()
+    assert model[0].out_features == 6
+
+
+def test_at_init_has_no_data_yet() -> None:
+    model, data = doubled()
+    with pytest.raises(ConfigError, match=r"at_init: True.*Allowed: False, or start: 1"):
+        Pruning(model, rule(compensation="bias", at_init=True), example_inputs=data[0][0])
+
+
+@pytest.mark.parametrize(
+    ("batch", "loss", "message"),
+    [
+        ({"images": torch.randn(4, 8)}, None, "does not run on its batches .images: a tensor of shape .4, 8"),
+        ((torch.randn(4, 7), torch.zeros(4)), None, "does not run on its batches .a tensor of shape .4, 7"),
+        ((torch.randn(4, 8), torch.zeros(4)), lambda outputs: outputs.sum(), "loss_fn: it does not work on a tensor"),
+    ],
+)
+def test_data_that_does_not_fit_is_named(batch: Any, loss: Any, message: str) -> None:
+    model, data = doubled()
+    spec = rule(criterion={"type": "obs", "num_grads": 4}, compensation="least_squares")
+    pruner = Pruning(model, spec, example_inputs=data[0][0])
+    pruner.calibrate_with([batch], loss or functional.cross_entropy)
+    with pytest.raises(ModelError, match=message):
+        pruner.prune(model, 0)
+    assert pruner.sparsity == 0
+
+
+def test_labels_in_a_mapping_are_not_for_the_model() -> None:
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model, data = doubled()
+    net = Net(*model)
+    pruner = Pruning(net, rule(compensation="bias", criterion="reconstruction"), example_inputs=data[0][0])
+    pruner.calibrate_with([{"x": data[0][0], "labels": data[0][1]}], functional.cross_entropy)
+    pruner.prune(net, 0)
+    assert net[0].out_features == 6
+
+
+def test_what_one_shot_and_calibration_refuse() -> None:
+    model, data = doubled()
+    (options,) = rule()["rules"]
+    for after in ({"compensation": "bias"}, "bias", None):
+        with pytest.raises(ConfigError, match="after: .*Allowed: AfterPruning"):
+            one_shot(model, options, data, functional.cross_entropy, after=after)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="model"):
+        one_shot("m", options, data, functional.cross_entropy)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"sparsities: \[\] asks for nothing"):
+        one_shot(model, options, data, functional.cross_entropy, [])
+    pruner = Pruning(model, rule(), example_inputs=data[0][0])
+    with pytest.raises(ConfigError, match="loss_fn: 'ce' is no function"):
+        pruner.calibrate_with(data, "ce")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

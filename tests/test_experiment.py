@@ -394,3 +394,20 @@ def test_examples_run(example: str, least: float, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert importlib.import_module(example).main(9) > least
     assert (tmp_path / "runs" / example / "pruned.safetensors").is_file()
+
+
+@pytest.mark.parametrize("more", [{}, {"application": "remove"}], ids=["mask", "remove"])
+def test_a_compensated_model_is_compared_as_it_was_masked(more: dict[str, Any], tmp_path: Path) -> None:
+    """The check of a run compares with the model after its readers were fitted, and before its channels went."""
+    rule = {
+        "criterion": "reconstruction",
+        "compensation": "least_squares",
+        "start": 0,
+        "end": 1,
+        "target": {"macs": 0.6},
+    }
+    rules = [{**rule, **more}]
+    found = run(tmp_path, epochs=2, dense_baseline=False, latency=None, onnx=None, pruning={"rules": rules})[
+        "verification"
+    ]
+    assert found["masked_removed"] <= 1e-5 * found["scale"]

@@ -99,11 +99,31 @@ def test_of_two_that_are_alike_one_goes_for_nothing() -> None:
 
 
 def test_what_no_layer_reads_that_can_be_fitted_goes_last() -> None:
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 3, 3), nn.Flatten(), nn.LazyLinear(3))
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1), nn.Flatten(),
+        nn.LazyLinear(3),
+    )  # fmt: skip
     x = torch.randn(4, 2, 8, 8)
     model(x)
-    found = scores(model, [(x, torch.zeros(4, dtype=torch.long))], groups(model, [(x, x)], "0"))
-    assert bool(torch.isinf(found).all())
+    data = [(x, torch.zeros(4, dtype=torch.long))]
+    found = Pruning(model, {"rules": [{"target": {"sparsity": 0.1}}]}, example_inputs=x).engine.found.grouping
+    first = next(one for one in found.sets if one.name == "0")
+    unread = torch.isinf(scores(model, data, found))
+    assert unread.sum() == 4 and bool(unread[first.start : first.stop].all())
+    with pytest.raises(ConfigError, match="knows no layer that reads 0"):
+        scores(model, data, groups(model, data, "0"))
+
+
+def test_heads_of_pytorchs_attention_are_refused_by_name_and_nothing_is_masked() -> None:
+    layers = [nn.TransformerEncoderLayer(16, 4, 32, batch_first=True) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(8, 16), *layers, nn.Linear(16, 3))
+    x = torch.randn(4, 5, 8)
+    spec = {"rules": [{"pattern": "head", "criterion": "reconstruction", "target": {"sparsity": 0.5}}]}
+    pruner = Pruning(model, spec, example_inputs=x)
+    pruner.calibrate_with([(x, x[..., :3])], functional.mse_loss)
+    with pytest.raises(ConfigError, match="nn.MultiheadAttention.*another criterion"):
+        pruner.prune(model, 0)
+    assert pruner.sparsity == 0
 
 
 def rule(**more: Any) -> dict[str, Any]:

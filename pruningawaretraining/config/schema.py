@@ -131,7 +131,7 @@ class Rule(Strict):
         description="How groups are chosen under a target of MACs, latency and the like: by the scores alone "
         "(ranking), the same share of every set (uniform), or by the importance lost for what is saved (latency, macs, "
         "parameters). Absent: latency where the target is about it, macs or parameters with a criterion whose scores "
-        "add up (reconstruction), else ranking.",
+        "add up (reconstruction, obs, cap), else ranking.",
     )
     start: Whole = Field(0, description="First epoch (or step) at which to prune.")
     end: Whole | None = Field(None, description="Epoch (or step) at which the target is due; absent: start, at once.")

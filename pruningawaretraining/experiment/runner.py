@@ -269,10 +269,14 @@ class Runner:
         if self.state.masked_removed is not None:
             change()
             return
-        before = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        before: dict[str, Tensor] = {}
+
+        def remember() -> None:
+            before.update({key: value.detach().clone() for key, value in model.state_dict().items()})
+
+        pruner.before_removal = remember
         change()
-        after = model.state_dict()
-        if any(key not in after or value.shape != after[key].shape for key, value in before.items()):
+        if before:
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices):
                 masked = masked_scores(self.new_model(), before, self.config.pruning, pruner.masks, self.images)

@@ -59,6 +59,8 @@ class SparseMl:
 
 def _lists(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
     for key, value in mapping.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"config: the key {key!r} is a {type(key).__name__}. Allowed: texts")
         if key.endswith("modifiers") and isinstance(value, list):
             yield prefix + key, value
         elif key.endswith("stage") and isinstance(value, Mapping):

@@ -159,7 +159,9 @@ def compensate_readers(found: list[Reader], hooks: InputHessians, compensate: Co
     """
     unseen = [reader.name for reader in found if reader.name not in hooks.sums]
     if unseen:
-        log.warning("compensation: %s never ran as a module of its own, and stays as it is", ", ".join(unseen))
+        log.warning(
+            "compensation: not of %s, run as no module of its own (in nn.MultiheadAttention)", ", ".join(unseen)
+        )
     for reader in found:
         if reader.name in unseen:
             continue

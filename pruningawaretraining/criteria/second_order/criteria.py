@@ -48,6 +48,8 @@ class Solver(Protocol):
 
 def _check(**limits: tuple[float | int | None, float]) -> None:
     for key, (value, least) in limits.items():
+        if value is not None and not isinstance(value, (int, float)):
+            raise ValueError(f"{key}: {value!r} is not allowed. Allowed: {least:g} or more")
         if isinstance(least, int) and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"{key}: {value!r} is not allowed. Allowed: whole numbers, {least} or more")
         if value is not None and not least <= value < math.inf:
@@ -75,6 +77,7 @@ class Sampling:
     """
 
     not_for_blocks: ClassVar[bool] = True
+    adds_up: ClassVar[bool] = True
 
     num_grads: int = 1024
     micro_batch: int | None = None

@@ -8,6 +8,7 @@ Python and the data loader are afterwards as they were.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import random
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.inputs import call, differentiable, evaluating, move, shown, tensors_of
+from pruningawaretraining.inputs import call, differentiable, evaluating, full_precision, move, shown, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +90,45 @@ class Calibration:
         """
         if not callable(self.loss_fn):
             raise ConfigError(f"loss_fn: {shown(self.loss_fn)} is no function of (outputs, targets)")
-        loss = self.loss_fn(call(self.model, inputs), targets)
+        outputs = self._outputs(inputs)
+        try:
+            loss = self.loss_fn(outputs, targets)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ModelError(
+                f"loss_fn: it does not work on {shown(outputs)} and {shown(targets)}: {_first_line(error)}. Allowed: a "
+                "function of (outputs, targets)"
+            ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ModelError(f"loss_fn: it gives {shown(loss)}; a tensor with one element is needed")
         if not bool(torch.isfinite(loss.detach()).all()):
             raise ModelError(f"loss_fn: the loss is {float(loss.detach())}; the model or the data is not finite")
         return loss.reshape(())
+
+    def _outputs(self, inputs: Any) -> Any:
+        """What the model gives for the inputs of a micro-batch.
+
+        Raises:
+            ModelError: it does not run on them.
+        """
+        try:
+            return call(self.model, self._without_labels(inputs))
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, RuntimeError) as error:
+            raise ModelError(
+                f"dataloader: the model does not run on its batches ({_described(inputs)}): {_first_line(error)}. "
+                "Allowed: (inputs, targets), or a mapping of the model's keyword inputs"
+            ) from error
+
+    def _without_labels(self, inputs: Any) -> Any:
+        """Keyword inputs without "labels", where the model does not take any."""
+        if not isinstance(inputs, Mapping) or "labels" not in inputs:
+            return inputs
+        known = inspect.signature(self.model.forward).parameters
+        takes = "labels" in known or any(one.kind is one.VAR_KEYWORD for one in known.values())
+        return inputs if takes else {key: value for key, value in inputs.items() if key != "labels"}
 
     def _differentiable_loss(self, inputs: Any, targets: Any) -> Tensor:
         loss = self.loss(inputs, targets)
@@ -142,7 +176,7 @@ class Calibration:
         done = 0
         with untouched(self.model, self.dataloader), torch.no_grad():
             for inputs, _ in itertools.islice(self.batches(), count):
-                call(self.model, inputs)
+                self._outputs(inputs)
                 done += 1
         return done
 
@@ -151,7 +185,7 @@ class Calibration:
         with untouched(self.model, self.dataloader), torch.no_grad():
             for batch in batches:
                 inputs, targets = inputs_and_targets(batch)
-                yield call(self.model, move(inputs, self.device)), move(targets, self.device)
+                yield self._outputs(move(inputs, self.device)), move(targets, self.device)
 
     def normalise_anew(self, norms: Sequence[nn.modules.batchnorm._BatchNorm], count: int) -> list[Statistic]:
         """Running means and variances of batch norms as plain averages over ``count`` micro-batches.
@@ -170,7 +204,7 @@ class Calibration:
                     norm.momentum = None  # a cumulative average
                     norm.training = True
                 for inputs, _ in itertools.islice(self.batches(), count):
-                    call(self.model, inputs)
+                    self._outputs(inputs)
                 return [_statistic(norm) for norm in norms]
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
@@ -180,6 +214,16 @@ class Calibration:
 def _statistic(norm: nn.modules.batchnorm._BatchNorm) -> Statistic:
     assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
     return norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _described(inputs: Any) -> str:
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{key}: {shown(value)}" for key, value in inputs.items())
+    return ", ".join(map(shown, inputs)) if isinstance(inputs, tuple) else shown(inputs)
 
 
 def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
@@ -228,11 +272,12 @@ def _recording() -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module, dataloader: Any = None) -> Iterator[None]:
-    """In eval mode inside the block; modes, buffers and random states are restored after it."""
+    """In eval mode and without autocast inside the block; modes, buffers and random states are restored after it."""
     with ExitStack() as stack:
         stack.enter_context(_random_states(dataloader))
         stack.enter_context(_buffers(model))
         stack.enter_context(evaluating(model))
+        stack.enter_context(full_precision(model))
         yield
 
 

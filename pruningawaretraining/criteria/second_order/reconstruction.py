@@ -75,7 +75,7 @@ class Reconstruction:
         """See :class:`~pruningawaretraining.statistics.Criterion`.
 
         Raises:
-            ConfigError: the groups are not channels that layers read.
+            ConfigError: the groups are not channels that layers read, or none of the layers can be fitted.
         """
         reading = grouping.of_role("in").members
         if not reading:
@@ -85,6 +85,7 @@ class Reconstruction:
             )
         known = {member: statistics.tensors.get(f"{MOMENTS}.{member.name}") for member in reading}
         scores_G = torch.full((grouping.size,), torch.inf, dtype=torch.float64)
+        unread: list[str] = []
         for one in grouping.sets:
             parts = [
                 _part(member, one, moments_XX)
@@ -94,7 +95,14 @@ class Reconstruction:
             if parts:
                 scores_G[one.start : one.stop] = _marginal_losses(parts, one.size).cpu()
             else:
-                log.info("reconstruction: no layer that can be fitted reads %s; it is pruned last", one.name)
+                unread.append(one.name)
+        if len(unread) == len(grouping.sets):
+            raise ConfigError(
+                f"criterion: 'reconstruction' knows no layer that reads {', '.join(unread[:4])} and can be fitted; "
+                "nn.MultiheadAttention runs its output projection as no module of its own. Allowed: another criterion"
+            )
+        if unread:
+            log.warning("reconstruction: no layer that can be fitted reads %s; pruned last", ", ".join(unread[:8]))
         return scores_G
 
 
