@@ -1,6 +1,6 @@
 """Pruned by latency, by MACs, or uniformly: accuracy at equal measured latency, and speed at equal MACs, on CIFAR-10.
 
-    OMP_NUM_THREADS=1 python benchmarks/latency_target.py --data FOLDER [--train 8000] [--dense 6] [--tune 1]
+    OMP_NUM_THREADS=1 python benchmarks/latency_target.py --data FOLDER [--train 6000] [--dense 5] [--tune 1]
 
 FOLDER holds a ``load.py`` with ``cifar10(split) -> (images, labels, names)``. torchvision's networks (their first
 strides are kept: the images are 32 x 32) are trained from scratch for a few epochs on a part of the training images,
@@ -167,11 +167,11 @@ def main() -> None:
     """Train, prune, measure; print the table and save it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=8000, help="training images")
+    parser.add_argument("--train", type=int, default=6000, help="training images")
     parser.add_argument("--test", type=int, default=2000, help="test images")
-    parser.add_argument("--dense", type=int, default=6, help="epochs before pruning")
+    parser.add_argument("--dense", type=int, default=5, help="epochs before pruning")
     parser.add_argument("--tune", type=int, default=1, help="epochs after it")
-    parser.add_argument("--seeds", type=int, default=2, help="fine-tunings of each pruned model")
+    parser.add_argument("--seeds", type=int, default=1, help="fine-tunings of each pruned model")
     parser.add_argument("--keep", type=float, default=0.6, help="fraction of the latency, or of the MACs, to keep")
     parser.add_argument("--cap", type=float, default=0.9, help="largest sparsity of a set")
     parser.add_argument("--batch", type=int, default=1, help="images in a batch for latency")

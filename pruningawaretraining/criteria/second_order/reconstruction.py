@@ -146,16 +146,17 @@ class _Part:
         return _Part(self.weight_OD[:, inputs], self.inverse_DD[inputs][:, inputs], places)
 
     def drop(self, groups: Tensor) -> None:
-        """Take groups away; the rest is fitted anew."""
-        gone = torch.unique(self.inputs_NQ[groups])
-        gone = gone[gone != self._spare]
+        """Take groups away; the rest is fitted anew. They must not be asked for again."""
+        alive = torch.ones(self.weight_OD.shape[1], dtype=torch.bool, device=self.weight_OD.device)
+        alive[self.inputs_NQ[groups]] = False
+        alive[self._spare] = True
+        kept, gone = torch.nonzero(alive).flatten(), torch.nonzero(~alive).flatten()
         rows = self.inverse_DD[gone]
-        pull = torch.cholesky_solve(rows, factor(self.inverse_DD[gone][:, gone][None], TINY)[0])
-        self.weight_OD -= self.weight_OD[:, gone] @ pull
-        self.inverse_DD -= rows.mT @ pull
-        self.weight_OD[:, gone] = 0.0
-        self.inverse_DD[gone] = self.inverse_DD[:, gone] = 0.0
-        self.inverse_DD[gone, gone] = 1.0
+        across = rows[:, kept]
+        pull = torch.cholesky_solve(across, factor(rows[:, gone][None], TINY)[0])
+        self.weight_OD = self.weight_OD[:, kept] - self.weight_OD[:, gone] @ pull
+        self.inverse_DD = self.inverse_DD[kept][:, kept].addmm_(across.mT, pull, alpha=-1)
+        self.inputs_NQ = (alive.cumsum(0) - 1)[self.inputs_NQ]
 
 
 def _part(member: Member, one: GroupSet, moments_XX: Tensor) -> _Part:
