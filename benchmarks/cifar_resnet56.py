@@ -39,7 +39,8 @@ from pruningawaretraining.state_dict import load_state_dict_pruned
 TITLE = "ResNet-56 on CIFAR-10: before and after fine-tuning"
 FORMS = {
     "small": "**The small form: {sparse} + {tune} epochs of {images:,} images ({steps} steps in all).** It shows which "
-    "channels go and what a few steps make of it, not what training ends at; regularisers hardly act in so few steps.",
+    "channels go and what a few steps make of it, not what training ends at; regularisers hardly act in so few steps. "
+    "Rows of 3.0x: the same command with `--only rec_first l2_first tp_l1 --targets 3.0`.",
     "full": "The full form: {sparse} + {tune} epochs of {images:,} images.",
 }
 CHOSEN = (
