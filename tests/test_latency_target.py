@@ -345,6 +345,19 @@ def test_what_is_out_of_reach_is_said_in_the_users_own_numbers(made_up: MadeUp) 
                 Pruning(Net(), {"rules": [{"target": target, "allocation": allocation}]}, example_inputs=INPUT)
 
 
+@pytest.mark.parametrize("allocation", ["latency", "ranking", "macs"])
+@pytest.mark.parametrize("slower", [0.75, 1.0, 1.2])
+def test_what_is_left_of_a_latency_is_given_back(
+    slower: float, allocation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies that are faster (or slower) than the tables say end just below the budget, and not far below it."""
+    meter = MadeUp(slower)
+    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda _: meter)
+    _, pruner = pruned({"latency": 0.6}, meter, allocation=allocation)
+    reached = pruner.engine.rules[0].state.latencies[-1]
+    assert 0.8 * reached["budget_ms"] <= reached["measured_ms"] <= 1.01 * reached["budget_ms"]
+
+
 class Slow(MadeUp):
     """Whatever the widths, copies take as long as the dense model."""
 
