@@ -45,7 +45,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     for criterion in names("criterion"):
         for pattern, rule in PATTERNS.items():
-            if criterion == "block_change" or (criterion == "mac_aware" and pattern != "channel"):
+            of_channels = criterion in ("mac_aware", "reconstruction") and pattern != "channel"
+            if criterion == "block_change" or of_channels:
                 continue
             regularizer = {"regularizer": "growing_l2"} if pattern == "channel" else {}
             rule = {"pattern": pattern, "criterion": criterion, **regularizer, **rule}
