@@ -11,7 +11,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-LISTENING = ("variance", "variance_magnitude", "variance_next", "wanda")
+LISTENING = ("reconstruction", "variance", "variance_magnitude", "variance_next", "wanda")
 
 
 @pytest.fixture(scope="module")
