@@ -37,7 +37,7 @@ FENCE = re.compile(
     r'^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```\n(?:<!-- setup\n(?P<setup>.*?)^-->\n)?',
     re.DOTALL | re.MULTILINE,
 )
-OPTIONAL = ("torchao",)
+OPTIONAL = ("torchao", "executorch")
 """Packages that a page may use and that need not be there."""
 LANGUAGES = {"python", "bash", "json", "yaml", "text"}
 
