@@ -224,7 +224,7 @@ class ChannelPruner:
         lines = []
         for one in self.rules:
             counted = one.rule.enabled and one.rule.unit == unit and one.rule.target.given
-            if last and now != one.last_event:
+            if last and now != one.rule.last_event:
                 continue
             if counted and one.fires(now) and (unit == "epoch" or one.listener.ready(self.calibration)):
                 with full_precision(self.model):
@@ -294,8 +294,8 @@ class ChannelPruner:
         """The rule's next masks, and whether its target is met with them."""
         rule = one.rule
         step = (now - rule.start) // rule.every + 1
-        last = step >= one.events or rule.at_init
-        progress = 1.0 if last else step / one.events
+        last = step >= one.rule.events or rule.at_init
+        progress = 1.0 if last else step / one.rule.events
         scores_R = self.scores(one)
         if rule.target.about_costs:
             keep_R, met, reached = self.targets.decide(one, scores_R, self.keep_D, progress, self._copy_of)

@@ -72,17 +72,6 @@ class ChannelRule:
         built: Criterion = build("criterion", self.rule.criterion, f"{self.key}.criterion")
         return built
 
-    @property
-    def events(self) -> int:
-        """How many times the rule fires."""
-        end = self.rule.start if self.rule.end is None else self.rule.end
-        return (end - self.rule.start) // self.rule.every + 1
-
-    @property
-    def last_event(self) -> int:
-        """The epoch or step of the last event."""
-        return self.rule.start + (self.events - 1) * self.rule.every
-
     def fires(self, now: int) -> bool:
         """Whether an epoch (or step) prunes: at start and every ``every`` from there on, once each."""
         if self.state.phase in ("finetune", "done") or now < self.rule.start:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, unknown
-from pruningawaretraining.inputs import shown
+from pruningawaretraining.inputs import first_line, shown
 
 
 def frozen_teacher(model: nn.Module) -> nn.Module:
@@ -214,11 +214,10 @@ class Distiller:
             raise
         except (TypeError, RuntimeError) as error:
             given = [*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())]
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(
                 f"distillation: the teacher ({type(self.teacher).__name__}) does not run on the inputs "
-                f"({', '.join(given) or 'none were given'}): {reason}. Allowed: distill_loss(outputs, *inputs), the "
-                "inputs as the teacher's forward takes them"
+                f"({', '.join(given) or 'none were given'}): {first_line(error)}. Allowed: "
+                "distill_loss(outputs, *inputs), the inputs as the teacher's forward takes them"
             ) from error
 
     def _feature_loss(self) -> Tensor:

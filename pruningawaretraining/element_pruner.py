@@ -168,7 +168,7 @@ class ElementPruner:
             one.masks.apply()
         lines: list[str] = []
         for one in self.rules:
-            if one.rule.unit == "step" and count == one.last_event and one.due(count):
+            if one.rule.unit == "step" and count == one.rule.last_event and one.due(count):
                 self._advance(one, count, optimizers)
                 lines += self._fire(one, count, optimizers)
         return lines
@@ -199,7 +199,7 @@ class ElementPruner:
         one.state.event += 1
         one.state.last = now
         if one.rule.mode == "prune":
-            last = one.rule.at_init or (now - one.rule.start) // one.rule.every + 1 >= one.events
+            last = one.rule.at_init or (now - one.rule.start) // one.rule.every + 1 >= one.rule.events
             self._prune(one, now, last, optimizers)
         else:
             if one.rule.mode == "unprune":
@@ -246,7 +246,7 @@ class ElementPruner:
             self._mask(one, next_G, optimizers)
 
     def _progress(self, one: ElementRule, now: int, last: bool) -> float:
-        return 1.0 if last else ((now - one.rule.start) // one.rule.every + 1) / one.events
+        return 1.0 if last else ((now - one.rule.start) // one.rule.every + 1) / one.rule.events
 
     def _advance(self, one: ElementRule, now: int, optimizers: Optimizers) -> None:
         """Of an event in parts, mask the parts that are due by now."""
@@ -332,7 +332,7 @@ class ElementPruner:
             if not old.state.event or (old.rule.release and old.state.phase == "finetune"):
                 continue
             if old.rule.mode == "prune":
-                progress = 1.0 if old.state.phase == "finetune" else old.state.event / old.events
+                progress = 1.0 if old.state.phase == "finetune" else old.state.event / old.rule.events
                 self._set(new, decide(self.model, new, scores_of(new), progress), optimizers)
             elif old.rule.mode == "lock":
                 self._set(new, ~zero_groups(new.grouping), optimizers)
@@ -342,7 +342,7 @@ class ElementPruner:
         for one in self.rules:
             if one.key in set(keys):
                 one.masks.set(~zero_groups(one.grouping))
-                one.state.phase, one.state.event = "finetune", one.events
+                one.state.phase, one.state.event = "finetune", one.rule.events
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, scores, and where each rule stands: tensors and plain data."""

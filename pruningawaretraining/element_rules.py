@@ -94,17 +94,6 @@ class ElementRule:
         return self.pattern.window if isinstance(self.pattern, NofM) else None
 
     @property
-    def events(self) -> int:
-        """How many events the rule has."""
-        end = self.rule.start if self.rule.end is None else self.rule.end
-        return (end - self.rule.start) // self.rule.every + 1
-
-    @property
-    def last_event(self) -> int:
-        """The epoch or step of the last event."""
-        return self.rule.start + (self.events - 1) * self.rule.every
-
-    @property
     def works(self) -> bool:
         """Whether the rule has anything left to do."""
         return self.state.phase in ("regularize", "prune")

@@ -114,6 +114,11 @@ def shown(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, for messages; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def float_tensors_of(nest: Any) -> list[Tensor]:
     """The floating point tensors of :func:`tensors_of`."""
     return [tensor for tensor in tensors_of(nest) if tensor.is_floating_point()]

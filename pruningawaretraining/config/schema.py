@@ -175,6 +175,16 @@ class Rule(Strict):
         1, description="Parts in which an event's weights are zeroed, evenly until the next event, lowest scores first."
     )
 
+    @property
+    def events(self) -> int:
+        """How many events its schedule has."""
+        return ((self.start if self.end is None else self.end) - self.start) // self.every + 1
+
+    @property
+    def last_event(self) -> int:
+        """The epoch or step of the last event."""
+        return self.start + (self.events - 1) * self.every
+
     @field_validator("pattern", "criterion", "regularizer", "schedule", "scope", "allocation", mode="before")
     @classmethod
     def _is_registered(cls, value: Any, info: ValidationInfo) -> Any:

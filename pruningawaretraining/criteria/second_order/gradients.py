@@ -22,7 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.inputs import call, differentiable, evaluating, full_precision, move, shown, tensors_of
+from pruningawaretraining.inputs import (
+    call,
+    differentiable,
+    evaluating,
+    first_line,
+    full_precision,
+    move,
+    shown,
+    tensors_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +106,7 @@ class Calibration:
             raise
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ModelError(
-                f"loss_fn: it does not work on {shown(outputs)} and {shown(targets)}: {_first_line(error)}. Allowed: a "
+                f"loss_fn: it does not work on {shown(outputs)} and {shown(targets)}: {first_line(error)}. Allowed: a "
                 "function of (outputs, targets)"
             ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -118,7 +127,7 @@ class Calibration:
             raise
         except (TypeError, RuntimeError) as error:
             raise ModelError(
-                f"dataloader: the model does not run on its batches ({_described(inputs)}): {_first_line(error)}. "
+                f"dataloader: the model does not run on its batches ({_described(inputs)}): {first_line(error)}. "
                 "Allowed: (inputs, targets), or a mapping of the model's keyword inputs"
             ) from error
 
@@ -214,10 +223,6 @@ class Calibration:
 def _statistic(norm: nn.modules.batchnorm._BatchNorm) -> Statistic:
     assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
     return norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _described(inputs: Any) -> str:

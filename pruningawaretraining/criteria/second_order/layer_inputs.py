@@ -6,7 +6,7 @@ Shape suffixes: ``_N`` positions (samples, pixels, tokens), ``_D`` inputs of one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,33 @@ def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
     return grouped.permute(1, 0, 3, 2).reshape(module.groups, -1, grouped.shape[2])
 
 
+def together(
+    layers: Sequence[tuple[str, nn.Module]],
+    sums: Mapping[str, Tensor],
+    counts: Mapping[str, float],
+    bias: bool,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Sums and counts of all processes, of layers that any of them has seen; one flat all-reduce.
+
+    Args:
+        layers: (name, module), the same on every process.
+        sums, counts: of this process: (groups, inputs, inputs), and over how many positions.
+        bias: whether a constant input of 1 is among the inputs.
+        dtype: of the sums.
+    """
+    rows = []
+    for name, module in layers:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        width, groups = weight[0].numel() + bias, int(getattr(module, "groups", 1))  # type: ignore[arg-type]
+        rows.append(sums.get(name, weight.new_zeros(groups, width, width, dtype=dtype)))
+    seen = torch.tensor([counts.get(name, 0) for name, _ in layers], dtype=torch.float64)
+    *rows, seen = totals([*rows, seen])
+    found = {name: (row, float(count)) for (name, _), row, count in zip(layers, rows, seen, strict=True) if count}
+    return {name: row for name, (row, _) in found.items()}, {name: count for name, (_, count) in found.items()}
+
+
 class InputHessians:
     """Forward hooks that add up ``X X'`` for layers.
 
@@ -81,19 +108,8 @@ class InputHessians:
         """Put together what all processes have seen of these layers; a collective."""
         if world() == 1:
             return
-        rows = []
-        for name, module in layers:
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            width = weight[0].numel() + self.bias
-            groups = int(getattr(module, "groups", 1))  # type: ignore[arg-type]
-            known = self.sums.get(name)
-            rows.append(weight.new_zeros(groups, width, width, dtype=torch.float64) if known is None else known)
-        counts = torch.tensor([self.counts.get(name, 0) for name, _ in layers], dtype=torch.float64)
-        *sums, counts = totals([*rows, counts])
-        seen = {name: (row, int(count)) for (name, _), row, count in zip(layers, sums, counts, strict=True) if count}
-        self.sums = {name: row for name, (row, _) in seen.items()}
-        self.counts = {name: count for name, (_, count) in seen.items()}
+        self.sums, counts = together(layers, self.sums, self.counts, self.bias, torch.float64)
+        self.counts = {name: int(count) for name, count in counts.items()}
 
     def remove(self) -> None:
         """Take the hooks out."""

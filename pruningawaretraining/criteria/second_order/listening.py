@@ -1,6 +1,7 @@
 """Listens to training for criteria that need the moments of layers' inputs.
 
-Shape suffixes: ``_X`` a layer's inputs (channels by kernel positions) and a constant 1.
+Shape suffixes: ``_G`` groups of a convolution (one), ``_N`` positions, ``_X`` a layer's inputs (channels by kernel
+positions) and a constant 1.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.criteria.moments import InputHook
 from pruningawaretraining.criteria.second_order.channels import losing_readers
-from pruningawaretraining.criteria.second_order.layer_inputs import unfolded
+from pruningawaretraining.criteria.second_order.layer_inputs import together, unfolded
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.inputs import looking
-from pruningawaretraining.processes import totals, world
+from pruningawaretraining.processes import world
 
 MOMENTS = "input_moments"
 EVERY, FADE = 16, 0.9
@@ -62,31 +63,28 @@ class InputMomentsCollector:
         self.batches[name] = number + 1
         if number % EVERY:
             return
-        seen_NX = functional.pad(unfolded(module, x.detach())[0].float(), (0, 1), value=1.0)
-        square_XX, count = seen_NX.mT @ seen_NX, float(len(seen_NX))
+        seen_GNX = functional.pad(unfolded(module, x.detach()).float(), (0, 1), value=1.0)
+        square_GXX, count = seen_GNX.mT @ seen_GNX, float(seen_GNX.shape[1])
         known = self.sums.get(name)
         if known is not None:
-            square_XX = square_XX.add_(known.to(square_XX.device), alpha=FADE)
+            square_GXX = square_GXX.add_(known.to(square_GXX.device), alpha=FADE)
             count += FADE * self.counts[name]
-        self.sums[name], self.counts[name] = square_XX, count
+        self.sums[name], self.counts[name] = square_GXX, count
 
     def agree(self) -> None:
         """See :class:`~pruningawaretraining.statistics.Collector`: one flat all-reduce of all moments."""
         if world() == 1 or not self._layers:
             return
-        rows = [self.sums.get(name, _zeros(layer)) for name, layer in self._layers.items()]
-        counts = torch.tensor([self.counts.get(name, 0.0) for name in self._layers], dtype=torch.float64)
-        *sums, counts = totals([*rows, counts])
-        self.counts = {name: float(one) / world() for name, one in zip(self._layers, counts, strict=True) if one}
-        both = zip(self._layers, sums, strict=True)
-        self.sums = {name: one / world() for name, one in both if name in self.counts}
+        sums, counts = together(list(self._layers.items()), self.sums, self.counts, True, torch.float32)
+        self.sums = {name: one / world() for name, one in sums.items()}
+        self.counts = {name: one / world() for name, one in counts.items()}
 
     def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:
         """Nothing to read before a step."""
 
     def tensors(self) -> dict[str, Tensor]:
         """``input_moments.NAME`` by parameter: (inputs + 1, inputs + 1)."""
-        return {f"{MOMENTS}.{name}.weight": sums / self.counts[name] for name, sums in self.sums.items()}
+        return {f"{MOMENTS}.{name}.weight": sums[0] / self.counts[name] for name, sums in self.sums.items()}
 
     def restrict(self, grouping: Grouping, keep_G: Tensor) -> None:
         """The layers have other inputs now: begin anew."""
@@ -106,11 +104,3 @@ class InputMomentsCollector:
         self.sums = {name: values[0].clone() for name, values in state.items()}
         self.counts = {name: float(values[1]) for name, values in state.items()}
         self.batches = {name: int(values[2]) for name, values in state.items()}
-
-
-def _zeros(layer: nn.Module) -> Tensor:
-    """The moments of a layer that has seen nothing."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    width = weight[0].numel() + 1
-    return weight.new_zeros(width, width, dtype=torch.float32)
