@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, environment, and results as JSON."""
+"""What the benchmarks share: interleaved timing, environment, and results as JSON and on the pages that show them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from make_docs import HERE, RESULTS, write_pages
 
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchvision", "torch-pruning", "onnxruntime", "numpy")
 
 
@@ -48,7 +48,7 @@ def environment() -> dict[str, Any]:
             found[package] = "absent"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python " + " ".join([Path(sys.argv[0]).as_posix().split("/main/")[-1], *sys.argv[1:]]),
+        "command": " ".join(["python", _script(), *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU",
         "python": platform.python_version(),
@@ -56,12 +56,27 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _script() -> str:
+    """The running script, as seen from the root of the repository."""
+    path = Path(sys.argv[0]).resolve()
+    return path.relative_to(HERE.parent).as_posix() if path.is_relative_to(HERE.parent) else path.name
+
+
 def save(name: str, rows: list[dict[str, Any]], title: str, note: str = "", command: str = "") -> Path:
-    """Write a benchmark's rows, with what is needed to repeat it, as JSON; the command is by default the one given."""
+    """Write a benchmark's rows as JSON, with what is needed to repeat it, and the pages that show them.
+
+    Args:
+        name: of the file in ``results/``.
+        rows: the table.
+        title: its heading.
+        note: what stands below it.
+        command: what makes the table again; the one that was given by default.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     found = {"name": name, "title": title, "note": note, **environment(), "rows": rows}
     path.write_text(json.dumps({**found, **({"command": command} if command else {})}, indent=1) + "\n")
+    write_pages()
     return path
 
 

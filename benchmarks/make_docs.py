@@ -2,7 +2,8 @@
 
     python benchmarks/make_docs.py
 
-Tables between ``<!-- result: NAME -->`` and ``<!-- end result -->`` in other pages are made anew too.
+Every benchmark does so when it saves its result; the command is for results that came from elsewhere or went. Tables
+between ``<!-- result: NAME -->`` and ``<!-- end result -->`` in other pages are made anew too.
 
 Every file there holds what ``common.save`` wrote: a title, a note, the rows, and the command, machine and versions of
 the run. A benchmark without a result is listed as not run; a result without its script is shown all the same.
@@ -18,15 +19,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 TARGET = HERE.parent / "docs" / "benchmarks.md"
 NO_BENCHMARK = ("make_docs", "run_all")
 
 INTRODUCTION = """# Benchmarks
 
-Written by `python benchmarks/make_docs.py` from `benchmarks/results/`; please do not edit it by hand. Each section
-names the command that makes its table again. Figures in seconds or milliseconds belong to the machine that is named
-below the table; ratios and errors carry over better. Competitors run in the same process, in turns with ours.
+Written from `benchmarks/results/` by every benchmark that ends, and by `python benchmarks/make_docs.py`; please do not
+edit it by hand. Each section names the command that makes its table again. Figures in seconds or milliseconds belong to
+the machine that is named below the table; ratios and errors carry over better. Competitors run in the same process, in
+turns with ours.
 """
 
 
@@ -124,15 +127,20 @@ def embedded(text: str, results: Sequence[Mapping[str, Any]]) -> str:
     return EMBEDDED.sub(fill, text)
 
 
-def main() -> None:
-    """Write the page, and the tables in others."""
-    TARGET.parent.mkdir(exist_ok=True)
-    TARGET.write_text(document(read_results(HERE / "results"), scripts(HERE)), encoding="utf-8")
-    for page in sorted(TARGET.parent.glob("*.md")):
-        text = page.read_text(encoding="utf-8")
-        page.write_text(embedded(text, read_results(HERE / "results")), encoding="utf-8")
-    sys.stdout.write(f"wrote {TARGET.relative_to(HERE.parent)}\n")
+def pages() -> dict[Path, str]:
+    """Every page that shows results, as it should be."""
+    results = read_results(RESULTS)
+    found = {page: embedded(page.read_text(encoding="utf-8"), results) for page in sorted(TARGET.parent.glob("*.md"))}
+    return {**found, TARGET: document(results, scripts(HERE))}
+
+
+def write_pages() -> None:
+    """Write the pages that are not what the results say."""
+    for page, text in pages().items():
+        if not page.is_file() or page.read_text(encoding="utf-8") != text:
+            page.write_text(text, encoding="utf-8")
+            sys.stdout.write(f"wrote {page.relative_to(HERE.parent)}\n")
 
 
 if __name__ == "__main__":
-    main()
+    write_pages()

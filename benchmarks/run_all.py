@@ -1,4 +1,4 @@
-"""Runs every benchmark that fits a CPU, then writes docs/benchmarks.md.
+"""Runs every benchmark that fits a CPU; each writes its part of docs/benchmarks.md.
 
     OMP_NUM_THREADS=1 python benchmarks/run_all.py [--data FOLDER] [--only NAME ...] [--list]
 
@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 from make_docs import HERE, scripts
-from make_docs import main as write_docs
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "cifar_resnet56": ("--budget small",),
@@ -50,8 +49,6 @@ def main() -> None:
             and subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=False).returncode
         ):
             failed.append(line)
-    if not args.list:
-        write_docs()
     if failed:
         raise SystemExit("failed:\n" + "\n".join(failed))
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -256,6 +257,25 @@ def test_benchmarks_page_is_what_the_results_say() -> None:
     for section in sections:
         assert section in page, "run: python benchmarks/make_docs.py"
     assert page.partition("## Not run yet")[0].count("\n## ") == len(sections)
+    pages = make_docs.pages()
+    stale = [page.name for page, text in pages.items() if page != make_docs.TARGET and page.read_text() != text]
+    assert stale == [], "run: python benchmarks/make_docs.py"
+
+
+def test_a_benchmark_that_saves_its_result_leaves_the_pages_in_step(tmp_path: Path) -> None:
+    for folder in ("benchmarks", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    speed = tmp_path / "docs" / "speed.md"
+    speed.write_text("# Speed\n\n<!-- result: step_overhead -->\n<!-- end result -->\n", encoding="utf-8")
+    script = tmp_path / "benchmarks" / "quick.py"
+    script.write_text("import common\ncommon.save('step_overhead', [{'model': 'lenet', 'ms': 1234.5}], 'Overhead')\n")
+    done = subprocess.run([sys.executable, str(script), "--fast"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    table = "```bash\npython benchmarks/quick.py --fast\n```\n\n| model | ms |\n| --- | --- |\n| lenet | 1,234 |\n"
+    assert f"## Overhead\n\n{table}" in page and table in speed.read_text(encoding="utf-8")
+    others = [one["title"] for one in tool("benchmarks/make_docs.py").read_results(ROOT / "benchmarks" / "results")]
+    assert [title for title in others if f"\n## {title}\n" not in page] == ["Regulariser and masks in a training step"]
 
 
 def test_benchmarks_page_of_some_results(tmp_path: Path) -> None:
