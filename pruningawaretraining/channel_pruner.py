@@ -308,7 +308,7 @@ class ChannelPruner:
 
     def _copy_of(self, keep_D: Tensor) -> nn.Module:
         """A copy of the model as it is now, without the groups that these masks drop."""
-        return pruned_copy(self.model, self.found, keep_D[self.live_D])
+        return pruned_copy(self.model, self.found, keep_D[self.live_D], "cpu")
 
     def scores(self, one: ChannelRule) -> Tensor:
         """Scores of the rule's groups; those that are gone already score lowest."""

@@ -137,12 +137,12 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
                 f"model: {name!r} is quantized already ({type(tensor).__name__}). Allowed: save_pruned before it is "
                 "converted, or torch.save and torch.export after"
             )
-        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        identity = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and identity in seen:
             aliases[name] = seen[identity]
             continue
         seen[identity] = name
-        tensors[name] = tensor.detach().contiguous().clone()
+        tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()  # a GPU may have no room for a second one
     description = {
         "version": __version__,
         "class": type(model).__qualname__,

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.inputs import ForwardFn, call, float_tensors_of
+from pruningawaretraining.inputs import ForwardFn, beside, call, float_tensors_of
 from pruningawaretraining.quantization import follow_weight, is_observing
 from pruningawaretraining.surgery import Keep, Surgery, slice_tensor
 
@@ -118,7 +118,9 @@ class ExportedGraph:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices):
                 torch.manual_seed(0)
-                return float_tensors_of(call(_Quiet(self.graph), inputs, None if bound else forward_fn))
+                return float_tensors_of(
+                    call(_Quiet(self.graph), beside(self.graph, inputs), None if bound else forward_fn)
+                )
         except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(f"graph: it does not run on the pruner's example inputs: {reason}") from error

@@ -52,13 +52,43 @@ def move(inputs: Any, device: torch.device) -> Any:
         return inputs.to(device)
     if isinstance(inputs, Mapping):
         return {key: move(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):  # a named one
+        return type(inputs)(*(move(value, device) for value in inputs))
     if isinstance(inputs, (list, tuple)):
         return type(inputs)(move(value, device) for value in inputs)
+    if dataclasses.is_dataclass(inputs) and not isinstance(inputs, type) and any(True for _ in tensors_of(inputs)):
+        names = [item.name for item in dataclasses.fields(inputs) if item.init]
+        return dataclasses.replace(inputs, **{name: move(getattr(inputs, name), device) for name in names})
     return inputs
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where a model computes: the device of all its parameters (of its buffers if it has none).
+
+    None for a model without tensors, and for one that is spread over several devices.
+    """
+    found = {_computed_on(one) for one in model.parameters()} or {one.device for one in model.buffers()}
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def _computed_on(weight: Tensor) -> torch.device:
+    """A weight that ``fully_shard`` keeps on the CPU is used on the device of its mesh."""
+    mesh = getattr(weight, "device_mesh", None)
+    return weight.device if mesh is None or mesh.device_type == weight.device.type else torch.device(mesh.device_type)
+
+
+def beside(model: nn.Module, inputs: Any) -> Any:
+    """Inputs on the device of the model that is to run on them; as they are for a model on none or several."""
+    device = device_of(model)
+    if device is None or all(one.device == device for one in tensors_of(inputs)):
+        return inputs
+    return move(inputs, device)
 
 
 def call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> Any:
     """Call a model on example inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+    Inputs go to the model's device first: a copy of a model, or one that has been moved, may be on another than they.
 
     Args:
         model: the module.
@@ -66,11 +96,11 @@ def call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> 
         forward_fn: None; a bound ``model.forward``; or a function of ``(model, inputs)`` or of ``(inputs)`` alone.
     """
     with uncompiled():
-        return call_as_is(model, inputs, forward_fn)
+        return call_as_is(model, beside(model, inputs), forward_fn)
 
 
 def call_as_is(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> Any:
-    """:func:`call`, compiled code included."""
+    """:func:`call`, compiled code included, on inputs that are where the model is."""
     if forward_fn is not None and getattr(forward_fn, "__self__", None) is None:
         return forward_fn(model, inputs) if _takes_two(forward_fn) else forward_fn(inputs)
     target: Callable[..., Any] = model

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -238,7 +239,7 @@ def _keeps(
     targets = Targets(model, found, macs, parameters_cost(grouping, model), inputs)
     share = _Everything(rule, grouping, list(range(len(grouping.sets))), torch.arange(grouping.size))
     everything = torch.ones(grouping.size, dtype=torch.bool)
-    keep_G, _, _ = targets.decide(share, scores_G, everything, 1.0, lambda keep_D: pruned_copy(model, found, keep_D))
+    keep_G, _, _ = targets.decide(share, scores_G, everything, 1.0, partial(pruned_copy, model, found, device="cpu"))
     return {1.0 - float(keep_G.double().mean()): keep_G}
 
 

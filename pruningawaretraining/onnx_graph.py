@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.compiled import uncompiled
 from pruningawaretraining.errors import ConfigError, ModelError, unknown
-from pruningawaretraining.inputs import REJECTED, call, checked_call, evaluating, move, tensors_of
+from pruningawaretraining.inputs import REJECTED, call_as_is, checked_call, evaluating, move, tensors_of
 from pruningawaretraining.registry import canonical, lookup, register
 
 _NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")
@@ -64,7 +65,8 @@ class _Flat(nn.Module):
         self._example = example_inputs
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensors_of(call(self.model, with_tensors(self._example, iter(tensors)))))
+        with uncompiled():
+            return tuple(tensors_of(call_as_is(self.model, with_tensors(self._example, iter(tensors)))))
 
 
 def with_tensors(nest: Any, tensors: Iterator[Tensor]) -> Any:

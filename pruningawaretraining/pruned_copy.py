@@ -23,26 +23,34 @@ _HOOKS = (
 )
 
 
-def bare_copy(model: nn.Module, device: str = "cpu") -> nn.Module:
-    """A deep copy on another device, without hooks: what they belong to is not copied with them."""
+def bare_copy(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """A deep copy without hooks: what they belong to is not copied with them.
+
+    Args:
+        model: on any device; neither its gradients nor its history are copied.
+        device: of the copy; None for where the model is.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
         for name in _HOOKS:
             memo[id(getattr(module, name))] = OrderedDict()
-    for parameter in model.parameters():  # with neither gradients nor history
-        twin = nn.Parameter(parameter.detach().to(device, copy=True), parameter.requires_grad)
+    for parameter in model.parameters():
+        twin = nn.Parameter(parameter.detach().to(device or parameter.device, copy=True), parameter.requires_grad)
         memo[id(parameter)] = twin
-    return copy.deepcopy(model, memo).to(device)
+    copied = copy.deepcopy(model, memo)
+    return copied if device is None else copied.to(device)
 
 
-def pruned_copy(model: nn.Module, found: ChannelGroups, keep_G: Tensor, device: str = "cpu") -> nn.Module:
+def pruned_copy(
+    model: nn.Module, found: ChannelGroups, keep_G: Tensor, device: torch.device | str | None = None
+) -> nn.Module:
     """A copy from which the groups that are not kept are removed.
 
     Args:
         model: the model, masked or not.
         found: its channels.
         keep_G: True for groups that stay.
-        device: of the copy.
+        device: of the copy; None for where the model is.
 
     Raises:
         ModelError: nothing would be left of a layer.

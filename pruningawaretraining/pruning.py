@@ -30,7 +30,7 @@ from pruningawaretraining.element_pruner import ElementPruner
 from pruningawaretraining.element_rules import ElementPattern, ElementRule
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.exported import ExportedGraph, is_exported
-from pruningawaretraining.inputs import ForwardFn, from_shapes, move, tensors_of, unwrap
+from pruningawaretraining.inputs import ForwardFn, beside, from_shapes, tensors_of, unwrap
 from pruningawaretraining.optimizer_state import clear_state
 from pruningawaretraining.patterns.channel import ChannelGroups, StructuredPattern, producer_names
 from pruningawaretraining.patterns.depth import Depth, check_alone, check_rule
@@ -305,8 +305,7 @@ class Pruning:
             self._capture.remove()
 
     def _build(self) -> None:
-        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
-        self._inputs = move(self._inputs, device)
+        self._inputs = beside(self.model, self._inputs)
         if not self._channel_rules or self.config.infer:
             return
         channels = self._build_channels(self._channel_rules)

@@ -29,7 +29,7 @@ from pruningawaretraining.costs.memory import MemoryCost, memory_cost
 from pruningawaretraining.costs.meter import Meter, RuntimeMeter
 from pruningawaretraining.costs.runtimes import Model
 from pruningawaretraining.errors import ConfigError, TargetError
-from pruningawaretraining.inputs import ForwardFn, tensors_of
+from pruningawaretraining.inputs import ForwardFn, device_of, tensors_of
 from pruningawaretraining.patterns.channel import ChannelGroups
 from pruningawaretraining.pruned_copy import bare_copy, pruned_copy
 from pruningawaretraining.registry import lookup
@@ -91,13 +91,14 @@ class LatencyTarget:
                 "example_inputs that the model takes itself"
             )
         self.meter, self.inputs = meter, meter.inputs(inputs)
-        dense = bare_copy(model)
+        dense = bare_copy(model)  # runs where the model does; copies wait on the CPU until the runtime takes them
         shapes = layer_shapes(dense, self.inputs, macs.names)
+        dense.to("cpu")
         self.cost = LatencyCost(found.grouping, macs, shapes, meter.tables(shapes))
         keeps_A = _anchors(found)
 
         def measure() -> list[float]:
-            copies = {str(n): (pruned_copy(model, found, keep), self.inputs) for n, keep in enumerate(keeps_A)}
+            copies = {str(n): (pruned_copy(model, found, keep, "cpu"), self.inputs) for n, keep in enumerate(keeps_A)}
             return list(meter.milliseconds(copies).values())
 
         ms_A = meter.remembered({"model": _signature(dense, self.inputs), "anchors": len(keeps_A)}, measure)
@@ -137,8 +138,8 @@ def _anchors(found: ChannelGroups) -> list[Tensor]:
 
 def _signature(model: nn.Module, inputs: Any) -> str:
     """What decides how long a model takes: its structure and its inputs."""
-    shapes = [(name, list(tensor.shape)) for name, tensor in model.state_dict().items()]
-    given = [list(one.shape) for one in tensors_of(inputs)]
+    shapes = [(name, list(one.shape), str(one.dtype)) for name, one in model.state_dict().items()]
+    given = [(list(one.shape), str(one.dtype)) for one in tensors_of(inputs)]
     text = json.dumps([str(model), shapes, given])
     return f"{type(model).__name__} {hashlib.sha256(text.encode()).hexdigest()}"
 
@@ -171,7 +172,7 @@ class Targets:
             "parameters": LinearBySets(parameters, found.grouping),
         }
         self._latencies: dict[tuple[Any, ...], LatencyTarget] = {}
-        self._meter = meter or _runtime_meter
+        self._meter = meter or (lambda target: _runtime_meter(target, model))
         self.set_ids_D = found.grouping.set_ids
 
     def goals(self, share: Share) -> list[Goal]:
@@ -363,5 +364,5 @@ class Targets:
         return allocate(task), True
 
 
-def _runtime_meter(target: Target) -> Meter:
-    return RuntimeMeter(target.runtime, target.batch, target.threads)
+def _runtime_meter(target: Target, model: nn.Module) -> Meter:
+    return RuntimeMeter(target.runtime, target.batch, target.threads, device=device_of(model))

@@ -291,7 +291,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     meter = MadeUp(slower=1.1)
-    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda _: meter)
+    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda *_: meter)
     return meter
 
 
@@ -352,7 +352,7 @@ def test_what_is_left_of_a_latency_is_given_back(
 ) -> None:
     """Copies that are faster (or slower) than the tables say end just below the budget, and not far below it."""
     meter = MadeUp(slower)
-    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda _: meter)
+    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda *_: meter)
     _, pruner = pruned({"latency": 0.6}, meter, allocation=allocation)
     reached = pruner.engine.rules[0].state.latencies[-1]
     assert 0.8 * reached["budget_ms"] <= reached["measured_ms"] <= 1.01 * reached["budget_ms"]
@@ -370,7 +370,7 @@ def test_a_missed_latency_is_said_with_both_numbers(
     allocation: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     meter = Slow()
-    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda _: meter)
+    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda *_: meter)
     with caplog.at_level("WARNING"):
         _, pruner = pruned({"latency": 0.9}, meter, allocation=allocation)
     reached = pruner.engine.rules[0].state.latencies[-1]
@@ -383,7 +383,7 @@ def test_the_last_masks_are_those_that_were_measured(monkeypatch: pytest.MonkeyP
     """Groups are chosen anew three times, and not once more after the last measurement."""
     chosen: list[int] = []
     meter = Slow()
-    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda _: meter)
+    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda *_: meter)
 
     def allocate(task: Any) -> torch.Tensor:
         chosen.append(len(chosen))
@@ -551,3 +551,10 @@ def test_a_copy_has_no_hooks_and_is_its_own() -> None:
 
 def test_allocations_are_registered() -> None:
     assert registry.names("allocation") == ["latency", "macs", "parameters", "ranking", "uniform"]
+
+
+def test_layers_are_timed_in_the_models_own_type() -> None:
+    shapes = layer_shapes(Net().double(), INPUT.double(), ["first", "head"])
+    for name, width in (("first", 3), ("head", 64)):
+        module, given = shapes[name].module(8, width), shapes[name].input(width)
+        assert module(given).dtype is torch.float64

@@ -49,6 +49,7 @@ class LayerShape:
         kernel, stride, padding, dilation: of a convolution.
         groups: of a convolution.
         transposed: whether it is a transposed one.
+        dtype: name of the weight's type.
     """
 
     kind: str
@@ -62,25 +63,19 @@ class LayerShape:
     dilation: tuple[int, ...] = ()
     groups: int = 1
     transposed: bool = False
+    dtype: str = "float32"
 
     def module(self, outputs: int, inputs_: int) -> nn.Module:
         """The layer at some widths."""
         if self.kind == "linear":
-            return nn.Linear(inputs_, outputs)
+            return nn.Linear(inputs_, outputs, dtype=getattr(torch, self.dtype))
         kinds: list[Any] = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
         if self.transposed:
             kinds = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
         groups = inputs_ if self.kind == "depthwise" else self.groups
-        built: nn.Module = kinds[len(self.size) - 1](
-            inputs_,
-            outputs,
-            self.kernel,
-            self.stride,
-            self.padding,
-            dilation=self.dilation,
-            groups=groups,
-        )
-        return built
+        widths, moves = (inputs_, outputs), (self.kernel, self.stride, self.padding)
+        built: nn.Module = kinds[len(self.size) - 1](*widths, *moves, dilation=self.dilation, groups=groups)
+        return built.to(getattr(torch, self.dtype))
 
     @property
     def positions(self) -> int:
@@ -95,13 +90,15 @@ class LayerShape:
     def input(self, width: int) -> Tensor:
         """Input at a width."""
         shape = (self.rows, width) if self.kind == "linear" else (self.rows, width, *self.size)
-        return torch.full(shape, 0.5)
+        return torch.full(shape, 0.5, dtype=getattr(torch, self.dtype))
 
 
 def shape_of(module: nn.Module, given: Tensor) -> LayerShape | None:
     """The shape of a layer that was given this input, or None for other modules."""
+    dtype = str(getattr(getattr(module, "weight", None), "dtype", torch.float32)).removeprefix("torch.")
     if isinstance(module, nn.Linear):
-        return LayerShape("linear", module.out_features, module.in_features, given.numel() // given.shape[-1])
+        rows = given.numel() // given.shape[-1]
+        return LayerShape("linear", module.out_features, module.in_features, rows, dtype=dtype)
     if not isinstance(module, nn.modules.conv._ConvNd):
         return None
     padding = _padding(module)
@@ -120,6 +117,7 @@ def shape_of(module: nn.Module, given: Tensor) -> LayerShape | None:
         tuple(module.dilation),
         module.groups,
         module.transposed,
+        dtype,
     )
 
 
@@ -272,7 +270,7 @@ def time_modules(shape: LayerShape, points: Sequence[Point], runtime: Runtime, t
 @register("layer_timer", "torch_compile")
 def time_eagerly(shape: LayerShape, points: Sequence[Point], runtime: Runtime, threads: int) -> list[float]:
     """Compiling every width would take minutes: the tables are of eager PyTorch, and the fit of the model corrects."""
-    eager: Runtime = lookup("runtime", "torch")()
+    eager: Runtime = lookup("runtime", "torch")(device=getattr(runtime, "device", None))
     return time_modules(shape, points, eager, threads)
 
 
@@ -291,7 +289,7 @@ def time_in_onnxruntime(shape: LayerShape, points: Sequence[Point], runtime: Run
 def _kernel_ms(shape: LayerShape, point: Point, threads: int, folder: Path) -> float:
     runtime = onnx_graph.require("onnxruntime")
     outputs, inputs_ = point
-    array = shape.input(inputs_).numpy()
+    array = shape.input(inputs_).float().numpy()
     options = onnx_graph.session_options(threads)
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / "times")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruningawaretraining.grouping import Grouping
-from pruningawaretraining.inputs import ForwardFn, checked_call, evaluating, move, tensors_of
+from pruningawaretraining.inputs import ForwardFn, beside, checked_call, evaluating, tensors_of
 
 
 @dataclass
@@ -98,6 +98,7 @@ def activation_lives(model: nn.Module, example_inputs: Any, forward_fn: ForwardF
     Raises:
         ModelError: the model rejects the inputs.
     """
+    example_inputs = beside(model, example_inputs)  # copies of inputs are none of its activations
     owned = [*model.parameters(), *model.buffers(), *tensors_of(example_inputs)]
     watch = _Watch({one.untyped_storage()._cdata for one in owned})
     with torch.no_grad(), evaluating(model), watch:
@@ -179,9 +180,7 @@ def memory_cost(
     """
 
     def lives(keep_G: Tensor) -> Lives:
-        model = without(keep_G)
-        device = next((one.device for one in model.parameters()), torch.device("cpu"))
-        return activation_lives(model, move(example_inputs, device), forward_fn)
+        return activation_lives(without(keep_G), example_inputs, forward_fn)
 
     whole = lives(torch.ones(grouping.size, dtype=torch.bool))
     dense_T = torch.tensor(whole.bytes_T, dtype=torch.float64)

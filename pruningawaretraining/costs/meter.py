@@ -18,7 +18,15 @@ from torch import nn
 from pruningawaretraining import onnx_graph, registry
 from pruningawaretraining.costs.latency import time_in_turns
 from pruningawaretraining.costs.layer_times import VERSION, LayerShape, LayerTable, measure_table
-from pruningawaretraining.costs.runtimes import Model, OnnxRuntime, Runtime, runtime_version
+from pruningawaretraining.costs.runtimes import (
+    FOLLOWING,
+    Model,
+    OnnxRuntime,
+    Runtime,
+    device_name,
+    on_device,
+    runtime_version,
+)
 from pruningawaretraining.costs.time_cache import TimeCache, machine
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.inputs import tensors_of
@@ -64,6 +72,7 @@ class RuntimeMeter:
         batch: rows of the example inputs; None leaves them as they are.
         threads: threads within an operator.
         cache: where times are kept; by default in the user's cache folder.
+        device: of the model whose copies are timed: a runtime that runs models where they are runs them there.
 
     Raises:
         ConfigError: the runtime is unknown.
@@ -75,8 +84,9 @@ class RuntimeMeter:
         batch: int | None = 1,
         threads: int = 1,
         cache: TimeCache | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        spec = {"type": runtime} if isinstance(runtime, str) else dict(runtime)
+        spec = on_device({"type": runtime} if isinstance(runtime, str) else runtime, device)
         self.name = registry.canonical("runtime", spec["type"], "runtime")
         self.runtime: Runtime = registry.build("runtime", spec)
         self._others: list[
@@ -90,12 +100,20 @@ class RuntimeMeter:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     @property
+    def _device(self) -> torch.device | None:
+        """What computes, where that is not the processor."""
+        if self.name in ("cuda", "tensorrt"):
+            return torch.device("cuda", int(self._spec.get("device", 0)))
+        device = self._spec.get("device") if self.name in FOLLOWING else None
+        return None if device is None or torch.device(device).type == "cpu" else torch.device(device)
+
+    @property
     def cache(self) -> TimeCache:
         """Where times are kept."""
         if self._cache is None:
             where = {"runtime": self._spec, "version": runtime_version(self.name), "threads": self.threads}
-            if self.name in ("cuda", "tensorrt") and torch.cuda.is_available():
-                where["device"] = torch.cuda.get_device_name()
+            if self._device is not None:
+                where["device"] = device_name(self._device)
             self._cache = TimeCache({**where, "machine": machine(), "format": VERSION})
         return self._cache
 
@@ -135,9 +153,13 @@ class RuntimeMeter:
                     raise
                 self.runtime = self._others.pop()
 
+    @property
+    def on_processor(self) -> bool:
+        """Whether all that is timed runs on the thread that calls: then the time that the processor spent counts."""
+        return self.threads == 1 and self.name in ONE_THREAD and self._device is None
+
     def _milliseconds(self, models: Mapping[str, tuple[Model, Any]]) -> dict[str, float]:
-        alone = self.threads == 1 and self.name in ONE_THREAD
-        clock = time.process_time if alone else time.perf_counter
+        clock = time.process_time if self.on_processor else time.perf_counter
         with contextlib.ExitStack() as stack:
             prepared = [self.runtime.prepare(model, given, self.threads) for model, given in models.values()]
             runs = [stack.enter_context(one) for one in prepared]

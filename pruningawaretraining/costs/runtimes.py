@@ -17,13 +17,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining import inputs, onnx_graph
+from pruningawaretraining import inputs, onnx_graph, registry
+from pruningawaretraining.compiled import uncompiled
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.registry import register
 
 Model = nn.Module | str | Path
 Run = Callable[[], None]
 
+FOLLOWING = ("torch", "torch_compile")
+"""Runtimes that run a model on the device where it is."""
 _ON_CPU = "onnxruntime, torch, torch_compile"
 
 
@@ -54,11 +57,17 @@ class OnnxRuntime:
 @register("runtime", "torch", "eager")
 @dataclass(frozen=True)
 class TorchEager:
-    """PyTorch as the model runs in a training script: eager, in eval mode, on the device where the model is."""
+    """PyTorch as the model runs in a training script: eager, in eval mode, on the device where the model is.
+
+    Attributes:
+        device: another device, e.g. "cuda:0"; the model is copied there.
+    """
+
+    device: str | None = None
 
     def prepare(self, model: Model, example_inputs: Any, threads: int) -> AbstractContextManager[Run]:
         """See :class:`Runtime`."""
-        return _torch_run(_module(model, "torch"), example_inputs, threads, inputs.call)
+        return _torch_run(_there(_module(model, "torch"), "torch", self.device), example_inputs, threads)
 
 
 @register("runtime", "torch_compile", "compile", "torch.compile", "inductor")
@@ -68,15 +77,18 @@ class TorchCompile:
 
     Attributes:
         mode: of ``torch.compile``, e.g. "max-autotune".
+        device: another device, e.g. "cuda:0"; the model is copied there.
     """
 
     mode: str = "default"
+    device: str | None = None
 
     def prepare(self, model: Model, example_inputs: Any, threads: int) -> AbstractContextManager[Run]:
         """See :class:`Runtime`."""
-        compiled = torch.compile(_module(model, "torch_compile"), dynamic=False, mode=self.mode)
+        there = _there(_module(model, "torch_compile"), "torch_compile", self.device)
+        compiled = torch.compile(there, dynamic=False, mode=self.mode)
         assert isinstance(compiled, nn.Module)
-        return _torch_run(compiled, example_inputs, threads, inputs.call_as_is)
+        return _torch_run(compiled, example_inputs, threads, as_written=False)
 
 
 @register("runtime", "cuda", "torch_cuda")
@@ -97,7 +109,7 @@ class TorchCuda:
                 "runtime: 'cuda' needs a GPU that PyTorch can use, and there is none. Allowed: " + _ON_CPU
             )
         copied = copy.deepcopy(_module(model, "cuda")).to(torch.device("cuda", self.device))
-        return _torch_run(copied, example_inputs, threads, inputs.call)
+        return _torch_run(copied, example_inputs, threads)
 
 
 @register("runtime", "tensorrt", "trt")
@@ -131,6 +143,36 @@ def _module(model: Model, runtime: str) -> nn.Module:
     return model
 
 
+def _there(model: nn.Module, runtime: str, device: str | None) -> nn.Module:
+    """The model, or a copy of it on another device."""
+    if device is None or not any(one.device != torch.device(device) for one in model.parameters()):
+        return model
+    try:
+        return copy.deepcopy(model).to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"runtime: {runtime!r} has no device {device!r} here: {inputs.first_line(error)}. Allowed: cpu"
+        ) from error
+
+
+def on_device(spec: Mapping[str, Any], device: torch.device | None) -> dict[str, Any]:
+    """A runtime's options, for a model whose copies are timed where it is itself.
+
+    Args:
+        spec: ``{"type": name, **options}``.
+        device: of the model. Runtimes that run a model where it is get it as an option, unless they have one.
+    """
+    name = registry.canonical("runtime", spec["type"], "runtime")
+    follows = name in FOLLOWING and device is not None and device.type != "cpu"
+    return {**({"device": str(device)} if follows else {}), **spec}
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is: times of another do not count."""
+    known = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if known else str(device)
+
+
 def runtime_version(name: str) -> str:
     """The version of what runs there: times that another version took do not count."""
     if name in ("onnxruntime", "tensorrt"):
@@ -139,14 +181,17 @@ def runtime_version(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _torch_run(model: nn.Module, example_inputs: Any, threads: int, call: Callable[..., Any]) -> Iterator[Run]:
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    moved, before = inputs.move(example_inputs, device), torch.get_num_threads()
+def _torch_run(model: nn.Module, example_inputs: Any, threads: int, as_written: bool = True) -> Iterator[Run]:
+    """Runs on inputs that are moved once; each run ends when its device is done, so that a clock sees all of it."""
+    moved, before = inputs.beside(model, example_inputs), torch.get_num_threads()
+    devices = {one.device for one in (*model.parameters(), *inputs.tensors_of(moved))}
+    waited_for = [one for one in devices if _is_accelerator(one)]
 
     def run() -> None:
-        call(model, moved)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        with uncompiled() if as_written else contextlib.nullcontext():
+            inputs.call_as_is(model, moved)
+        for device in waited_for:
+            torch.accelerator.synchronize(device)
 
     try:
         torch.set_num_threads(threads)
@@ -156,6 +201,12 @@ def _torch_run(model: nn.Module, example_inputs: Any, threads: int, call: Callab
             yield run
     finally:
         torch.set_num_threads(before)
+
+
+def _is_accelerator(device: torch.device) -> bool:
+    """Whether operations on a device go on after the call that started them has returned."""
+    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return current is not None and current.type == device.type
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pruningawaretraining.checkpoint import load_pruned, save_pruned, write_atomically
 from pruningawaretraining.costs.latency import compare_latency
 from pruningawaretraining.costs.macs import count_macs
+from pruningawaretraining.costs.runtimes import on_device
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import build_model
 from pruningawaretraining.experiment.data import DataSet, Pipeline
@@ -138,7 +139,7 @@ def _latency(trained: Trained, model: nn.Module) -> dict[str, Any]:
     spec = trained.config.latency
     assert spec is not None
     images = trained.images(spec.batch)
-    runtime: dict[str, Any] = {"type": spec.runtime}
+    runtime = on_device({"type": spec.runtime}, trained.device)
     if spec.runtime == "onnxruntime" and trained.config.onnx is not None:
         runtime["exporter"] = trained.config.onnx.exporter
     pair = {"dense": (trained.fresh_model(), images), "pruned": (model, images)}

@@ -136,10 +136,8 @@ def find_device(name: str) -> torch.device:
         ConfigError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        return torch.zeros(1, device=name).device  # with its number: that of this process's own GPU
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device: {name!r} is not here: {str(error).splitlines()[0]}. Allowed: auto, cpu") from error
-    return device

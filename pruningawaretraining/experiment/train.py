@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +49,10 @@ class Precision:
         scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         return cls(device, AMP_DTYPES.get(config.amp), scaler)
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[object]:
         """A context for the forward pass."""
+        if self.dtype is None and not torch.amp.is_autocast_available(self.device.type):
+            return nullcontext()
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
 
