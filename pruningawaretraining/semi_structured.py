@@ -6,12 +6,17 @@ Shape suffixes: ``_OI`` the weight of a linear layer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.errors import ModelError, unknown
+from pruningawaretraining.costs.layer_times import layer_shapes
+from pruningawaretraining.errors import ConfigError, ModelError, unknown
+from pruningawaretraining.inputs import ForwardFn
+from pruningawaretraining.semi_structured_choice import Bench, GpuBench, LayerSpeed, measure_layer
 
 log = logging.getLogger(__name__)
 
@@ -29,24 +34,106 @@ def is_two_of_four(weight_OI: Tensor) -> bool:
     return bool(((weight_OI != 0).reshape(-1, 4).sum(-1) <= 2).all())
 
 
-def to_semi_structured(model: nn.Module, layers: Iterable[str] | None = None) -> list[str]:
+class Converted(list[str]):
+    """Names of the layers that have been converted, with what was measured.
+
+    Attributes:
+        layers: of every layer that could be converted.
+    """
+
+    def __init__(self, layers: Iterable[LayerSpeed]) -> None:
+        self.layers = tuple(layers)
+        super().__init__(one.name for one in self.layers if one.converted)
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast the measured layers are together, those that stay dense included."""
+        before = math.fsum(one.dense_ms for one in self.layers)
+        after = math.fsum(one.sparse_ms if one.converted and one.sparse_ms else one.dense_ms for one in self.layers)
+        return before / after if after else 1.0
+
+
+def to_semi_structured(
+    model: nn.Module,
+    layers: Iterable[str] | None = None,
+    example_inputs: Any = None,
+    forward_fn: ForwardFn | None = None,
+    *,
+    rows: int = 1024,
+    only_faster: bool = True,
+) -> Converted:
     """Put semi-structured sparse tensors in the place of the weights of linear layers, for inference.
 
-    Outputs stay the same up to rounding. The parameters are frozen afterwards and masks no longer act on them: do this
-    last, on a model in half precision that is on its GPU, and save the dense weights.
+    Each layer is measured dense, with cuSPARSELt and with CUTLASS; it becomes sparse in the fastest way, and stays
+    dense, with a warning, where none is faster. Outputs stay the same up to rounding. Parameters that are converted are
+    frozen and masks no longer act on them: do this last, on a model in half precision that is on its GPU, and save the
+    dense weights.
 
     Args:
         model: changed in place.
         layers: names of linear layers; None for every one that is 2:4 and fits (others are left and logged).
+        example_inputs: as the model takes them, of the size that it will run on: layers are measured on as many rows as
+            they get there, and those that are not reached stay dense.
+        forward_fn: how to call the model on them, if not as ``model(*example_inputs)``.
+        rows: that layers are measured on without example inputs.
+        only_faster: False converts what is slower too: its weights take half the memory all the same.
 
     Returns:
-        Names of the layers that have been converted.
+        Names of the layers that have been converted; their ``layers`` and ``speedup`` say what was measured.
 
     Raises:
         ModelError: the device has no sparse matrix products, there is no such layer, or one that is named is not 2:4,
-            has another type, or dimensions that are no multiple of 64; nothing has changed then.
+            has another type, or dimensions that are no multiple of 64, or the model rejects the inputs; nothing has
+            changed then.
+        ConfigError: rows below 1.
 
     Source: Mishra et al. 2021, Accelerating Sparse Deep Neural Networks.
+    """
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise ConfigError(f"rows: {rows!r} is not a whole number of at least 1")
+    chosen = _chosen(model, layers)
+    for name, one in chosen.items():
+        check_device(one.weight, name)
+    if example_inputs is None:
+        rows_of = dict.fromkeys(chosen, rows)
+    else:
+        shapes = layer_shapes(model, example_inputs, list(chosen), forward_fn)
+        rows_of = {name: shape.rows for name, shape in shapes.items()}
+    return convert(chosen, rows_of, GpuBench(), only_faster)
+
+
+def convert(layers: Mapping[str, nn.Linear], rows_of: Mapping[str, int], bench: Bench, only_faster: bool) -> Converted:
+    """Measure layers and convert those for which it pays.
+
+    Args:
+        layers: by name; changed in place, all or none.
+        rows_of: rows of the input of each; layers without stay dense.
+        bench: packs weights and measures.
+        only_faster: see :func:`to_semi_structured`.
+    """
+    found: list[LayerSpeed] = []
+    sparse: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        if name not in rows_of:
+            log.warning("%s stays dense: the example inputs do not reach it", name)
+            continue
+        speed, weight_OI = measure_layer(name, layer, rows_of[name], bench, only_faster)
+        found.append(speed)
+        log.log(logging.INFO if speed.converted else logging.WARNING, "%s", speed)
+        if weight_OI is not None:
+            sparse[name] = weight_OI
+    for name, weight_OI in sparse.items():
+        layers[name].weight = nn.Parameter(weight_OI, requires_grad=False)
+    converted = Converted(found)
+    log.info("%d of %d layers are sparse: %.2f times as fast together", len(converted), len(found), converted.speedup)
+    return converted
+
+
+def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Linear]:
+    """The linear layers that are to be converted.
+
+    Raises:
+        ModelError: there is none, no such one, or one that is named does not fit.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: a {type(model).__name__} is not allowed. Allowed: a torch.nn.Module")
@@ -62,18 +149,12 @@ def to_semi_structured(model: nn.Module, layers: Iterable[str] | None = None) ->
     if layers is not None and unfit:
         name, reason = next(iter(unfit.items()))
         raise ModelError(f"{name}.weight: {reason}")
-    chosen = [name for name in named if name not in unfit]
     for name, reason in unfit.items():
         log.info("%s stays dense: %s", name, reason)
-    if not chosen:
+    if len(unfit) == len(reasons):
         found = "; ".join(f"{name}: {reason}" for name, reason in list(unfit.items())[:3]) or "there is no nn.Linear"
         raise ModelError(f"model: no linear layer can become semi-structured. {found}")
-    for name in chosen:
-        check_device(linear[name].weight, name)
-    sparse = {name: torch.sparse.to_sparse_semi_structured(linear[name].weight.detach()) for name in chosen}
-    for name, tensor in sparse.items():
-        linear[name].weight = nn.Parameter(tensor, requires_grad=False)
-    return chosen
+    return {name: linear[name] for name in named if name not in unfit}
 
 
 def obstacle(weight_OI: Tensor) -> str:
