@@ -15,18 +15,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pruningawaretraining import fused
+from pruningawaretraining import fused, lowest
 from pruningawaretraining.allocation import SLACK
 from pruningawaretraining.errors import TargetError
 from pruningawaretraining.folding import slot_maxima
 from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.registry import lookup
-
-CHUNK = 1 << 22  # groups looked at together when ties are counted
 
 
 @dataclass(frozen=True)
@@ -76,17 +73,19 @@ def allocate(
         ValueError: scores of the wrong length, or with NaN.
     """
     values_G = _prepared(scores_G, sizes_S, removed_G, exempt_G)
-    counted = _counted(sizes_S, exempt_G)
-    least, most = _bounds(counted, limits, sizes_S, removed_G, exempt_G)
+    counted, gone = _counts(sizes_S, removed_G, exempt_G)
+    least, most = _bounds(counted, gone, limits)
     classes = [0] * len(counted) if classes_S is None else classes_S.tolist()
     wanted = _wanted(sparsity, counted, least, most, classes)
-    parts = torch.split(values_G, list(sizes_S))
-    keep_G = _lowest_of_classes(values_G, parts, classes, wanted)
-    gone = [int((~part).sum()) for part in torch.split(keep_G, list(sizes_S))]
+    ranked = lowest.ranking(values_G, sizes_S, classes)
+    keep_G = ranked.without_lowest(wanted)
+    if limits == ElementLimits():  # nothing is bounded but what is gone or exempt, and these come first and last
+        return keep_G
+    gone = [size - kept for size, kept in zip(sizes_S, lowest.counts_of(keep_G, sizes_S), strict=True)]
     if all(low <= count <= high for low, count, high in zip(least, gone, most, strict=True)):
         return keep_G
-    _apply_bounds(parts, counted, least, most)
-    return _lowest_of_classes(values_G, parts, classes, wanted)
+    ranked.bound(counted, least, most)
+    return ranked.without_lowest(wanted)
 
 
 def _wanted(
@@ -99,20 +98,6 @@ def _wanted(
         count = math.floor(sparsity * sum(counted[index] for index in mine) + SLACK)
         wanted[number] = min(max(count, sum(least[index] for index in mine)), sum(most[index] for index in mine))
     return wanted
-
-
-def _lowest_of_classes(
-    values_G: Tensor, parts: Sequence[Tensor], classes: Sequence[int], wanted: dict[int, int]
-) -> Tensor:
-    keep_G = torch.ones_like(values_G, dtype=torch.bool)
-    keeps = torch.split(keep_G, [len(part) for part in parts])
-    for number, count in wanted.items():
-        mine = [index for index, one in enumerate(classes) if one == number]
-        if len(mine) == len(parts):
-            drop_lowest([values_G], [keep_G], count)
-        else:
-            drop_lowest([parts[index] for index in mine], [keeps[index] for index in mine], count)
-    return keep_G
 
 
 def _prepared(scores_G: Tensor, sizes_S: Sequence[int], removed_G: Tensor | None, exempt_G: Tensor | None) -> Tensor:
@@ -131,79 +116,22 @@ def _prepared(scores_G: Tensor, sizes_S: Sequence[int], removed_G: Tensor | None
     return values_G
 
 
-def _counted(sizes_S: Sequence[int], exempt_G: Tensor | None) -> list[int]:
-    if exempt_G is None:
-        return list(sizes_S)
-    return [size - int(part.sum()) for size, part in zip(sizes_S, torch.split(exempt_G, list(sizes_S)), strict=True)]
+def _counts(sizes_S: Sequence[int], removed_G: Tensor | None, exempt_G: Tensor | None) -> tuple[list[int], list[int]]:
+    """For each set, how many groups count, and how many of these are gone already."""
+    counted = list(sizes_S)
+    if exempt_G is not None:
+        counted = [size - out for size, out in zip(sizes_S, lowest.counts_of(exempt_G, sizes_S), strict=True)]
+    if removed_G is None:
+        return counted, [0] * len(counted)
+    masked_G = removed_G if exempt_G is None else removed_G & ~exempt_G.to(removed_G.device)
+    return counted, lowest.counts_of(masked_G, sizes_S)
 
 
-def _bounds(
-    counted: Sequence[int],
-    limits: ElementLimits,
-    sizes_S: Sequence[int],
-    removed_G: Tensor | None,
-    exempt_G: Tensor | None,
-) -> tuple[list[int], list[int]]:
+def _bounds(counted: Sequence[int], gone: Sequence[int], limits: ElementLimits) -> tuple[list[int], list[int]]:
     """The least and the most groups that may be gone from each set."""
-    gone = [0] * len(counted)
-    if removed_G is not None:
-        masked_G = removed_G if exempt_G is None else removed_G & ~exempt_G.to(removed_G.device)
-        gone = [int(part.sum()) for part in torch.split(masked_G, list(sizes_S))]
     least = [max(math.floor(limits.min_sparsity * n + SLACK), out) for n, out in zip(counted, gone, strict=True)]
     most = [n - max(0, math.ceil((1 - limits.max_sparsity) * n - SLACK)) for n in counted]
     return least, [max(pair) for pair in zip(most, least, strict=True)]
-
-
-def _apply_bounds(parts: Sequence[Tensor], counted: Sequence[int], least: Sequence[int], most: Sequence[int]) -> None:
-    """Put what must go from a set before everything, and what must stay after everything."""
-    for part, count, low, high in zip(parts, counted, least, most, strict=True):
-        if high < count:
-            allowed_N = torch.ones_like(part, dtype=torch.bool)
-            drop_lowest([part], [allowed_N], high)
-            part.masked_fill_(allowed_N, math.inf)
-        if low > 0:
-            stays_N = torch.ones_like(part, dtype=torch.bool)
-            drop_lowest([part], [stays_N], low)
-            part.masked_fill_(~stays_N, -math.inf)
-
-
-def drop_lowest(values: Sequence[Tensor], keeps: Sequence[Tensor], count: int) -> None:
-    """Clear, in place, the keep flags of the ``count`` lowest of several runs; among equals the first go."""
-    if count <= 0:
-        return
-    threshold = _smallest(values, count)
-    below = [value_N < threshold for value_N in values]
-    remaining = count - sum(int(flags_N.sum()) for flags_N in below)
-    for value_N, keep_N, flags_N in zip(values, keeps, below, strict=True):
-        keep_N.masked_fill_(flags_N, False)
-        for value_C, keep_C in _chunks(value_N, keep_N):
-            if remaining <= 0:
-                break
-            ties = torch.nonzero(value_C == threshold).flatten()[:remaining]
-            keep_C[ties] = False
-            remaining -= len(ties)
-
-
-def _chunks(values_N: Tensor, keep_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(torch.split(values_N, CHUNK), torch.split(keep_N, CHUNK), strict=True)
-
-
-def _smallest(values: Sequence[Tensor], count: int) -> Tensor:
-    """The ``count``-th smallest of several runs, by selection."""
-    joined_N = values[0] if len(values) == 1 else torch.cat(list(values))
-    if joined_N.is_cuda:
-        return torch.kthvalue(joined_N, count).values
-    if joined_N.dtype == torch.bfloat16:  # NumPy has none; its bits, made to count upwards, are ordered as it is
-        bits_N = (joined_N + 0.0).view(torch.int16)
-        ordered_N = torch.where(bits_N < 0, bits_N ^ 0x7FFF, bits_N)
-        found = _partition(ordered_N.numpy(), count)
-        found = torch.where(found < 0, found ^ 0x7FFF, found)
-        return found.view(torch.bfloat16)
-    return _partition(joined_N.numpy(), count)
-
-
-def _partition(values_N: np.ndarray, count: int) -> Tensor:
-    return torch.from_numpy(np.partition(values_N, count - 1)[count - 1 : count].copy())[0]
 
 
 def allocate_windows(
@@ -309,6 +237,8 @@ def _lowest_in_rows(values: Tensor, count: int) -> Tensor:
 
     Each pair of columns is compared once: sorting many rows of four costs ten times as much.
     """
+    if not lowest.on_host(values):
+        return lowest.lowest_in_rows(values, count)
     kernels = fused.kernels() if fused.fits(values) else None
     if kernels is not None:
         found = torch.empty(values.shape, dtype=torch.bool)
@@ -335,10 +265,12 @@ def progressive(keep_G: Tensor, next_G: Tensor, scores_G: Tensor, part: int, par
         parts: how many sub-steps an event has.
     """
     newly_G = keep_G & ~next_G
+    if not lowest.on_host(keep_G):
+        return keep_G & ~lowest.lowest_share(scores_G, newly_G, part, parts)
     count = int(newly_G.sum()) * part // parts
     going = torch.nonzero(newly_G).flatten()
     flags = torch.ones(len(going), dtype=torch.bool, device=going.device)
-    drop_lowest([scores_G[going]], [flags], count)
+    lowest.drop_lowest([scores_G[going]], [flags], count)
     out_G = keep_G.clone()
     out_G[going[~flags]] = False
     return out_G

@@ -321,8 +321,8 @@ class ChannelPruner:
         if one.state.first is not None:
             statistics.first_G = one.state.first[live_R]
         scores = one.criterion.score(scorable(grouping, one.criterion), statistics)
-        if one.state.first is None and bool(live_R.all()):
-            one.state.scale, one.state.first = statistics.scale, statistics.first_G
+        if one.state.first is None and statistics.first_G is not None and bool(live_R.all()):
+            one.state.scale, one.state.first = statistics.scale, statistics.first_G.cpu()
         scores_R = torch.full((len(one.groups_D),), -torch.inf, dtype=torch.float64)
         scores_R[live_R] = scores.detach().cpu().double()
         if bool(torch.isnan(scores_R).any()):

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from pruningawaretraining.criteria.reductions import device_of
 from pruningawaretraining.folding import fill_groups, slot_counts, slots_of
 from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.lowest import counts_of
 from pruningawaretraining.optimizer_state import mask_state
 from pruningawaretraining.sharded import is_sharded, local_member, local_of
 
@@ -29,6 +30,7 @@ class ElementMasks:
     def __init__(self, grouping: Grouping) -> None:
         self.grouping = grouping
         self.keep_G = torch.ones(grouping.size, dtype=torch.bool, device=device_of(grouping))
+        self.kept_by_set = [one.size for one in grouping.sets]  # groups of each set that are not masked
         self._drops: list[tuple[Member, Tensor]] = []  # members with anything masked, and which of their slots
         self._handles: list[RemovableHandle] = []
 
@@ -39,11 +41,12 @@ class ElementMasks:
 
     def set(self, keep_G: Tensor) -> None:
         """Take new masks (True = keep) and zero what they switch off."""
-        self.clear()
-        self.keep_G = keep_G.detach().to(device_of(self.grouping), torch.bool).clone()
-        for member in self.grouping.members:
-            drop_S = ~slots_of(self.grouping, member, self.keep_G)
-            if bool(drop_S.any()):
+        self._forget()
+        self.keep_G = keep_G.detach().to(device_of(self.grouping), torch.bool, copy=True)
+        self.kept_by_set = counts_of(self.keep_G, [one.size for one in self.grouping.sets])
+        for member, kept in zip(self.grouping.members, self.kept_of_members(), strict=True):
+            if kept < member.n_slots:
+                drop_S = ~slots_of(self.grouping, member, self.keep_G)
                 self._drops.append((member, drop_S.to(member.parameter.device)))
         for index, (member, _) in enumerate(self._drops):
             if member.parameter.requires_grad:
@@ -62,10 +65,21 @@ class ElementMasks:
 
     def clear(self) -> None:
         """Forget the masks; the weights stay as they are."""
+        self._forget()
+        self.keep_G = torch.ones_like(self.keep_G)
+
+    def _forget(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._drops = [], []
-        self.keep_G = torch.ones_like(self.keep_G)
+        self.kept_by_set = [one.size for one in self.grouping.sets]
+
+    def kept_of_members(self) -> list[int]:
+        """Groups of each member that are not masked; most often each member is a set."""
+        runs = [(member.offset, member.n_slots) for member in self.grouping.members]
+        if runs == [(one.start, one.size) for one in self.grouping.sets]:
+            return self.kept_by_set
+        return [counts_of(self.keep_G[start : start + size], [size])[0] for start, size in runs]
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -111,11 +125,16 @@ class ElementMasks:
 
     def masked_weights(self) -> int:
         """How many weights are masked."""
-        total = 0
+        total, kept = 0, dict(zip(self.grouping.members, self.kept_of_members(), strict=True))
         for member, drop_S in self._drops:
-            counts = slot_counts(member).to(drop_S.device)
-            gone = drop_S.count_nonzero() if counts.numel() == 1 else drop_S.view(member.sizes).double()
-            total += round(float((gone * counts).sum()))
+            counts = slot_counts(member)
+            if counts.numel() == 1:
+                total += (member.n_slots - kept[member]) * int(counts)
+                continue
+            alike = [dim for dim, length in enumerate(counts.shape) if length == 1]
+            gone = drop_S.view(member.sizes)
+            gone = gone.sum(dim=alike, keepdim=True) if alike else gone.long()
+            total += int((gone * counts.to(gone)).sum())
         return total
 
     def by_parameter(self) -> dict[str, Tensor]:

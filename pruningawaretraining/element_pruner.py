@@ -70,7 +70,7 @@ class ElementPruner:
         """(groups, those that are masked) of all rules."""
         return (
             sum(one.grouping.size for one in self.rules),
-            sum(one.grouping.size - int(one.masks.keep_G.count_nonzero()) for one in self.rules),
+            sum(one.grouping.size - sum(one.masks.kept_by_set) for one in self.rules),
         )
 
     @property
@@ -96,9 +96,8 @@ class ElementPruner:
         """One dict for each layer of each rule: source, dependencies (none), size and kept groups."""
         rows = []
         for one in self.rules:
-            for name, keep_S in one.masks.by_parameter().items():
-                row = {"source": name, "dependencies": [], "size": len(keep_S), "kept": int(keep_S.sum())}
-                rows.append(row)
+            for member, kept in zip(one.grouping.members, one.masks.kept_of_members(), strict=True):
+                rows.append({"source": member.name, "dependencies": [], "size": member.n_slots, "kept": kept})
         return rows
 
     def calibrate(self, calibration: Calibration) -> None:
@@ -217,9 +216,8 @@ class ElementPruner:
 
     def _warn_of_empty_layers(self, one: ElementRule) -> None:
         """Say once which layers have no weight left: the model may be cut in two there."""
-        sets = one.grouping.sets
-        for each, keep_N in zip(sets, torch.split(one.masks.keep_G, [each.size for each in sets]), strict=True):
-            if bool(keep_N.any()):
+        for each, kept in zip(one.grouping.sets, one.masks.kept_by_set, strict=True):
+            if kept:
                 continue
             name = each.name
             if (one.key, name) not in self._empty:

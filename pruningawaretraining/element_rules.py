@@ -116,7 +116,7 @@ class ElementRule:
     @property
     def sparsity(self) -> float:
         """Fraction of its groups that are masked."""
-        return 1.0 - int(self.masks.keep_G.count_nonzero()) / self.grouping.size if self.grouping.size else 0.0
+        return 1.0 - sum(self.masks.kept_by_set) / self.grouping.size if self.grouping.size else 0.0
 
 
 def make_rule(model: nn.Module, key: str, rule: Rule, pattern: ElementPattern, stacked: bool = False) -> ElementRule:

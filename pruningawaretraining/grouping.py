@@ -272,7 +272,7 @@ class Grouping:
 def _add_slots(total_G1: Tensor, member: Member, sums_S: Tensor) -> None:
     """Add a member's sums to those of its groups."""
     if member.slots is None:
-        total_G1[member.offset : member.offset + member.n_slots] += sums_S
+        total_G1[member.offset : member.offset + member.n_slots].add_(sums_S)
     else:
         total_G1.index_add_(0, member.slots.to(sums_S.device), sums_S)
 

@@ -41,7 +41,7 @@ from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer
 from pruningawaretraining.rehearsal import removable_blocks, removable_channels
 from pruningawaretraining.report.summary import Report
-from pruningawaretraining.reported import layer_rows, plain_rows, set_rows
+from pruningawaretraining.reported import CountedMacs, layer_rows, plain_rows, set_rows
 from pruningawaretraining.run_state import (
     VERSION,
     all_or_nothing,
@@ -138,6 +138,7 @@ class Pruning:
         self._described: dict[str, Any] = {}  # what save_pruned writes once this pruner is gone
         self._channels: ChannelPruner | None = None
         self._elements: ElementPruner | None = None
+        self._counted = CountedMacs()  # of a model that loses no channels
         self._channel_rules: list[tuple[str, Rule]] = []
         self._capture: Any = None
         self._calibration: tuple[Iterable[Any], LossFn] | None = None
@@ -797,13 +798,16 @@ class Pruning:
         """MACs of the dense model and of what is kept, on the example inputs; counted on a removed model."""
         engine = self._channels
         if engine is None:
-            counted = count_macs(self.model, self._inputs, self._forward_fn) if self._inputs is not None else 0
+            counted = self._plain_macs().get("", 0)
             return Macs(counted, counted)
         dense = int(self.record["macs"]) if self.record else int(engine.macs_cost.dense)
         if engine.masks.active or not engine.removed:
             return Macs(dense, round(engine.macs_cost(engine.keep_D)))
         with engine.deaf():
             return Macs(dense, count_macs(self.model, self._inputs, self._forward_fn))
+
+    def _plain_macs(self) -> dict[str, int]:
+        return self._counted.per_layer(self.model, self._inputs, self._forward_fn)
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -844,7 +848,7 @@ class Pruning:
             sparsity=self.sparsity,
             macs={"dense": macs.dense, "kept": macs.kept, "fraction": macs.fraction},
             parameters={**counts, "fraction": kept_parameters / max(dense_parameters, 1)},
-            layers=layer_rows(engine) if engine is not None else plain_rows(self.model, self._inputs, self._forward_fn),
+            layers=plain_rows(self.model, self._plain_macs()) if engine is None else layer_rows(engine),
             groups=self.describe_groups(),
         )
 

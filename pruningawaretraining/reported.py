@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from pruningawaretraining.channel_pruner import ChannelPruner, layer_widths
 from pruningawaretraining.costs.macs import macs_per_layer
-from pruningawaretraining.inputs import ForwardFn
+from pruningawaretraining.inputs import ForwardFn, tensors_of
 
 
 def set_rows(engine: ChannelPruner) -> list[dict[str, Any]]:
@@ -25,9 +26,32 @@ def set_rows(engine: ChannelPruner) -> list[dict[str, Any]]:
     ]
 
 
-def plain_rows(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> list[dict[str, Any]]:
-    """Rows of the layers of a model whose widths stay; without inputs no MACs are known."""
-    macs = macs_per_layer(model, inputs, forward_fn) if inputs is not None else {}
+class CountedMacs:
+    """MACs of the modules of a model whose widths stay: it is run once, and again when its modules are others."""
+
+    def __init__(self) -> None:
+        self._counted_of: Any = None
+        self._macs: dict[str, int] = {}
+
+    def per_layer(self, model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> dict[str, int]:
+        """As :func:`~pruningawaretraining.costs.macs.macs_per_layer`; nothing is known without inputs."""
+        if inputs is None:
+            return {}
+        kinds = [(name, type(module).__name__) for name, module in model.named_modules()]
+        shapes = [tuple(one.shape) for one in (*model.parameters(), *tensors_of(inputs))]
+        if self._counted_of != (kinds, shapes):
+            self._macs = macs_per_layer(model, inputs, forward_fn)
+            self._counted_of = kinds, shapes
+        return self._macs
+
+
+def plain_rows(model: nn.Module, macs: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Rows of the layers of a model whose widths stay.
+
+    Args:
+        model: the model.
+        macs: of its modules by name, those that are known.
+    """
     modules = dict(model.named_modules())
     return [
         {

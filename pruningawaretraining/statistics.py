@@ -28,7 +28,7 @@ class Statistics:
         macs: the MACs of the model as a function of its masks, None for patterns that save none.
         keep_G: groups that are not masked yet, None for all.
         scale: for each set, what a criterion divided its scores by at the first event; None before it.
-        first_G: the scores that it divided, on the CPU.
+        first_G: the scores that it divided.
         tensors: named statistics that a criterion gathered (moving averages, activations), one a member or group.
     """
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pruningawaretraining.criteria.reductions import device_of, reduce_sum
 from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.registry import lookup, register
 from pruningawaretraining.statistics import Statistics
@@ -43,11 +44,14 @@ def magnitude_scores(grouping: Grouping, p: float) -> Tensor:
         values_W = values_W.float()
         return values_W.square() if p == 2 else values_W.abs().pow(p)
 
-    sums_G = weights.reduce_of(power)
-    count_S = members_per_set(weights).clamp(min=1).to(sums_G)
+    if device_of(weights).type == "cpu" or any(member.slots is not None for member in weights.members):
+        sums_G = weights.reduce_of(power)
+    else:  # by views: adding by an index is slow there, and rounds in another order each time
+        sums_G = reduce_sum(weights, lambda member: power(member.parameter.detach()))
+    count_S = members_per_set(weights).clamp(min=1)
     if bool((count_S == 1).all()):
         return sums_G
-    return sums_G / count_S[grouping.set_ids.to(sums_G.device)]
+    return sums_G / count_S[grouping.set_ids].to(sums_G)
 
 
 @register("normalizer", "none")
@@ -73,7 +77,9 @@ SET_SCALES: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "max": 
 
 
 def _scale(scores_G: Tensor, grouping: Grouping, by: Callable[[Tensor], Tensor]) -> list[float]:
-    return [float(by(scores_G[one.start : one.stop])) if one.size else 1.0 for one in grouping.sets]
+    scales = [by(scores_G[one.start : one.stop]) if one.size else scores_G.new_ones(()) for one in grouping.sets]
+    found: list[float] = torch.stack(scales).cpu().tolist() if scales else []  # the host waits once
+    return found
 
 
 def _scale_since(scores_G: Tensor, grouping: Grouping, statistics: Statistics) -> list[float]:
@@ -138,7 +144,7 @@ class Magnitude:
             return normalize(scores_G, grouping)
         if statistics.scale is None or statistics.first_G is None:
             statistics.scale = _scale(scores_G, grouping, by)
-            statistics.first_G = scores_G.detach().cpu().clone()
+            statistics.first_G = scores_G.detach()
             return _over_scale(scores_G, grouping, statistics.scale)
         return _over_scale(scores_G, grouping, _scale_since(scores_G, grouping, statistics))
 

@@ -42,7 +42,7 @@ def reduce_sum(grouping: Grouping, values: Values, dtype: torch.dtype = torch.fl
             sums_S = slot_sums(local_member(member), local_of(values_W)).to(total_G1)
             total_G1 = part_G1 if sharded else whole_G1
             if member.slots is None:
-                total_G1[member.offset : member.offset + member.n_slots] += sums_S
+                total_G1[member.offset : member.offset + member.n_slots].add_(sums_S)
             else:
                 total_G1.index_add_(0, member.slots.to(total_G1.device), sums_S)
     if weights:

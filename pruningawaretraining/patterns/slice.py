@@ -1,6 +1,7 @@
 """Slices: one kernel position of one input channel in a block of filters, as vector hardware reads them.
 
-Shape suffixes: ``_O`` output channels, ``_I`` input channels, ``_W`` a whole weight, ``_S`` slots, ``_G`` groups.
+Shape suffixes: ``_O`` output channels, ``_I`` input channels, ``_OI`` pairs of them, ``_W`` a whole weight,
+``_S`` slots, ``_G`` groups.
 """
 
 from __future__ import annotations
@@ -108,23 +109,29 @@ def pruned_channels(grouping: Grouping, keep_G: Tensor | None = None) -> Tensor:
         keep_G: masks of these groups themselves: what they have zeroed does not make a channel a pruned one.
 
     Returns:
-        Bool vector of groups, on the CPU.
+        Bool vector of groups, on the device of the first weight.
     """
-    gone_G = torch.zeros(grouping.size, dtype=torch.bool)
-    for member in grouping.members:
-        alive_W = full_of(member.parameter) != 0
-        if keep_G is not None:
-            fill_groups(member, alive_W, slots_of(grouping, member, ~keep_G.to(alive_W.device)), 1.0)
-        slots_of(grouping, member, gone_G).copy_(_slots_without(member, alive_W))
+    alive = [_alive_channels(grouping, member, keep_G) for member in grouping.members]
+    gone_G = torch.zeros(grouping.size, dtype=torch.bool, device=alive[0].device)
+    whole = torch.stack([alive_OI.all().to(gone_G) for alive_OI in alive]).cpu()  # the host waits once
+    for member, alive_OI, everything in zip(grouping.members, alive, whole.tolist(), strict=True):
+        if not everything:
+            slots_of(grouping, member, gone_G).copy_(_slots_without(member, alive_OI))
     return gone_G
 
 
-def _slots_without(member: Member, alive_W: Tensor) -> Tensor:
-    """Slots all of whose entries lie in an all-zero filter or an all-zero input column."""
+def _alive_channels(grouping: Grouping, member: Member, keep_G: Tensor | None) -> Tensor:
+    """Pairs of a filter and an input column that both have a weight which is not zero, or which these masks zeroed."""
+    alive_W = full_of(member.parameter) != 0
+    if keep_G is not None:
+        fill_groups(member, alive_W, slots_of(grouping, member, ~keep_G.to(alive_W.device)), 1.0)
     others = list(range(2, alive_W.dim()))
     alive_OI = alive_W.amax(dim=others) if others else alive_W
-    cross = alive_OI.any(dim=1, keepdim=True) & alive_OI.any(dim=0, keepdim=True)
-    if bool(cross.all()):
-        return torch.zeros(member.n_slots, dtype=torch.bool)
-    spread_W = cross.view(*cross.shape, *[1] * len(others)).expand(alive_W.shape)
+    return alive_OI.any(dim=1, keepdim=True) & alive_OI.any(dim=0, keepdim=True)
+
+
+def _slots_without(member: Member, alive_OI: Tensor) -> Tensor:
+    """Slots all of whose entries lie in an all-zero filter or an all-zero input column."""
+    shape = member.parameter.shape
+    spread_W = alive_OI.view(*alive_OI.shape, *[1] * (len(shape) - 2)).expand(shape)
     return slot_sums(member, spread_W.float().contiguous()) == 0
