@@ -5,12 +5,13 @@ READY  := $(VENV)/.installed
 # One test process for each core, at most four; each keeps to one thread so that they do not fight over cores.
 JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
-.PHONY: help install test test-slow lint demo bench schemas docs clean
+.PHONY: help install test test-slow test-gpu lint demo bench schemas docs clean
 
 help:
 	@echo "make demo       train, prune, export and report on a small real data set; results in runs/demo"
 	@echo "make test       linter, types and tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-gpu   the tests that need a GPU, skipped without one; DEVICE=cpu for a small dry run of them"
 	@echo "make bench      every benchmark of docs/benchmarks.md, on the CPU; DATA=FOLDER for those with CIFAR-10"
 	@echo "make docs       the site of docs/, in site/"
 	@echo "make schemas    write the JSON schemas in configs/ anew, after a change of the config"
@@ -33,6 +34,9 @@ test: lint
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -q tests/gpu $(if $(DEVICE),--device $(DEVICE))
 
 demo: $(READY)
 	$(BIN)/pat demo
