@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from device_meter import DeviceMeter, metered
+from second_device import second_device
 from torch import nn
 
 from pruningawaretraining import Pruning
@@ -77,6 +79,30 @@ def test_the_meter_sees_what_a_gpu_would_wait_for() -> None:
         assert sum(meter.waits.values()) == 3
         (values > 0.5).sum()
         assert meter.moved["aten.sum.default"] == (4000 + 4) + (1000 + 8) + 16000  # flags are made 8 bytes wide first
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "3:8", "4x1", "3x2", "slice"])
+def test_masks_are_those_of_the_cpu(pattern: str, scope: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 40)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(16).round_().div_(16)  # many ties, and sums that are exact in any order
+    target = 3 / 8 if pattern == "3:8" else 0.5
+    rule = {"pattern": pattern, "scope": scope, "end": 3, "max_sparsity": 0.9, "target": {"sparsity": target}}
+    expected = Pruning(copy.deepcopy(model), {"rules": [rule]})
+    with second_device() as device:
+        found = Pruning(copy.deepcopy(model).to(device), {"rules": [rule]})
+        for epoch in range(4):
+            expected.prune(epoch=epoch)
+            found.prune(epoch=epoch)
+            assert found.masks.keys() == expected.masks.keys()
+            assert all(torch.equal(keep, expected.masks[name]) for name, keep in found.masks.items())
+            assert found.report().parameters == expected.report().parameters
+    assert 0.2 < found.sparsity == expected.sparsity
 
 
 def test_an_event_does_not_run_the_model_again() -> None:
