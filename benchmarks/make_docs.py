@@ -117,12 +117,12 @@ EMBEDDED = re.compile(r"(<!-- result: (\w+) -->\n).*?(<!-- end result -->)", re.
 
 
 def embedded(text: str, results: Sequence[Mapping[str, Any]]) -> str:
-    """A page with the tables of results between its marks made anew; a mark without a result stays empty."""
+    """A page with the tables of results between its marks made anew; a mark without a result says so."""
     known = {str(one["name"]): one for one in results}
 
     def fill(match: re.Match[str]) -> str:
         one = known.get(match[2])
-        return match[1] + ("" if one is None else section(one).partition("\n\n")[2]) + match[3]
+        return match[1] + ("Not measured yet.\n" if one is None else section(one).partition("\n\n")[2]) + match[3]
 
     return EMBEDDED.sub(fill, text)
 

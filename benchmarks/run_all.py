@@ -23,6 +23,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 """Options of benchmarks that need some; one run for each. The others run as they are."""
 
 
+NEED_A_GPU = ("gpu",)
+"""Benchmarks that a CPU cannot run; `--only` runs them all the same."""
+
+
 def commands(names: list[str], data: Path | None) -> list[list[str]]:
     """What is run: a script and its options."""
     found = []
@@ -37,7 +41,7 @@ def main() -> None:
     known = list(scripts(HERE))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--only", nargs="+", choices=known, default=known)
+    parser.add_argument("--only", nargs="+", choices=known, default=[name for name in known if name not in NEED_A_GPU])
     parser.add_argument("--list", action="store_true", help="say what would be run")
     args = parser.parse_args()
     failed = []

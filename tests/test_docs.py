@@ -278,6 +278,12 @@ def test_a_benchmark_that_saves_its_result_leaves_the_pages_in_step(tmp_path: Pa
     assert [title for title in others if f"\n## {title}\n" not in page] == ["Regulariser and masks in a training step"]
 
 
+def test_a_place_for_a_result_that_is_not_there_says_so() -> None:
+    page = "A\n<!-- result: speed -->\nold\n<!-- end result -->\nB\n"
+    made = tool("benchmarks/make_docs.py").embedded(page, [])
+    assert made == "A\n<!-- result: speed -->\nNot measured yet.\n<!-- end result -->\nB\n"
+
+
 def test_benchmarks_page_of_some_results(tmp_path: Path) -> None:
     make_docs = tool("benchmarks/make_docs.py")
     assert make_docs.read_results(tmp_path / "absent") == []
