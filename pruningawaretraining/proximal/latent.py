@@ -40,6 +40,22 @@ class Place:
     name: str
 
 
+def latents_of(state: dict[Tensor, Any], places: Sequence[Place]) -> list[Tensor]:
+    """The weights' latents; one that is missing begins as the weight itself, and one of a weight that was moved or cast
+    follows it."""
+    found = []
+    for place in places:
+        weight = place.weight
+        own = state[weight]
+        latent: Tensor | None = own.get("latent")
+        if latent is None:
+            latent = own["latent"] = weight.detach().clone(memory_format=torch.preserve_format)
+        elif latent.device != weight.device or latent.dtype != weight.dtype:
+            latent = own["latent"] = latent.to(weight.device, weight.dtype)
+        found.append(latent)
+    return found
+
+
 class Way(Protocol):
     """Brings latents before the base optimizer, and takes them away again."""
 

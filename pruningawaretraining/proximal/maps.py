@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.proximal.runs import Runs
 from pruningawaretraining.registry import lookup, register
 
 Scale: TypeAlias = float | Tensor
@@ -135,6 +136,8 @@ class MinSparsityConstraint(_Constraint, GroupMap):
     def factors(
         self, norms_G: Tensor, sizes_G: Tensor, threshold_G: Tensor | None, runs: Sequence[slice], fraction: float
     ) -> Tensor:
+        if isinstance(runs, Runs):
+            return runs.keep_largest(norms_G, fraction, SLACK)
         keep_G = torch.ones_like(norms_G)
         for run in runs:
             zero_smallest_(keep_G[run], norms_G[run], fraction)

@@ -9,7 +9,7 @@ optimization".)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.proximal.coupled import CoupledGrouper
 from pruningawaretraining.proximal.healing import hold_ranks, mask_gradients, mask_of, mask_weights
-from pruningawaretraining.proximal.latent import CopyIn, Place, Redirect, Way, copy_all, give_own, take_own
+from pruningawaretraining.proximal.latent import CopyIn, Place, Redirect, Way, copy_all, give_own, latents_of, take_own
 from pruningawaretraining.proximal.low_rank import Factors, SpectralGrouper
 from pruningawaretraining.proximal.metrics import Reached, measure, weight_factors, weight_sparsity
 from pruningawaretraining.proximal.plans import NormPlan
@@ -27,6 +27,8 @@ from pruningawaretraining.proximal.units import ParamGroup, Plan, Unit
 from pruningawaretraining.proximal.wrapper import Wrapper
 
 Closure = Callable[[], Any]
+Work: TypeAlias = tuple[Unit, list[Place], list[Tensor]]
+"""A unit with the weights that take part in a step, and their latents."""
 
 
 class PruneOptimizer(Wrapper):
@@ -94,23 +96,23 @@ class PruneOptimizer(Wrapper):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        active = [self._active(unit) for unit in self._units]
-        places = [place for found in active for place in found]
-        latents = [self._latent(place) for place in places]
+        work = [(unit, *self._active(unit)) for unit in self._units]
+        places = [place for _, found, _ in work for place in found]
+        latents = [latent for _, _, found in work for latent in found]
         way = (Redirect if self.redirect else CopyIn)(self.base_optimizer, places, latents)
-        again = None if closure is None else self._reevaluation(closure, loss, way, active)
+        again = None if closure is None else self._reevaluation(closure, loss, way, work)
         way.enter()
         try:
             result = self._base_step(again)
         finally:
             way.leave()
         for group in self.regularized_param_groups():
-            group["gamma"] = advanced(group["gamma"], group["lr"])
-        for unit, found in zip(self._units, active, strict=True):
-            self._prox(unit, found)
+            advance(group)
+        for unit, found, own in work:
+            self._prox(unit, found, own)
         return loss if result is None else result
 
-    def _reevaluation(self, closure: Closure, first: Any, way: Way, active: Sequence[Sequence[Place]]) -> Closure:
+    def _reevaluation(self, closure: Closure, first: Any, way: Way, work: Sequence[Work]) -> Closure:
         """What the base optimizer calls as its closure: the first time the loss is known, and after that (line search)
         the latents have moved and the model gets their image."""
         calls = 0
@@ -122,8 +124,8 @@ class PruneOptimizer(Wrapper):
                 return first
             way.leave()
             try:
-                for unit, found in zip(self._units, active, strict=True):
-                    self._prox(unit, found)
+                for unit, found, own in work:
+                    self._prox(unit, found, own)
                 with torch.enable_grad():
                     return closure()
             finally:
@@ -131,25 +133,18 @@ class PruneOptimizer(Wrapper):
 
         return again
 
-    def _active(self, unit: Unit) -> list[Place]:
-        """The weights that take part in this step: those with a gradient."""
+    def _active(self, unit: Unit) -> tuple[list[Place], list[Tensor]]:
+        """The weights that take part in this step, those with a gradient, and their latents."""
+        places = self._with_gradient(unit)
+        return places, latents_of(self.state, places)
+
+    def _with_gradient(self, unit: Unit) -> list[Place]:
         return [place for place in unit.places(self.param_groups) if place.weight.grad is not None]
 
-    def _latent(self, place: Place) -> Tensor:
-        """A weight's latent; it begins as the weight itself."""
-        own = self.state[place.weight]
-        if "latent" not in own:
-            own["latent"] = place.weight.detach().clone(memory_format=torch.preserve_format)
-        latent: Tensor = own["latent"]
-        if latent.device != place.weight.device or latent.dtype != place.weight.dtype:
-            latent = own["latent"] = latent.to(place.weight.device, place.weight.dtype)
-        return latent
-
-    def _prox(self, unit: Unit, places: Sequence[Place]) -> None:
+    def _prox(self, unit: Unit, places: Sequence[Place], latents: Sequence[Tensor]) -> None:
         """Write the proximal image of the latents into the weights."""
         if not places:
             return
-        latents = [self.state[place.weight]["latent"] for place in places]
         if not unit.options.due(self.num_steps, self.warmup_steps, self.healing_start_step):
             copy_all([place.weight for place in places], latents)
             return
@@ -227,7 +222,7 @@ class PruneOptimizer(Wrapper):
         mask_weights(weights, masks)
         for unit in self._units:
             if unit.options.holds_rank and unit.options.due(self.num_steps, self.warmup_steps, self.healing_start_step):
-                hold_ranks(unit, self._active(unit), self.state)
+                hold_ranks(unit, self._with_gradient(unit), self.state)
         return loss
 
     # What has been reached; reading these waits for the device.
@@ -272,7 +267,19 @@ class PruneOptimizer(Wrapper):
 
 def advanced(gamma: float | Tensor, lr: float | Tensor) -> float | Tensor:
     """The sum of learning rates: a plain float, or a double-precision scalar on the device of a tensor ``lr``."""
-    if not isinstance(lr, Tensor):
-        return gamma + float(lr)
-    wide = lr.detach().reshape(()).to(torch.float32 if lr.device.type == "mps" else torch.float64)
-    return wide + gamma
+    return gamma + (wide(lr) if isinstance(lr, Tensor) else float(lr))
+
+
+def advance(group: ParamGroup) -> None:
+    """Add a param group's learning rate to its gamma: in place where both are tensors, so that replays of a captured
+    step go on from where the last one was."""
+    gamma, lr = group["gamma"], group["lr"]
+    if isinstance(gamma, Tensor) and isinstance(lr, Tensor) and gamma.device == lr.device:
+        gamma.add_(wide(lr))
+    else:
+        group["gamma"] = advanced(gamma, lr)
+
+
+def wide(lr: Tensor) -> Tensor:
+    """A learning rate as a scalar in double precision, where the device has it."""
+    return lr.detach().reshape(()).to(torch.float32 if lr.device.type == "mps" else torch.float64)

@@ -3,16 +3,15 @@
 Shape suffixes: ``_R`` rows of all the weights of a stage (one for each slot of each weight), ``_G`` groups, ``_W`` any
 weight.
 
-A weight's latent is the source, the weight itself the target, and nothing is copied on the way: one pass reads the
-latent for the norms, a second one writes latent times factor into the weight. Norms of all weights land side by side
-in one vector, so that thresholds and factors are a handful of small operations however many weights there are.
+A weight's latent is the source, the weight itself the target: one pass reads the latent for the norms, a second one
+writes latent times factor into the weight. Nothing is copied on the way, but for small weights where launches cost more
+than copies (:mod:`pruningawaretraining.proximal.pools`). Norms of all weights land side by side in one vector, so that
+thresholds and factors are a handful of small operations however many weights there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,98 +22,10 @@ from pruningawaretraining.proximal.coupled import Balance
 from pruningawaretraining.proximal.groupers import Block, Grouper, others
 from pruningawaretraining.proximal.low_rank import thresholds
 from pruningawaretraining.proximal.maps import GroupMap, ProxGroupLasso, Scale
-from pruningawaretraining.proximal.parts import Part, accumulation_dtype
-from pruningawaretraining.proximal.sharding import Shards, all_reduce_, local, local_labels
-
-
-@dataclass(frozen=True, eq=False)
-class _Entry:
-    """A weight's rows in a stage: as blocks of whole tensors, or as labels of a shard."""
-
-    part: Part
-    rows: int
-    blocks: tuple[tuple[Block, Block], ...] = ()
-    shape: tuple[int, ...] = ()
-    member: Member | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """A weight as matrices whose rows are its groups, and the row's thresholds: numpy arrays."""
-
-    source_RN: Any
-    target_RN: Any
-    threshold_R: Any
-
-
-class _BlockStage:
-    """Rows of whole (unsharded) weights on one device."""
-
-    def __init__(self, entries: Sequence[_Entry], like: Tensor) -> None:
-        total = sum(entry.rows for entry in entries)
-        self.rows_R = torch.zeros(total, dtype=accumulation_dtype(like.dtype), device=like.device)
-        self.norms: list[tuple[Tensor, tuple[int, ...], Tensor]] = []
-        self.products: list[tuple[Tensor, Tensor, Tensor]] = []
-        start, self.entries = 0, tuple(entries)
-        for entry in entries:
-            values_G = self.rows_R[start : start + entry.rows].view(entry.shape)
-            start += entry.rows
-            for source, target in entry.blocks:
-                self.norms.append((source.view, source.dims, source.groups_of(values_G)))
-                self.products.append((source.view, source.broadcast(values_G), target.view))
-
-    def measure(self) -> None:
-        """Fill the rows with L2 norms."""
-        for view, dims, out in self.norms:
-            if dims:
-                torch.linalg.vector_norm(view, 2, dims, dtype=self.rows_R.dtype, out=out)
-            else:
-                torch.abs(view, out=out)
-
-    def multiply(self) -> None:
-        """Write source times row into the targets."""
-        for source, factor, target in self.products:
-            torch.mul(source, factor, out=target)
-
-    def rows_of_memory(self) -> list[_Rows] | None:
-        """The blocks as matrices whose rows are the groups, for the compiled pass; None if some block is none."""
-        found, start = [], 0
-        for entry in self.entries:
-            threshold_R = self.rows_R[start : start + entry.rows]
-            start += entry.rows
-            source, target = entry.blocks[0]
-            whole = len(entry.blocks) == 1 and source.dims == tuple(range(1, source.view.dim()))
-            if not (whole and fused.fits(source.view) and fused.fits(target.view)):
-                return None
-            found.append(_Rows(fused.as_matrix(source.view), fused.as_matrix(target.view), threshold_R.numpy()))
-        return found
-
-
-class _LabelStage:
-    """Rows of shards (or of members labelled along several dimensions) on one device."""
-
-    def __init__(self, entries: Sequence[_Entry], like: Tensor, shards: Shards | None) -> None:
-        total = sum(entry.rows for entry in entries)
-        self.rows_R = torch.zeros(total, dtype=accumulation_dtype(like.dtype), device=like.device)
-        self.entries, self.shards = tuple(entries), shards
-
-    def measure(self) -> None:
-        """Fill the rows with L2 norms, over all the shards."""
-        for entry, rows in zip(self.entries, self._split(), strict=True):
-            assert entry.member is not None
-            rows.copy_(entry.member.slot_sums(local(entry.part.source).to(rows.dtype).square()))
-        if self.shards is not None:
-            all_reduce_(self.rows_R, self.shards)
-        self.rows_R.sqrt_()
-
-    def multiply(self) -> None:
-        """Write source times row into the targets."""
-        for entry, rows in zip(self.entries, self._split(), strict=True):
-            assert entry.member is not None
-            torch.mul(local(entry.part.source), entry.member.spread(rows, 1.0), out=local(entry.part.target))
-
-    def _split(self) -> tuple[Tensor, ...]:
-        return torch.split(self.rows_R, [entry.rows for entry in self.entries])
+from pruningawaretraining.proximal.parts import Part
+from pruningawaretraining.proximal.runs import Runs
+from pruningawaretraining.proximal.sharding import Shards, local, local_labels
+from pruningawaretraining.proximal.stages import BlockStage, Entry, MatrixRows, build_stages
 
 
 class NormPlan:
@@ -122,9 +33,9 @@ class NormPlan:
 
     Args:
         prox: the map.
-        entries: the weights' rows, and for each the group of every row (None where each row is a group of its own).
-        sizes: for each entry, elements of every row.
+        entries: the weights' rows.
         slope: see :class:`GroupOptions`.
+        pool: whether small weights are worked on together.
         total: number of groups, where rows are mapped to groups.
         runs: groups ranked among themselves; None for one run per weight.
         balance: how sets of coupled groups compare; None for groups of single weights.
@@ -135,8 +46,9 @@ class NormPlan:
     def __init__(
         self,
         prox: GroupMap,
-        entries: Sequence[tuple[_Entry, Tensor | None, Tensor | int]],
+        entries: Sequence[Entry],
         slope: float,
+        pool: bool,
         total: int | None = None,
         runs: Sequence[slice] | None = None,
         balance: Balance | None = None,
@@ -144,28 +56,34 @@ class NormPlan:
         loose: Sequence[Part] = (),
     ) -> None:
         self.prox, self.loose = prox, CopyPlan(loose)
-        order = _by_stage([entry for entry, _, _ in entries], comm)
-        self.stages: list[_BlockStage | _LabelStage] = [_stage(key, [entries[i][0] for i in ids]) for key, ids in order]
-        ordered = [entries[index] for _, ids in order for index in ids]
+        self.stages = build_stages(entries, comm, pool, in_order=slope != 0)
+        ordered = [entry for stage in self.stages for entry in stage.entries]
         home = self.stages[0].rows_R
-        counts = torch.cat([_full(size, entry.rows) for entry, _, size in ordered]).to(home)
+        counts = torch.cat([_full(entry.sizes, entry.rows) for entry in ordered]).to(home)
         self.group_R: Tensor | None = None
+        self.runs: Sequence[slice]
         if total is None:
             self.sizes_G, starts = counts, [0]
-            for entry, _, _ in ordered:
+            for entry in ordered:
                 starts.append(starts[-1] + entry.rows)
             self.runs = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
         else:
-            self.group_R = torch.cat([slots for _, slots, _ in ordered if slots is not None]).to(home.device)
+            self.group_R = torch.cat([entry.slots.to(home.device) for entry in ordered if entry.slots is not None])
             sums = counts.new_zeros(total + 1).index_add_(0, self.group_R, counts)
             self.sizes_G, self.runs = sums[:-1].clamp_(min=1), list(runs or [slice(0, total)])
         slopes_G = [thresholds(slope, run.stop - run.start, counts) for run in self.runs] if slope else []
         self.base_G = self.sizes_G.sqrt() * (torch.cat(slopes_G) if slope else 1.0)
         self.balance = None if balance is None else balance.to(home.device)
+        if pool and prox.hard:
+            self.runs = Runs.on(self.runs, home.device) or self.runs
+        alone = total is None and balance is None and isinstance(prox, ProxGroupLasso)
+        self.shrinking = self._matrices() if alone else None
+
+    def _matrices(self) -> list[MatrixRows] | None:
+        """What the compiled pass works on; None where it cannot."""
         stage = self.stages[0]
-        alone = total is None and balance is None and len(self.stages) == 1 and isinstance(prox, ProxGroupLasso)
-        able = alone and isinstance(stage, _BlockStage) and fused.kernels() is not None
-        self.shrinking = stage.rows_of_memory() if able and isinstance(stage, _BlockStage) else None
+        able = len(self.stages) == 1 and isinstance(stage, BlockStage) and fused.kernels() is not None
+        return stage.rows_of_memory() if able and isinstance(stage, BlockStage) else None
 
     def norms_G(self) -> Tensor:
         """L2 norm of every group, now."""
@@ -203,14 +121,14 @@ class NormPlan:
         threshold_G = None if none else base_G * scale
         factors_G = self.prox.factors(norms_G, self.sizes_G, threshold_G, self.runs, fraction)
         if protected_G is not None:
-            factors_G = torch.where(protected_G, 1.0, factors_G)
+            factors_G = factors_G.masked_fill(protected_G, 1.0)
         self._multiply(factors_G)
         self.loose.run(scale, fraction)
 
     def _shrink(self, scale: Scale) -> None:
         """The group lasso of rows that lie together in memory: one pass over every weight."""
         kernels, stage = fused.kernels(), self.stages[0]
-        assert kernels is not None and self.shrinking is not None and isinstance(stage, _BlockStage)
+        assert kernels is not None and self.shrinking is not None and isinstance(stage, BlockStage)
         torch.mul(self.base_G, scale, out=stage.rows_R)
         for one in self.shrinking:
             kernels.shrink_rows(one.source_RN, one.target_RN, one.threshold_R)
@@ -222,10 +140,9 @@ class NormPlan:
             factors_G = torch.cat([factors_G, factors_G.new_ones(1)])[self.group_R]
         start = 0
         for stage in self.stages:
-            part_R = factors_G[start : start + len(stage.rows_R)]
-            if part_R.data_ptr() != stage.rows_R.data_ptr():
-                stage.rows_R.copy_(part_R)
-            start += len(part_R)
+            if factors_G is not stage.rows_R:  # a map may have overwritten the norms
+                stage.rows_R.copy_(factors_G[start : start + len(stage.rows_R)])
+            start += len(stage.rows_R)
             stage.multiply()
 
 
@@ -233,41 +150,20 @@ def _full(size: Tensor | int, rows: int) -> Tensor:
     return torch.full((rows,), size) if isinstance(size, int) else size
 
 
-def _by_stage(entries: Sequence[_Entry], comm: bool) -> list[tuple[tuple[object, ...], list[int]]]:
-    """Which entries share a stage: those of one device and dtype, and of one way to reduce."""
-    found: dict[tuple[object, ...], list[int]] = {}
-    for index, entry in enumerate(entries):
-        source = entry.part.source
-        shards = Shards.of(source) if entry.member is not None and comm else None
-        key = (local(source).device, accumulation_dtype(source.dtype), entry.member is not None, shards)
-        found.setdefault(key, []).append(index)
-    return list(found.items())
-
-
-def _stage(key: tuple[object, ...], entries: Sequence[_Entry]) -> _BlockStage | _LabelStage:
-    like = local(entries[0].part.source)
-    shards = key[3]
-    if not key[2]:
-        return _BlockStage(entries, like)
-    return _LabelStage(entries, like, shards if isinstance(shards, Shards) else None)
-
-
-def grouper_plan(prox: GroupMap, grouper: Grouper, parts: Sequence[Part], slope: float) -> NormPlan:
+def grouper_plan(prox: GroupMap, grouper: Grouper, parts: Sequence[Part], slope: float, pool: bool) -> NormPlan:
     """A plan for weights that are grouped one by one."""
-    entries: list[tuple[_Entry, Tensor | None, Tensor | int]] = []
+    entries: list[Entry] = []
     comm = prox.hard
     for part in parts:
         rows, size = grouper.n_groups(part.source.shape), grouper.group_size(part.source.shape)
         if Shards.of(part.source) is None:
             pairs = zip(grouper.blocks(local(part.source)), grouper.blocks(local(part.target)), strict=True)
-            shape = grouper.group_shape(part.source.shape)
-            entries.append((_Entry(part, rows, tuple(pairs), shape), None, size))
+            entries.append(Entry(part, rows, size, tuple(pairs), grouper.group_shape(part.source.shape)))
         else:
             labels, sizes = local_labels(part.source, *grouper.labels(part.source.shape))
             comm |= not _own_groups(part.source, labels, sizes)
-            member = Member(part.name, local(part.source), labels, sizes)
-            entries.append((_Entry(part, rows, member=member), None, size))
-    return NormPlan(prox, entries, slope, comm=comm)
+            entries.append(Entry(part, rows, size, member=Member(part.name, local(part.source), labels, sizes)))
+    return NormPlan(prox, entries, slope, pool, comm=comm)
 
 
 def _own_groups(weight_W: Tensor, labels: Sequence[Tensor | None], sizes: Sequence[int]) -> bool:
@@ -285,6 +181,7 @@ def coupled_plan(
     runs: Sequence[slice],
     slope: float,
     balance: Balance,
+    pool: bool,
 ) -> NormPlan | CopyPlan:
     """A plan for groups over several weights.
 
@@ -296,8 +193,9 @@ def coupled_plan(
         runs: the sets.
         slope: see :class:`GroupOptions`.
         balance: how the sets compare.
+        pool: whether small weights are worked on together.
     """
-    entries: list[tuple[_Entry, Tensor | None, Tensor | int]] = []
+    entries: list[Entry] = []
     for part, member in members:
         slots = member.slots
         if slots is None:
@@ -309,14 +207,14 @@ def coupled_plan(
         if plain:
             dims = others(part.source.dim(), labelled[0])
             pair = (Block(local(part.source), dims), Block(local(part.target), dims))
-            entry = _Entry(part, member.n_slots, (pair,), (member.n_slots,))
+            entries.append(Entry(part, member.n_slots, sizes_S, (pair,), (member.n_slots,), slots=slots))
         else:
             labels, sizes = local_labels(part.source, member.labels, member.sizes)
-            entry = _Entry(part, member.n_slots, member=Member(part.name, local(part.source), labels, sizes))
-        entries.append((entry, slots, sizes_S))
+            own = Member(part.name, local(part.source), labels, sizes)
+            entries.append(Entry(part, member.n_slots, sizes_S, member=own, slots=slots))
     if not entries:
         return CopyPlan(loose)
-    return NormPlan(prox, entries, slope, total, runs, balance, loose=loose)
+    return NormPlan(prox, entries, slope, pool, total, runs, balance, loose=loose)
 
 
 class CopyPlan:

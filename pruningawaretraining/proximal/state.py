@@ -26,7 +26,9 @@ def pack_groups(
     packed = []
     for group in groups:
         named = {key: name_of(kind, group[key]) for key, kind in TYPES.items() if group.get(key) is not None}
-        packed.append({**group, **named, **counters})
+        gamma = group.get("gamma")
+        kept = {"gamma": gamma.clone()} if isinstance(gamma, Tensor) else {}  # steps add to it in place
+        packed.append({**group, **kept, **named, **counters})
     return packed
 
 

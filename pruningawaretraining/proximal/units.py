@@ -26,7 +26,8 @@ from pruningawaretraining.proximal.maps import (
 from pruningawaretraining.proximal.options import WATCHED_KEYS, GroupOptions, check_keys, read_options
 from pruningawaretraining.proximal.parts import Part
 from pruningawaretraining.proximal.plans import CopyPlan, NormPlan, coupled_plan, grouper_plan
-from pruningawaretraining.proximal.sharding import local
+from pruningawaretraining.proximal.pools import pays
+from pruningawaretraining.proximal.sharding import is_sharded, local
 from pruningawaretraining.proximal.spectral_plan import SpectralPlan
 
 Plan: TypeAlias = NormPlan | CopyPlan | LassoPlan | RankedPlan | SpectralPlan
@@ -39,11 +40,14 @@ class Unit:
     Args:
         indices: which param groups.
         options: what they ask for.
+        pool: whether small weights are worked on together; None for what is faster on their device.
     """
 
-    def __init__(self, indices: Sequence[int], options: GroupOptions) -> None:
-        self.indices, self.options = tuple(indices), options
+    def __init__(self, indices: Sequence[int], options: GroupOptions, pool: bool | None = None) -> None:
+        self.indices, self.options, self.pool = tuple(indices), options, pool
         self._key: list[int] = []
+        self._planned: list[Place] = []
+        self._sharded = True
         self._places: list[Place] = []
         self._seen: list[tuple[list[Tensor], list[Tensor]]] = []
         self._plan: Plan | None = None
@@ -68,6 +72,7 @@ class Unit:
                 for number, params in zip(self.indices, lists, strict=True)
                 for index, weight in enumerate(params)
             ]
+            self._sharded = any(is_sharded(place.weight) for place in self._places)
             self._plan = None
         return self._places
 
@@ -107,32 +112,35 @@ class Unit:
 
     def plan(self, places: Sequence[Place], sources: Sequence[Tensor]) -> Plan:
         """The plan for these weights and sources; made once, and again when a tensor has been replaced or moved."""
-        key = [id(place) for place in places]
-        key += [local(place.weight).data_ptr() for place in places]
-        key += [local(source).data_ptr() for source in sources]
-        if self._plan is None or key != self._key:
-            self._plan, self._key = self._make(places, sources), key
+        tensors = [*(place.weight for place in places), *sources]
+        if self._sharded:
+            tensors = [local(tensor) for tensor in tensors]
+        key = [tensor.data_ptr() for tensor in tensors]
+        same = len(places) == len(self._planned) and all(map(operator.is_, places, self._planned))
+        if self._plan is None or not same or key != self._key:
+            self._plan, self._key, self._planned = self._make(places, sources), key, list(places)
         return self._plan
 
     def _make(self, places: Sequence[Place], sources: Sequence[Tensor]) -> Plan:
         options = self.options
         grouper, prox, slope = options.grouper, options.prox, options.gamma_index_slope
         parts = [Part(s.detach(), p.weight.detach(), p.name) for p, s in zip(places, sources, strict=True)]
+        pool = pays(parts[0].source.device) if self.pool is None else self.pool
         if isinstance(grouper, CoupledGrouper):
             assert isinstance(prox, GroupMap)
-            return self._make_coupled(grouper, prox, places, parts)
+            return self._make_coupled(grouper, prox, places, parts, pool)
         if isinstance(grouper, SpectralGrouper):
             assert isinstance(prox, SpectralMap)
             return SpectralPlan(prox, grouper, parts, slope)
         if isinstance(prox, ElementMap):
-            return element_plan(prox, grouper, parts, slope)
+            return element_plan(prox, grouper, parts, slope, pool)
         assert isinstance(prox, GroupMap)
         if isinstance(prox, ProxGroupLasso) and isinstance(grouper, ElemGrouper):
-            return LassoPlan(grouper, parts, slope)  # the norm of one element is its magnitude
-        return grouper_plan(prox, grouper, parts, slope)
+            return LassoPlan(grouper, parts, slope, pool)  # the norm of one element is its magnitude
+        return grouper_plan(prox, grouper, parts, slope, pool)
 
     def _make_coupled(
-        self, grouper: CoupledGrouper, prox: GroupMap, places: Sequence[Place], parts: Sequence[Part]
+        self, grouper: CoupledGrouper, prox: GroupMap, places: Sequence[Place], parts: Sequence[Part], pool: bool
     ) -> Plan:
         if not all(grouper.knows(place.weight) for place in places):
             grouper.refresh()
@@ -142,7 +150,7 @@ class Unit:
         sets = grouper.grouping.sets
         runs = [slice(one.start, one.stop) for one in sets]
         slope = self.options.gamma_index_slope
-        return coupled_plan(prox, pairs, loose, grouper.grouping.size, runs, slope, grouper.balance())
+        return coupled_plan(prox, pairs, loose, grouper.grouping.size, runs, slope, grouper.balance(), pool)
 
 
 def weight_name(group: ParamGroup, number: int, index: int) -> str:
