@@ -78,6 +78,12 @@ class ChannelRule:
             return False
         return (now - self.rule.start) % self.rule.every == 0 and (self.state.last is None or now > self.state.last)
 
+    def asks(self, steps: range, last: bool) -> bool:
+        """Whether it matters for an event (the last one alone) which of these is the number of real steps."""
+        if self.rule.unit != "step" or not self.rule.enabled or (last and self.rule.last_event not in steps):
+            return False
+        return any(self.fires(now) for now in steps[max(0, self.rule.start - steps.start) :])
+
     def limits(self) -> Limits:
         return limits_of(self.rule)
 

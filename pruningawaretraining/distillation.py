@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, unknown
 from pruningawaretraining.inputs import first_line, shown
+from pruningawaretraining.projectors import adam_of, fit_projector, follow, moved, projected
 
 
 def frozen_teacher(model: nn.Module) -> nn.Module:
@@ -104,7 +105,7 @@ class FeatureLoss(nn.Module):
     def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
         """The mean over the features of both, which :class:`Taps` keep."""
         losses = [
-            functional.mse_loss(projector(student[name]), teacher[name].detach())
+            functional.mse_loss(projected(projector, student[name]).float(), teacher[name].detach().float())
             for name, projector in zip(self.names, self.projectors, strict=True)
         ]
         return torch.stack(losses).mean()
@@ -176,11 +177,12 @@ class Distiller:
                 raise ConfigError(f"{name}: {value!r} is not allowed. Allowed: 0 or more")
         if not temperature > 0:
             raise ConfigError(f"temperature: {temperature!r} is not allowed. Allowed: a number above 0")
+        self._student = student
         self.weight, self.temperature, self.feature_weight = weight, temperature, feature_weight
         self.names = tuple(features)
         self._taps = Taps(student, self.names), Taps(self.teacher, self.names)
         self._features: FeatureLoss | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer: torch.optim.Adam | None = None
         self._widths: dict[str, tuple[int, int]] = {}
 
     def loss(self, outputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -197,7 +199,7 @@ class Distiller:
         """
         student_BC = logits_of(outputs)
         if self.own:
-            self.teacher.to(student_BC.device)
+            follow(self.teacher, self._student)
         self.teacher.eval()
         with torch.no_grad():
             teacher_BC = logits_of(self._taught(args, kwargs))
@@ -223,9 +225,10 @@ class Distiller:
     def _feature_loss(self) -> Tensor:
         student, teacher = (self._taken(taps) for taps in self._taps)
         widths = {name: (student[name].shape[-1], teacher[name].shape[-1]) for name in self.names}
-        self._step()
+        device = student[self.names[0]].device
+        self._step(device)
         if self._features is None or widths != self._widths:
-            self._build(widths, student[self.names[0]].device)
+            self._build(widths, device)
             assert self._features is not None
             for name, projector in zip(self.names, self._features.projectors, strict=True):
                 if isinstance(projector, nn.Linear):
@@ -246,14 +249,15 @@ class Distiller:
     def _build(self, widths: dict[str, tuple[int, int]], device: torch.device) -> None:
         with torch.random.fork_rng(devices=[]):  # what a projector begins with is fitted, not drawn
             self._features = FeatureLoss(widths).to(device)
-        parameters = list(self._features.parameters())
-        self._optimizer = torch.optim.Adam(parameters, lr=1e-3) if parameters else None
+        self._optimizer = adam_of(self._features)
         self._widths = dict(widths)
 
-    def _step(self) -> None:
-        """Move the projectors by the gradients that the last loss has left."""
-        if self._optimizer is None:
+    def _step(self, device: torch.device) -> None:
+        """Move the projectors by the gradients that the last loss has left, after a student that has been moved."""
+        if self._optimizer is None or self._features is None:
             return
+        if self._optimizer.param_groups[0]["params"][0].device != device:
+            self._optimizer = moved(self._features, self._optimizer, device)
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:  # with AMP there may be infinities among them
@@ -322,17 +326,3 @@ def logits_of(outputs: Any) -> Tensor:
 def channels_last(values: Tensor) -> Tensor:
     """Features on the last axis: of maps with 4 or 5 dimensions, the channels."""
     return values.movedim(1, -1) if values.dim() in (4, 5) else values
-
-
-@torch.no_grad()
-def fit_projector(projector: nn.Linear, student_F: Tensor, teacher_F: Tensor) -> None:
-    """Set a projector to the ridge regression of the teacher's features on the student's (ridge 1e-3 of the mean)."""
-    student_NF, teacher_NF = student_F.detach().double().flatten(0, -2), teacher_F.double().flatten(0, -2)
-    student_mean, teacher_mean = student_NF.mean(0), teacher_NF.mean(0)
-    student_NF, teacher_NF = student_NF - student_mean, teacher_NF - teacher_mean
-    gram = student_NF.T @ student_NF
-    ridge = 1e-3 * gram.diagonal().mean().clamp_min(1e-12)
-    gram.diagonal().add_(ridge)
-    weight = torch.linalg.solve(gram, student_NF.T @ teacher_NF).T
-    projector.weight.copy_(weight)
-    projector.bias.copy_(teacher_mean - weight @ student_mean)

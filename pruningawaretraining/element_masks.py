@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.criteria.reductions import device_of
-from pruningawaretraining.folding import fill_groups, slot_counts, slots_of
+from pruningawaretraining.folding import fill_groups, fold_of, slot_counts, slots_of
 from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.lowest import counts_of
 from pruningawaretraining.optimizer_state import mask_state
@@ -29,10 +29,19 @@ class ElementMasks:
 
     def __init__(self, grouping: Grouping) -> None:
         self.grouping = grouping
-        self.keep_G = torch.ones(grouping.size, dtype=torch.bool, device=device_of(grouping))
+        self._keep_G = torch.ones(grouping.size, dtype=torch.bool, device=device_of(grouping))
         self.kept_by_set = [one.size for one in grouping.sets]  # groups of each set that are not masked
         self._drops: list[tuple[Member, Tensor]] = []  # members with anything masked, and which of their slots
+        self._entries: dict[tuple[int, bool], Tensor] = {}  # the same entry by entry, where labels are irregular
         self._handles: list[RemovableHandle] = []
+
+    @property
+    def keep_G(self) -> Tensor:
+        """For each group, whether it is kept; on the device of the first weight."""
+        device = device_of(self.grouping)
+        if self._keep_G.device != device:
+            self._keep_G = self._keep_G.to(device)
+        return self._keep_G
 
     @property
     def active(self) -> bool:
@@ -42,7 +51,7 @@ class ElementMasks:
     def set(self, keep_G: Tensor) -> None:
         """Take new masks (True = keep) and zero what they switch off."""
         self._forget()
-        self.keep_G = keep_G.detach().to(device_of(self.grouping), torch.bool, copy=True)
+        self._keep_G = keep_G.detach().to(device_of(self.grouping), torch.bool, copy=True)
         self.kept_by_set = counts_of(self.keep_G, [one.size for one in self.grouping.sets])
         for member, kept in zip(self.grouping.members, self.kept_of_members(), strict=True):
             if kept < member.n_slots:
@@ -66,12 +75,12 @@ class ElementMasks:
     def clear(self) -> None:
         """Forget the masks; the weights stay as they are."""
         self._forget()
-        self.keep_G = torch.ones_like(self.keep_G)
+        self._keep_G = torch.ones_like(self._keep_G)
 
     def _forget(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._drops = [], []
+        self._handles, self._drops, self._entries = [], [], {}
         self.kept_by_set = [one.size for one in self.grouping.sets]
 
     def kept_of_members(self) -> list[int]:
@@ -121,7 +130,13 @@ class ElementMasks:
             drop_S = drop_S.to(values_W.device)
             self._drops[index] = member, drop_S
         here = local_member(member) if part or is_sharded(values_W) else member
-        fill_groups(here, local_of(values_W), drop_S, 0.0)
+        if fold_of(here) is not None:
+            fill_groups(here, local_of(values_W), drop_S, 0.0)
+            return
+        known = self._entries.get((index, here is member))
+        if known is None or known.device != values_W.device:
+            known = self._entries[index, here is member] = here.spread(drop_S, outside=0.0).bool()
+        local_of(values_W).masked_fill_(known, 0.0)
 
     def masked_weights(self) -> int:
         """How many weights are masked."""

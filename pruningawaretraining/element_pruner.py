@@ -9,7 +9,7 @@ gradients or activations and none has been seen, it waits for the first ones, wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.folding import slot_maxima, slot_sums
 from pruningawaretraining.processes import agreed
 from pruningawaretraining.registry import build
-from pruningawaretraining.regularizers_elements import BlockLasso, RateOf, SlicePenalty
+from pruningawaretraining.regularizers_elements import BlockLasso, SlicePenalty
 from pruningawaretraining.schedules import sparsity_at
 from pruningawaretraining.weight_pruner import WeightPruner, put, weight_pattern
 
@@ -55,7 +55,6 @@ class ElementPruner:
     def __init__(self, model: nn.Module, rules: Iterable[tuple[str, Rule, ElementPattern, bool]]) -> None:
         self.model = model
         self.rules = [make_rule(model, *one) for one in rules]
-        self.count = 0  # real steps that have been taken notice of
         self.calibration: Calibration | None = None  # data that criteria look at instead of training
         self._empty: set[tuple[str, str]] = set()  # (rule, layer) without any weight, as has been said
         self._gathered = False
@@ -151,20 +150,25 @@ class ElementPruner:
         self._gathered = True
         return lines
 
-    def on_stepped(self, count: int, rate_of: RateOf, optimizers: Optimizers) -> list[str]:
-        """Weights have moved: shrink blocks, zero what is masked, and have the last event of a schedule at once.
+    def on_moved(self, fresh: Tensor | int, rates: Callable[[], Mapping[int, Tensor | float]]) -> None:
+        """Weights have moved: shrink blocks, and zero what is masked.
+
+        Args:
+            fresh: 1 if that makes a real step, else 0.
+            rates: gives learning rates by the ids of parameters.
+        """
+        self._gathered = False
+        self._shrink(fresh, rates)
+        for one in self.rules:
+            one.masks.apply()
+
+    def on_stepped(self, count: int, optimizers: Optimizers) -> list[str]:
+        """Have the last event of a schedule at once.
 
         Args:
             count: real steps so far.
-            rate_of: parameter -> learning rate.
             optimizers: those of the model.
         """
-        self._gathered = False
-        if count > self.count:
-            self._shrink(rate_of)
-        self.count = count
-        for one in self.rules:
-            one.masks.apply()
         lines: list[str] = []
         for one in self.rules:
             if one.rule.unit == "step" and count == one.rule.last_event and one.due(count):
@@ -257,7 +261,8 @@ class ElementPruner:
             return
         if part > one.state.part:
             left, going = parts - one.state.part, part - one.state.part
-            keep_G = progressive(one.masks.keep_G, one.next_G, one.scores_G, going, left)
+            keep_G = one.masks.keep_G
+            keep_G = progressive(keep_G, one.next_G.to(keep_G.device), one.scores_G.to(keep_G.device), going, left)
             one.state.part = part
             self._set(one, keep_G, optimizers)
 
@@ -281,15 +286,13 @@ class ElementPruner:
                 total = total + options.penalty(one.grouping).to(total.device)
         return total
 
-    @property
-    def shrinks(self) -> bool:
-        """Whether blocks are shrunk after steps."""
-        return any(isinstance(options, BlockLasso) for _, options in self._regularizers())
-
-    def _shrink(self, rate_of: RateOf) -> None:
-        for one, options in self._regularizers():
-            if isinstance(options, BlockLasso):
-                options.after_step(one.grouping, rate_of)
+    def _shrink(self, fresh: Tensor | int, rates: Callable[[], Mapping[int, Tensor | float]]) -> None:
+        shrinking = [(one, options) for one, options in self._regularizers() if isinstance(options, BlockLasso)]
+        if not shrinking or not (isinstance(fresh, Tensor) or fresh):
+            return
+        rate = rates()
+        for one, options in shrinking:
+            options.after_step(one.grouping, lambda parameter: rate.get(id(parameter), 0.0) * fresh)
 
     def _regularizers(self) -> list[tuple[ElementRule, Any]]:
         regularized = [one for one in self.rules if one.rule.regularizer is not None and one.works]
@@ -344,7 +347,7 @@ class ElementPruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, scores, and where each rule stands: tensors and plain data."""
-        return {"count": self.count, "rules": [_state_of(one) for one in self.rules]}
+        return {"rules": [_state_of(one) for one in self.rules]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; load the model's weights as well.
@@ -357,7 +360,6 @@ class ElementPruner:
             raise CheckpointError(f"state: it is of the rules {keys}, not of {[one.key for one in self.rules]}")
         for one, values in zip(self.rules, state["rules"], strict=True):
             _load(one, values)
-        self.count = int(state["count"])
 
 
 def _same_tensors(old: ElementRule, new: ElementRule) -> bool:

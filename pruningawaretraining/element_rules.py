@@ -110,6 +110,13 @@ class ElementRule:
             return False
         return (now - self.rule.start) % self.rule.every == 0 and (self.state.last is None or now > self.state.last)
 
+    def asks(self, steps: range) -> bool:
+        """Whether it matters for an event, or a part of one, which of these is the number of real steps."""
+        if self.rule.unit != "step":
+            return False
+        coming = steps[max(0, self.rule.start - steps.start) :]
+        return self.next_G is not None or any(self.due(now) for now in coming)
+
     def limits(self) -> ElementLimits:
         return ElementLimits(self.rule.min_sparsity, self.rule.max_sparsity)
 

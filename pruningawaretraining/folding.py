@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pruningawaretraining import fused
 from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.placed import placed
 from pruningawaretraining.sharded import across, is_sharded, local_member, local_of
 
 
@@ -131,16 +132,26 @@ def slot_maxima(member: Member, values_W: Tensor) -> Tensor:
         elif not member.identity[dim]:
             shape = list(largest.shape)
             shape[dim] = member.sizes[dim] + 1
-            index = label.to(largest.device).view([-1 if axis == dim else 1 for axis in range(largest.dim())])
+            index = placed(label, largest.device).view([-1 if axis == dim else 1 for axis in range(largest.dim())])
             room = largest.new_full(shape, -math.inf)
             room.scatter_reduce_(dim, index.expand_as(largest), largest, "amax")
             largest = room.narrow(dim, 0, member.sizes[dim])
     return largest.reshape(-1)
 
 
+_COUNTS: weakref.WeakKeyDictionary[Member, Tensor] = weakref.WeakKeyDictionary()
+
+
 def slot_counts(member: Member) -> Tensor:
-    """How many entries each slot has, float32, in a shape that broadcasts to ``member.sizes``."""
-    counts = torch.ones([1] * len(member.sizes))
+    """How many entries each slot has, float32 on the CPU, in a shape that broadcasts to ``member.sizes``; counted once,
+    and never to be changed."""
+    if member not in _COUNTS:
+        _COUNTS[member] = _slot_counts(member)
+    return _COUNTS[member]
+
+
+def _slot_counts(member: Member) -> Tensor:
+    counts = torch.ones([1] * len(member.sizes), device="cpu")
     for dim, (label, size) in enumerate(zip(member.labels, member.sizes, strict=True)):
         if label is None:
             counts = counts * member.parameter.shape[dim]

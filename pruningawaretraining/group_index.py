@@ -5,7 +5,8 @@ dimension.
 
 A weight is seen as a matrix of its first dimension and all the others. An entry is one row or one column of it, so
 that every sum over entries and every spreading of factors is one gather or scatter for all weights together, and a step
-costs one pass over the weights for the norms and one for the gradients.
+costs one pass over the weights for the norms and one for the gradients. On the CPU these are compiled, elsewhere
+:mod:`pruningawaretraining.weight_passes` makes them of few launches; both follow a model that is moved.
 """
 
 from __future__ import annotations
@@ -21,19 +22,23 @@ from torch import Tensor
 from pruningawaretraining import fused
 from pruningawaretraining.criteria.magnitude import members_per_set
 from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.placed import placed
 from pruningawaretraining.sharded import across, extent, is_sharded, local_of
+from pruningawaretraining.weight_passes import WeightPasses
+from pruningawaretraining.weight_stores import Sided, broadcast, entries_along, summed
 
 BLOCK = 1 << 18
-"""Elements of a weight that PyTorch's operations work on at a time: a block and its squares stay in a core's cache."""
+"""Elements of a weight on the CPU that PyTorch works on at a time: a block and its squares stay in a core's cache."""
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One dimension of a weight whose channels belong to groups, and where its entries lie."""
+    """A dimension of a weight whose channels belong to groups: where its entries lie, and each channel's group."""
 
     dim: int
     first: int
     last: int
+    groups: Tensor
 
 
 @dataclass(eq=False)
@@ -56,6 +61,11 @@ class _Weight:
             self.matrix = fused.as_matrix(values_W) if self.simple and fused.fits(values_W) else None
         return self.matrix
 
+    def off_the_cpu(self) -> Sided:
+        """The same without the memory in which the parameter no longer is."""
+        self.matrix, self.address = None, -1
+        return Sided(self.parameter, tuple((side.dim, side.groups) for side in self.sides))
+
     def side(self, dim: int) -> _Side | None:
         return next((side for side in self.sides if side.dim == dim), None)
 
@@ -70,15 +80,13 @@ class GroupIndex:
 
     def __init__(self, grouping: Grouping, roles: Sequence[str]) -> None:
         self.grouping = grouping.of_role(*roles)
-        self.device = self.grouping.members[0].parameter.device if self.grouping.members else torch.device("cpu")
-        self.weights, entries = self._lay_out()
-        self.entries_N = entries.to(self.device)
-        self.set_ids = grouping.set_ids.to(self.device)
+        self.weights, self.entries_N = self._lay_out()
+        self._set_ids = grouping.set_ids.cpu()
         self.n_sets = len(grouping.sets)
-        count_S = members_per_set(self.grouping).clamp(min=1).to(self.device)
-        self.members_G = count_S[self.set_ids].float()
+        count_S = members_per_set(self.grouping).clamp(min=1).cpu()
+        self._members_G = count_S[self._set_ids].float()
         self.sharded = [weight.parameter for weight in self.weights if is_sharded(weight.parameter)]
-        self.shared_N = torch.zeros(len(self.entries_N), device=self.device)  # 1 for entries of sharded weights
+        self.shared_N = torch.zeros(len(self.entries_N))  # 1 for entries of sharded weights
         for weight in self.weights if self.sharded else ():
             for side in weight.sides:
                 self.shared_N[side.first : side.last] = float(is_sharded(weight.parameter))
@@ -88,6 +96,30 @@ class GroupIndex:
         self._share_room()
         self._room: Tensor | None = None
         self._one: Tensor | None = None
+        self._passes: WeightPasses | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are now, and with them what is computed here."""
+        return self.weights[0].parameter.device if self.weights else torch.device("cpu")
+
+    @property
+    def set_ids(self) -> Tensor:
+        """The set of each group."""
+        return placed(self._set_ids, self.device)
+
+    @property
+    def members_G(self) -> Tensor:
+        """How many members each group has, at least 1 (float32)."""
+        return placed(self._members_G, self.device)
+
+    def _off_the_cpu(self) -> WeightPasses | None:
+        """The passes of other devices, laid out for the weights as they are stored now; None on the CPU."""
+        if self.device.type == "cpu":
+            return None
+        if self._passes is None or not self._passes.fits:
+            self._passes = WeightPasses([weight.off_the_cpu() for weight in self.weights], self.grouping.size)
+        return self._passes
 
     def _lay_out(self) -> tuple[list[_Weight], Tensor]:
         weights: dict[int, _Weight] = {}
@@ -96,15 +128,15 @@ class GroupIndex:
         for member in sorted(self.grouping.members, key=lambda member: member.parameter.dim() != 1):
             dim = _only_dimension(member)
             assert member.slots is not None
-            slots = member.slots
+            slots = member.slots.cpu()
             if is_sharded(member.parameter):
                 sizes, starts = extent(member.parameter)
                 slots = slots[starts[dim] : starts[dim] + sizes[dim]]
-            slots = slots.repeat_interleave(math.prod(member.parameter.shape[2:])) if dim == 1 else slots
+            along = entries_along(dim, slots, member.parameter.shape)
             weight = weights.setdefault(id(member.parameter), _Weight(member.parameter))
-            weight.sides.append(_Side(dim, start, start + len(slots)))
-            entries.append(slots)
-            start += len(slots)
+            weight.sides.append(_Side(dim, start, start + len(along), slots))
+            entries.append(along)
+            start += len(along)
         for weight in weights.values():
             dims = [side.dim for side in weight.sides]
             weight.simple = len(set(dims)) == len(dims) and max(dims) < 2
@@ -129,13 +161,13 @@ class GroupIndex:
         Args:
             keep_G: groups that are not masked (True); None for all. Looked at once: the same tensor costs nothing.
         """
-        if keep_G is self._keep_G or fused.kernels() is None:
+        if keep_G is self._keep_G or self.device.type != "cpu" or fused.kernels() is None:
             return
         self._keep_G = keep_G
         self._all_rows()
         if keep_G is None:
             return
-        keep_N = torch.cat([keep_G.cpu(), torch.ones(1, dtype=torch.bool)])[self.entries_N.cpu()]
+        keep_N = torch.cat([keep_G.cpu(), torch.ones(1, dtype=torch.bool)])[self.entries_N]
         for weight in self.weights:
             side = weight.side(0)
             if side is not None and weight.simple:
@@ -145,7 +177,11 @@ class GroupIndex:
 
     def squared_norms(self) -> Tensor:
         """Sum of squares of every group over its members (vector of groups, float32)."""
-        kernels = fused.kernels() if self.device.type == "cpu" else None
+        passes = self._off_the_cpu()
+        if passes is not None:
+            whole_G1, part_G1 = passes.squared_norms()
+            return (whole_G1 if part_G1 is None else across(part_G1, self.sharded) + whole_G1)[:-1]
+        kernels = fused.kernels()
         sums_N = torch.zeros_like(self.entries_N, dtype=torch.float32) if kernels is None else self._row_N.zero_()
         for weight in self.weights:
             matrix = None if kernels is None else weight.as_matrix()
@@ -155,10 +191,9 @@ class GroupIndex:
                 sides = [(side.dim, sums_N[side.first : side.last]) for side in weight.sides]
                 self._add_squares(local_of(weight.parameter), sides)
         if not self.sharded:
-            total = torch.zeros(self.grouping.size + 1, device=self.device).index_add_(0, self.entries_N, sums_N)
-            return total[:-1]
+            return torch.zeros(self.grouping.size + 1).index_add_(0, self.entries_N, sums_N)[:-1]
         part_N = sums_N * self.shared_N  # entries of weights that every process holds whole are counted on each
-        part = torch.zeros(self.grouping.size + 1, device=self.device).index_add_(0, self.entries_N, part_N)
+        part = torch.zeros(self.grouping.size + 1).index_add_(0, self.entries_N, part_N)
         whole = torch.zeros_like(part).index_add_(0, self.entries_N, sums_N - part_N)
         return (across(part, self.sharded) + whole)[:-1]
 
@@ -167,7 +202,7 @@ class GroupIndex:
         if values_W.dim() == 1 or not _is_matrix(values_W, sides):
             square_W = values_W.float().square()
             for dim, sums in sides:
-                sums += _summed(square_W, dim)
+                sums += summed(square_W, dim)
             return
         flat = values_W.view(values_W.shape[0], -1)
         for rows in _blocks(flat):
@@ -204,7 +239,11 @@ class GroupIndex:
             only: ids of the parameters that are meant; None for all.
         """
         padded_G = torch.cat([factor_G, factor_G.new_zeros(1)])
-        kernels = fused.kernels() if padded_G.device.type == "cpu" and padded_G.dtype is torch.float32 else None
+        passes = self._off_the_cpu()
+        if passes is not None:
+            passes.add_scaled(padded_G, only)
+            return
+        kernels = fused.kernels() if padded_G.dtype is torch.float32 else None
         factor_N = torch.index_select(padded_G, 0, self.entries_N, out=None if kernels is None else self._row_N)
         for weight in self.weights:
             gradient_W = weight.parameter.grad
@@ -231,22 +270,14 @@ def _only_dimension(member: Member) -> int:
     return next(index for index, label in enumerate(member.labels) if label is not None)
 
 
-def _summed(values_W: Tensor, dim: int) -> Tensor:
-    """Sums over all but one dimension; along dimension 1 one for each column of the matrix."""
-    if dim == 1:
-        return values_W.sum(dim=0).reshape(-1)
-    others = [index for index in range(values_W.dim()) if index != dim]
-    return values_W.sum(dim=others) if others else values_W
-
-
 def _is_matrix(values_W: Tensor, sides: Sequence[tuple[int, Tensor]]) -> bool:
     """Whether a weight can be seen as a matrix whose rows are its first dimension."""
     return values_W.dtype == torch.float32 and values_W.is_contiguous() and all(dim < 2 for dim, _ in sides)
 
 
 def _blocks(flat: Tensor) -> list[slice]:
-    """Runs of rows: blocks that fit a cache on a CPU, the whole matrix elsewhere."""
-    if flat.device.type != "cpu" or flat.numel() <= BLOCK:
+    """Runs of rows that fit a cache."""
+    if flat.numel() <= BLOCK:
         return [slice(0, flat.shape[0])]
     step = max(1, BLOCK // flat.shape[1])
     return [slice(first, first + step) for first in range(0, flat.shape[0], step)]
@@ -262,11 +293,5 @@ def _add_scaled(gradient_W: Tensor, values_W: Tensor, factors: list[tuple[int, T
             for dim, factor in along:
                 target.addcmul_(part, factor[rows] if dim == 0 else factor)
         return
-    parts = [_broadcast(factor, dim, values_W.shape) for dim, factor in factors]
+    parts = [broadcast(factor, dim, values_W.shape) for dim, factor in factors]
     gradient_W.addcmul_(values_W.to(gradient_W.dtype), sum(parts[1:], parts[0]))
-
-
-def _broadcast(factor: Tensor, dim: int, shape: torch.Size) -> Tensor:
-    if dim == 1:
-        return factor.view(1, *shape[1:])
-    return factor.view([-1 if index == dim else 1 for index in range(len(shape))])

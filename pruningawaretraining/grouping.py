@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pruningawaretraining.placed import placed
 from pruningawaretraining.sharded import across, full_of, is_sharded, local_member, local_of
 
 ROLES = ("out", "in", "norm", "bias", "raw", "element", "buffer")
@@ -93,7 +94,8 @@ class Member:
                 continue
             shape = list(sums.shape)
             shape[dim] = self.sizes[dim] + 1
-            sums = sums.new_zeros(shape).index_add_(dim, label.to(sums.device), sums).narrow(dim, 0, self.sizes[dim])
+            here = placed(label, sums.device)
+            sums = sums.new_zeros(shape).index_add_(dim, here, sums).narrow(dim, 0, self.sizes[dim])
         return sums.reshape(-1)
 
     def spread(self, slots_S: Tensor, outside: float) -> Tensor:
@@ -106,7 +108,7 @@ class Member:
                 shape = list(spread.shape)
                 shape[dim] = 1
                 spread = torch.cat([spread, spread.new_full(shape, outside)], dim)
-            spread = spread.index_select(dim, label.to(spread.device))
+            spread = spread.index_select(dim, placed(label, spread.device))
         return spread
 
 
@@ -257,7 +259,7 @@ class Grouping:
             if member.slots is None:
                 slots_S = values_G[member.offset : member.offset + member.n_slots]
             else:
-                slots_S = padded[member.slots.to(padded.device)]
+                slots_S = padded[placed(member.slots, padded.device)]
             out.append((member, member.spread(slots_S, outside)))
         return out
 
@@ -274,7 +276,7 @@ def _add_slots(total_G1: Tensor, member: Member, sums_S: Tensor) -> None:
     if member.slots is None:
         total_G1[member.offset : member.offset + member.n_slots].add_(sums_S)
     else:
-        total_G1.index_add_(0, member.slots.to(sums_S.device), sums_S)
+        total_G1.index_add_(0, placed(member.slots, sums_S.device), sums_S)
 
 
 def concat(groupings: Sequence[Grouping], name: str | None = None) -> Grouping:

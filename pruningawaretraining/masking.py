@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.grouping import Grouping, Member
 from pruningawaretraining.kept_blocks import Block, Bypass
 from pruningawaretraining.kept_norms import KeptNorm, kept_norm_of
+from pruningawaretraining.mask_factors import MaskFactors
 from pruningawaretraining.optimizer_state import mask_state
 from pruningawaretraining.sharded import is_sharded, local_of, part_of
 
@@ -55,15 +55,14 @@ class Masks:
         self._gradient_handles: list[RemovableHandle] = []
         self._norm_hooks: dict[str, KeptNorm] = {}
         self._block_handles: dict[str, RemovableHandle] = {}
-        self._parameters: list[Tensor] = []
-        self._factors: list[Tensor] = []
+        self._factors = MaskFactors()
         self._cleared: list[_Cleared] = []
         self._keep_on: dict[torch.device, Tensor] = {}
 
     @property
     def active(self) -> bool:
         """Whether anything is masked."""
-        return bool(self._parameters)
+        return bool(self._factors)
 
     def keep_on(self, device: torch.device) -> Tensor:
         """``keep_G`` on a device, copied there once after every change."""
@@ -84,26 +83,29 @@ class Masks:
     def clear(self) -> None:
         """Forget the masks and take the hooks out; the weights stay as they are."""
         self.keep_G = torch.ones_like(self.keep_G)
-        self._keep_on, self._parameters, self._factors, self._cleared = {}, [], [], []
+        self._keep_on, self._factors, self._cleared = {}, MaskFactors(), []
         self._hook_gradients()
         self._hook_blocks()
         self._unhook()
 
     def _build_factors(self) -> None:
-        self._parameters, self._factors, self._cleared = [], [], []
+        self._factors, self._cleared = MaskFactors(), []
         if bool(self.keep_G.all()):
             return
+        parameters, factors = [], []
         for member, keep_W in self.grouping.expand(self.keep_G.float(), outside=1.0):
             if bool((keep_W == 0).any()):
-                self._parameters.append(member.parameter)
-                self._factors.append(_for_multiplication(member, keep_W))
-        if fused.kernels() is not None and not any(is_sharded(one) for one in self._parameters):
-            self._cleared = _cleared(self._parameters, self._factors)
+                parameters.append(member.parameter)
+                factors.append(_for_multiplication(member, keep_W))
+        self._factors = MaskFactors(parameters, factors)
+        on_the_cpu = all(one.device.type == "cpu" and not is_sharded(one) for one in parameters)
+        if on_the_cpu and fused.kernels() is not None:
+            self._cleared = _cleared(parameters, factors)
 
     @torch.no_grad()
     def apply(self) -> None:
         """Set masked weights to exactly 0."""
-        if not self._parameters:
+        if not self._factors:
             return
         kernels = fused.kernels()
         if kernels is not None and self._cleared and all(fused.fits(one.parameter) for one in self._cleared):
@@ -111,33 +113,17 @@ class Masks:
                 kernels.clear(fused.as_matrix(one.parameter.detach()), one.cleared_O, one.columns)
                 torch.autograd.graph.increment_version(one.parameter)
             return
-        self._move_factors()
-        torch._foreach_mul_([local_of(one) for one in self._parameters], self._factors)
+        self._factors.multiply()
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Set the gradients of masked weights to 0, so that they enter no norm and no moving average."""
-        if not self._parameters:
-            return
-        self._move_factors()
-        both = zip(self._parameters, self._factors, strict=True)
-        pairs = [(local_of(p.grad), f) for p, f in both if p.grad is not None]
-        if pairs:
-            torch._foreach_mul_([gradient for gradient, _ in pairs], [factor for _, factor in pairs])
+        self._factors.multiply_gradients()
 
     @torch.no_grad()
     def apply_to_state(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Set the optimizers' state of masked weights (momenta, averages) to 0."""
-        self._move_factors()
-        mask_state(optimizers, self._parameters, self._factors)
-
-    def _move_factors(self) -> None:
-        """Follow a model that has been moved to another device or dtype since the masks were set."""
-        if self._factors and (
-            self._factors[0].device != self._parameters[0].device or self._factors[0].dtype != self._parameters[0].dtype
-        ):
-            pairs = zip(self._parameters, self._factors, strict=True)
-            self._factors = [factor.to(parameter.device, parameter.dtype) for parameter, factor in pairs]
+        mask_state(optimizers, self._factors.parameters, self._factors.factors)
 
     def _hook_gradients(self) -> None:
         """Mask gradients where they are accumulated, so that a norm taken between backward and step has none of them.
@@ -147,26 +133,14 @@ class Masks:
         for handle in self._gradient_handles:
             handle.remove()
         self._gradient_handles = []
-        by_parameter: dict[int, list[int]] = {}
-        for index, parameter in enumerate(self._parameters):
-            by_parameter.setdefault(id(parameter), []).append(index)
-        for indices in by_parameter.values():
-            parameter = self._parameters[indices[0]]
+        for parameter in {id(one): one for one in self._factors.parameters}.values():
             if parameter.requires_grad:
-                hook = partial(self._mask_gradient, indices=indices)
-                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                handle = parameter.register_post_accumulate_grad_hook(self._mask_gradient)  # type: ignore[no-untyped-call]
                 self._gradient_handles.append(handle)
 
-    def _mask_gradient(self, parameter: Tensor, indices: list[int]) -> None:
-        gradient = parameter.grad
-        if gradient is None or gradient.layout is not torch.strided:
-            return
-        gradient = local_of(gradient)
-        for index in indices:
-            factor = self._factors[index]
-            if factor.dtype is not gradient.dtype or factor.device != gradient.device:
-                factor = factor.to(gradient.device, gradient.dtype)
-            gradient.mul_(factor)
+    def _mask_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None and parameter.grad.layout is torch.strided:
+            self._factors.multiply_one(parameter, local_of(parameter.grad))
 
     def _hook_norms(self) -> None:
         """Let norms over channels know which are kept: all of them, once one has to.
@@ -177,7 +151,7 @@ class Masks:
         modules = dict(self.model.named_modules())
         keep_of = {name: keep_G1[groups_C] for name, groups_C in self.norms.items() if kept_norm_of(modules[name])}
         if not self._norm_hooks and not all(bool(keep_C.all()) for keep_C in keep_of.values()):
-            device = next((one.device for one in self._parameters), torch.device("cpu"))
+            device = next((one.device for one in self._factors.parameters), torch.device("cpu"))
             for name in keep_of:
                 make = kept_norm_of(modules[name])
                 assert make is not None

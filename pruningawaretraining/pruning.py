@@ -147,7 +147,6 @@ class Pruning:
         self._teacher = teacher
         self._distiller: Distiller | None = None
         self.before_removal: Callable[[], None] = lambda: None
-        self._stepped = 0  # real steps so far, as of the last one
         self._begun = self._ended = self._says_before = self._heard = False
         self._sharded = self._sought_shards = False
         self._no_channels = NoChannels()
@@ -451,11 +450,11 @@ class Pruning:
         """Add the regularisers to gradients that are about to be used."""
         if self._elements is not None and not self._ended:  # scores are of the loss alone, so before the penalties
             self._tell_all(self._elements.on_round(scale, self._steps.optimizers))
-            self._tell_all(self._elements.tick("step", self._elements.count, self._steps.optimizers))
+            self._tick_elements()
         if self._channels is not None and not self._ended and not self._heard:
             self._channels.hear(scale)
             self._heard = True
-            if self._tick_channels(self._stepped):
+            if self._tick_channels():
                 self._penalties = self._channels.penalties()
         for ready, factor_G in self._penalties:
             ready.add(factor_G * scale, only)
@@ -466,34 +465,34 @@ class Pruning:
         """Weights have moved: masked ones go back to 0."""
         if self._channels is not None:
             self._channels.masks.apply()
-            if self._channels.counts_steps and not self._ended:
-                self._stepped = self._steps.count
-                self._tick_channels(self._stepped, last=True)
+            self._tick_channels(last=True)
         if self._elements is not None:
-            self._tell_all(self._elements.on_stepped(self._steps.count, self._rate_of(), self._steps.optimizers))
+            self._elements.on_moved(self._steps.fresh, self._steps.rates)
+            self._tick_elements(last=True)
 
-    def _tick_channels(self, now: int, last: bool = False) -> bool:
-        """Let channel rules that count steps have what is due before step ``now``; true if something was.
+    def _tick_elements(self, last: bool = False) -> None:
+        """Let rules on weights that count steps have what is due; see :meth:`_tick_channels`."""
+        steps, elements = self._steps.counts, self._elements
+        if elements is not None and (len(steps) == 1 or any(one.asks(steps) for one in elements.rules)):
+            now, optimizers = self._steps.count, self._steps.optimizers
+            self._tell_all(elements.on_stepped(now, optimizers) if last else elements.tick("step", now, optimizers))
+
+    def _tick_channels(self, last: bool = False) -> bool:
+        """Let channel rules that count steps have what is due before the next step; true if something was. How many
+        steps there have been is only asked where it matters, since the device may have to be waited for.
 
         Args:
-            now: real steps so far.
             last: only the last event of a schedule, which no further step may follow.
         """
         if self._channels is None or self._ended or not self._channels.counts_steps:
             return False
-        lines = self._channels.prune(now, self._surroundings(), "step", last)
+        if len(steps := self._steps.counts) > 1 and not any(one.asks(steps, last) for one in self._channels.rules):
+            return False
+        lines = self._channels.prune(self._steps.count, self._surroundings(), "step", last)
         self._tell_all(lines)
         if lines:
             self._described.update(self.describe())
         return bool(lines)
-
-    def _rate_of(self) -> Callable[[Tensor], float]:
-        """Parameter -> learning rate, 0 for those of no optimizer."""
-        if self._elements is None or not self._elements.shrinks:
-            return lambda parameter: 0.0
-        groups = [group for optimizer in self._steps.optimizers for group in optimizer.param_groups]
-        rates = {id(parameter): float(group["lr"]) for group in groups for parameter in group["params"]}
-        return lambda parameter: rates.get(id(parameter), 0.0)
 
     def _tell_all(self, lines: list[str], target: Log | None = None) -> None:
         for line in lines:
@@ -546,10 +545,10 @@ class Pruning:
         """
         self._begun = True
         if self._channels is not None and self._active:
-            self._tick_channels(self._stepped)
+            self._tick_channels()
         if self._elements is not None and self._active and not self._ended:
             self._steps.look_around()
-            self._tell_all(self._elements.tick("step", self._elements.count, self._steps.optimizers))
+            self._tick_elements()
 
     def on_before_optimizer_step(self) -> None:
         """After backward, before clipping and the optimizer's step: regularise, and mask the gradients."""
@@ -912,7 +911,7 @@ class Pruning:
                 undo.append(partial(self._distiller.load_state_dict, self._distiller.state_dict()))
                 self._distiller.load_state_dict(state["distillation"])
             set_rng_state(state["rng"])
-        self._steps.count, self._stepped, self._ended = steps, steps, ended
+        self._steps.count, self._ended = steps, ended
         self._begun = self._begun or steps > 0
 
     def _warn_of_another_config(self, before: Any) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pruningawaretraining.group_index import GroupIndex
 from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.placed import placed
 from pruningawaretraining.registry import register
 
 
@@ -36,7 +37,7 @@ class Regularizer:
         factor: Callable[[Tensor, GroupIndex, Tensor | None], Tensor],
     ) -> None:
         self.index, self.factor = index, factor
-        self.strength_G = strength_G.to(index.device, torch.float32)
+        self.strength_G = strength_G.float()
 
     @torch.no_grad()
     def factors(self, keep_G: Tensor | None = None) -> Tensor:
@@ -46,7 +47,8 @@ class Regularizer:
             keep_G: groups that are not masked (True), on the index's device; None for all.
         """
         self.index.skip_masked(keep_G)
-        factor_G = self.factor(self.index.squared_norms(), self.index, keep_G) * self.strength_G
+        factor_G = self.factor(self.index.squared_norms(), self.index, keep_G)
+        factor_G = factor_G * placed(self.strength_G, factor_G.device)
         return factor_G if keep_G is None else factor_G * keep_G
 
     @torch.no_grad()

@@ -19,8 +19,8 @@ from pruningawaretraining.sharded import is_sharded, local_member, local_of
 
 SMALL = 1e-8
 
-RateOf = Callable[[Tensor], float]
-"""The learning rate that a parameter has now."""
+RateOf = Callable[[Tensor], "Tensor | float"]
+"""The learning rate that a parameter has now; a tensor where the optimizer keeps one on the device."""
 
 
 def _check_strength(strength: float) -> None:
@@ -100,11 +100,11 @@ class BlockLasso:
         """
         for member in grouping.members:
             step = rate_of(member.parameter) * self.strength
-            if step:
+            if isinstance(step, Tensor) or step:
                 _shrink(member, step)
 
 
-def _shrink(member: Member, step: float) -> None:
+def _shrink(member: Member, step: Tensor | float) -> None:
     weight_W = member.parameter.detach()
     norm_S = slot_sums(member, weight_W.float().square()).sqrt_()
     factor_S = torch.where(norm_S > 0, 1 - step / norm_S, 1.0).clamp_(min=0).to(weight_W.dtype)

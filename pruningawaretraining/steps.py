@@ -62,8 +62,10 @@ class Steps:
         self._all_done = False  # whether every parameter has been dealt with in this round
         self._rounds = 0
         self.paused = False  # whether optimizers step without a training step, as checkpoints let them to make state
-        self._skipped: Tensor | int = 0
+        self._skipped: Tensor | int = 0  # rounds that did not count, of those of which only the device knows it
+        self._unsure = 0  # how many of those there are
         self._last: Tensor | int = 1  # 1 while nothing has counted in the round: none has stepped, or it was skipped
+        self.fresh: Tensor | int = 0  # 1 if the last optimizer step is the one that made its round count, else 0
         this = weakref.ref(self)
 
         def found(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -80,22 +82,40 @@ class Steps:
 
     @property
     def count(self) -> int:
-        """How many real steps there have been; those that a gradient scaler skipped are none."""
-        return self._rounds - int(self._skipped) - (int(self._last) if self._round else 0)
+        """How many real steps there have been; those that a gradient scaler skipped are none. Where a fused optimizer
+        was to skip them, reading this waits for the device."""
+        self._rounds, self._skipped, self._unsure = self._rounds - int(self._skipped), 0, 0
+        self._last = int(self._last)
+        return self._rounds - (self._last if self._round else 0)
 
     @count.setter
     def count(self, value: int) -> None:
-        self._rounds, self._skipped, self._last = value, 0, 0
+        self._rounds, self._skipped, self._unsure, self._last = value, 0, 0, 0
         self.end_round()
+
+    @property
+    def counts(self) -> range:
+        """What ``count`` may be, as far as that is known without waiting for the device."""
+        last = self._last if self._round else 0
+        unsure = self._unsure + isinstance(last, Tensor)
+        most = self._rounds - (0 if isinstance(last, Tensor) else last)
+        return range(most - unsure, most + 1)
 
     def end_round(self) -> None:
         """Whatever steps next begins a real step: after masks or the model have changed."""
-        if self._round:
-            self._skipped = self._skipped + self._last
+        if self._round and isinstance(self._last, Tensor):
+            self._skipped, self._unsure = self._skipped + self._last, self._unsure + 1
+        elif self._round:
+            self._rounds -= self._last
         self._round, self._done, self._all_done, self._last = set(), set(), False, 1
         self._strangers.clear()
 
     # --- optimizers ---------------------------------------------------------------------------------------------
+
+    def rates(self) -> dict[int, Tensor | float]:
+        """Learning rates by the ids of the optimizers' parameters; tensors where an optimizer keeps one."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Take part in every step of an optimizer (of the one inside, for a wrapper without hooks of its own)."""
@@ -162,6 +182,7 @@ class Steps:
         assert listener is not None
         self._by_hand = False
         self._rounds += 1
+        self.fresh = 1
         listener.on_stepped()
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Any) -> Arguments | None:
@@ -212,7 +233,9 @@ class Steps:
             return
         found_inf = getattr(optimizer, "found_inf", None)  # not read here, so that nothing waits for the device
         skipped = 0 if found_inf is None else (found_inf > 0).long().amax()
-        self._last = self._last * skipped
+        before = self._last
+        self._last = before * skipped
+        self.fresh = before - self._last
         self._by_hand = False
         listener = self._listener()
         if listener is not None:

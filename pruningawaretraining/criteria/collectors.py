@@ -102,8 +102,10 @@ class GradientCollector:
             fine = across(total.isfinite().float().neg(), self.sharded, largest=True) < 0
         if not self.scores:
             self.names = names
+            self.steps = torch.zeros((), dtype=torch.int64, device=fine.device)
             self.scores = [torch.zeros_like(value, dtype=self.rule.dtype) for value in fresh]
-        self.steps = self.steps.to(fine.device) + fine
+        self.steps = self.steps.to(fine.device)
+        self.steps += fine
         decay = torch.where(fine, self.rule.momentum, 1.0)
         for number, value in enumerate(fresh):
             score = self.scores[number] = self.scores[number].to(value.device)
@@ -166,7 +168,7 @@ class MaskGradientCollector:
         self.samples, self.most = samples, most
         self.squares_G: Tensor | None = None
         self.kept_MG: Tensor | None = None
-        self.steps = 0
+        self.steps: Tensor = torch.zeros((), dtype=torch.int64)
 
     def attach(self, model: nn.Module, grouping: Grouping) -> None:
         """Nothing to hook: gradients are read before each step."""
@@ -191,20 +193,22 @@ class MaskGradientCollector:
         slope_G = sums(grouping, values, torch.float32)
         slope_G = torch.where(torch.isfinite(slope_G.sum()), slope_G, 0.0)
         if self.squares_G is None:
+            self.steps = torch.zeros((), dtype=torch.int64, device=device_of(grouping))
             self.squares_G = torch.zeros(grouping.size, device=device_of(grouping))
             if grouping.size <= self.most:
                 self.kept_MG = torch.zeros(self.samples, grouping.size, device=device_of(grouping))
         self.squares_G = self.squares_G.to(slope_G.device).addcmul_(slope_G, slope_G)
+        self.steps = self.steps.to(slope_G.device)
         if self.kept_MG is not None:
             self.kept_MG = self.kept_MG.to(slope_G.device)
-            self.kept_MG[self.steps % self.samples] = slope_G
+            self.kept_MG.index_copy_(0, (self.steps % self.samples).view(1), slope_G.unsqueeze(0))
         self.steps += 1
 
     def tensors(self) -> dict[str, Tensor]:
         """``mask_gradient_squares`` and, of few groups, ``mask_gradients``."""
         if self.squares_G is None:
             return {}
-        kept = {} if self.kept_MG is None else {"mask_gradients": self.kept_MG[: min(self.steps, self.samples)]}
+        kept = {} if self.kept_MG is None else {"mask_gradients": self.kept_MG[: min(int(self.steps), self.samples)]}
         return {"mask_gradient_squares": self.squares_G, **kept}
 
     def restrict(self, grouping: Grouping, keep_G: Tensor) -> None:
@@ -220,7 +224,7 @@ class MaskGradientCollector:
         return {
             "squares": none if self.squares_G is None else self.squares_G.clone(),
             "kept": none if self.kept_MG is None else self.kept_MG.clone(),
-            "steps": self.steps,
+            "steps": int(self.steps),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -230,4 +234,4 @@ class MaskGradientCollector:
             raise CheckpointError(f"state: {len(squares_G)} groups' gradients do not fit {len(self.squares_G)} groups")
         self.squares_G = squares_G.clone() if squares_G.numel() else None
         self.kept_MG = kept_MG.clone() if kept_MG.numel() else None
-        self.steps = int(state["steps"])
+        self.steps = torch.tensor(int(state["steps"]))

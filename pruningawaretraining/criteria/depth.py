@@ -103,9 +103,9 @@ class BlockChangeCollector:
             return
         dim = _channel_dim(module, x)
         change = 1.0 - functional.cosine_similarity(x.float(), y.float(), dim=dim)
-        seen = torch.stack([change.sum().double(), change.new_tensor(change.numel()).double()])
+        seen = torch.stack([change.sum().double(), change.new_full((), change.numel(), dtype=torch.float64)])
         known = self.own.get(name)
-        self.own[name] = seen if known is None else known.to(seen.device) + seen
+        self.own[name] = seen if known is None else known.to(seen.device).add_(seen)
 
     def agree(self) -> None:
         """See :class:`~pruningawaretraining.statistics.Collector`: one flat all-reduce of two numbers a block."""

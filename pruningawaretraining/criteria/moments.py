@@ -34,18 +34,23 @@ class Moments:
     mean_F: Tensor
     spread_F: Tensor
 
+    @classmethod
+    def none(cls, width: int, device: torch.device) -> Moments:
+        """Of nothing seen yet."""
+        return cls(*(torch.zeros(shape, device=device) for shape in ((), (width,), (width,))))
+
     def add(self, values_NF: Tensor, momentum: float) -> None:
-        """Add a batch (Chan et al. 1983); ``momentum`` below 1 lets earlier batches fade."""
+        """Add a batch in place (Chan et al. 1983); ``momentum`` below 1 lets earlier batches fade."""
         values_NF = values_NF.float()
         fresh_F = values_NF.mean(0)
         fresh_spread_F = (values_NF - fresh_F).square().sum(0)
         earlier = self.count * momentum
         total = earlier + values_NF.shape[0]
         delta_F = fresh_F - self.mean_F
-        self.spread_F = self.spread_F * momentum + fresh_spread_F
-        self.spread_F = self.spread_F + delta_F.square() * (earlier * values_NF.shape[0] / total)
-        self.mean_F = self.mean_F + delta_F * (values_NF.shape[0] / total)
-        self.count = total
+        self.spread_F.mul_(momentum).add_(fresh_spread_F)
+        self.spread_F.add_(delta_F.square() * (earlier * values_NF.shape[0] / total))
+        self.mean_F.add_(delta_F * (values_NF.shape[0] / total))
+        self.count.copy_(total)
 
     def with_others(self, other: Moments) -> Moments:
         """The moments of both together."""
@@ -133,9 +138,8 @@ class ActivationCollector:
         values_NF = x.detach().movedim(dim, -1).reshape(-1, x.shape[dim])
         known = self.moments.get(name)
         if known is None or known.mean_F.device != x.device:
-            zeros_F = torch.zeros(values_NF.shape[1], device=x.device)
-            known = known or Moments(torch.zeros(()), zeros_F, zeros_F)
-            known = Moments(*(tensor.to(x.device) for tensor in (known.count, known.mean_F, known.spread_F)))
+            width = values_NF.shape[1]
+            known = Moments.none(width, x.device) if known is None else known.to(x.device)
             self.moments[name] = known
         known.add(values_NF, self.momentum)
         self.batches[name] = self.batches.get(name, 0) + 1

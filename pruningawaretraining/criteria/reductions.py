@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pruningawaretraining.folding import slot_counts, slot_maxima, slot_sums
 from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.placed import placed
 from pruningawaretraining.registry import register
 from pruningawaretraining.sharded import across, is_sharded, local_member, local_of
 
@@ -44,7 +45,7 @@ def reduce_sum(grouping: Grouping, values: Values, dtype: torch.dtype = torch.fl
             if member.slots is None:
                 total_G1[member.offset : member.offset + member.n_slots].add_(sums_S)
             else:
-                total_G1.index_add_(0, member.slots.to(total_G1.device), sums_S)
+                total_G1.index_add_(0, placed(member.slots, total_G1.device), sums_S)
     if weights:
         whole_G1 += across(part_G1, weights)
     return whole_G1[:-1]
@@ -57,14 +58,21 @@ def reduce_mean(grouping: Grouping, values: Values, dtype: torch.dtype = torch.f
     if all(member.slots is None for member in grouping.members):
         for member in grouping.members:
             sums_S = sums_G[member.offset : member.offset + member.n_slots]
-            sums_S.view(member.sizes).div_(slot_counts(member).to(sums_S))
+            sums_S.view(member.sizes).div_(placed(slot_counts(member), sums_S.device, sums_S.dtype))
         return sums_G
-    count_G1 = torch.zeros(grouping.size + 1, dtype=torch.float32)
-    for member in grouping.members:
-        count_S = slot_counts(member).expand(member.sizes).reshape(-1)
-        slots = torch.arange(member.offset, member.offset + member.n_slots) if member.slots is None else member.slots
-        count_G1.index_add_(0, slots.cpu(), count_S)
-    return sums_G / count_G1[:-1].clamp(min=1).to(sums_G)
+    return sums_G / placed(_group_counts(grouping), sums_G.device, sums_G.dtype)
+
+
+def _group_counts(grouping: Grouping) -> Tensor:
+    """How many entries each group has, at least 1, float32 on the CPU; counted once."""
+    if "entries" not in grouping._cache:
+        count_G1 = torch.zeros(grouping.size + 1, dtype=torch.float32, device="cpu")
+        for member in grouping.members:
+            count_S = slot_counts(member).expand(member.sizes).reshape(-1)
+            own = torch.arange(member.offset, member.offset + member.n_slots, device="cpu")
+            count_G1.index_add_(0, own if member.slots is None else member.slots.cpu(), count_S)
+        grouping._cache["entries"] = count_G1[:-1].clamp(min=1)
+    return grouping._cache["entries"]
 
 
 @register("reduction", "max")
@@ -79,6 +87,6 @@ def reduce_max(grouping: Grouping, values: Values, dtype: torch.dtype = torch.fl
                 mine = largest_G1[member.offset : member.offset + member.n_slots]
                 torch.maximum(mine, largest_S, out=mine)
             else:
-                largest_G1.scatter_reduce_(0, member.slots.to(largest_G1.device), largest_S, "amax")
+                largest_G1.scatter_reduce_(0, placed(member.slots, largest_G1.device), largest_S, "amax")
     largest_G1 = across(largest_G1, (member.parameter for member in grouping.members), largest=True)
     return largest_G1[:-1].masked_fill_(torch.isneginf(largest_G1[:-1]), 0.0)
