@@ -26,6 +26,7 @@ from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_laye
 from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.criteria.second_order.channels import MAKE_UP_BATCHES, make_up, recalibrate_norms
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, unknown
+from pruningawaretraining.example_inputs import Example
 from pruningawaretraining.exported import ExportedGraph
 from pruningawaretraining.grouping import Grouping
 from pruningawaretraining.inputs import ForwardFn, disagreement, full_precision, outputs_of
@@ -67,7 +68,7 @@ class ChannelPruner:
         inputs: Any,
         forward_fn: ForwardFn | None = None,
     ) -> None:
-        self.model, self.inputs, self.forward_fn = model, inputs, forward_fn
+        self.model, self.forward_fn, self._example = model, forward_fn, Example(inputs, model)
         self.found = found
         self.dense_sets = found.grouping.sets
         self.dense_per_layer = macs_per_layer(model, inputs, forward_fn)
@@ -188,7 +189,7 @@ class ChannelPruner:
         """Every active regulariser (while regularising and pruning, not after) with its factors at these weights."""
         found = []
         for one, ready, mine_G in self.regularizers():
-            if one.state.phase in ("regularize", "prune"):
+            if one.state.phase in ("regularize", "prune") and ready.acts:
                 found.append((ready, ready.factors(self._keep_for(ready, mine_G) if self.masks.active else None)))
         return found
 
@@ -407,9 +408,9 @@ class ChannelPruner:
     def _outputs(self, graphs: Sequence[ExportedGraph]) -> list[Tensor]:
         """What the model, and graphs that were exported from it, compute without quantization."""
         with resting(self.model):
-            found = outputs_of(self.model, self.inputs, self.forward_fn)
+            found = outputs_of(self.model, self._example.inputs, self.forward_fn)
         for graph in graphs:
-            found += graph.outputs(self.inputs, self.forward_fn)
+            found += graph.outputs(self._example.inputs, self.forward_fn)
         return found
 
     def _check_removed(self, before: list[Tensor], graphs: Sequence[ExportedGraph]) -> None:
@@ -463,7 +464,7 @@ class ChannelPruner:
                     "masked, and in an exported graph that cannot be told. Allowed: remove the channels before the "
                     "export, or exclude the layers that it normalises"
                 )
-        graph.outputs(self.inputs, self.forward_fn)
+        graph.outputs(self._example.inputs, self.forward_fn)
         keep_G, divisors = self.masks.keep_G, graph.divisors()
         self.spared |= divisors
         self.masks.clear()

@@ -24,7 +24,7 @@ from pruningawaretraining.kept_blocks import Block, Bypass
 from pruningawaretraining.kept_norms import KeptNorm, kept_norm_of
 from pruningawaretraining.mask_factors import MaskFactors
 from pruningawaretraining.optimizer_state import mask_state
-from pruningawaretraining.sharded import is_sharded, local_of, part_of
+from pruningawaretraining.sharded import is_sharded, part_of
 
 
 class Masks:
@@ -126,7 +126,7 @@ class Masks:
         mask_state(optimizers, self._factors.parameters, self._factors.factors)
 
     def _hook_gradients(self) -> None:
-        """Mask gradients where they are accumulated, so that a norm taken between backward and step has none of them.
+        """Mask gradients as they are accumulated, so that a norm taken between backward and step has none of them.
 
         Only parameters with masked entries are hooked, and only while they have some.
         """
@@ -138,9 +138,13 @@ class Masks:
                 handle = parameter.register_post_accumulate_grad_hook(self._mask_gradient)  # type: ignore[no-untyped-call]
                 self._gradient_handles.append(handle)
 
+    @torch.no_grad()
     def _mask_gradient(self, parameter: Tensor) -> None:
-        if parameter.grad is not None and parameter.grad.layout is torch.strided:
-            self._factors.multiply_one(parameter, local_of(parameter.grad))
+        self._factors.accumulated(parameter)
+
+    def settle(self) -> None:
+        """Gradients are about to be used: mask those of which that has been left for later."""
+        self._factors.settle()
 
     def _hook_norms(self) -> None:
         """Let norms over channels know which are kept: all of them, once one has to.

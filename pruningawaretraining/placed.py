@@ -23,7 +23,9 @@ def placed(constant: Tensor, device: torch.device, dtype: torch.dtype | None = N
     dtype = constant.dtype if dtype is None else dtype
     if constant.device == device and constant.dtype is dtype:
         return constant
-    copies: dict[tuple[torch.device, torch.dtype], Tensor] = _COPIES.setdefault(constant, {})
+    if constant not in _COPIES:
+        _COPIES[constant] = {}
+    copies: dict[tuple[torch.device, torch.dtype], Tensor] = _COPIES[constant]
     if (device, dtype) not in copies:
         copies[device, dtype] = constant.to(device, dtype)
     return copies[device, dtype]

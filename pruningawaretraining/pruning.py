@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from pruningawaretraining.distillation import Distiller
 from pruningawaretraining.element_pruner import ElementPruner
 from pruningawaretraining.element_rules import ElementPattern, ElementRule
 from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.example_inputs import Example, as_inputs, one_example
 from pruningawaretraining.exported import ExportedGraph, is_exported
 from pruningawaretraining.inputs import ForwardFn, beside, from_shapes, tensors_of, unwrap
 from pruningawaretraining.optimizer_state import clear_state
@@ -143,7 +143,7 @@ class Pruning:
         self._capture: Any = None
         self._calibration: tuple[Iterable[Any], LossFn] | None = None
         self.record: dict[str, Any] | None = None
-        self._inputs: Any = example_inputs
+        self._example = Example(example_inputs, None)
         self._teacher = teacher
         self._distiller: Distiller | None = None
         self.before_removal: Callable[[], None] = lambda: None
@@ -287,6 +287,14 @@ class Pruning:
             claims.append((one.key, one.grouping.name, [layer.name for layer in one.grouping.sets]))
         check_stacking(claims)
 
+    @property
+    def _inputs(self) -> Any:
+        return self._example.inputs
+
+    @_inputs.setter
+    def _inputs(self, inputs: Any) -> None:
+        self._example = Example(inputs, self._model)
+
     def _first_inputs(self, given: Any) -> Any:
         if given is not None:
             return given
@@ -301,7 +309,7 @@ class Pruning:
     def _see_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: remember one example of the first real inputs."""
         if self._inputs is None and any(True for _ in tensors_of((args, kwargs))):
-            self._inputs = _one_example(_as_inputs(module, args, kwargs))
+            self._inputs = one_example(as_inputs(module, args, kwargs))
             self._capture.remove()
 
     def _build(self) -> None:
@@ -445,6 +453,8 @@ class Pruning:
             self._sought_shards = True
         acts = bool(self._channel_rules) and self._active and not self._ended and self._inputs is not None
         self._penalties, self._heard = self.engine.penalties() if acts else [], False
+        if self._channels is not None:
+            self._channels.masks.settle()
 
     def on_gradients(self, scale: Tensor | float, only: set[int] | None) -> None:
         """Add the regularisers to gradients that are about to be used."""
@@ -956,30 +966,3 @@ def _tell(target: Log | None, line: str) -> None:
     log.info(line)
     if target is not None:
         (target.info if isinstance(target, logging.Logger) else target)(line)
-
-
-def _as_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call's arguments as a tuple of positional inputs, or a dict of keyword inputs."""
-    if not kwargs:
-        return args
-    if not args:
-        return kwargs
-    return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-
-
-def _one_example(inputs: Any) -> Any:
-    """The first example of a batch, detached; the whole batch where tensors do not share a first dimension."""
-    tensors = list(tensors_of(inputs))
-    batch = {tensor.shape[0] for tensor in tensors if tensor.dim() > 0}
-    single = len(batch) == 1 and all(tensor.dim() > 0 for tensor in tensors)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return (value[:1] if single else value).detach().clone()
-        if isinstance(value, Mapping):
-            return {key: cut(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(cut(item) for item in value)
-        return value
-
-    return cut(inputs)

@@ -39,6 +39,11 @@ class Regularizer:
         self.index, self.factor = index, factor
         self.strength_G = strength_G.float()
 
+    @property
+    def acts(self) -> bool:
+        """Whether there are weights that it is about."""
+        return bool(self.index.weights)
+
     @torch.no_grad()
     def factors(self, keep_G: Tensor | None = None) -> Tensor:
         """What each group's weights are multiplied with in the penalty's gradient, at the weights as they are now.

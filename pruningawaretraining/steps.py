@@ -106,7 +106,7 @@ class Steps:
         if self._round and isinstance(self._last, Tensor):
             self._skipped, self._unsure = self._skipped + self._last, self._unsure + 1
         elif self._round:
-            self._rounds -= self._last
+            self._rounds -= int(self._last)
         self._round, self._done, self._all_done, self._last = set(), set(), False, 1
         self._strangers.clear()
 

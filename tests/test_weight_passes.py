@@ -137,7 +137,7 @@ def test_masks_follow_parameters_to_another_dtype_and_layout(dtype: torch.dtype)
         with torch.no_grad():
             holder.weight.fill_(1)
             holder.weight.grad = torch.ones_like(holder.weight)
-            factors.multiply_one(holder.weight, holder.weight.grad)
+            factors.accumulated(holder.weight)
             factors.multiply()
             assert holder.weight.dtype is holder.weight.grad.dtype
             assert torch.equal(holder.weight.double(), expected.double())
