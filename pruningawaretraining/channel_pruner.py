@@ -20,6 +20,7 @@ from pruningawaretraining.allocation import Allocator
 from pruningawaretraining.allocations import scope_of
 from pruningawaretraining.channel_listening import Listener, measures
 from pruningawaretraining.channel_rules import PHASES, ChannelRule, RuleState, assign, refuse_what_channels_lack
+from pruningawaretraining.comparison import Comparison, Outputs
 from pruningawaretraining.compiled import forget_compiled
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
@@ -29,13 +30,12 @@ from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
 from pruningawaretraining.example_inputs import Example
 from pruningawaretraining.exported import ExportedGraph
 from pruningawaretraining.grouping import Grouping
-from pruningawaretraining.inputs import ForwardFn, disagreement, full_precision, outputs_of
+from pruningawaretraining.inputs import ForwardFn, full_precision
 from pruningawaretraining.kept_norms import kept_norm_of
 from pruningawaretraining.masking import Masks
 from pruningawaretraining.patterns.channel import ChannelGroups
 from pruningawaretraining.processes import agreed, same_buffers
 from pruningawaretraining.pruned_copy import pruned_copy
-from pruningawaretraining.quantization import resting
 from pruningawaretraining.registry import build
 from pruningawaretraining.regularizers import Regularizer, prepare
 from pruningawaretraining.removal import remove
@@ -387,8 +387,9 @@ class ChannelPruner:
         if bool(keep_G.all()):
             return
         surroundings.before_removal()
-        before = self._outputs(surroundings.graphs)
         graphs = surroundings.graphs
+        comparison = Comparison(self.model, self._example.inputs, self.forward_fn, graphs)
+        before = comparison.outputs()
         self.masks.clear()
         try:
             surgery = remove(self.model, self.found, keep_G, surroundings.optimizers, surroundings.followers, graphs)
@@ -396,7 +397,7 @@ class ChannelPruner:
             self.masks.set(keep_G)
             raise
         try:
-            self._check_removed(before, graphs)
+            self._check_removed(comparison, before)
         except (ModelError, RuntimeError):
             surgery.undo()
             self.masks.set(keep_G)
@@ -405,24 +406,15 @@ class ChannelPruner:
         self.reset_optimizer = True
         surroundings.after_removal()
 
-    def _outputs(self, graphs: Sequence[ExportedGraph]) -> list[Tensor]:
-        """What the model, and graphs that were exported from it, compute without quantization."""
-        with resting(self.model):
-            found = outputs_of(self.model, self._example.inputs, self.forward_fn)
-        for graph in graphs:
-            found += graph.outputs(self._example.inputs, self.forward_fn)
-        return found
-
-    def _check_removed(self, before: list[Tensor], graphs: Sequence[ExportedGraph]) -> None:
+    def _check_removed(self, comparison: Comparison, before: Outputs) -> None:
         try:
-            after = self._outputs(graphs)
+            difference = comparison.verdict(before, comparison.outputs()).difference
         except ModelError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise ModelError(
                 f"removal: the removed model does not run: {reason}; the model is put back as it "
                 "was, masked. Some width is written into its code: leave those layers out with 'exclude'"
             ) from error
-        difference = disagreement(before, after)
         if difference:
             raise ModelError(
                 f"removal: the removed model's outputs differ from the masked model's by {difference:.2g} of their "

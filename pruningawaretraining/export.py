@@ -32,6 +32,7 @@ from pruningawaretraining.onnx_graph import (
     require,
     resize_batch,
 )
+from pruningawaretraining.precision import strict_float32
 from pruningawaretraining.registry import canonical, lookup, register
 
 _LOG = logging.getLogger(__name__)
@@ -317,7 +318,7 @@ def _compare(
 def _reference(graph: Graph, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The model's own outputs in eval mode."""
     try:
-        with torch.no_grad(), evaluating(graph.module), onnx_graph.without_attention_fastpath():
+        with torch.no_grad(), evaluating(graph.module), strict_float32(), onnx_graph.without_attention_fastpath():
             outputs: tuple[Tensor, ...] = graph.module(*tensors)
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         shapes = [tuple(tensor.shape) for tensor in tensors]

@@ -16,6 +16,7 @@ from pruningawaretraining.errors import ModelError
 from pruningawaretraining.export import export_onnx
 from pruningawaretraining.inputs import evaluating
 from pruningawaretraining.onnx_graph import Graph, build_graph, dynamic_shapes, require
+from pruningawaretraining.precision import strict_float32
 
 
 def export_program(
@@ -46,7 +47,8 @@ def export_program(
     graph = build_graph(model, example_inputs, dynamic_batch)
     try:
         with torch.no_grad(), evaluating(graph.module), onnx_graph.without_attention_fastpath():
-            expected = graph.module(*graph.inputs)
+            with strict_float32():
+                expected = graph.module(*graph.inputs)
             program = torch.export.export(graph.module, graph.inputs, dynamic_shapes=dynamic_shapes(graph))
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -56,7 +58,8 @@ def export_program(
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "program.pt2"
         torch.export.save(program, written)
-        found = torch.export.load(written).module()(*graph.inputs)
+        with strict_float32():
+            found = torch.export.load(written).module()(*graph.inputs)
         difference = _checked(graph, expected, found, tolerance, Path(path).name)
 
         def place(temporary: str) -> None:
@@ -92,7 +95,7 @@ def export_openvino(
         converted = openvino.convert_model(str(exported))
         compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         outputs = compiled([one.numpy() for one in graph.inputs])
-        with torch.no_grad(), evaluating(graph.module):
+        with torch.no_grad(), evaluating(graph.module), strict_float32():
             expected = graph.module(*graph.inputs)
         found = tuple(torch.from_numpy(outputs[number]) for number in range(len(expected)))
         difference = _checked(graph, expected, found, tolerance, path.name)

@@ -16,9 +16,6 @@ from pruningawaretraining.errors import ConfigError, ModelError
 
 ForwardFn = Callable[..., Any]
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference between the masked and the removed model, as a fraction of the largest output."""
-
 
 def from_shapes(shape: Sequence[Any], container: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """Random inputs from a config's shapes.
@@ -204,23 +201,6 @@ def outputs_of(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = Non
     """
     with torch.no_grad(), evaluating(model):
         return float_tensors_of(checked_call(model, inputs, forward_fn))
-
-
-def disagreement(expected: list[Tensor], actual: list[Tensor]) -> float:
-    """How far outputs are apart, as a fraction of the largest one; 0 where that is within rounding.
-
-    Outputs that are not finite where they are expected say nothing.
-    """
-    worst = 0.0
-    for one, other in zip(expected, actual, strict=True):
-        if one.shape != other.shape:
-            return float("inf")
-        if one.is_meta or not one.numel() or not bool(torch.isfinite(one).all()):
-            continue
-        difference = float((one - other).abs().max()) / float(one.abs().max().clamp(min=1e-30))
-        if not difference <= TOLERANCE.get(one.dtype, 1e-1):
-            worst = max(worst, difference) if difference == difference else float("inf")
-    return worst
 
 
 _LOOKS = [0]

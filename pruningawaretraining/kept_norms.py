@@ -77,12 +77,18 @@ class KeptLayerNorm(KeptNorm):
 def _normalised_axis(module: nn.LayerNorm, x: Tensor, output: Tensor) -> int:
     """The axis that a LayerNorm (or a subclass for images, channels first) normalises."""
     width = module.normalized_shape[-1]
-    candidates = [axis for axis in (1, -1) if x.shape[axis] == width]
+    candidates = [axis for axis in (-1, 1) if x.shape[axis] == width]
     if len(candidates) == 1:
         return candidates[0]
     with torch.no_grad():
-        plain = functional.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
-        return -1 if torch.allclose(plain, output, atol=1e-4) else 1
+        normed = [
+            functional.layer_norm(
+                x.movedim(axis, -1), module.normalized_shape, module.weight, module.bias, module.eps
+            ).movedim(-1, axis)
+            for axis in candidates
+        ]
+        gaps = [float((one - output).abs().max()) for one in normed]
+        return candidates[gaps.index(min(gaps))]
 
 
 class KeptRMSNorm(KeptNorm):

@@ -13,15 +13,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.comparison import Comparison, Outputs
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.grouping import Member
-from pruningawaretraining.inputs import ForwardFn, disagreement, outputs_of
+from pruningawaretraining.inputs import ForwardFn, outputs_of
 from pruningawaretraining.masking import Masks
 from pruningawaretraining.patterns.channel import ChannelGroups, find_channels
 from pruningawaretraining.patterns.dependency import TRACE_LIMIT
@@ -83,19 +83,20 @@ class _Rehearsal:
         multiples: Mapping[str, int],
     ) -> None:
         self.model, self.found, self.inputs, self.forward_fn = model, found, inputs, forward_fn
+        self.comparison = Comparison(model, inputs, forward_fn)
         self.multiples = multiples
         self.reasons: dict[int, str] = {}
 
     def problem_without(self, keep_G: Tensor) -> str:
         """Why the model cannot do with these groups alone; "" if it can."""
-        outputs = self._outputs_without(keep_G)
+        outputs = self._without(keep_G, self.comparison.outputs)
         return outputs if isinstance(outputs, str) else self._misread(keep_G, outputs)
 
     def problem(self, numbers: Sequence[int]) -> str:
         """Why the model cannot do without a channel of each of these sets, or about half of them; "" if it can."""
-        outputs = self._outputs_without(self._keep(numbers, _all_but_one))
-        if isinstance(outputs, str):
-            return outputs
+        ran = self._without(self._keep(numbers, _all_but_one), self._run)
+        if isinstance(ran, str):
+            return ran
         return self.problem_without(self._keep(numbers, _a_part))
 
     def _keep(self, numbers: Sequence[int], left: Left) -> Tensor:
@@ -107,39 +108,33 @@ class _Rehearsal:
             keep_G[one.start : max(one.stop - kept, one.start)] = False
         return keep_G
 
-    def _outputs_without(self, keep_G: Tensor) -> list[Tensor] | str:
+    def _without(self, keep_G: Tensor, run: Callable[[], Outputs]) -> Outputs | str:
         """What the model computes without some groups, or why it does not run."""
         if bool(keep_G.all()):
-            return []
+            return Outputs([], exact=True)
         try:
             surgery = remove(self.model, self.found, keep_G)
         except ModelError as error:  # a layer would lose all: it reads but a part of what it is coupled to
             return str(error)
         try:
-            return self._outputs()
+            return run()
         except ModelError as error:
             lines = str(error.__cause__ or error).strip().splitlines()
             return lines[0] if lines else type(error.__cause__ or error).__name__
         finally:
             surgery.undo()
 
-    def _misread(self, keep_G: Tensor, removed: list[Tensor]) -> str:
+    def _run(self) -> Outputs:
+        """What the model computes as users run it, in its own dtype."""
+        with resting(self.model):
+            return Outputs(outputs_of(self.model, self.inputs, self.forward_fn), exact=False)
+
+    def _misread(self, keep_G: Tensor, removed: Outputs) -> str:
         """Why groups are not what they are thought to be: removed, they leave another model than masked; "" if not."""
-        if not self.compares or bool(keep_G.all()):
+        if all(one.is_meta for one in removed.tensors):
             return ""
         with _masked(self.model, self.found, keep_G):
-            masked = self._outputs()
-        return MISREAD if disagreement(masked, removed) else ""
-
-    def _outputs(self) -> list[Tensor]:
-        with resting(self.model):
-            return outputs_of(self.model, self.inputs, self.forward_fn)
-
-    @cached_property
-    def compares(self) -> bool:
-        """Whether outputs tell anything: they have values, and the same when the model runs twice."""
-        outputs = self._outputs()
-        return not any(one.is_meta for one in outputs) and disagreement(outputs, self._outputs()) == 0
+            return MISREAD if self.comparison.verdict(self.comparison.outputs(), removed).difference else ""
 
     def able(self, numbers: Sequence[int]) -> list[int]:
         """The sets that can lose channels, together: halves are tried until the others are found."""

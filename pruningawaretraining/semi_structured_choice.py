@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pruningawaretraining.inputs import disagreement, first_line
+from pruningawaretraining.comparison import gap_of
+from pruningawaretraining.inputs import first_line
 
 log = logging.getLogger(__name__)
 
 GAIN = 1.02
 """How many times as fast a sparse layer has to be: less is within the spread of the measurement."""
+TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""How far one product may be off by its dtype, as a fraction of its largest output; float32, perhaps TF32, 2e-3."""
 RUNS, SAMPLES, WARMUP = 10, 5, 5
 ROWS_MULTIPLE = 8
 """What PyTorch pads the rows of an input to."""
@@ -138,11 +141,12 @@ def measure_layer(
     for setting in bench.settings(weight_OI, given_NI, bias):
         try:
             sparse = bench.pack(weight_OI, setting)
-            apart = disagreement([expected_NO], [functional.linear(given_NI, sparse, bias)])
+            gap, largest = gap_of(expected_NO, functional.linear(given_NI, sparse, bias))
         except FAILS as error:
             log.debug("%s: %s cannot compute it: %s", name, setting, first_line(error))
             continue
-        if apart:
+        if gap > TOLERANCES.get(weight_OI.dtype, 2e-3) * largest:
+            apart = gap / max(largest, 1e-300)
             log.warning("%s: %s is %.2g of the output off, and is left out", name, setting, apart)
         else:
             packed[setting] = sparse

@@ -221,7 +221,8 @@ def test_greedy_finds_the_best_pair_where_correlation_decides():
         for pair in itertools.combinations(range(3), 2)
     }
     assert sorted(alone) == [0, 1]
-    assert tuple(sorted(together)) == min(losses, key=lambda pair: losses[pair])
+    assert losses[tuple(sorted(together))] == pytest.approx(min(losses.values()))  # two of the three pairs are tied
+    assert losses[0, 1] > 1.5 * min(losses.values())
 
 
 @pytest.mark.parametrize(("group", "run", "most"), [(2, 0, 0), (3, 0, 0), (1, 4, 2), (1, 4, 3), (1, 3, 1), (1, 6, 5)])

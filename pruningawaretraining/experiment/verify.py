@@ -16,13 +16,14 @@ from pruningawaretraining.experiment.data import Batch
 from pruningawaretraining.experiment.train import scores_of
 from pruningawaretraining.inputs import evaluating
 from pruningawaretraining.onnx_graph import as_arrays, checked_run, open_session
+from pruningawaretraining.precision import strict_float32
 from pruningawaretraining.pruning import Pruning
 
 
 @torch.no_grad()
 def scores(model: nn.Module, images_BCHW: Tensor) -> Tensor:
-    """Class scores in eval mode, in float32 on the CPU; the modes of the model's modules are as before."""
-    with evaluating(model):
+    """Class scores in eval mode without TF32, in float32 on the CPU; modes and settings are as before."""
+    with evaluating(model), strict_float32():
         return scores_of(model(images_BCHW)).float().cpu()
 
 
