@@ -32,6 +32,7 @@ class MaskFactors:
 
     def __init__(self, parameters: Sequence[Tensor] = (), factors: Sequence[Tensor] = ()) -> None:
         self.parameters, self.factors = list(parameters), list(factors)
+        self._distinct = list({id(one): one for one in parameters}.values())
         self._signature: list[Signature] | None = None
         self._runs: list[tuple[list[Tensor], list[Tensor]]] = []
         self._of: dict[int, list[Tensor]] = {}
@@ -94,12 +95,12 @@ class MaskFactors:
 
     def _follow(self) -> None:
         """Bring the factors to where and how the parameters are stored now."""
-        signature = [(one.device, one.dtype, one.stride()) for one in self.parameters]
+        signature = [(one.device, one.dtype, one.stride()) for one in self._distinct]
         if signature == self._signature:
             return
         self._signature, of = signature, self._of
         of.clear()
-        parameter_of = {id(one): one for one in self.parameters}
+        parameter_of = {id(one): one for one in self._distinct}
         for parameter, factor in zip(self.parameters, self.factors, strict=True):
             of.setdefault(id(parameter), []).append(factor.to(parameter.device, parameter.dtype))
         runs: dict[tuple[torch.device, torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
