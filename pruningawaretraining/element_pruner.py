@@ -407,17 +407,18 @@ def prune_by_curvature(calibration: Calibration, one: ElementRule, progress: flo
     target = one.rule.target.sparsity or 0.0
     sparsity = sparsity_at(one.rule.schedule, progress, min(one.state.initial, target), target)
     pruner = WeightPruner(calibration, one.rule, weight_pattern(one.pattern, f"{one.key}.pattern"), one.criterion)
-    masks = {member.name: keep_W for member, keep_W in one.grouping.expand(one.masks.keep_G.cpu())}
+    masks = {member.name: keep_W for member, keep_W in one.grouping.expand(one.masks.keep_G)}
     so_far = {
         group_set.name: masks[member.name].expand(member.parameter.shape).contiguous()
         for group_set, member in zip(one.grouping.sets, one.grouping.members, strict=True)
     }
     pruned = pruner.event(sparsity, so_far)
     put(calibration.model, pruned)
+    device = one.masks.keep_G.device
     kept = [
-        slot_maxima(member, pruned[group_set.name].keep_W.float())
+        slot_maxima(member, pruned[group_set.name].keep_W.float()).to(device)
         if group_set.name in pruned
-        else torch.ones(member.n_slots)
+        else torch.ones(member.n_slots, device=device)
         for group_set, member in zip(one.grouping.sets, one.grouping.members, strict=True)
     ]
-    return torch.cat(kept).to(one.masks.keep_G.device) > 0
+    return torch.cat(kept) > 0

@@ -151,8 +151,9 @@ def chooser(weights: Sequence[PrunableWeight], scope: str, limits: ElementLimits
 
     def choose(layers: Sequence[Candidates], fraction: float) -> list[Tensor]:
         sizes = [len(one.scores_N) for one in layers]
+        device = layers[0].scores_N.device  # a model may lie on several
         scores, removed, exempt = (
-            torch.cat([getattr(one, key) for one in layers]) for key in ("scores_N", "removed_N", "exempt_N")
+            torch.cat([getattr(one, key).to(device) for one in layers]) for key in ("scores_N", "removed_N", "exempt_N")
         )
         keep = allocate(scores, sizes, fraction, limits, classes_S, removed, exempt)
         return list(torch.split(keep, sizes))

@@ -143,8 +143,9 @@ class Bank:
         most = -(-self.share // self.chunk) * self.chunk * ranks.world if ranks.world > 1 else self.share
         for span in spans:
             if span.owner == ranks.rank:
-                width = weights[span.weight].layout.width
-                self.fishers[span] = make_fisher(len(span), width, budget.damp, most, budget.storage)
+                weight = weights[span.weight]
+                where = budget.storage.beside(weight.parameter.device)
+                self.fishers[span] = make_fisher(len(span), weight.layout.width, budget.damp, most, where)
 
     def collect(self, calibration: Calibration) -> Bank:
         """Gather the gradients. With several ranks each brings its share, from its own data."""

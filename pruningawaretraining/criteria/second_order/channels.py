@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.criteria.second_order.fisher import decoupled_, factor
+from pruningawaretraining.criteria.second_order.fisher import decoupled_, factor, workplace
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layer_inputs import InputHessians
 from pruningawaretraining.grouping import Grouping
@@ -53,7 +53,7 @@ def gate_gradients(grouping: Grouping, calibration: Calibration, count: int) -> 
             member.parameter.detach().float() * gradients[places[id(member.parameter)]].float()
             for member in reading.members
         ]
-        rows.append(reading.reduce(values).cpu())
+        rows.append(reading.reduce(values))
 
     calibration.each_gradient(list(unique.values()), -(-count // world()), add)
     return gathered_rows(torch.stack(rows))
@@ -67,12 +67,13 @@ def gate_scores(gradients_MG: Tensor, grouping: Grouping, damp: float = 0.0) -> 
         grouping: the groups and their sets.
         damp: added to the diagonal, beside a hundredth of its mean.
     """
-    scores_G = torch.zeros(grouping.size, dtype=torch.float64)
+    gradients_MG = gradients_MG.to(workplace(gradients_MG.device))
+    scores_G = torch.zeros(grouping.size, dtype=torch.float64, device=gradients_MG.device)
     for one in grouping.sets:
         rows_MS = gradients_MG[:, one.start : one.stop].double()
         square_SS = rows_MS.mT @ rows_MS / max(len(rows_MS), 1)
-        mean = float(square_SS.diagonal().mean())
-        square_SS.diagonal().add_(max(damp, GATE_DAMP * mean, 1e-30))
+        least = max(damp, 1e-30)
+        square_SS.diagonal().add_((GATE_DAMP * square_SS.diagonal().mean()).clamp(min=least))
         inverse_SS = torch.cholesky_inverse(factor(square_SS[None], damp))[0]
         scores_G[one.start : one.stop] = 0.5 / inverse_SS.diagonal()
     return scores_G
@@ -143,7 +144,7 @@ def least_squares(weight_OD: Tensor, moments_XX: Tensor, lost_D: Tensor) -> tupl
     ``W_K + W_P M_PK M_KK^-1`` with M the moments of the inputs, the constant among those that are kept.
     """
     square = moments_XX.clone()
-    square.diagonal()[:-1].add_(LEAST_SQUARES_DAMP * float(square.diagonal()[:-1].mean().clamp(min=1e-12)))
+    square.diagonal()[:-1].add_(LEAST_SQUARES_DAMP * square.diagonal()[:-1].mean().clamp(min=1e-12))
     kept_X = torch.cat([~lost_D, lost_D.new_ones(1)])
     right_OX = (weight_OD * lost_D) @ square[:-1] * kept_X
     lower = factor(decoupled_(square[None].clone(), kept_X[None]), 1e-12)[0]
@@ -168,12 +169,13 @@ def compensate_readers(found: list[Reader], hooks: InputHessians, compensate: Co
         weight = reader.module.weight
         assert isinstance(weight, Tensor)
         kernel = weight[0, 0].numel()
-        lost_D = reader.lost_C.repeat_interleave(kernel).to(weight.device)
-        moments_XX = hooks.hessian(reader.name)[0].to(weight.device) / 2
+        device = workplace(weight.device)
+        lost_D = reader.lost_C.repeat_interleave(kernel).to(device)
+        moments_XX = hooks.hessian(reader.name)[0].to(device) / 2
         bias = getattr(reader.module, "bias", None)
         if bias is None:
             moments_XX = _without_constant(moments_XX)
-        changed_OD, shift_O = compensate(weight.detach().flatten(1).double(), moments_XX, lost_D)
+        changed_OD, shift_O = compensate(weight.detach().flatten(1).to(device, torch.float64), moments_XX, lost_D)
         weight.copy_((changed_OD * ~lost_D).reshape(weight.shape))
         if bias is not None:
             bias.add_(shift_O.to(bias))

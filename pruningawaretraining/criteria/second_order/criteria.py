@@ -111,7 +111,7 @@ class Sampling:
         """:func:`gate_scores` of the gradients that were gathered; of too many groups for that, the diagonal's."""
         known = statistics.tensors
         if GRADIENTS in known:
-            return gate_scores(known[GRADIENTS].cpu(), grouping, getattr(self, "damp", 0.0))
+            return gate_scores(known[GRADIENTS], grouping, getattr(self, "damp", 0.0))
         if SQUARES in known:
             return known[SQUARES] / 2
         log.warning("%s: no gradient has been seen yet; weights are ranked by size", type(self).__name__)
@@ -129,8 +129,9 @@ class BlockFisher(Sampling):
     Args:
         damp: added to the diagonal of the Fisher.
         fisher_block_size: weights in a block; rounded up to whole tiles.
-        blocks_in_parallel: blocks that are factored at once; None for what fits in 32 MiB.
-        fisher_inv_device: device of the Fisher, such as "cpu" or "cuda:1"; None for the CPU.
+        blocks_in_parallel: blocks that are factored at once; None for what fits in 32 MiB on the CPU, in 512 MiB
+            elsewhere.
+        fisher_inv_device: device of the Fisher, such as "cpu" or "cuda:1"; None for that of the weights.
         traces_backup_dir: folder to spool the Fisher to, so that it takes no memory.
         max_memory: bytes that the Fisher may take on each rank; what does not fit is gathered in several passes.
     """

@@ -16,7 +16,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -27,11 +27,17 @@ from pruningawaretraining.errors import ConfigError, ModelError
 
 log = logging.getLogger(__name__)
 
-WORKSPACE = 32 * 2**20
-"""Bytes of float64 squares that are worked on at once unless ``blocks_in_parallel`` says otherwise."""
+WORKSPACE, WORKSPACE_ELSEWHERE = 32 * 2**20, 512 * 2**20
+"""Bytes of float64 squares that are worked on at once, on the CPU and on other devices (where launching many small
+kernels costs time), unless ``blocks_in_parallel`` says otherwise."""
 SQUARES = 4
 """Squares that are alive at once in the worst case (matrix, factor, inverse, and one in the making)."""
 RETRIES = 8
+
+
+def workplace(device: torch.device) -> torch.device:
+    """Where the curvature of weights on a device is worked on: there, or on the CPU where it has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Storage:
     """Where the statistics of a layer live.
 
     Args:
-        device: of the squares and gradients; None for the CPU.
+        device: of the squares and gradients; None for that of the weights (see :meth:`beside`).
         folder: a folder to spool them to (``traces_backup_dir``); None to keep them in memory.
         dtype: of what is stored; factors are float64 whatever it is.
     """
@@ -47,6 +53,10 @@ class Storage:
     device: torch.device | None = None
     folder: Path | None = None
     dtype: torch.dtype = torch.float32
+
+    def beside(self, device: torch.device) -> Storage:
+        """The same with a device: if none was asked for, that of the weights."""
+        return self if self.device is not None else replace(self, device=workplace(device))
 
     def zeros(self, *shape: int) -> Tensor:
         """A tensor of zeros, in memory or in a file that goes when the tensor does.
@@ -106,12 +116,12 @@ class GramFisher:
         self.count += chunk_BMD.shape[1]
 
     def squares(self, part: slice, alive_BD: Tensor) -> Tensor:
-        square = self.gram_BDD[part].double().div_(max(self.count, 1))
+        square = self.gram_BDD[part].to(alive_BD.device, torch.float64, copy=True).div_(max(self.count, 1))
         square.diagonal(dim1=-2, dim2=-1).add_(self.damp)
         return decoupled_(square, alive_BD)
 
     def inverses(self, part: slice, alive_BD: Tensor) -> Tensor:
-        return torch.cholesky_inverse(factor(self.squares(part, alive_BD), self.damp))
+        return inverse_of(factor(self.squares(part, alive_BD), self.damp))
 
     def joint_update(self, part: slice, weights_BD: Tensor, prune_BD: Tensor, alive_BD: Tensor) -> Tensor:
         return joint_update(self.squares(part, alive_BD), weights_BD, prune_BD, self.damp)
@@ -140,7 +150,7 @@ class LowRankFisher:
 
     def _scaled(self, part: slice, alive_BD: Tensor) -> Tensor:
         """Gradients divided by sqrt(m), in float64, dead entries 0."""
-        rows = self.rows_BMD[part, : self.used].double()
+        rows = self.rows_BMD[part, : self.used].to(alive_BD.device, torch.float64, copy=True)
         return rows.mul_(alive_BD[:, None, :]).div_(math.sqrt(max(self.count, 1)))
 
     def squares(self, part: slice, alive_BD: Tensor) -> Tensor:
@@ -153,7 +163,9 @@ class LowRankFisher:
         """``1/damp (I - G' (damp I + G G')^-1 G)`` with G the gradients over sqrt(m)."""
         rows = self._scaled(part, alive_BD)
         half = torch.linalg.solve_triangular(self._small_factor(rows), rows, upper=False)
-        inverse = torch.baddbmm(torch.eye(rows.shape[-1]).to(rows), half.mT, half, alpha=-1).div_(self.damp)
+        inverse = torch.baddbmm(
+            torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device), half.mT, half, alpha=-1
+        ).div_(self.damp)
         return decoupled_(inverse, alive_BD)
 
     def joint_update(self, part: slice, weights_BD: Tensor, prune_BD: Tensor, alive_BD: Tensor) -> Tensor:
@@ -185,7 +197,7 @@ def stored_bytes(blocks: int, width: int, num_grads: int) -> int:
 
 def decoupled_(square_BDD: Tensor, alive_BD: Tensor) -> Tensor:
     """Make the rows and columns of dead entries those of the identity, in place."""
-    if bool(alive_BD.all()):
+    if alive_BD.device.type == "cpu" and bool(alive_BD.all()):  # elsewhere asking costs more than doing it
         return square_BDD
     square_BDD.mul_(alive_BD[:, :, None]).mul_(alive_BD[:, None, :])
     square_BDD.diagonal(dim1=-2, dim2=-1).add_(~alive_BD)
@@ -219,6 +231,20 @@ def factor(square_BDD: Tensor, damp: float) -> Tensor:
     raise ModelError(f"damp: {damp!r} leaves {len(bad)} Fisher blocks indefinite; raise it")
 
 
+def inverse_of(lower_BDD: Tensor) -> Tensor:
+    """``(L L')^-1``. Off the CPU there is no kernel for many at once but the triangular solve's."""
+    if lower_BDD.device.type == "cpu" or len(lower_BDD) == 1:
+        return torch.cholesky_inverse(lower_BDD)
+    return inverse_by_triangles(lower_BDD)
+
+
+def inverse_by_triangles(lower_BDD: Tensor) -> Tensor:
+    """``(L L')^-1`` by one triangular solve of many."""
+    identity_DD = torch.eye(lower_BDD.shape[-1], dtype=lower_BDD.dtype, device=lower_BDD.device)
+    root_BDD = torch.linalg.solve_triangular(lower_BDD, identity_DD.expand_as(lower_BDD), upper=False)
+    return root_BDD.mT @ root_BDD
+
+
 def joint_update(square_BDD: Tensor, weights_BD: Tensor, prune_BD: Tensor, damp: float = 0.0) -> Tensor:
     """Weights that minimise the quadratic loss with all pruned entries at 0 at once.
 
@@ -241,8 +267,9 @@ def joint_update(square_BDD: Tensor, weights_BD: Tensor, prune_BD: Tensor, damp:
     return torch.where(prune_BD, 0.0, weights + change)
 
 
-def parts(blocks: int, width: int, in_parallel: int | None = None) -> Iterator[slice]:
+def parts(blocks: int, width: int, in_parallel: int | None = None, on_cpu: bool = True) -> Iterator[slice]:
     """Runs of blocks that are worked on at once."""
-    step = in_parallel or max(1, WORKSPACE // (8 * SQUARES * width * width))
+    room = WORKSPACE if on_cpu else WORKSPACE_ELSEWHERE
+    step = in_parallel or max(1, room // (8 * SQUARES * width * width))
     for start in range(0, blocks, step):
         yield slice(start, min(start + step, blocks))

@@ -29,8 +29,13 @@ def tile_solve(squares: Tensor, values: Tensor) -> Tensor:
     """``squares^-1 values`` for tiles of any size: (..., group, group) and (..., group)."""
     if squares.shape[-1] == 1:
         return values / squares[..., 0].clamp(min=TINY)
-    solved: Tensor = torch.linalg.solve(squares, values[..., None])
-    return solved[..., 0]
+    return solved(squares, values[..., None])[..., 0]
+
+
+def solved(squares: Tensor, right: Tensor) -> Tensor:
+    """``squares^-1 right``; what is singular gives no number, and nobody is asked whether any is."""
+    found: Tensor = torch.linalg.solve_ex(squares, right).result
+    return found
 
 
 def obs_scores(weights_BD: Tensor, inverse_BDD: Tensor, group: int = 1) -> Tensor:
@@ -129,8 +134,8 @@ def greedy_order(
     if budget_BR is not None:
         open_BT = open_BT & (budget_BR > 0).repeat_interleave(run, 1)
     steps = tiles if not run else runs * most
-    work = _Work(weights_BD, inverse_BDD, torch.arange(tiles).to(open_BT.device).expand(open_BT.shape), open_BT.clone(),
-                 torch.zeros_like(open_BT))  # fmt: skip
+    tiles_BT = torch.arange(tiles, device=open_BT.device).expand(open_BT.shape)
+    work = _Work(weights_BD, inverse_BDD, tiles_BT, open_BT.clone(), torch.zeros_like(open_BT))
     order, losses = [], []
     for step in range(steps):
         score_BT = _scores(work, group)
@@ -162,7 +167,7 @@ def _scores(work: _Work, group: int) -> Tensor:
 
 def _with_identity(work: _Work, group: int) -> Tensor:
     """H; for tiles of several entries with the identity where a tile has gone, so that it can be solved with."""
-    if group > 1 and bool(work.gone_BT.any()):
+    if group > 1 and work.gone:
         diagonal = work.inverse_BDD.diagonal(dim1=-2, dim2=-1)
         diagonal.copy_(torch.where(work.gone_BT.repeat_interleave(group, -1), 1.0, diagonal))
     return work.inverse_BDD
@@ -175,7 +180,7 @@ def _remove(work: _Work, pick_B: Tensor, group: int) -> None:
     offsets = torch.arange(blocks, device=pick_B.device)[:, None] * width
     rows_BQD = work.inverse_BDD.reshape(-1, width)[(offsets + index_BQ).flatten()].view(blocks, group, width)
     own_BQQ = rows_BQD.gather(2, index_BQ[:, None, :].expand(-1, group, -1))
-    scaled_BQD = rows_BQD / own_BQQ.clamp(min=TINY) if group == 1 else torch.linalg.solve(own_BQQ, rows_BQD)
+    scaled_BQD = rows_BQD / own_BQQ.clamp(min=TINY) if group == 1 else solved(own_BQQ, rows_BQD)
     removed_BQ = work.weights_BD.gather(1, index_BQ)
     work.weights_BD = work.weights_BD - (scaled_BQD * removed_BQ[..., None]).sum(1)
     work.weights_BD.scatter_(1, index_BQ, 0.0)

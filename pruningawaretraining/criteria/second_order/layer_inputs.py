@@ -79,6 +79,10 @@ def together(
 class InputHessians:
     """Forward hooks that add up ``X X'`` for layers.
 
+    Products of few positions are all memory traffic, and what they round to matters where inputs outnumber them. So
+    positions are kept until there are half as many as inputs, and multiplied in float64; where one batch has as many,
+    its product is made in float32, and added in float64.
+
     Args:
         layers: (name, module), each a linear layer or convolution.
         bias: append a constant input of 1, so that a bias is part of what is fitted.
@@ -88,6 +92,7 @@ class InputHessians:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.bias = bias
+        self._kept: dict[str, list[Tensor]] = {}
         self._handles = []
         for name, module in layers:
             check_supported(name, module)
@@ -96,13 +101,24 @@ class InputHessians:
     def _hook(self, name: str) -> Any:
         def add(module: nn.Module, args: tuple[Any, ...]) -> None:
             seen_GND = unfolded(module, args[0].detach()).float()
-            if self.bias:
-                seen_GND = functional.pad(seen_GND, (0, 1), value=1.0)
-            square = (seen_GND.mT @ seen_GND).double()
-            self.sums[name] = self.sums[name] + square if name in self.sums else square
-            self.counts[name] = self.counts.get(name, 0) + seen_GND.shape[1]
+            seen_GND = functional.pad(seen_GND, (0, 1), value=1.0) if self.bias else seen_GND
+            groups, positions, width = seen_GND.shape
+            if name not in self.sums:
+                self.sums[name] = seen_GND.new_zeros(groups, width, width, dtype=torch.float64)
+            self.counts[name] = self.counts.get(name, 0) + positions
+            if 2 * positions >= width:
+                self.sums[name].add_(seen_GND.mT @ seen_GND)
+                return
+            kept = self._kept.setdefault(name, [])
+            kept.append(seen_GND.double())  # a copy: the layer behind may overwrite its input
+            if 2 * sum(one.shape[1] for one in kept) >= width:
+                self._add_kept(name)
 
         return add
+
+    def _add_kept(self, name: str) -> None:
+        seen_GND = torch.cat(self._kept.pop(name), 1)
+        self.sums[name].baddbmm_(seen_GND.mT, seen_GND)
 
     def agree(self, layers: Sequence[tuple[str, nn.Module]]) -> None:
         """Put together what all processes have seen of these layers; a collective."""
@@ -112,10 +128,12 @@ class InputHessians:
         self.counts = {name: int(count) for name, count in counts.items()}
 
     def remove(self) -> None:
-        """Take the hooks out."""
+        """Take the hooks out, and add what was kept."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for name in list(self._kept):
+            self._add_kept(name)
 
     def hessian(self, name: str) -> Tensor:
         """``2/n X X'`` of a layer, (groups, inputs, inputs), float64.

@@ -1,6 +1,7 @@
 """FastCAP and SparseGPT: one Hessian a layer, a column sweep, the same sparsity in every layer.
 
-Shape suffixes: ``_W`` the shape of a weight, ``_B`` blocks, ``_D`` columns, ``_R`` rows.
+Shape suffixes: ``_W`` the shape of a weight, ``_B`` blocks, ``_G`` groups of a convolution, ``_D`` columns,
+``_R`` rows.
 """
 
 from __future__ import annotations
@@ -14,9 +15,17 @@ from torch.nn import functional
 
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layer_inputs import InputHessians, check_supported, reordered
+from pruningawaretraining.criteria.second_order.layout import Layout
 from pruningawaretraining.criteria.second_order.ranks import Ranks
 from pruningawaretraining.criteria.second_order.solve import Pruned, Results
-from pruningawaretraining.criteria.second_order.sweep import Grid, Quota, damped, shared_fisher, sweep
+from pruningawaretraining.criteria.second_order.sweep import (
+    Grid,
+    Quota,
+    damped,
+    shared_fisher,
+    sweep_by,
+    upper_factor,
+)
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight
 from pruningawaretraining.errors import ConfigError
 
@@ -46,21 +55,25 @@ class FastCapSolver:
         for number, (weight, hessian_DD) in enumerate(zip(self.weights, hessians, strict=True)):
             tile = weight.layout.tile
             grid = Grid(1, weight.layout.group, tile.keep, tile.of)
-            matrix_BD, valid_BD = weight.blocks(), weight.layout.valid()
+            matrix_BD, valid_BD = weight.blocks(), weight.layout.valid(weight.device)
+            mine = number % self.ranks.world == self.ranks.rank
+            upper_GDD = upper_factor(hessian_DD[None], valid_BD[None]) if mine else hessian_DD
             for fraction in fractions:
                 found = matrix_BD, weight.alive_BD
-                if number % self.ranks.world == self.ranks.rank:
-                    found = sweep(matrix_BD, hessian_DD, weight.alive_BD, valid_BD, grid, Quota(fraction))
+                if mine:
+                    tensors = (one[None] for one in (matrix_BD, weight.alive_BD, valid_BD))
+                    found = tuple(one[0] for one in sweep_by(upper_GDD, *tensors, grid, Quota(fraction)))
                 value_W, keep_W = (weight.layout.from_blocks(one) for one in found)
                 results[fraction][weight.name] = _shared(weight, value_W, keep_W, number, self.ranks)
         return results
 
     def _hessians(self) -> list[Tensor]:
-        sums = [torch.zeros(weight.layout.width, weight.layout.width) for weight in self.weights]
+        widths = [(weight.layout.width, weight.device) for weight in self.weights]
+        sums = [torch.zeros(width, width, device=device) for width, device in widths]
 
         def add(gradients: list[Tensor]) -> None:
             for weight, total_DD, gradient in zip(self.weights, sums, gradients, strict=True):
-                blocks_BD = weight.layout.to_blocks(gradient.detach()).float().cpu()
+                blocks_BD = weight.layout.to_blocks(gradient.detach()).float().to(weight.device)
                 blocks_BD = blocks_BD if weight.keep_W is None else blocks_BD * weight.alive_BD
                 total_DD.addmm_(blocks_BD.mT, blocks_BD)
 
@@ -104,20 +117,42 @@ class SparseGptSolver:
             hooks.remove()
         results: Results = {fraction: {} for fraction in fractions}
         for number, weight in enumerate(self.weights):
-            hessian_GDD = self.ranks.sum(hooks.hessian(weight.name) / self.ranks.world)
+            hessian_GDD = self.ranks.sum(hooks.hessian(weight.name) / self.ranks.world).to(weight.device)
+            mine = number % self.ranks.world == self.ranks.rank
+            swept = _Swept.of(weight, hessian_GDD, self.damp) if mine else None
             for fraction in fractions:
-                found = weight.parameter.detach(), torch.ones(weight.layout.shape, dtype=torch.bool)
-                if number % self.ranks.world == self.ranks.rank:
-                    found = self._sweep(weight, hessian_GDD.cpu(), Quota(fraction))
+                if swept is None:
+                    found = weight.parameter.detach(), torch.ones(weight.layout.shape, dtype=torch.bool)
+                else:
+                    found = swept.at(fraction)
                 results[fraction][weight.name] = _shared(weight, *found, number, self.ranks)
         return results
 
-    def _sweep(self, weight: PrunableWeight, hessian_GDD: Tensor, quota: Quota) -> tuple[Tensor, Tensor]:
+
+@dataclass(frozen=True, eq=False)
+class _Swept:
+    """A layer's weights as the matrices that are swept: one for each group of a convolution.
+
+    Args:
+        layout: of the weight.
+        upper_GDD: factors of their Hessians.
+        matrix_GRD, alive_GRD, valid_GRD: see :func:`~.sweep.sweep_by`.
+    """
+
+    layout: Layout
+    upper_GDD: Tensor
+    matrix_GRD: Tensor
+    alive_GRD: Tensor
+    valid_GRD: Tensor
+
+    @classmethod
+    def of(cls, weight: PrunableWeight, hessian_GDD: Tensor, damp: float) -> _Swept:
+        """A weight's, with its groups' Hessians over the inputs, not damped yet."""
         layout, tile = weight.layout, weight.layout.tile
         tensors = [
-            weight.parameter.detach().double().cpu(),
+            weight.parameter.detach().to(weight.device, torch.float64),
             layout.from_blocks(weight.alive_BD),
-            torch.ones(layout.shape, dtype=torch.bool),
+            torch.ones(layout.shape, dtype=torch.bool, device=weight.device),
         ]
         groups, kernel = hessian_GDD.shape[0], layout.padded[1]
         if (layout.shape[0] // groups) % tile.rows and groups > 1:
@@ -127,15 +162,18 @@ class SparseGptSolver:
         else:
             matrices = [layout.rows_of(one) for one in tensors]
             hessian_GDD = _padded(reordered(hessian_GDD, kernel), layout.shape[1], layout.padded[2], kernel)
+        in_groups = [one.unflatten(0, (groups, -1)) for one in matrices]
+        return cls(layout, upper_factor(damped(hessian_GDD, damp), in_groups[2]), *in_groups)
+
+    def at(self, fraction: float) -> tuple[Tensor, Tensor]:
+        """New values and keep mask in the weight's shape."""
+        layout, tile = self.layout, self.layout.tile
         grid = Grid(tile.rows, tile.cols, tile.keep, tile.of)
-        per_group = zip(hessian_GDD, *(one.chunk(groups) for one in matrices), strict=True)
-        swept = [
-            sweep(matrix, damped(hessian_DD, self.damp), alive, valid, grid, quota)
-            for hessian_DD, matrix, alive, valid in per_group
-        ]
-        joined = [torch.cat(one) for one in zip(*swept, strict=True)]
-        value, keep = (one.reshape(layout.shape) if layout.is_flat else layout.from_rows(one) for one in joined)
-        return value, keep
+        swept = sweep_by(self.upper_GDD, self.matrix_GRD, self.alive_GRD, self.valid_GRD, grid, Quota(fraction))
+        value, keep = (one.flatten(0, 1) for one in swept)
+        if layout.is_flat:
+            return value.reshape(layout.shape), keep.reshape(layout.shape)
+        return layout.from_rows(value), layout.from_rows(keep)
 
 
 def _padded(hessian_GDD: Tensor, inputs: int, padded: int, kernel: int) -> Tensor:

@@ -181,9 +181,9 @@ class Layout:
         tiles = flat.reshape(outputs // rows, kernel * inputs // cols, rows, cols)
         return self.from_rows(tiles.transpose(1, 2).reshape(outputs, kernel * inputs))
 
-    def valid(self) -> Tensor:
+    def valid(self, device: torch.device | None = None) -> Tensor:
         """True for entries of the weight, False for padding: bool (blocks, width)."""
-        return self.to_blocks(torch.ones(self.shape, dtype=torch.bool))
+        return self.to_blocks(torch.ones(self.shape, dtype=torch.bool, device=device))
 
     def tile_any(self, mask_BD: Tensor) -> Tensor:
         """Whether any entry of each tile is set: (blocks, tiles)."""

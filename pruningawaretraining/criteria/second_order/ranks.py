@@ -47,7 +47,7 @@ class Ranks:
 
     def total(self, number: int) -> int:
         """The sum over ranks."""
-        return int(self.sum(torch.tensor(number)))
+        return number if self.world == 1 else int(self.sum(torch.tensor(number)))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, on every rank."""

@@ -1,12 +1,13 @@
 """How much worse the layers that read a channel do without it, once they have made up for it as well as they can.
 
-Shape suffixes: ``_G`` groups, ``_N`` groups of one set, ``_P`` a pool of them, ``_Q`` a reader's inputs of one group,
-``_D`` a reader's inputs (channels by kernel positions) and one more that nothing depends on, ``_X`` those and a
-constant 1, ``_O`` its outputs.
+Shape suffixes: ``_G`` groups, ``_N`` groups of one set, ``_Q`` a reader's inputs of one group, ``_D`` a reader's inputs
+(channels by kernel positions), ``_X`` those and a constant 1, ``_O`` its outputs, ``_2N`` two rows of groups.
 
 With M the covariance of a reader's inputs and H its inverse, taking inputs Q away costs ``tr(W_Q (H_QQ)^-1 W_Q')`` of
 the variance of its outputs, the other weights being fitted anew. Groups go one by one, the cheapest first, and H and W
-follow (optimal brain surgeon on whole groups: Hassibi and Stork 1993; Kurtic, Frantar and Alistarh 2023, ZipLM).
+follow (optimal brain surgeon on whole groups: Hassibi and Stork 1993; Kurtic, Frantar and Alistarh 2023, ZipLM). All of
+it is float64 on the device of the weights: the condition of M is about a thousand times its width, more than float32
+resolves.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.criteria.second_order.channels import LEAST_SQUARES_DAMP, losing_readers, measure
-from pruningawaretraining.criteria.second_order.fisher import factor
+from pruningawaretraining.criteria.second_order.fisher import decoupled_, factor, workplace
 from pruningawaretraining.criteria.second_order.gradients import Calibration
+from pruningawaretraining.criteria.second_order.group_order import POOL, Reader, ReadSet, cheapest_first
 from pruningawaretraining.criteria.second_order.listening import MOMENTS, InputMomentsCollector
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.grouping import Grouping, GroupSet, Member
@@ -30,8 +32,8 @@ from pruningawaretraining.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
-POOL = 32
-"""The cheapest groups among which the next are found exactly; half of them go before all are looked at again."""
+TOGETHER, TOGETHER_ELSEWHERE = {"cpu": 2**28}, 2**31
+"""Bytes of inverses that are worked on at once, by kind of device: off the CPU many small kernels cost time."""
 TINY, RAMP = 1e-30, 1e-9
 
 
@@ -83,19 +85,12 @@ class Reconstruction:
                 "criterion: 'reconstruction' scores channels by the layers that read them, and there are none. "
                 "Allowed: with 'channel' or 'head'"
             )
-        known = {member: statistics.tensors.get(f"{MOMENTS}.{member.name}") for member in reading}
-        scores_G = torch.full((grouping.size,), torch.inf, dtype=torch.float64)
-        unread: list[str] = []
-        for one in grouping.sets:
-            parts = [
-                _part(member, one, moments_XX)
-                for member, moments_XX in known.items()
-                if moments_XX is not None and _reads(member, one)
-            ]
-            if parts:
-                scores_G[one.start : one.stop] = _marginal_losses(parts, one.size).cpu()
-            else:
-                unread.append(one.name)
+        known = [(member, statistics.tensors.get(f"{MOMENTS}.{member.name}")) for member in reading]
+        readings = [
+            _Reading(one, [(member, found) for member, found in known if found is not None and _reads(member, one)])
+            for one in grouping.sets
+        ]
+        unread = [one.groups.name for one in readings if not one.members]
         if len(unread) == len(grouping.sets):
             raise ConfigError(
                 f"criterion: 'reconstruction' knows no layer that reads {', '.join(unread[:4])} and can be fitted; "
@@ -103,6 +98,10 @@ class Reconstruction:
             )
         if unread:
             log.warning("reconstruction: no layer that can be fitted reads %s; pruned last", ", ".join(unread[:8]))
+        scores_G = torch.full((grouping.size,), torch.inf, dtype=torch.float64)
+        for batch in _batches([one for one in readings if one.members]):
+            for one, scores_N in zip(batch, _scores(batch), strict=True):
+                scores_G[one.groups.start : one.groups.stop] = scores_N
         return scores_G
 
 
@@ -111,68 +110,57 @@ def _reads(member: Member, one: GroupSet) -> bool:
     return slots is not None and bool(((slots >= one.start) & (slots < one.stop)).any())
 
 
-@dataclass(eq=False)
-class _Part:
-    """A reader, as far as it reads one set.
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """A set and the layers that read it, each with the moments of its inputs.
 
     Args:
-        weight_OD: its weights, in units in which all of its outputs have variance 1.
-        inverse_DD: the inverse of its inputs' covariance.
-        inputs_NQ: its inputs of each group; short rows are filled with the input that nothing depends on.
+        groups: the set.
+        members: (weight that reads it, moments).
     """
 
-    weight_OD: Tensor
-    inverse_DD: Tensor
-    inputs_NQ: Tensor
-
-    def losses(self, groups: Tensor) -> Tensor:
-        """What each of some groups costs if it goes alone."""
-        inputs_NQ = self.inputs_NQ[groups]
-        square_NQQ = self.inverse_DD[inputs_NQ[:, :, None], inputs_NQ[:, None, :]]
-        square_NQQ = square_NQQ + torch.diag_embed((inputs_NQ == self._spare).to(square_NQQ))
-        weight_NQO = self.weight_OD[:, inputs_NQ].permute(1, 2, 0)
-        fitted_NQO: Tensor = torch.linalg.solve(square_NQQ, weight_NQO)
-        return (weight_NQO * fitted_NQO).sum((1, 2))
+    groups: GroupSet
+    members: list[tuple[Member, Tensor]]
 
     @property
-    def _spare(self) -> int:
-        return self.weight_OD.shape[1] - 1
+    def device(self) -> torch.device:
+        """Where this is worked on."""
+        return workplace(self.members[0][0].parameter.device)
 
-    def within(self, groups_P: Tensor) -> _Part:
-        """The same of a pool of groups alone; what happens among them needs no other."""
-        inputs = torch.unique(self.inputs_NQ[groups_P])
-        inputs = torch.cat([inputs[inputs != self._spare], inputs.new_tensor([self._spare])])
-        places = torch.searchsorted(inputs, self.inputs_NQ[groups_P])
-        return _Part(self.weight_OD[:, inputs], self.inverse_DD[inputs][:, inputs], places)
+    @property
+    def bytes(self) -> int:
+        """Memory of the inverses, and of what is kept for later."""
+        return sum(16 * member.parameter[0].numel() ** 2 for member, _ in self.members)
 
-    def drop(self, groups: Tensor) -> None:
-        """Take groups away; the rest is fitted anew. They must not be asked for again."""
-        alive = torch.ones(self.weight_OD.shape[1], dtype=torch.bool, device=self.weight_OD.device)
-        alive[self.inputs_NQ[groups]] = False
-        alive[self._spare] = True
-        kept, gone = torch.nonzero(alive).flatten(), torch.nonzero(~alive).flatten()
-        rows = self.inverse_DD[gone]
-        across = rows[:, kept]
-        pull = torch.cholesky_solve(across, factor(rows[:, gone][None], TINY)[0])
-        self.weight_OD = self.weight_OD[:, kept] - self.weight_OD[:, gone] @ pull
-        self.inverse_DD = self.inverse_DD[kept][:, kept].addmm_(across.mT, pull, alpha=-1)
-        self.inputs_NQ = (alive.cumsum(0) - 1)[self.inputs_NQ]
+    def opened(self) -> ReadSet:
+        """Ready to be taken apart."""
+        readers = [_reader(member, self.groups, moments_XX, self.device) for member, moments_XX in self.members]
+        return ReadSet(readers, self.groups.size)
 
 
-def _part(member: Member, one: GroupSet, moments_XX: Tensor) -> _Part:
-    """A reader, with the covariance of its inputs factored."""
-    device = torch.device("cpu") if member.parameter.device.type == "mps" else member.parameter.device
+def _reader(member: Member, one: GroupSet, moments_XX: Tensor, device: torch.device) -> Reader:
+    """A reader, with the covariance of its inputs inverted, and weights in units in which all of its outputs have
+    variance 1."""
     weight_OD = member.parameter.detach().flatten(1).to(device, torch.float64)
     moments_XX = moments_XX.to(device, torch.float64)
     means_D = moments_XX[-1, :-1]
-    square_DD = moments_XX[:-1, :-1] - torch.outer(means_D, means_D)
+    square_DD = torch.addr(moments_XX[:-1, :-1], means_D, means_D, alpha=-1)
     variance = ((weight_OD @ square_DD) * weight_OD).sum().clamp(min=TINY)
-    square_DD.diagonal().add_(LEAST_SQUARES_DAMP * float(square_DD.diagonal().mean().clamp(min=1e-12)))
+    square_DD.diagonal().add_(LEAST_SQUARES_DAMP * square_DD.diagonal().mean().clamp(min=1e-12))
+    inverse_DD = torch.cholesky_inverse(factor(square_DD[None], 1e-12)[0])
+    weight_OD = weight_OD / variance.sqrt()
     width = weight_OD.shape[1]
-    inverse_DD = torch.eye(width + 1, dtype=torch.float64, device=device)
-    inverse_DD[:width, :width] = torch.cholesky_inverse(factor(square_DD[None], 1e-12)[0])
-    weight_OD = torch.nn.functional.pad(weight_OD / variance.sqrt(), (0, 1))
-    return _Part(weight_OD, inverse_DD, _inputs_of(member, one, width).to(device))
+    inputs_NQ = _inputs_of(member, one, width)
+    inputs_D, size = inputs_NQ.flatten(), inputs_NQ.shape[1]
+    if torch.equal(inputs_D, torch.arange(width)):
+        return Reader(weight_OD, inverse_DD, size)
+    missing_D = inputs_D == width  # groups that have fewer inputs than others: filled up with what nothing depends on
+    places_D = inputs_D.clamp(max=width - 1).to(device)
+    weight_OD, inverse_DD = weight_OD[:, places_D], inverse_DD[places_D][:, places_D]
+    if bool(missing_D.any()):
+        real_D = ~missing_D.to(device)
+        weight_OD, inverse_DD = weight_OD * real_D, decoupled_(inverse_DD[None], real_D[None])[0]
+    return Reader(weight_OD, inverse_DD, size)
 
 
 def _inputs_of(member: Member, one: GroupSet, width: int) -> Tensor:
@@ -189,37 +177,33 @@ def _inputs_of(member: Member, one: GroupSet, width: int) -> Tensor:
     return found_NQ
 
 
-def _losses(parts: Sequence[_Part], groups: Tensor) -> Tensor:
-    return torch.stack([part.losses(groups.to(part.inputs_NQ.device)).cpu() for part in parts]).sum(0)
+def _batches(readings: Sequence[_Reading]) -> list[list[_Reading]]:
+    """Sets that are worked on together: in one place, with pools of one size, and not too much memory."""
+    alike: dict[tuple[int, torch.device], list[_Reading]] = {}
+    for one in readings:
+        alike.setdefault((min(POOL, one.groups.size), one.device), []).append(one)
+    batches: list[list[_Reading]] = []
+    for (_, device), members in alike.items():
+        room = 0
+        for one in members:
+            if one.bytes > room:
+                batches.append([])
+                room = TOGETHER.get(device.type, TOGETHER_ELSEWHERE)
+            batches[-1].append(one)
+            room -= one.bytes
+    return batches
 
 
-def _marginal_losses(parts: Sequence[_Part], count: int) -> Tensor:
-    """What each group of a set adds to the loss when its turn comes, rising in that order."""
-    order: list[int] = []
-    losses: list[float] = []
-    left = torch.arange(count)
-    while len(left):
-        pool_P = left[torch.argsort(_losses(parts, left), stable=True)[:POOL]]
-        going = len(left) if len(left) <= POOL else POOL // 2
-        inner = [part.within(pool_P.to(part.inputs_NQ.device)) for part in parts]
-        open_P = torch.ones(len(pool_P), dtype=torch.bool)
-        for _ in range(going):
-            among = torch.nonzero(open_P).flatten()
-            found = _losses(inner, among)
-            place = int(found.argmin())
-            order.append(int(pool_P[among[place]]))
-            losses.append(float(found[place]))
-            open_P[among[place]] = False
-            for part in inner:
-                part.drop(among[place : place + 1].to(part.inputs_NQ.device))
-        gone = pool_P[~open_P]
-        if len(gone) < len(left):
-            for part in parts:
-                part.drop(gone.to(part.inputs_NQ.device))
-        left = left[~torch.isin(left, gone)]
-    scores_N = torch.zeros(count, dtype=torch.float64)
-    scores_N[torch.tensor(order)] = _rising(losses)
-    return scores_N
+def _scores(readings: Sequence[_Reading]) -> list[Tensor]:
+    """What each group of some sets adds to the loss when its turn comes, rising in that order; asked for once."""
+    found = cheapest_first([one.opened() for one in readings])
+    joined_2N = torch.stack([torch.cat([order.double() for order, _ in found]), torch.cat([loss for _, loss in found])])
+    scores = []
+    for order_N, losses_N in joined_2N.cpu().split([one.groups.size for one in readings], 1):
+        scores_N = torch.zeros(len(order_N), dtype=torch.float64)
+        scores_N[order_N.long()] = _rising(losses_N.tolist())
+        scores.append(scores_N)
+    return scores
 
 
 def _rising(losses: Sequence[float]) -> Tensor:

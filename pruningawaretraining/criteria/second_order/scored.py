@@ -57,14 +57,14 @@ class ScoredSolver:
         pattern = Unstructured() if self.weights[0].layout.group == 1 else self.pattern
         names = [weight.name for weight in self.weights]
         grouping, statistics = gathered(self.calibration, lambda model: pattern.build(model, names), self.criterion)
-        scores_G = self.criterion.score(grouping, statistics).detach().float().cpu()
+        scores_G = self.criterion.score(grouping, statistics).detach().float()
         if bool(torch.isnan(scores_G).any()):
             raise ModelError(f"criterion: {type(self.criterion).__name__} gives NaN: the weights are not finite")
         return {member.name.removesuffix(".weight"): spread for member, spread in grouping.expand(scores_G)}
 
     def _table(self, weight: PrunableWeight, spread: Tensor) -> Table:
-        values_BD = weight.layout.to_blocks(spread.expand(weight.layout.shape).contiguous())
-        scores_BT = first_of_tiles(values_BD, weight.layout.valid(), weight.layout.group)
+        values_BD = weight.layout.to_blocks(spread.to(weight.device).expand(weight.layout.shape).contiguous())
+        scores_BT = first_of_tiles(values_BD, weight.layout.valid(weight.device), weight.layout.group)
         ranking = independent_ranking(scores_BT, weight.open_BT, weight.layout)
         return Table(ranking.scores_BS, ranking.tiles_BS)
 

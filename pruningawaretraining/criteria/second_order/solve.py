@@ -174,8 +174,8 @@ class BlockSolver:
         """The owned blocks of a span, a few at a time: (where in the weight, the blocks)."""
         weight, fisher = self.weights[span.weight], bank.fishers[span]
         values_BD = weight.blocks()[span.blocks]
-        device = self.budget.storage.device or torch.device("cpu")
-        for part in parts(len(span), weight.layout.width, self.budget.in_parallel):
+        device = self.budget.storage.device or weight.device
+        for part in parts(len(span), weight.layout.width, self.budget.in_parallel, device.type == "cpu"):
             where = slice(span.start + part.start, span.start + part.stop)
             tensors = values_BD[part].double(), weight.alive_BD[where], weight.open_BT[where]
             yield where, Blocks(fisher, part, weight.layout, *(tensor.to(device) for tensor in tensors))
@@ -210,7 +210,7 @@ def choose_tiles(
     kept = choose(candidates, fraction_left(weights, candidates, fraction))
     chosen = []
     for (weight, table), one, keep_N in zip(pairs, candidates, kept, strict=True):
-        going_BS = (~keep_N & ~one.removed_N).reshape(table.scores_BS.shape)
+        going_BS = (~keep_N.to(one.removed_N.device) & ~one.removed_N).reshape(table.scores_BS.shape)
         chosen.append(torch.zeros_like(weight.open_BT).scatter_(1, table.tiles_BS.long(), going_BS))
     return chosen
 
@@ -218,7 +218,8 @@ def choose_tiles(
 def _empty_table(weight: PrunableWeight) -> Table:
     steps = slots(weight.layout)
     shape = (weight.layout.blocks, steps)
-    return Table(torch.full(shape, torch.inf), torch.zeros(shape, dtype=torch.int32))
+    device = weight.device
+    return Table(torch.full(shape, torch.inf, device=device), torch.zeros(shape, dtype=torch.int32, device=device))
 
 
 def slots(layout: Layout) -> int:

@@ -1,8 +1,9 @@
 """The column sweep of SparseGPT, which FastCAP shares: prune column by column, and push the error to the columns right.
 
-Shape suffixes: ``_R`` rows, ``_D`` columns, ``_C`` columns of a chunk, ``_T`` tiles of a chunk, in rows and columns.
+Shape suffixes: ``_G`` matrices that are swept together, each with a Hessian of its own, ``_R`` rows, ``_D`` columns,
+``_C`` columns of a chunk, ``_T`` tiles of a chunk, in rows and columns, ``_N`` the same in a row, ``_S`` chunks.
 
-The rows of a layer share one Hessian, so that nothing of the size of a row times a square is ever made; every layer is
+The rows of a matrix share one Hessian, so that nothing of the size of a row times a square is ever made; every layer is
 pruned to the same sparsity.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruningawaretraining.criteria.second_order.fisher import decoupled_, factor
+from pruningawaretraining.criteria.second_order.fisher import decoupled_, factor, inverse_of
 from pruningawaretraining.errors import ConfigError
 
 CHUNK = 128
@@ -61,80 +62,112 @@ class Quota:
 
 
 def damped(hessian_DD: Tensor, damp: float) -> Tensor:
-    """The Hessian in float64 with ``damp`` times its mean diagonal added; the identity if it is all zero."""
-    square = hessian_DD.double().clone()
-    mean = float(square.diagonal().mean())
-    square.diagonal().add_(damp * mean if mean > 0 else 1.0)
+    """Hessians (one or many) in float64 with ``damp`` times their mean diagonal added; the identity if that is 0."""
+    square = hessian_DD.to(torch.float64, copy=True)
+    diagonal = square.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    diagonal.add_(torch.where(mean > 0, damp * mean, 1.0))
     return square
+
+
+def upper_factor(hessian_GDD: Tensor, valid_GRD: Tensor) -> Tensor:
+    """U with ``H^-1 = U' U``, of which a sweep takes its corrections; float64. It serves any number of sparsities.
+
+    Args:
+        hessian_GDD: curvature over the columns, damped, positive definite, float64.
+        valid_GRD: entries that are not padding. A column that is padding in every row must not carry error.
+    """
+    square_GDD = decoupled_(hessian_GDD.clone(), valid_GRD.any(1))
+    return factor(inverse_of(factor(square_GDD, 0.0)), 0.0).mT.contiguous()
 
 
 def sweep(
     matrix_RD: Tensor, hessian_DD: Tensor, alive_RD: Tensor, valid_RD: Tensor, grid: Grid, quota: Quota
 ) -> tuple[Tensor, Tensor]:
-    """Prune a fraction of a matrix's tiles and let the rest adapt (SparseGPT, Frantar and Alistarh 2023).
+    """:func:`sweep_by` of one matrix, with its Hessian (damped, positive definite, float64)."""
+    upper_GDD = upper_factor(hessian_DD[None], valid_RD[None])
+    weights_GRD, keep_GRD = sweep_by(upper_GDD, matrix_RD[None], alive_RD[None], valid_RD[None], grid, quota)
+    return weights_GRD[0], keep_GRD[0]
+
+
+def sweep_by(
+    upper_GDD: Tensor, matrix_GRD: Tensor, alive_GRD: Tensor, valid_GRD: Tensor, grid: Grid, quota: Quota
+) -> tuple[Tensor, Tensor]:
+    """Prune a fraction of matrices' tiles and let the rest adapt (SparseGPT, Frantar and Alistarh 2023).
 
     Args:
-        matrix_RD: the weights; rows share the Hessian.
-        hessian_DD: curvature over the columns, damped, positive definite, float64.
-        alive_RD: entries that are not masked already.
-        valid_RD: entries that are not padding.
+        upper_GDD: of their Hessians, from :func:`upper_factor`.
+        matrix_GRD: the weights; the rows of a matrix share its Hessian.
+        alive_GRD: entries that are not masked already.
+        valid_GRD: entries that are not padding.
         grid: what goes together.
         quota: how many of the valid tiles go in all, those that are masked counted. Not asked for N:M.
 
     Returns:
         The new weights in float64, exactly 0 where pruned, and the keep mask.
     """
-    # A column that is padding in every row (or has never seen an input) must not carry error.
-    square = decoupled_(hessian_DD[None].clone(), valid_RD.any(0)[None])
-    inverse = torch.cholesky_inverse(factor(square, 0.0))
-    upper_DD = factor(inverse, 0.0)[0].mT.contiguous()
-    work_RD = matrix_RD.double() * alive_RD
-    keep_RD = alive_RD.clone()
-    for start in range(0, matrix_RD.shape[1], grid.chunk):
-        columns = slice(start, min(start + grid.chunk, matrix_RD.shape[1]))
-        scores_RC = (work_RD[:, columns] / upper_DD.diagonal()[columns]).square()
-        keep_RD[:, columns] = _choose(scores_RC, alive_RD[:, columns], valid_RD[:, columns], grid, quota)
-        errors_RC = _sweep_chunk(work_RD, upper_DD, keep_RD, columns)
-        work_RD[:, columns.stop :] -= errors_RC @ upper_DD[columns, columns.stop :]
-    return torch.where(keep_RD, work_RD, 0.0), keep_RD
+    work_GRD = matrix_GRD.double() * alive_GRD
+    keep_GRD = alive_GRD.clone()
+    width = work_GRD.shape[2]
+    goings_SG = None if grid.of else _goings(valid_GRD, grid, quota)
+    for number, start in enumerate(range(0, width, grid.chunk)):
+        columns = slice(start, min(start + grid.chunk, width))
+        diagonal_GC = upper_GDD.diagonal(dim1=1, dim2=2)[:, columns]
+        scores_GRC = (work_GRD[:, :, columns] / diagonal_GC[:, None]).square()
+        alive_GRC = alive_GRD[:, :, columns]
+        if goings_SG is None:
+            keep_GRC = _choose_n_of_m(scores_GRC, alive_GRC, grid)
+        else:
+            keep_GRC = _choose(scores_GRC, alive_GRC, valid_GRD[:, :, columns], grid, goings_SG[number])
+        keep_GRD[:, :, columns] = keep_GRC
+        errors_GRC = _sweep_chunk(work_GRD, upper_GDD, keep_GRD, columns)
+        if columns.stop < width:
+            work_GRD[:, :, columns.stop :] -= errors_GRC @ upper_GDD[:, columns, columns.stop :]
+    return torch.where(keep_GRD, work_GRD, 0.0), keep_GRD
 
 
-def _sweep_chunk(work_RD: Tensor, upper_DD: Tensor, keep_RD: Tensor, columns: slice) -> Tensor:
+def _sweep_chunk(work_GRD: Tensor, upper_GDD: Tensor, keep_GRD: Tensor, columns: slice) -> Tensor:
     """Prune the columns of a chunk one by one, in place; returns what each pushes to the right."""
-    local_RC, upper_CC = work_RD[:, columns], upper_DD[columns, columns]
-    errors_RC = torch.zeros_like(local_RC)
-    for column in range(local_RC.shape[1]):
-        lost_R = torch.where(keep_RD[:, columns.start + column], 0.0, local_RC[:, column])
-        errors_RC[:, column] = lost_R / upper_CC[column, column]
-        local_RC[:, column:] -= errors_RC[:, column, None] * upper_CC[column, column:]
-    return errors_RC
+    local_GRC = work_GRD[:, :, columns]
+    diagonal_GC = upper_GDD.diagonal(dim1=1, dim2=2)[:, columns]
+    scaled_GCC = upper_GDD[:, columns, columns] / diagonal_GC[:, :, None]
+    going_GRC = (~keep_GRD[:, :, columns]).to(work_GRD.dtype)
+    lost_GRC = torch.zeros_like(local_GRC)
+    for column in range(local_GRC.shape[2]):
+        lost_GR1 = lost_GRC[:, :, column : column + 1]
+        torch.mul(local_GRC[:, :, column : column + 1], going_GRC[:, :, column : column + 1], out=lost_GR1)
+        local_GRC[:, :, column:].addcmul_(lost_GR1, scaled_GCC[:, column, None, column:], value=-1)
+    return lost_GRC / diagonal_GC[:, None]
 
 
-def _choose(scores_RC: Tensor, alive_RC: Tensor, valid_RC: Tensor, grid: Grid, quota: Quota) -> Tensor:
+def _goings(valid_GRD: Tensor, grid: Grid, quota: Quota) -> Tensor:
+    """How many tiles of each matrix go at each chunk, (chunks, matrices); counted before the sweep, asking once."""
+    counts_GT = _tiled(valid_GRD, grid).any(4).any(2).sum(1).cpu()
+    counts_GS = torch.stack([one.sum(1) for one in counts_GT.split(grid.chunk // grid.cols, 1)], 1)
+    goings_GS = torch.tensor([[quota.next(count) for count in counts] for counts in counts_GS.tolist()], device="cpu")
+    return goings_GS.T.contiguous().to(valid_GRD.device, non_blocking=True)
+
+
+def _choose(scores_GRC: Tensor, alive_GRC: Tensor, valid_GRC: Tensor, grid: Grid, going_G: Tensor) -> Tensor:
     """Keep mask of a chunk."""
-    if grid.of:
-        return _choose_n_of_m(scores_RC, alive_RC, grid)
-    scores_TT = _tiled(scores_RC, grid).sum((1, 3))
-    alive_TT, valid_TT = (_tiled(mask, grid).any(3).any(1) for mask in (alive_RC, valid_RC))
-    order_N = torch.where(alive_TT, scores_TT, -torch.inf)  # what has gone is chosen first
-    order_N = torch.where(valid_TT, order_N, torch.inf).flatten()
-    number = quota.next(int(valid_TT.sum()))
-    drop_N = torch.zeros_like(order_N, dtype=torch.bool)
-    drop_N[torch.argsort(order_N, stable=True)[:number]] = True
-    keep_TT = ~drop_N.reshape(valid_TT.shape)
-    spread = keep_TT.repeat_interleave(grid.rows, 0).repeat_interleave(grid.cols, 1)
-    return spread & alive_RC
+    scores_GTT = _tiled(scores_GRC, grid).sum((2, 4))
+    alive_GTT, valid_GTT = (_tiled(mask, grid).any(4).any(2) for mask in (alive_GRC, valid_GRC))
+    order_GTT = torch.where(alive_GTT, scores_GTT, -torch.inf)  # what has gone is chosen first
+    order_GN = torch.argsort(torch.where(valid_GTT, order_GTT, torch.inf).flatten(1), dim=1, stable=True)
+    drop_GN = torch.arange(order_GN.shape[1], device=order_GN.device) < going_G[:, None]
+    keep_GTT = ~torch.zeros_like(drop_GN).scatter_(1, order_GN, drop_GN).view(valid_GTT.shape)
+    return keep_GTT.repeat_interleave(grid.rows, 1).repeat_interleave(grid.cols, 2) & alive_GRC
 
 
-def _tiled(values_RC: Tensor, grid: Grid) -> Tensor:
-    rows, cols = values_RC.shape
-    return values_RC.reshape(rows // grid.rows, grid.rows, cols // grid.cols, grid.cols)
+def _tiled(values_GRC: Tensor, grid: Grid) -> Tensor:
+    matrices, rows, cols = values_GRC.shape
+    return values_GRC.reshape(matrices, rows // grid.rows, grid.rows, cols // grid.cols, grid.cols)
 
 
-def _choose_n_of_m(scores_RC: Tensor, alive_RC: Tensor, grid: Grid) -> Tensor:
-    order = torch.where(alive_RC, scores_RC, -torch.inf)
-    drop = torch.argsort(order, dim=1, stable=True)[:, : scores_RC.shape[1] - grid.keep]
-    return torch.ones_like(alive_RC).scatter_(1, drop, False) & alive_RC
+def _choose_n_of_m(scores_GRC: Tensor, alive_GRC: Tensor, grid: Grid) -> Tensor:
+    order_GRC = torch.where(alive_GRC, scores_GRC, -torch.inf)
+    drop = torch.argsort(order_GRC, dim=2, stable=True)[:, :, : scores_GRC.shape[2] - grid.keep]
+    return torch.ones_like(alive_GRC).scatter_(2, drop, False) & alive_GRC
 
 
 def shared_fisher(squares_DD: Tensor, gradients: int) -> Tensor:

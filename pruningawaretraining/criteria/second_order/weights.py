@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.criteria.second_order.fisher import workplace
 from pruningawaretraining.criteria.second_order.layout import Layout, WeightPattern
 from pruningawaretraining.patterns.elements import LayerWeight, layer_weights
 
@@ -44,17 +45,22 @@ class PrunableWeight:
     def parameter(self) -> Tensor:
         return self.source.parameter
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is worked on: where it is, unless there is no float64."""
+        return workplace(self.parameter.device)
+
     @cached_property
     def valid_BT(self) -> Tensor:
         """Tiles that are not all padding."""
-        return self.layout.tile_any(self.layout.valid())
+        return self.layout.tile_any(self.layout.valid(self.device))
 
     @cached_property
     def alive_BD(self) -> Tensor:
         """Entries that are neither padding nor masked."""
         if self.keep_W is None:
-            return self.layout.valid()
-        return self.layout.to_blocks(self.keep_W.cpu())
+            return self.layout.valid(self.device)
+        return self.layout.to_blocks(self.keep_W.to(self.device))
 
     @cached_property
     def open_BT(self) -> Tensor:
@@ -62,10 +68,10 @@ class PrunableWeight:
         return self.layout.tile_any(self.alive_BD)
 
     def blocks(self) -> Tensor:
-        """The weight's values in blocks, masked ones 0, in float32 or wider, on the CPU."""
+        """The weight's values in blocks, masked ones 0, in float32 or wider."""
         values = self.parameter.detach()
         values = values if values.dtype == torch.float64 else values.float()
-        return self.layout.to_blocks(values.cpu()) * self.alive_BD
+        return self.layout.to_blocks(values.to(self.device)) * self.alive_BD
 
 
 def prunable_weights(

@@ -1,0 +1,151 @@
+"""Groups that go one after the other: many sets at once against one group at a time, by plain formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from asking import pretend_cuda
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pruningawaretraining.criteria.second_order.group_order import (
+    POOL,
+    STEPS,
+    Reader,
+    ReadSet,
+    cheapest_first,
+    diagonal_blocks,
+    removal_losses,
+)
+from pruningawaretraining.criteria.second_order.layer_inputs import InputHessians, unfolded
+
+Parts = list[tuple[Tensor, Tensor, int]]
+"""Weights, inverse covariance and inputs of a group, of each reader of a set."""
+
+
+def parts(groups: int, sizes: tuple[int, ...], seed: int = 0) -> Parts:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for number, size in enumerate(sizes):
+        width = groups * size
+        rows = torch.randn(2 * width, width, generator=generator, dtype=torch.float64)
+        rows += torch.randn(2 * width, 1, generator=generator, dtype=torch.float64)
+        weight = torch.randn(3 + number, width, generator=generator, dtype=torch.float64)
+        found.append((weight, torch.linalg.inv(rows.mT @ rows / len(rows)), size))
+    return found
+
+
+def opened(readers: Parts, groups: int) -> ReadSet:
+    return ReadSet([Reader(weight.clone(), inverse.clone(), size) for weight, inverse, size in readers], groups)
+
+
+def one_by_one(readers: Parts, groups: int) -> tuple[list[int], list[float]]:
+    """The same by inverting what is left of the covariances before every step."""
+    squares = [torch.linalg.inv(inverse) for _, inverse, _ in readers]
+    left, order, losses = list(range(groups)), [], []
+
+    def costs() -> dict[int, float]:
+        found = dict.fromkeys(left, 0.0)
+        for (weight, _, size), square in zip(readers, squares, strict=True):
+            alive = torch.tensor([size * one + place for one in left for place in range(size)])
+            inverse = torch.linalg.inv(square[alive][:, alive])
+            fitted = weight @ square[:, alive] @ inverse  # least squares on what is left
+            for number, group in enumerate(left):
+                mine = slice(size * number, size * number + size)
+                going = fitted[:, mine]
+                found[group] += float((going @ torch.linalg.inv(inverse[mine, mine]) * going).sum())
+        return found
+
+    while left:
+        alone = costs()
+        pool = sorted(left, key=alone.__getitem__)[:POOL]
+        for _ in range(min(STEPS, len(left))):
+            now = costs()
+            best = min(pool, key=now.__getitem__)
+            order.append(best)
+            losses.append(now[best])
+            left.remove(best)
+            pool.remove(best)
+    return order, losses
+
+
+@pytest.mark.parametrize(("groups", "sizes"), [(5, (1,)), (12, (3, 1)), (POOL + 5, (1,))])
+def test_one_set_goes_as_one_group_at_a_time(groups: int, sizes: tuple[int, ...]) -> None:
+    readers = parts(groups, sizes)
+    ((order, losses),) = cheapest_first([opened(readers, groups)])
+    expected, costs = one_by_one(readers, groups)
+    assert order.tolist() == expected
+    assert torch.allclose(losses, torch.tensor(costs, dtype=torch.float64), rtol=1e-8)
+
+
+def test_sets_together_are_sets_alone_and_matrices_are_cut_down_on_the_way() -> None:
+    """Of several sizes, so that some are done before others; the largest is cut down twice."""
+    shapes = [(POOL, (2,)), (110, (1, 2)), (POOL + 1, (1,))]
+    sets = [parts(groups, sizes, seed) for seed, (groups, sizes) in enumerate(shapes)]
+    together = cheapest_first([opened(one, groups) for one, (groups, _) in zip(sets, shapes, strict=True)])
+    for one, (groups, _), (order, losses) in zip(sets, shapes, together, strict=True):
+        ((alone, costs),) = cheapest_first([opened(one, groups)])
+        assert sorted(order.tolist()) == list(range(groups))
+        assert torch.equal(order, alone)
+        assert torch.allclose(losses, costs, rtol=1e-9)
+        # All that goes costs what there is: the variance of the outputs.
+        total = sum(float((weight @ torch.linalg.inv(inverse) * weight).sum()) for weight, inverse, _ in one)
+        assert float(losses.sum()) == pytest.approx(total, rel=1e-8)
+
+
+def test_losses_are_those_of_a_solve() -> None:
+    root = torch.randn(4, 6, 6, dtype=torch.float64)
+    square, gram = root @ root.mT + torch.eye(6), torch.randn(4, 6, 6, dtype=torch.float64)
+    expected = torch.linalg.solve(square, gram).diagonal(dim1=-2, dim2=-1).sum(-1)
+    assert torch.allclose(removal_losses(square, gram), expected)
+    blocks = diagonal_blocks(square, 2)
+    assert torch.equal(blocks[1, 2], square[1, 4:6, 4:6]) and blocks.shape == (4, 3, 2, 2)
+
+
+@pytest.mark.parametrize("groups", [POOL, 70])
+def test_on_a_gpu_all_stays_there_and_nothing_is_asked(groups: int) -> None:
+    with pretend_cuda() as questions:
+        sets = [
+            ReadSet(
+                [
+                    Reader(torch.randn(9, count * size).double(), torch.eye(count * size).double(), size)
+                    for size in sizes
+                ],
+                count,
+            )
+            for count, sizes in ((groups, (1, 3)), (POOL, (3,)))
+        ]
+        found = cheapest_first(sets)
+        assert [order.shape[0] for order, _ in found] == [groups, POOL]
+        assert all(one.device.type == "cuda" for pair in found for one in pair)
+        assert not +questions.asked
+
+
+def plain_moments(layer: nn.Module, batches: list[Tensor]) -> Tensor:
+    rows = torch.cat([functional.pad(unfolded(layer, one), (0, 1), value=1.0).double() for one in batches], 1)
+    return rows.mT @ rows * (2 / rows.shape[1])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (1, 9, 1), (20, 30), (2,)])
+def test_moments_of_few_and_of_many_positions(sizes: tuple[int, ...]) -> None:
+    """Inputs are kept until there are many: none is lost, and none is counted twice."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 4, 3, groups=2)
+    batches = [torch.randn(size, 6, 4, 4) for size in sizes]
+    hooks = InputHessians([("layer", layer)], bias=True)
+    for one in batches:
+        layer(one)
+    hooks.remove()
+    exact = 1e-12 if max(sizes) * 4 * 2 < 28 else 1e-5
+    assert torch.allclose(hooks.hessian("layer"), plain_moments(layer, batches), atol=exact)
+
+
+def test_inputs_that_are_overwritten_later_are_kept_as_they_were() -> None:
+    layer = nn.Linear(8, 3)
+    x = torch.randn(2, 8)
+    before = x.clone()
+    hooks = InputHessians([("layer", layer)])
+    layer(x)
+    x.zero_()
+    hooks.remove()
+    assert torch.allclose(hooks.hessian("layer")[0], (before.T @ before).double())
