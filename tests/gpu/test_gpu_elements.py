@@ -45,7 +45,7 @@ def test_counts_are_exact_and_zeros_hold(device: torch.device, name: str) -> Non
         step()
         pruner.prune(model, epoch)
     assert pruner.phase == "finetune"
-    assert 0.499 <= pruner.sparsity <= 0.5
+    assert 0.495 <= pruner.sparsity <= 0.5  # of three input channels there is no window of four
     zeros = zeros_of(model)
     for _ in range(3):
         step()

@@ -116,7 +116,7 @@ def test_a_model_that_moves_after_its_pruner_was_made(device: torch.device, name
         check_reached(pruner)
     else:
         assert pruner.phase == "finetune"
-        assert 0.499 <= pruner.sparsity <= 0.5
+        assert 0.495 <= pruner.sparsity <= 0.5  # of three input channels there is no window of four
     check_state(model, optimizer, device)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
