@@ -33,8 +33,8 @@ from one_shot_cifar import load_module
 from torch import nn
 
 from pruningawaretraining import Distiller, count_macs
+from pruningawaretraining.checkpoint.state_dict import load_state_dict_pruned
 from pruningawaretraining.experiment.models import CifarResNet
-from pruningawaretraining.state_dict import load_state_dict_pruned
 
 TITLE = "ResNet-56 on CIFAR-10: before and after fine-tuning"
 FORMS = {

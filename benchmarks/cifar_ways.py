@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from pruningawaretraining import Distiller, Pruning, count_macs
-from pruningawaretraining.one_shot import AfterPruning, one_shot
 from pruningawaretraining.proximal import CoupledChannelGrouper, LambdaController, PruneOptimizer
+from pruningawaretraining.session.one_shot import AfterPruning, one_shot
 
 Note = Callable[[nn.Module], None]
 Prune = Callable[[nn.Module, float, Data, Phase, "Distiller | None", Note], nn.Module]

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from pruningawaretraining import Pruning, one_shot, to_semi_structured
-from pruningawaretraining.costs.latency import compare_latency
 from pruningawaretraining.experiment.models import CifarResNet
+from pruningawaretraining.runtimes.timing import compare_latency
 
 FAST_CAP_GOAL, SPARSE_GOAL = 1.0, 1.0
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pruningawaretraining import Pruning, count_macs
-from pruningawaretraining.costs.meter import RuntimeMeter
+from pruningawaretraining.costs.latency.meter import RuntimeMeter
 
 MODELS = ("resnet18", "mobilenet_v2")
 ALLOCATIONS = ("latency", "macs", "uniform")

@@ -29,7 +29,7 @@ from pruningawaretraining import count_macs
 from pruningawaretraining.criteria.second_order.channels import recalibrate_norms
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.experiment.models import CifarResNet
-from pruningawaretraining.one_shot import AfterPruning, one_shot
+from pruningawaretraining.session.one_shot import AfterPruning, one_shot
 
 LARGEST = {"type": "magnitude", "normalize": "max"}
 WAYS: dict[str, dict[str, Any]] = {

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pruningawaretraining.experiment.models import CifarResNet
-from pruningawaretraining.one_shot import AfterPruning, accuracy, one_shot
+from pruningawaretraining.session.one_shot import AfterPruning, accuracy, one_shot
 
 COMMAND = "python benchmarks/one_shot_cifar.py --data FOLDER"
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)

@@ -21,7 +21,8 @@ import torchvision
 from common import interleaved, markdown, save
 from torch import nn
 
-from pruningawaretraining import Pruning, fused
+from pruningawaretraining import Pruning
+from pruningawaretraining.groups import kernels as fused
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "densenet121", "convnext_tiny")
 REG = 1e-3

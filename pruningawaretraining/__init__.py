@@ -3,9 +3,9 @@
 ``Pruning(model, config)`` and a few hook calls regularise, score, mask and finally remove channels; see the README.
 """
 
-from pruningawaretraining.checkpoint import load_pruned, save_pruned
+from pruningawaretraining.checkpoint.pruned import load_pruned, save_pruned
+from pruningawaretraining.checkpoint.state_dict import load_state_dict_pruned
 from pruningawaretraining.config import PruningConfig, load_config
-from pruningawaretraining.costs.latency import measure_latency
 from pruningawaretraining.costs.macs import count_macs
 from pruningawaretraining.criteria import (  # noqa: F401  (importing them registers the criteria)
     activation,
@@ -16,17 +16,17 @@ from pruningawaretraining.criteria import (  # noqa: F401  (importing them regis
     magnitude,
     second_order,
 )
-from pruningawaretraining.distillation import Distiller
-from pruningawaretraining.export import export_onnx
-from pruningawaretraining.one_shot import one_shot
+from pruningawaretraining.export.onnx import export_onnx
+from pruningawaretraining.export.semi_structured import to_semi_structured
+from pruningawaretraining.masks.element_penalties import BlockLasso as _BlockLasso  # noqa: F401  (registers them)
 from pruningawaretraining.patterns import block, slice  # noqa: F401  (importing them registers the patterns)
 from pruningawaretraining.proximal import PruneOptimizer
-from pruningawaretraining.pruner import Pruner
-from pruningawaretraining.pruning import Pruning
 from pruningawaretraining.registry import register
-from pruningawaretraining.regularizers_elements import BlockLasso as _BlockLasso  # noqa: F401  (registers them)
-from pruningawaretraining.semi_structured import to_semi_structured
-from pruningawaretraining.state_dict import load_state_dict_pruned
+from pruningawaretraining.runtimes.timing import measure_latency
+from pruningawaretraining.session.distillation import Distiller
+from pruningawaretraining.session.one_shot import one_shot
+from pruningawaretraining.session.pruner import Pruner
+from pruningawaretraining.session.pruning import Pruning
 from pruningawaretraining.version import __version__
 
 __all__ = [

@@ -1,6 +1,6 @@
 """``python -m pruningawaretraining`` is ``pat``."""
 
-from pruningawaretraining.cli import main
+from pruningawaretraining.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from pruningawaretraining.cli import main
+from pruningawaretraining.cli.main import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "analyze")

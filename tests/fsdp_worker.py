@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from pruningawaretraining import Pruning, save_pruned
+from pruningawaretraining.distributed.collectives import rank, world
 from pruningawaretraining.errors import PruningError
-from pruningawaretraining.processes import rank, world
-from pruningawaretraining.sharded_checkpoint import load_sharded, read_pruner_state, save_sharded
+from pruningawaretraining.session.sharded_checkpoint import load_sharded, read_pruner_state, save_sharded
 
 LASSO = {"type": "block_lasso", "strength": 1e-2}
 UNSTRUCTURED = {"pattern": "unstructured", "target": {"sparsity": 0.6}}

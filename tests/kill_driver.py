@@ -19,8 +19,12 @@ from typing import Any
 
 import torch
 
-from pruningawaretraining import channel_pruner, checkpoint, cli, removal, surgery
+from pruningawaretraining.checkpoint import pruned as checkpoint
+from pruningawaretraining.cli import main as cli
+from pruningawaretraining.engine import channel_pruner
 from pruningawaretraining.experiment import data, datasets, finish, run, runner  # noqa: F401  (imported once, here)
+from pruningawaretraining.masks import removal
+from pruningawaretraining.models import surgery
 
 Sabotage = Callable[[], None]
 MOST_CHAINS = 30

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, count_macs
-from pruningawaretraining.allocation import Allocator, Limits
+from pruningawaretraining.allocation.ranking import Allocator, Limits
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
+from pruningawaretraining.criteria.base import Statistics
 from pruningawaretraining.errors import TargetError
-from pruningawaretraining.grouping import Grouping
-from pruningawaretraining.inputs import outputs_of
-from pruningawaretraining.masking import Masks
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.masks.masks import Masks
+from pruningawaretraining.masks.removal import remove
+from pruningawaretraining.models.calling import outputs_of
 from pruningawaretraining.patterns.channel import ChannelGroups
 from pruningawaretraining.registry import build
-from pruningawaretraining.removal import remove
-from pruningawaretraining.statistics import Statistics
 
 LIMITS = (Limits(), Limits(max_sparsity=0.7), Limits(min_sparsity=0.1), Limits(multiple=4), Limits(0.05, 0.8, 8))
 

@@ -17,8 +17,8 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from pruningawaretraining import Pruning
+from pruningawaretraining.distributed.collectives import rank, rewrap_in_place, world
 from pruningawaretraining.errors import PruningError
-from pruningawaretraining.processes import rank, rewrap_in_place, world
 from pruningawaretraining.proximal import PruneOptimizer
 
 BATCH, EPOCHS, STEPS = 16, 4, 2

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from second_order_fixture import batches, cross_entropy, rule, small_net
 
 from pruningawaretraining.criteria.second_order.bank import Bank
-from pruningawaretraining.one_shot import one_shot
+from pruningawaretraining.session.one_shot import one_shot
 
 
 def main() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pruningawaretraining.allocation import Allocator, Limits
+from pruningawaretraining.allocation.ranking import Allocator, Limits
 from pruningawaretraining.errors import TargetError
-from pruningawaretraining.grouping import Grouping, GroupSet
+from pruningawaretraining.groups.grouping import Grouping, GroupSet
 
 
 def sets(*sizes: int, signatures: str = "", width: int = 1) -> Grouping:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pruningawaretraining.allocation import SLACK
-from pruningawaretraining.allocation_elements import (
+from pruningawaretraining.allocation.ranking import SLACK
+from pruningawaretraining.allocation.threshold import (
     ElementLimits,
     allocate,
     allocate_windows,

@@ -19,12 +19,13 @@ from torch.nn.utils import prune
 from typer.testing import CliRunner
 
 from pruningawaretraining import Pruning, save_pruned
-from pruningawaretraining.analysis import choice, compare
+from pruningawaretraining.analysis import compare
+from pruningawaretraining.analysis import gap_threshold as choice
 from pruningawaretraining.analysis.checkpoints import epochs_of, find_checkpoints, read_weights
 from pruningawaretraining.analysis.norms import NormReader, scan
 from pruningawaretraining.analysis.sources import load_sources
 from pruningawaretraining.analysis.sweep import SweepOptions, run_sweep
-from pruningawaretraining.cli import app
+from pruningawaretraining.cli.main import app
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.experiment.models import DigitsResNet

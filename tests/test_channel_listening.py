@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pruningawaretraining import Pruning
+from pruningawaretraining.criteria.base import collector_of
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.registry import build, names
-from pruningawaretraining.statistics import collector_of
 
 WIDTH, IDLE = 8, (2, 5)
 LISTENING = [

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, load_pruned, save_pruned
-from pruningawaretraining.checkpoint import KEY, read_description, write_atomically
+from pruningawaretraining.checkpoint.pruned import KEY, read_description, write_atomically
 from pruningawaretraining.errors import CheckpointError
-from pruningawaretraining.inputs import outputs_of
+from pruningawaretraining.models.calling import outputs_of
 
 
 def pruned(name: str, removed: bool = True) -> tuple[nn.Module, Tensor]:

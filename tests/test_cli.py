@@ -15,7 +15,7 @@ from experiment_fixture import tiny
 from typer.testing import CliRunner, Result
 
 from pruningawaretraining import __version__
-from pruningawaretraining.cli import app
+from pruningawaretraining.cli.main import app
 from pruningawaretraining.config import json_schema
 from pruningawaretraining.experiment.schema import experiment_schema, load_experiment
 from pruningawaretraining.experiment.shipped import shipped_configs

@@ -14,14 +14,16 @@ import torchvision
 import zoo
 from torch import Tensor, nn
 
-from pruningawaretraining import Pruning, comparison, export, precision
-from pruningawaretraining.comparison import Comparison
+from pruningawaretraining import Pruning
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.experiment.models import cifar_resnet56
 from pruningawaretraining.experiment.verify import scores
-from pruningawaretraining.export_program import export_program
-from pruningawaretraining.inputs import outputs_of
-from pruningawaretraining.kept_norms import KeptLayerNorm
+from pruningawaretraining.export import onnx as export
+from pruningawaretraining.export.program import export_program
+from pruningawaretraining.models import comparison, precision
+from pruningawaretraining.models.calling import outputs_of
+from pruningawaretraining.models.comparison import Comparison
+from pruningawaretraining.models.masked_norms import KeptLayerNorm
 
 HALF = {"rules": [{"target": {"macs": 0.5}, "start": 0, "end": 0}]}
 DOZEN = (*zoo.NAMES, "resnet50", "efficientnet_b0", "vit_b_16", "resnet56")

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pruningawaretraining import Pruner, Pruning
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.one_shot import AfterPruning, one_shot
+from pruningawaretraining.session.one_shot import AfterPruning, one_shot
 
 
 def doubled() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:

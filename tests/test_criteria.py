@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer
+from pruningawaretraining.criteria.base import Statistics
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.patterns.channel import Channel, ChannelGroups
 from pruningawaretraining.registry import build, names
-from pruningawaretraining.statistics import Statistics
 
 
 def chain() -> tuple[nn.Sequential, ChannelGroups]:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.criteria.base import Statistics, collector_of
 from pruningawaretraining.criteria.geometric import geometric_median
 from pruningawaretraining.criteria.gradient import RetrainFree, rearrange
-from pruningawaretraining.criteria.moments import ActivationCollector, Moments, along_inputs
+from pruningawaretraining.criteria.input_moments import ActivationCollector, Moments, along_inputs
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.patterns.block import Block, Unstructured
 from pruningawaretraining.patterns.channel import Channel
 from pruningawaretraining.registry import build
-from pruningawaretraining.statistics import Statistics, collector_of
 
 WEIGHT = [[1.0, -2.0], [3.0, 4.0]]
 GRADIENTS = [[[1.0, 1.0], [-2.0, 0.5]], [[-1.0, 2.0], [1.0, -0.5]]]  # of two steps

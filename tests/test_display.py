@@ -14,7 +14,7 @@ from experiment_fixture import tiny
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pruningawaretraining.cli import app
+from pruningawaretraining.cli.main import app
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment.display import Display, Pace, epoch_text, short_text, time_left
 from pruningawaretraining.experiment.tracking import each_of, on_board

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from pruningawaretraining import Distiller, Pruning, load_config
-from pruningawaretraining.distillation import (
+from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.session.distillation import (
     FeatureLoss,
     ReusedClassifier,
     Taps,
@@ -21,7 +22,6 @@ from pruningawaretraining.distillation import (
     frozen_teacher,
     logits_loss,
 )
-from pruningawaretraining.errors import ConfigError, ModelError
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from torch import nn
 
 import pruningawaretraining
 from pruningawaretraining import Pruning, load_config, registry
-from pruningawaretraining.cli import app
+from pruningawaretraining.cli.main import app
 from pruningawaretraining.config.dialects.flat import FlatConfig
 from pruningawaretraining.config.dialects.intel_keys import PrunerKeys
 from pruningawaretraining.config.dialects.sirc_keys import ChannelArgs, MacParams, Regularize, SliceArgs

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining import Pruning, export, onnx_graph
+from pruningawaretraining import Pruning
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.export import export_onnx
-from pruningawaretraining.export_program import export_openvino, export_program
+from pruningawaretraining.export import onnx as export
+from pruningawaretraining.export.onnx import export_onnx
+from pruningawaretraining.export.program import export_openvino, export_program
+from pruningawaretraining.runtimes import onnx_graph
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -21,12 +21,12 @@ from test_depth import Stack
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning
+from pruningawaretraining.criteria.base import collector_of
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.masks.penalties import prepare
 from pruningawaretraining.patterns.channel import StructuredPattern
 from pruningawaretraining.registry import build, names
-from pruningawaretraining.regularizers import prepare
-from pruningawaretraining.statistics import collector_of
 
 Built = tuple[nn.Module, Tensor]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining import fused
-from pruningawaretraining.folding import fill_groups, fold_of
+from pruningawaretraining.groups import kernels as fused
+from pruningawaretraining.groups.views import fill_groups, fold_of
 from pruningawaretraining.registry import build
 
 LAYERS = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pruningawaretraining import fused
-from pruningawaretraining.allocation_elements import _lowest_in_rows
+from pruningawaretraining.allocation.threshold import _lowest_in_rows
+from pruningawaretraining.groups import kernels as fused
 
 
 @pytest.mark.skipif(not fused.available(), reason="needs numba")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining import fused
-from pruningawaretraining.group_index import GroupIndex
-from pruningawaretraining.grouping import Grouping, GroupSet, Member
-from pruningawaretraining.masking import Masks
+from pruningawaretraining.groups import kernels as fused
+from pruningawaretraining.groups.channel_norms import GroupIndex
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.masks.masks import Masks
 
 SIZE = 5
 # shape of the weight -> for each dimension that has groups, the group of each channel (5: outside)

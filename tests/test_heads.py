@@ -13,8 +13,8 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, save_pruned
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.inputs import call, outputs_of
-from pruningawaretraining.kept_attention import PrunedMultiheadAttention, PrunedWindowAttention
+from pruningawaretraining.models.calling import call, outputs_of
+from pruningawaretraining.models.pruned_attention import PrunedMultiheadAttention, PrunedWindowAttention
 from pruningawaretraining.patterns.attention import attention_blocks
 from pruningawaretraining.patterns.head import find_heads
 

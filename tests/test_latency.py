@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from pruningawaretraining import registry
-from pruningawaretraining.costs import latency
-from pruningawaretraining.costs.latency import compare_latency, measure_latency
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.onnx_graph import build_graph, export_graph
+from pruningawaretraining.runtimes import timing as latency
+from pruningawaretraining.runtimes.onnx_graph import build_graph, export_graph
+from pruningawaretraining.runtimes.timing import compare_latency, measure_latency
 
 FAST = {"repeats": 5, "warmup": 1}
 TRACED = {"type": "onnxruntime", "exporter": "torchscript"}

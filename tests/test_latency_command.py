@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, save_pruned
-from pruningawaretraining.cli import app
+from pruningawaretraining.cli.main import app
 from pruningawaretraining.experiment.models import digits_resnet
 from pruningawaretraining.experiment.timing import Timed, draw_timing, timing_tables, weight_bytes
 from pruningawaretraining.report.summary import si

@@ -15,21 +15,22 @@ import torch
 from torch import nn
 
 from pruningawaretraining import Pruning, count_macs, registry
-from pruningawaretraining.allocation import Allocator, Limits
-from pruningawaretraining.allocation_widths import Goal, WidthSearch
+from pruningawaretraining.allocation.knapsack import Goal, WidthSearch
+from pruningawaretraining.allocation.ranking import Allocator, Limits
 from pruningawaretraining.config import Target
-from pruningawaretraining.costs import layer_times, time_cache
-from pruningawaretraining.costs.latency_cost import Fit, LatencyCost, fit
-from pruningawaretraining.costs.layer_times import LayerShape, LayerTable, axis, layer_shapes, measure_table
+from pruningawaretraining.costs.latency import cache as time_cache
+from pruningawaretraining.costs.latency import layer_tables as layer_times
+from pruningawaretraining.costs.latency.cache import TimeCache, cache_folder
+from pruningawaretraining.costs.latency.layer_tables import LayerShape, LayerTable, axis, layer_shapes, measure_table
+from pruningawaretraining.costs.latency.meter import RuntimeMeter
+from pruningawaretraining.costs.latency.model import Fit, LatencyCost, fit
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.costs.memory import peak_activation_bytes
-from pruningawaretraining.costs.meter import RuntimeMeter
-from pruningawaretraining.costs.runtimes import OnnxRuntime, TorchEager
-from pruningawaretraining.costs.time_cache import TimeCache, cache_folder
+from pruningawaretraining.engine.targets import Targets
 from pruningawaretraining.errors import ConfigError, TargetError
+from pruningawaretraining.masks.pruned_copy import bare_copy, pruned_copy
 from pruningawaretraining.patterns.channel import Channel
-from pruningawaretraining.pruned_copy import bare_copy, pruned_copy
-from pruningawaretraining.targets import Targets
+from pruningawaretraining.runtimes.runtime import OnnxRuntime, TorchEager
 
 STEP = 8
 
@@ -291,7 +292,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     meter = MadeUp(slower=1.1)
-    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda *_: meter)
+    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
     return meter
 
 
@@ -352,7 +353,7 @@ def test_what_is_left_of_a_latency_is_given_back(
 ) -> None:
     """Copies that are faster (or slower) than the tables say end just below the budget, and not far below it."""
     meter = MadeUp(slower)
-    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda *_: meter)
+    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
     _, pruner = pruned({"latency": 0.6}, meter, allocation=allocation)
     reached = pruner.engine.rules[0].state.latencies[-1]
     assert 0.8 * reached["budget_ms"] <= reached["measured_ms"] <= 1.01 * reached["budget_ms"]
@@ -370,7 +371,7 @@ def test_a_missed_latency_is_said_with_both_numbers(
     allocation: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     meter = Slow()
-    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda *_: meter)
+    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
     with caplog.at_level("WARNING"):
         _, pruner = pruned({"latency": 0.9}, meter, allocation=allocation)
     reached = pruner.engine.rules[0].state.latencies[-1]
@@ -383,7 +384,7 @@ def test_the_last_masks_are_those_that_were_measured(monkeypatch: pytest.MonkeyP
     """Groups are chosen anew three times, and not once more after the last measurement."""
     chosen: list[int] = []
     meter = Slow()
-    monkeypatch.setattr("pruningawaretraining.targets._runtime_meter", lambda *_: meter)
+    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
 
     def allocate(task: Any) -> torch.Tensor:
         chosen.append(len(chosen))
@@ -391,7 +392,7 @@ def test_the_last_masks_are_those_that_were_measured(monkeypatch: pytest.MonkeyP
         keep_R[: len(chosen)] = False
         return keep_R
 
-    monkeypatch.setattr("pruningawaretraining.targets.lookup", lambda kind, name: allocate)
+    monkeypatch.setattr("pruningawaretraining.engine.targets.lookup", lambda kind, name: allocate)
     _, pruner = pruned({"latency": 0.9}, meter)
     assert len(chosen) == 4 and int((~pruner.engine.keep_D).sum()) == 4
 

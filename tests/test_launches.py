@@ -24,11 +24,11 @@ from fake_device import Watch, fake_cuda, move_to_cuda, put_gradients
 from torch import nn
 from zoo import images
 
-from pruningawaretraining.mask_factors import MaskFactors
-from pruningawaretraining.masking import Masks
+from pruningawaretraining.masks.mask_factors import MaskFactors
+from pruningawaretraining.masks.masks import Masks
+from pruningawaretraining.masks.penalties import prepare
 from pruningawaretraining.patterns.channel import Channel, ChannelGroups
 from pruningawaretraining.registry import build, names
-from pruningawaretraining.regularizers import prepare
 
 CONSTANT = 36
 LAST = torch.channels_last

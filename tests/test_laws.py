@@ -17,7 +17,7 @@ import zoo
 from torch import nn
 
 from pruningawaretraining import Pruning
-from pruningawaretraining.allocation import Limits
+from pruningawaretraining.allocation.ranking import Limits
 from pruningawaretraining.patterns.channel import Channel, ChannelGroups
 from pruningawaretraining.registry import names
 

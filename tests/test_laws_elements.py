@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from pruningawaretraining.allocation import SLACK
-from pruningawaretraining.allocation_elements import ElementLimits, allocate, allocate_windows, classes_of
-from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.allocation.ranking import SLACK
+from pruningawaretraining.allocation.threshold import ElementLimits, allocate, allocate_windows, classes_of
+from pruningawaretraining.criteria.base import Statistics, collector_of
+from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.patterns.block import NofM
 from pruningawaretraining.patterns.elements import input_dims
 from pruningawaretraining.registry import build, names
 from pruningawaretraining.schedules import sparsity_at
-from pruningawaretraining.statistics import Statistics, collector_of
 
 PATTERNS: list[Any] = [
     "4x1", "1x4", "3x2", "channelx1", "1xchannel", "2:4", "1:3", "1x1",

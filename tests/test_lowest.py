@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining import fused, lowest
-from pruningawaretraining.allocation_elements import (
+from pruningawaretraining.allocation.threshold import (
     ElementLimits,
     _lowest_in_rows,
     allocate,
     allocate_windows,
     progressive,
 )
+from pruningawaretraining.groups import kernels as fused
+from pruningawaretraining.groups import lowest
 from pruningawaretraining.patterns.block import NofM
 from pruningawaretraining.patterns.elements import input_dims
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, count_macs, load_pruned, save_pruned
-from pruningawaretraining.inputs import outputs_of
+from pruningawaretraining.models.calling import outputs_of
 
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8).sin()
 LABELS = torch.tensor([0, 1])

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from pruningawaretraining import count_macs
 from pruningawaretraining.criteria.second_order.bank import Bank
 from pruningawaretraining.criteria.second_order.gradients import Calibration
+from pruningawaretraining.engine.compensation import WeightPruner, put
 from pruningawaretraining.errors import ConfigError, ModelError, PruningError, TargetError
-from pruningawaretraining.one_shot import AfterPruning, accuracy, one_shot
-from pruningawaretraining.weight_pruner import WeightPruner, put
+from pruningawaretraining.session.one_shot import AfterPruning, accuracy, one_shot
 
 CRITERIA = {
     "magnitude": "magnitude",

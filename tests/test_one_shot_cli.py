@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pruningawaretraining import load_pruned
-from pruningawaretraining.cli import app
+from pruningawaretraining.cli.main import app
 from pruningawaretraining.experiment.models import digits_resnet
 from pruningawaretraining.experiment.schema import load_experiment
 

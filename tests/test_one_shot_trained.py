@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from pruningawaretraining.experiment.models import DigitsResNet
-from pruningawaretraining.one_shot import AfterPruning, accuracy, one_shot
+from pruningawaretraining.session.one_shot import AfterPruning, accuracy, one_shot
 
 OBS = {"type": "obs", "num_grads": 256, "micro_batch": 4}
 CAP = {"type": "cap", "num_grads": 256, "micro_batch": 4, "fisher_block_size": 48, "damp": 1e-5}

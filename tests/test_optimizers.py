@@ -14,8 +14,8 @@ import zoo
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning
-from pruningawaretraining.removal import kept_indices
-from pruningawaretraining.surgery import slice_tensor
+from pruningawaretraining.masks.removal import kept_indices
+from pruningawaretraining.models.surgery import slice_tensor
 
 Make = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 ELEMENTWISE: dict[str, Make] = {

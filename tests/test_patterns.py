@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.folding import entry_vectors, fill_groups, fold_of, slot_counts, slot_maxima, slot_sums
-from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.views import entry_vectors, fill_groups, fold_of, slot_counts, slot_maxima, slot_sums
 from pruningawaretraining.patterns.block import Block, NofM, Unstructured
 from pruningawaretraining.patterns.slice import Slice, pruned_channels
 from pruningawaretraining.patterns.stacking import check_stacking

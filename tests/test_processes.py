@@ -10,10 +10,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from pruningawaretraining import Pruning
-from pruningawaretraining.criteria import moments
-from pruningawaretraining.criteria.moments import ActivationCollector
+from pruningawaretraining.criteria import input_moments as moments
+from pruningawaretraining.criteria.input_moments import ActivationCollector
+from pruningawaretraining.distributed.collectives import outdated, rewrap_in_place
 from pruningawaretraining.patterns.block import Unstructured
-from pruningawaretraining.processes import outdated, rewrap_in_place
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from zoo import scramble, vision
 from pruningawaretraining.costs.macs import count_macs
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.proximal import CoupledChannelGrouper, CoupledGrouper, LambdaController, PruneOptimizer
-from pruningawaretraining.pruning import Pruning
+from pruningawaretraining.session.pruning import Pruning
 
 INPUTS = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 

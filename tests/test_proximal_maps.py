@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.proximal import (
     AttentionHeadGrouperDim0,
     AttentionHeadGrouperDim1,

@@ -10,14 +10,14 @@ import torch
 from proximal_cases import PAIRS, SHAPES, Operations, coupled_grouper, fields, shapes_for
 from torch import Tensor, nn
 
-from pruningawaretraining import fused
+from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.proximal import PruneOptimizer, element_plans, pools, stages
 from pruningawaretraining.proximal.groupers import Block, Dim0Grouper, KElementGrouper
 from pruningawaretraining.proximal.maps import removed_count
 from pruningawaretraining.proximal.options import read_options
 from pruningawaretraining.proximal.pools import Form
+from pruningawaretraining.proximal.prox_groups import Unit
 from pruningawaretraining.proximal.runs import Runs
-from pruningawaretraining.proximal.units import Unit
 
 LAYOUTS = ("contiguous", "channels_last", "mixed", "gaps")
 PRECISIONS = [

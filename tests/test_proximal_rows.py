@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pruningawaretraining import fused
+from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.proximal import PruneOptimizer
 
 SHAPES = [(1, 6), (2, 3), (5, 4), (8, 16), (7, 3, 3, 3), (4, 1, 5, 5)]

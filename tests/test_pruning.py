@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from pruningawaretraining import Pruner, Pruning, count_macs, load_pruned, save_pruned
 from pruningawaretraining.errors import CheckpointError
-from pruningawaretraining.inputs import outputs_of
+from pruningawaretraining.models.calling import outputs_of
 
 
 class Net(nn.Module):

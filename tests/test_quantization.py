@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, export_onnx, load_pruned, save_pruned
 from pruningawaretraining.errors import CheckpointError, ModelError
-from pruningawaretraining.quantization import resting
+from pruningawaretraining.models.fake_quant import resting
 
 pytest.importorskip("torchao", reason="pip install torchao")
 from torchao.quantization import (  # noqa: E402

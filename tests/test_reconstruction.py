@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pruningawaretraining import Pruning
-from pruningawaretraining.allocations import allocation_of
+from pruningawaretraining.allocation.policies import allocation_of
 from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.criteria.base import Statistics
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.listening import EVERY
 from pruningawaretraining.criteria.second_order.reconstruction import POOL, Reconstruction
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.grouping import Grouping
-from pruningawaretraining.one_shot import one_shot
-from pruningawaretraining.statistics import Statistics
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.session.one_shot import one_shot
 
 
 def linear(width: int = 6) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from pruningawaretraining import Pruning
-from pruningawaretraining.distillation import Distiller
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.semi_structured import to_semi_structured
+from pruningawaretraining.export.semi_structured import to_semi_structured
+from pruningawaretraining.session.distillation import Distiller
 
 X, Y = torch.linspace(-1, 1, 64).reshape(4, 16).sin(), torch.tensor([0, 1, 2, 3])
 

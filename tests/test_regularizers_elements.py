@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from pruningawaretraining.masks.element_penalties import BlockLasso, SlicePenalty
 from pruningawaretraining.patterns.block import Block
 from pruningawaretraining.patterns.slice import Slice
-from pruningawaretraining.regularizers_elements import BlockLasso, SlicePenalty
 
 
 def conv(values: list[list[float]]) -> nn.Sequential:

@@ -292,7 +292,7 @@ def test_the_picture_has_every_layer_and_a_lane_for_each_set_of_several() -> Non
 def test_a_resnet50_is_as_wide_as_a_small_network(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from pruningawaretraining.cli import app
+    from pruningawaretraining.cli.main import app
 
     path = tmp_path / "groups.svg"
     arguments = ["inspect", "resnet50", "--input-shape", "1,3,64,64", "--picture", str(path)]

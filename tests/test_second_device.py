@@ -16,22 +16,13 @@ from second_device import THERE, Elsewhere, on_the_cpu, second_device
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pruningawaretraining import (
-    Pruning,
-    count_macs,
-    export,
-    export_onnx,
-    load_pruned,
-    one_shot,
-    onnx_graph,
-    save_pruned,
-)
+from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, one_shot, save_pruned
 from pruningawaretraining.analysis.sensitivity import SensitivityOptions, measure
-from pruningawaretraining.costs import layer_times, meter
-from pruningawaretraining.costs.latency import measure_latency
-from pruningawaretraining.costs.layer_times import layer_shapes
+from pruningawaretraining.costs.latency import layer_tables as layer_times
+from pruningawaretraining.costs.latency import meter
+from pruningawaretraining.costs.latency.layer_tables import layer_shapes
+from pruningawaretraining.costs.latency.meter import RuntimeMeter
 from pruningawaretraining.costs.memory import peak_activation_bytes
-from pruningawaretraining.costs.meter import RuntimeMeter
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.models import DigitsResNet
 from pruningawaretraining.experiment.one_shot_run import OneShotOptions, run_one_shot
@@ -39,8 +30,11 @@ from pruningawaretraining.experiment.run import run_experiment
 from pruningawaretraining.experiment.runner import Runner
 from pruningawaretraining.experiment.schema import load_experiment
 from pruningawaretraining.experiment.shipped import find_config
-from pruningawaretraining.inputs import beside, move
-from pruningawaretraining.pruned_copy import bare_copy
+from pruningawaretraining.export import onnx as export
+from pruningawaretraining.masks.pruned_copy import bare_copy
+from pruningawaretraining.models.calling import beside, move
+from pruningawaretraining.runtimes import onnx_graph
+from pruningawaretraining.runtimes.timing import measure_latency
 
 IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 WIDTHS = {"widths": [8, 16], "blocks": 1}

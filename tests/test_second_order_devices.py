@@ -19,7 +19,7 @@ from pruningawaretraining.criteria.second_order.methods import CapMethod, ObsMet
 from pruningawaretraining.criteria.second_order.solve import BlockSolver, Candidates
 from pruningawaretraining.criteria.second_order.sweep import Grid, Quota, damped, sweep, sweep_by, upper_factor
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight, prunable_weights
-from pruningawaretraining.grouping import Grouping, GroupSet
+from pruningawaretraining.groups.grouping import Grouping, GroupSet
 from pruningawaretraining.registry import build
 
 DAMP = 1e-3

@@ -7,7 +7,7 @@ import torch
 from second_order_fixture import cross_entropy, rule
 from torch import Tensor, nn
 
-from pruningawaretraining.one_shot import one_shot
+from pruningawaretraining.session.one_shot import one_shot
 
 DAMP, COUNT = 1e-4, 40
 

@@ -12,9 +12,9 @@ from pruningawaretraining.criteria.second_order.layer_inputs import InputHessian
 from pruningawaretraining.criteria.second_order.layout import Layout
 from pruningawaretraining.criteria.second_order.weights import prunable_weights
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.one_shot import one_shot
 from pruningawaretraining.patterns.elements import layer_weights as found_weights
 from pruningawaretraining.registry import build
+from pruningawaretraining.session.one_shot import one_shot
 
 LAYERS = {
     "linear": (nn.Linear(7, 5), (3, 7)),

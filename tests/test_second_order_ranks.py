@@ -12,7 +12,7 @@ import pytest
 import torch
 from second_order_fixture import batches, cross_entropy, rule, small_net
 
-from pruningawaretraining.one_shot import one_shot
+from pruningawaretraining.session.one_shot import one_shot
 
 TESTS = Path(__file__).parent
 CRITERIA = {

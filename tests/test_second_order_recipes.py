@@ -14,7 +14,7 @@ from pruningawaretraining.config.dialects.sparseml_keys import evaluated
 from pruningawaretraining.config.recipe import load_recipe
 from pruningawaretraining.config.schema import Target
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.one_shot import one_shot
+from pruningawaretraining.session.one_shot import one_shot
 
 DATA = Path(__file__).parent / "data" / "recipes"
 

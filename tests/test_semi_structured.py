@@ -15,8 +15,8 @@ from torch import nn
 
 from pruningawaretraining import Pruning, export_onnx, to_semi_structured
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.semi_structured import convert, is_two_of_four
-from pruningawaretraining.semi_structured_choice import GAIN, Setting, choose
+from pruningawaretraining.export.semi_structured import convert, is_two_of_four
+from pruningawaretraining.export.semi_structured_choice import GAIN, Setting, choose
 
 CUDA = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 

@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from pruningawaretraining import Pruning, load_config
-from pruningawaretraining.allocation import Allocator, Limits
+from pruningawaretraining.allocation.ranking import Allocator, Limits
 from pruningawaretraining.analysis.sensitivity import SensitivityOptions, cap, measure, page
-from pruningawaretraining.cli import app
+from pruningawaretraining.cli.main import app
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment.build import build_model
 from pruningawaretraining.experiment.models import DigitsResNet
 from pruningawaretraining.experiment.schema import load_experiment
-from pruningawaretraining.grouping import Grouping, GroupSet
+from pruningawaretraining.groups.grouping import Grouping, GroupSet
 
 EXAMPLE = torch.randn(1, 1, 8, 8)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning
-from pruningawaretraining.steps import Steps
+from pruningawaretraining.session.optimizer_hooks import Steps
 
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8).sin()
 STEPS = 9

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining import Pruner, Pruning, load_pruned, save_pruned
 from pruningawaretraining.errors import CheckpointError
-from pruningawaretraining.inputs import outputs_of
+from pruningawaretraining.models.calling import outputs_of
 
 CHANNELS = {
     "target": {"macs": 0.3}, "start": 1, "end": 5, "regularizer": "growing_l2", "scope": "local", "name": "widths",

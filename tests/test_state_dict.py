@@ -13,7 +13,7 @@ from torch import nn
 
 from pruningawaretraining import Pruning, load_state_dict_pruned
 from pruningawaretraining.errors import CheckpointError
-from pruningawaretraining.inputs import outputs_of
+from pruningawaretraining.models.calling import outputs_of
 
 
 def pruned(name: str, sparsity: float = 0.5) -> tuple[nn.Module, torch.Tensor]:

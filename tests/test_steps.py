@@ -16,9 +16,9 @@ import zoo
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning
+from pruningawaretraining.masks.penalties import prepare
 from pruningawaretraining.patterns.channel import Channel
 from pruningawaretraining.registry import build
-from pruningawaretraining.regularizers import prepare
 
 REGULARIZER = {"type": "growing_l2", "strength": 0.05}
 RULE = {"target": {"sparsity": 0.5}, "start": 100, "regularizer": REGULARIZER}

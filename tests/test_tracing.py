@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pruningawaretraining import Pruning, count_macs
 from pruningawaretraining.costs.macs import macs_per_layer
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.inputs import outputs_of
+from pruningawaretraining.models.calling import outputs_of
 from pruningawaretraining.patterns.channel import Channel, find_channels, producer_names
 
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32).sin()

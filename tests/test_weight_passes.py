@@ -10,10 +10,10 @@ import torch
 from test_group_index import CASES, SIZE, spread
 from torch import Tensor, nn
 
-from pruningawaretraining import weight_stores
-from pruningawaretraining.mask_factors import MaskFactors
-from pruningawaretraining.weight_passes import WeightPasses
-from pruningawaretraining.weight_stores import Sided
+from pruningawaretraining.groups import weight_stores
+from pruningawaretraining.groups.weight_passes import WeightPasses
+from pruningawaretraining.groups.weight_stores import Sided
+from pruningawaretraining.masks.mask_factors import MaskFactors
 
 KINDS = {
     "float": (torch.float32, False, 1e-5),

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pruningawaretraining.analysis.choice import (
+from pruningawaretraining.analysis.gap_threshold import (
     Choice,
     before_pruning,
     choose,

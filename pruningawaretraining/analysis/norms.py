@@ -12,14 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from pruningawaretraining.analysis.checkpoints import epochs_of, read_weights
+from pruningawaretraining.checkpoint.state_dict import load_state_dict_pruned
 from pruningawaretraining.errors import CheckpointError, PruningError, nearest
 from pruningawaretraining.experiment.record import EDGES, histogram
-from pruningawaretraining.group_index import GroupIndex
-from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.groups.channel_norms import GroupIndex
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.masks.dry_run import removable_channels
 from pruningawaretraining.patterns.channel import chosen_layers, find_channels
-from pruningawaretraining.rehearsal import removable_channels
 from pruningawaretraining.report.run import Run
-from pruningawaretraining.state_dict import load_state_dict_pruned
 
 ROLES = ("out", "in", "norm")
 Build = Callable[[], tuple[nn.Module, Any]]

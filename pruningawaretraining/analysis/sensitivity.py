@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.channel_pruner import ChannelPruner
+from pruningawaretraining.engine.channel_pruner import ChannelPruner
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import build_model
@@ -27,10 +27,10 @@ from pruningawaretraining.experiment.run import find_device
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.train import scores_of
 from pruningawaretraining.experiment.verify import accuracy_of
-from pruningawaretraining.inputs import evaluating
-from pruningawaretraining.pruning import Pruning
+from pruningawaretraining.models.calling import evaluating
 from pruningawaretraining.report.html import render_template
 from pruningawaretraining.report.numbers import write
+from pruningawaretraining.session.pruning import Pruning
 from pruningawaretraining.version import __version__
 
 GRID = (0.1, 0.25, 0.5, 0.75, 0.9)

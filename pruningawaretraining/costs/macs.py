@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from pruningawaretraining.grouping import Grouping, Member
-from pruningawaretraining.inputs import ForwardFn, checked_call, evaluating
+from pruningawaretraining.groups.grouping import Grouping, Member
+from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluating
 
 
 def count_macs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = None) -> int:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pruningawaretraining.grouping import Grouping
-from pruningawaretraining.inputs import ForwardFn, beside, checked_call, evaluating, tensors_of
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.models.calling import ForwardFn, beside, checked_call, evaluating, tensors_of
 
 
 @dataclass
@@ -144,11 +144,11 @@ class MemoryCost:
         return float(self.of_sets(self._kept(keep_G).unsqueeze(0))[0])
 
     def of_sets(self, kept_NS: Tensor) -> Tensor:
-        """See :class:`~pruningawaretraining.costs.by_sets.SetCost`."""
+        """See :class:`~pruningawaretraining.costs.widths.SetCost`."""
         return (kept_NS @ self.bytes_MS.T + self.constant_M).amax(1)
 
     def neighbours(self) -> Tensor:
-        """See :class:`~pruningawaretraining.costs.by_sets.SetCost`: any set may decide which moment is the peak."""
+        """See :class:`~pruningawaretraining.costs.widths.SetCost`: any set may decide which moment is the peak."""
         return torch.ones(self._sets, self._sets, dtype=torch.bool)
 
     def marginal_G(self, keep_G: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.input_moments import ActivationCollector
 from pruningawaretraining.criteria.magnitude import magnitude_scores
-from pruningawaretraining.criteria.moments import ActivationCollector
-from pruningawaretraining.criteria.reductions import Reduction, reduce_sum
-from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.groups.grouping import Grouping, Member
+from pruningawaretraining.groups.reductions import Reduction, reduce_sum
 from pruningawaretraining.registry import lookup, register
-from pruningawaretraining.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Wanda(_FromActivations):
         lookup("reduction", self.reduction, "reduction")
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
-        """See :class:`~pruningawaretraining.statistics.Criterion`."""
+        """See :class:`~pruningawaretraining.criteria.base.Criterion`."""
         squares = _factors(grouping, statistics, "input_squares", self)
 
         def values(member: Member) -> Tensor | None:
@@ -139,7 +139,7 @@ class Variance(_FromActivations):
     not_for_blocks: ClassVar[bool] = True
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
-        """See :class:`~pruningawaretraining.statistics.Criterion`."""
+        """See :class:`~pruningawaretraining.criteria.base.Criterion`."""
         variance_G, known = self._variance(grouping, statistics)
         return _known_last(variance_G, grouping, known)
 
@@ -166,7 +166,7 @@ class VarianceNext(Variance):
     """
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
-        """See :class:`~pruningawaretraining.statistics.Criterion`."""
+        """See :class:`~pruningawaretraining.criteria.base.Criterion`."""
         known = _factors(grouping, statistics, "input_variance", self)
 
         def values(member: Member) -> Tensor | None:
@@ -192,7 +192,7 @@ class VarianceMagnitude(Variance):
     p: float = 2.0
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
-        """See :class:`~pruningawaretraining.statistics.Criterion`."""
+        """See :class:`~pruningawaretraining.criteria.base.Criterion`."""
         variance_G, known = self._variance(grouping, statistics)
         magnitude_G = magnitude_scores(grouping, self.p).to(variance_G)
         return _known_last(magnitude_G * variance_G.sqrt(), grouping, known)

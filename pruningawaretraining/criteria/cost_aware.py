@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruningawaretraining.criteria.base import Statistics
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.registry import build, lookup, register
-from pruningawaretraining.statistics import Statistics
 
 
 def source_macs(grouping: Grouping, statistics: Statistics) -> Tensor:

@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruningawaretraining.criteria.reductions import device_of
-from pruningawaretraining.folding import entry_vectors
-from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.groups.grouping import Grouping, Member
+from pruningawaretraining.groups.reductions import device_of
+from pruningawaretraining.groups.views import entry_vectors
 from pruningawaretraining.registry import register
-from pruningawaretraining.statistics import Statistics
 
 CHUNK = 1 << 22  # distances held at a time
 
@@ -40,7 +40,7 @@ class GeometricMedian:
     iterations: int = 20
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
-        """See :class:`~pruningawaretraining.statistics.Criterion`."""
+        """See :class:`~pruningawaretraining.criteria.base.Criterion`."""
         compared = grouping.of_role("out", "element")
         total_G1 = torch.zeros(grouping.size + 1, device=device_of(grouping))
         count_G1 = torch.zeros_like(total_G1)

@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruningawaretraining.criteria.collectors import (
+from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.gradient_collectors import (
     SCORE,
     SEEN,
     STEPS,
@@ -20,10 +21,9 @@ from pruningawaretraining.criteria.collectors import (
     GradientRule,
     MaskGradientCollector,
 )
-from pruningawaretraining.criteria.reductions import Reduction, device_of, reduce_sum
-from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.groups.grouping import Grouping, Member
+from pruningawaretraining.groups.reductions import Reduction, device_of, reduce_sum
 from pruningawaretraining.registry import lookup, register
-from pruningawaretraining.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Weight:
         lookup("reduction", self.reduction, "reduction")
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
-        """See :class:`~pruningawaretraining.statistics.Criterion`."""
+        """See :class:`~pruningawaretraining.criteria.base.Criterion`."""
 
         def size(member: Member) -> Tensor:
             size_W = member.parameter.detach().float().abs()
@@ -99,7 +99,7 @@ class _FromGradients:
         return GradientCollector(GradientRule(self.combine, self.finish, self.reduction, self.momentum, 1.0, dtype))
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
-        """See :class:`~pruningawaretraining.statistics.Criterion`."""
+        """See :class:`~pruningawaretraining.criteria.base.Criterion`."""
         known = statistics.tensors
         if STEPS not in known or int(known[STEPS]) == 0:
             log.warning("%s: no gradient has been seen yet; weights are ranked by size", type(self).__name__)
@@ -261,7 +261,7 @@ class RetrainFree:
         return MaskGradientCollector(self.samples, self.most if self.rearranged else 0)
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
-        """See :class:`~pruningawaretraining.statistics.Criterion`."""
+        """See :class:`~pruningawaretraining.criteria.base.Criterion`."""
         if "mask_gradient_squares" not in statistics.tensors:
             log.warning("retrain_free: no gradient has been seen yet; weights are ranked by size")
             return Weight(reduction="sum").score(grouping, statistics)

@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruningawaretraining.criteria.reductions import device_of, reduce_sum
-from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.reductions import device_of, reduce_sum
 from pruningawaretraining.registry import lookup, register
-from pruningawaretraining.statistics import Statistics
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pruningawaretraining.processes import WHOLE, Share
+from pruningawaretraining.distributed.collectives import WHOLE, Share
 
 Batch = tuple[Tensor, Tensor]
 

@@ -14,19 +14,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pruningawaretraining.checkpoint import load_pruned, save_pruned, write_atomically
-from pruningawaretraining.costs.latency import compare_latency
+from pruningawaretraining.checkpoint.pruned import load_pruned, save_pruned, write_atomically
 from pruningawaretraining.costs.macs import count_macs
-from pruningawaretraining.costs.runtimes import on_device
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import build_model
 from pruningawaretraining.experiment.data import DataSet, Pipeline
 from pruningawaretraining.experiment.display import Display
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.verify import OnnxModel, accuracy_of, difference, scores
-from pruningawaretraining.export import export_onnx
-from pruningawaretraining.pruning import Pruning
+from pruningawaretraining.export.onnx import export_onnx
 from pruningawaretraining.report.html import write_report
+from pruningawaretraining.runtimes.runtime import on_device
+from pruningawaretraining.runtimes.timing import compare_latency
+from pruningawaretraining.session.pruning import Pruning
 from pruningawaretraining.version import __version__
 
 LOG = logging.getLogger(__name__)

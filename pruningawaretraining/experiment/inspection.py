@@ -19,12 +19,12 @@ from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment.build import build_model
 from pruningawaretraining.experiment.datasets import data_shape
 from pruningawaretraining.experiment.schema import ModelConfig, load_experiment
-from pruningawaretraining.inputs import from_shapes
+from pruningawaretraining.models.calling import from_shapes
 from pruningawaretraining.patterns.channel import StructuredPattern
-from pruningawaretraining.pruning import Pruning
 from pruningawaretraining.registry import build
 from pruningawaretraining.report import coupling
 from pruningawaretraining.report.summary import percent, si
+from pruningawaretraining.session.pruning import Pruning
 
 STARS = "*" * 13
 EVERYTHING = {"rules": [{"target": {"sparsity": 0.5}}]}

@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from pruningawaretraining.checkpoint import save_pruned
+from pruningawaretraining.checkpoint.pruned import save_pruned
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment.build import build_model
@@ -27,9 +27,9 @@ from pruningawaretraining.experiment.datasets import load_data
 from pruningawaretraining.experiment.run import find_device
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.tracking import tracked
-from pruningawaretraining.one_shot import AfterPruning, accuracy, one_shot
 from pruningawaretraining.patterns.channel import StructuredPattern
 from pruningawaretraining.registry import build
+from pruningawaretraining.session.one_shot import AfterPruning, accuracy, one_shot
 
 LOG = logging.getLogger(__name__)
 TEST_BATCH = 500

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
+from pruningawaretraining.distributed.collectives import joined, meet, rank
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.datasets import load_data
@@ -22,8 +23,7 @@ from pruningawaretraining.experiment.runner import Runner
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.state import check_same, load_state
 from pruningawaretraining.experiment.tracking import Watch
-from pruningawaretraining.export import check_opset
-from pruningawaretraining.processes import joined, meet, rank
+from pruningawaretraining.export.onnx import check_opset
 from pruningawaretraining.report.html import write_report
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pruningawaretraining.config.recipe import LearningRates
+from pruningawaretraining.distributed.collectives import Share, outdated, rank, rewrapped, same_buffers, world
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import build_model
@@ -31,9 +32,8 @@ from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.state import RunState, rng_state, save_state, set_rng_state
 from pruningawaretraining.experiment.train import Learner, Precision, evaluate, scores_of, train_epoch
 from pruningawaretraining.experiment.verify import difference, masked_scores, scores
-from pruningawaretraining.inputs import checked_call, evaluating
-from pruningawaretraining.processes import Share, outdated, rank, rewrapped, same_buffers, world
-from pruningawaretraining.pruning import Pruning
+from pruningawaretraining.models.calling import checked_call, evaluating
+from pruningawaretraining.session.pruning import Pruning
 
 LOG = logging.getLogger(__name__)
 EPOCH_SEEDS = 1_000_003  # distance of the data seeds of neighbouring run seeds: more than any run has epochs

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from torch.optim import lr_scheduler
 from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
-import pruningawaretraining.costs.latency  # noqa: F401  (importing it registers the runtimes)
+import pruningawaretraining.runtimes.timing  # noqa: F401  (importing it registers the runtimes)
 from pruningawaretraining.config import PruningConfig, load_config
 from pruningawaretraining.config.caps import anchored_caps
 from pruningawaretraining.config.dialects.sparseml_keys import RateFunction, SetRate

@@ -13,16 +13,16 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from pruningawaretraining.checkpoint import load_pruned
-from pruningawaretraining.costs.latency import Model, compare_latency
+from pruningawaretraining.checkpoint.pruned import load_pruned
+from pruningawaretraining.costs.latency.meter import RuntimeMeter
 from pruningawaretraining.costs.macs import count_macs
 from pruningawaretraining.costs.memory import peak_activation_bytes
-from pruningawaretraining.costs.meter import RuntimeMeter
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.inspection import Inspected, load_inspected
 from pruningawaretraining.experiment.shipped import shipped_configs
 from pruningawaretraining.report.summary import percent, si
+from pruningawaretraining.runtimes.timing import Model, compare_latency
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def timed(
 
     Args:
         found: at least one, of different names.
-        runtime, threads, repeats: as in :func:`~pruningawaretraining.costs.latency.compare_latency`.
+        runtime, threads, repeats: as in :func:`~pruningawaretraining.runtimes.timing.compare_latency`.
         batch: rows of the inputs.
 
     Raises:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pruningawaretraining.distributed.collectives import totals
 from pruningawaretraining.errors import ModelError, PruningError
 from pruningawaretraining.experiment.data import Batch
 from pruningawaretraining.experiment.schema import ExperimentConfig
-from pruningawaretraining.processes import totals
-from pruningawaretraining.pruning import Pruning
+from pruningawaretraining.session.pruning import Pruning
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Tick = Callable[[], None]

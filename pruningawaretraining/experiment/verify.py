@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from pruningawaretraining.config import PruningConfig
 from pruningawaretraining.experiment.data import Batch
 from pruningawaretraining.experiment.train import scores_of
-from pruningawaretraining.inputs import evaluating
-from pruningawaretraining.onnx_graph import as_arrays, checked_run, open_session
-from pruningawaretraining.precision import strict_float32
-from pruningawaretraining.pruning import Pruning
+from pruningawaretraining.models.calling import evaluating
+from pruningawaretraining.models.precision import strict_float32
+from pruningawaretraining.runtimes.onnx_graph import as_arrays, checked_run, open_session
+from pruningawaretraining.session.pruning import Pruning
 
 
 @torch.no_grad()

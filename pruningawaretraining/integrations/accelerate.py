@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from pruningawaretraining.distributed.collectives import rewrap_in_place
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.inputs import ForwardFn, unwrap
 from pruningawaretraining.integrations.common import Attached, imported, read_state, wrappers_of, write_state
-from pruningawaretraining.processes import rewrap_in_place
-from pruningawaretraining.pruning import Pruning, Source
+from pruningawaretraining.models.calling import ForwardFn, unwrap
+from pruningawaretraining.session.pruning import Pruning, Source
 
 log = logging.getLogger(__name__)
 _LAST: weakref.WeakKeyDictionary[Any, weakref.ref[PruningCallback]] = weakref.WeakKeyDictionary()

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruningawaretraining.checkpoint import write_atomically
+from pruningawaretraining.checkpoint.pruned import write_atomically
 from pruningawaretraining.config.load import load_config
+from pruningawaretraining.distributed.collectives import rank, rewrap_in_place, world
 from pruningawaretraining.errors import CheckpointError, ConfigError
-from pruningawaretraining.inputs import ForwardFn, unwrap
-from pruningawaretraining.processes import rank, rewrap_in_place, world
-from pruningawaretraining.pruning import Pruning, Source
+from pruningawaretraining.models.calling import ForwardFn, unwrap
+from pruningawaretraining.session.pruning import Pruning, Source
 
 log = logging.getLogger(__name__)
 

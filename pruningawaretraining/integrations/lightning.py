@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from pruningawaretraining.errors import CheckpointError, ConfigError, unknown
-from pruningawaretraining.inputs import ForwardFn
 from pruningawaretraining.integrations.common import Attached, imported
+from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.patterns.channel import StructuredPattern
-from pruningawaretraining.pruning import Pruning, Source
 from pruningawaretraining.registry import build
+from pruningawaretraining.session.pruning import Pruning, Source
 
 PACKAGES = {"lightning": "lightning.pytorch.callbacks", "pytorch_lightning": "pytorch_lightning.callbacks"}
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from pruningawaretraining.distributed.collectives import rewrap_in_place
 from pruningawaretraining.errors import CheckpointError, ConfigError
-from pruningawaretraining.inputs import ForwardFn
 from pruningawaretraining.integrations.common import STATE, Attached, imported, read_state, wrappers_of, write_state
-from pruningawaretraining.processes import rewrap_in_place
-from pruningawaretraining.pruning import Pruning, Source
+from pruningawaretraining.models.calling import ForwardFn
+from pruningawaretraining.session.pruning import Pruning, Source
 
 log = logging.getLogger(__name__)
 

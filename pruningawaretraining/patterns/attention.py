@@ -17,7 +17,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.quantization import is_converted
+from pruningawaretraining.models.fake_quant import is_converted
 
 FUSED = ("qkv", "c_attn", "qkv_proj", "Wqkv", "to_qkv", "in_proj")
 INTERLEAVED = ("query_key_value",)
@@ -45,7 +45,7 @@ class Part:
         dim: the dimension.
         heads_D: number of the head that each entry belongs to.
         shared: whether they are key and value heads, which several query heads may share.
-        role: see :class:`pruningawaretraining.grouping.Member`.
+        role: see :class:`pruningawaretraining.groups.grouping.Member`.
     """
 
     name: str

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.patterns.elements import (
     LAYER_TYPES,
     Labels,
@@ -122,7 +122,7 @@ class Unstructured:
 class NofM:
     """N of every M weights that follow each other along the input channels go; 2:4 keeps 2. Written "2:4".
 
-    Groups are single weights; :func:`pruningawaretraining.allocation_elements.allocate_windows` chooses among them. A
+    Groups are single weights; :func:`pruningawaretraining.allocation.threshold.allocate_windows` chooses among them. A
     last window that is short keeps as many as the others.
 
     Args:

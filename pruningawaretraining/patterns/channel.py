@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.grouping import Grouping, GroupSet, Member, concat
-from pruningawaretraining.inputs import ForwardFn
-from pruningawaretraining.kept_blocks import Block
-from pruningawaretraining.kept_norms import is_foreign_rms_norm
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member, concat
+from pruningawaretraining.models.calling import ForwardFn
+from pruningawaretraining.models.fake_quant import is_converted, resting
+from pruningawaretraining.models.masked_norms import is_foreign_rms_norm
+from pruningawaretraining.models.skipped_blocks import Block
 from pruningawaretraining.patterns.attention import is_transposed_linear
 from pruningawaretraining.patterns.dependency import TRACE_LIMIT, DependencyMap, Space, trace
 from pruningawaretraining.patterns.head import Heads, chosen_heads, find_heads, is_of_heads
 from pruningawaretraining.patterns.selection import select
-from pruningawaretraining.quantization import is_converted, resting
 from pruningawaretraining.registry import register
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class Channel:
             inputs: example inputs.
             layers: only sets whose every layer that loses output channels is selected here; None for all.
             exclude: sets with one of these layers are left out.
-            forward_fn: see :func:`pruningawaretraining.inputs.call`.
+            forward_fn: see :func:`pruningawaretraining.models.calling.call`.
 
         Raises:
             ConfigError: a name that is no layer of the model.

@@ -27,7 +27,7 @@ from torch_pruning.dependency import index_mapping as mappings
 from torch_pruning.dependency import shape_infer
 
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.inputs import ForwardFn, checked_call, differentiable, evaluating, float_tensors_of
+from pruningawaretraining.models.calling import ForwardFn, checked_call, differentiable, evaluating, float_tensors_of
 from pruningawaretraining.patterns.attention import is_transposed_linear
 from pruningawaretraining.patterns.training_parts import mode_to_trace
 
@@ -109,7 +109,7 @@ def trace(
     Args:
         model: the model, on any device.
         inputs: example inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
-        forward_fn: see :func:`pruningawaretraining.inputs.call`.
+        forward_fn: see :func:`pruningawaretraining.models.calling.call`.
         limit: seconds that it may take; channels that are not followed to their end by then are blocked.
 
     Raises:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.grouping import Grouping, GroupSet, Member
-from pruningawaretraining.inputs import ForwardFn, checked_call, evaluating
-from pruningawaretraining.kept_blocks import Block
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluating
+from pruningawaretraining.models.fake_quant import is_converted, resting
+from pruningawaretraining.models.skipped_blocks import Block
 from pruningawaretraining.patterns.channel import ChannelGroups
 from pruningawaretraining.patterns.selection import select
-from pruningawaretraining.quantization import is_converted, resting
 from pruningawaretraining.registry import register
 
 SIGNATURE = "blocks"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError, ModelError, unknown
-from pruningawaretraining.grouping import Grouping, GroupSet, Member, concat
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member, concat
 from pruningawaretraining.patterns.selection import select
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ LAYER_TYPES = ("Conv", "Linear")
 CLASS_NAMES = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear")
 
 Labels = tuple[Tensor | None, int]
-"""The labels of one dimension, and how many there are; see :class:`~pruningawaretraining.grouping.Member`."""
+"""The labels of one dimension, and how many there are; see :class:`~pruningawaretraining.groups.grouping.Member`."""
 
 
 @dataclass(frozen=True, eq=False)

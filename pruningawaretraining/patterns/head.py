@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.patterns.attention import Attention, Part, attention_blocks, scaled_attributes
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.registry import lookup, register

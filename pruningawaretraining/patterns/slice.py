@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.folding import fill_groups, slot_sums, slots_of
-from pruningawaretraining.grouping import Grouping, Member
+from pruningawaretraining.distributed.fsdp import full_of
+from pruningawaretraining.groups.grouping import Grouping, Member
+from pruningawaretraining.groups.views import fill_groups, slot_sums, slots_of
 from pruningawaretraining.patterns.elements import LAYER_TYPES, Labels, LayerWeight, build_grouping, each, layer_weights
 from pruningawaretraining.registry import lookup, register
-from pruningawaretraining.sharded import full_of
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.inputs import ForwardFn, checked_call, evaluating
+from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluating
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def mode_to_trace(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = 
     Args:
         model: the model; nothing in it changes.
         inputs: example inputs.
-        forward_fn: see :func:`pruningawaretraining.inputs.call`.
+        forward_fn: see :func:`pruningawaretraining.models.calling.call`.
 
     Raises:
         ModelError: the model rejects the inputs.

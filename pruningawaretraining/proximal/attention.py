@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.proximal.groupers import Block, Grouper, Labels, along, at_least_dims, others, split_dim
 from pruningawaretraining.registry import register
 

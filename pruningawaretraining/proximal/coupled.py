@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.criteria.base import Statistics
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.grouping import Grouping, Member
-from pruningawaretraining.inputs import ForwardFn
+from pruningawaretraining.groups.grouping import Grouping, Member
+from pruningawaretraining.masks.dry_run import removable_channels
+from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.patterns.channel import ChannelGroups, chosen_layers
 from pruningawaretraining.proximal.maps import SLACK
 from pruningawaretraining.registry import register
-from pruningawaretraining.rehearsal import removable_channels
-from pruningawaretraining.statistics import Statistics
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from operator import add
 import torch
 from torch import Tensor
 
-from pruningawaretraining.grouping import Member
+from pruningawaretraining.distributed.shards import Shards, check_whole_groups, local, local_labels
+from pruningawaretraining.groups.grouping import Member
 from pruningawaretraining.proximal.groupers import Block, ElemGrouper, Grouper
 from pruningawaretraining.proximal.low_rank import thresholds
 from pruningawaretraining.proximal.maps import ElementMap, NMSparseConstraint, Scale
-from pruningawaretraining.proximal.parts import HALF, Part, accumulation_dtype
 from pruningawaretraining.proximal.pools import ALONE, PASSING, Job, Pool, pooled
-from pruningawaretraining.proximal.sharding import Shards, check_whole_groups, local, local_labels
+from pruningawaretraining.proximal.weight_pairs import HALF, Part, accumulation_dtype
 
 PAIRWISE = 8
 """Groups of up to so many elements are ranked by comparing all pairs, larger ones by sorting."""

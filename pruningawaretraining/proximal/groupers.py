@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.registry import register
 
 Labels: TypeAlias = tuple[tuple[Tensor | None, ...], tuple[int, ...]]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.proximal.latent import Place
+from pruningawaretraining.proximal.prox_groups import Unit
 from pruningawaretraining.proximal.spectral_plan import SpectralPlan
-from pruningawaretraining.proximal.units import Unit
 
 
 def mask_of(own: dict[str, Any], weight: Tensor) -> Tensor | None:

@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pruningawaretraining.distributed.shards import Shards, all_reduce_, local
 from pruningawaretraining.proximal.latent import Place
 from pruningawaretraining.proximal.low_rank import Factors, SpectralGrouper
-from pruningawaretraining.proximal.sharding import Shards, all_reduce_, local
+from pruningawaretraining.proximal.prox_groups import ParamGroup, Unit
 from pruningawaretraining.proximal.spectral_plan import SpectralPlan
-from pruningawaretraining.proximal.units import ParamGroup, Unit
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from pruningawaretraining.proximal.latent import CopyIn, Place, Redirect, Way, c
 from pruningawaretraining.proximal.low_rank import Factors, SpectralGrouper
 from pruningawaretraining.proximal.metrics import Reached, measure, weight_factors, weight_sparsity
 from pruningawaretraining.proximal.plans import NormPlan
+from pruningawaretraining.proximal.prox_groups import ParamGroup, Plan, Unit
 from pruningawaretraining.proximal.spectral_plan import SpectralPlan
-from pruningawaretraining.proximal.units import ParamGroup, Plan, Unit
 from pruningawaretraining.proximal.wrapper import Wrapper
 
 Closure = Callable[[], Any]

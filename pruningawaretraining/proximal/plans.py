@@ -16,16 +16,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pruningawaretraining import fused
-from pruningawaretraining.grouping import Member
+from pruningawaretraining.distributed.shards import Shards, local, local_labels
+from pruningawaretraining.groups import kernels as fused
+from pruningawaretraining.groups.grouping import Member
 from pruningawaretraining.proximal.coupled import Balance
 from pruningawaretraining.proximal.groupers import Block, Grouper, others
 from pruningawaretraining.proximal.low_rank import thresholds
 from pruningawaretraining.proximal.maps import GroupMap, ProxGroupLasso, Scale
-from pruningawaretraining.proximal.parts import Part
 from pruningawaretraining.proximal.runs import Runs
-from pruningawaretraining.proximal.sharding import Shards, local, local_labels
 from pruningawaretraining.proximal.stages import BlockStage, Entry, MatrixRows, build_stages
+from pruningawaretraining.proximal.weight_pairs import Part
 
 
 class NormPlan:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pruningawaretraining.distributed.shards import Shards, local, of_full
 from pruningawaretraining.proximal.low_rank import (
     Decomposition,
     Factors,
@@ -18,8 +19,7 @@ from pruningawaretraining.proximal.low_rank import (
     shrunk_values,
 )
 from pruningawaretraining.proximal.maps import Scale, SpectralMap
-from pruningawaretraining.proximal.parts import Part
-from pruningawaretraining.proximal.sharding import Shards, local, of_full
+from pruningawaretraining.proximal.weight_pairs import Part
 
 
 class SpectralPlan:

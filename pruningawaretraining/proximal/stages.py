@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruningawaretraining import fused
-from pruningawaretraining.grouping import Member
+from pruningawaretraining.distributed.shards import Shards, all_reduce_, local
+from pruningawaretraining.groups import kernels as fused
+from pruningawaretraining.groups.grouping import Member
 from pruningawaretraining.proximal.groupers import Block
-from pruningawaretraining.proximal.parts import Part, accumulation_dtype
 from pruningawaretraining.proximal.pools import ALONE, CAPACITY, Job, Pool, groups_in, pooled
-from pruningawaretraining.proximal.sharding import Shards, all_reduce_, local
+from pruningawaretraining.proximal.weight_pairs import Part, accumulation_dtype
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.proximal.latent import reads_param_groups
 from pruningawaretraining.proximal.options import number, stable_name, whole
+from pruningawaretraining.proximal.prox_groups import ParamGroup, Unit, build_units, watched
 from pruningawaretraining.proximal.state import (
     TYPES,
     pack_groups,
@@ -20,7 +21,6 @@ from pruningawaretraining.proximal.state import (
     unpack_counters,
     unpack_groups,
 )
-from pruningawaretraining.proximal.units import ParamGroup, Unit, build_units, watched
 
 NEVER = sys.maxsize
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from pruningawaretraining.report.nouns import units_of
 from pruningawaretraining.report.run import Run
 from pruningawaretraining.report.svg import (
     Band,
@@ -20,7 +21,6 @@ from pruningawaretraining.report.svg import (
     line_chart,
     ridge_chart,
 )
-from pruningawaretraining.report.units import units_of
 
 _ROWS = 8
 _STYLES = {"dense": "s-dense", "pruned": "s-kept"}

@@ -10,10 +10,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pruningawaretraining.report import coupling, figures, tables
+from pruningawaretraining.report.nouns import Units, units_of
 from pruningawaretraining.report.numbers import write, write_numbers
 from pruningawaretraining.report.run import REPORT, Phase, Run, load_run
 from pruningawaretraining.report.summary import arrow, fraction, percent, si
-from pruningawaretraining.report.units import Units, units_of
 
 _LOG = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"

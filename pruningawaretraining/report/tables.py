@@ -10,8 +10,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from pruningawaretraining.report.nouns import units_of
 from pruningawaretraining.report.summary import fraction, percent, si
-from pruningawaretraining.report.units import units_of
 
 
 @dataclass(frozen=True)

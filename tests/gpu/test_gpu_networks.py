@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from pruningawaretraining import Pruning
 from pruningawaretraining.experiment.models import CifarResNet
-from pruningawaretraining.inputs import outputs_of
+from pruningawaretraining.models.calling import outputs_of
 
 NETWORKS = (
     "resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "efficientnet_b0", "convnext_tiny", "vit_b_16", "resnet56",

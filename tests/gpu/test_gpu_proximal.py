@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.proximal import PruneOptimizer
 from pruningawaretraining.proximal.options import read_options
-from pruningawaretraining.proximal.units import Unit
+from pruningawaretraining.proximal.prox_groups import Unit
 
 LR, REG = 0.01, 0.5
 GROUPS: dict[str, dict[str, Any]] = {

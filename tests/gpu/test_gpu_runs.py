@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, measure_latency, save_pruned
-from pruningawaretraining.cli import app
-from pruningawaretraining.costs.latency import compare_latency
+from pruningawaretraining.cli.main import app
+from pruningawaretraining.runtimes.timing import compare_latency
 
 
 def pruned(device: torch.device) -> tuple[nn.Module, Pruning]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pruningawaretraining import Pruning
+from pruningawaretraining.criteria.base import collector_of
 from pruningawaretraining.proximal import PruneOptimizer
 from pruningawaretraining.registry import build, names
-from pruningawaretraining.statistics import collector_of
 
 SPAN = {"start": 0, "end": 5, "schedule": "linear", "target": {"sparsity": 0.5}}
 Built = tuple[nn.Module, Tensor]

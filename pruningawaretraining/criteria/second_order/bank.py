@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pruningawaretraining.criteria.second_order.fisher import Fisher, Storage, make_fisher, stored_bytes
 from pruningawaretraining.criteria.second_order.gradients import Calibration
-from pruningawaretraining.criteria.second_order.ranks import ALONE, Ranks
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight
+from pruningawaretraining.distributed.ranks import ALONE, Ranks
 from pruningawaretraining.errors import ConfigError
 
 CHUNK = (16, 256)

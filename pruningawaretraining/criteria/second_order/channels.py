@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pruningawaretraining.criteria.second_order.fisher import decoupled_, factor, workplace
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layer_inputs import InputHessians
-from pruningawaretraining.grouping import Grouping
-from pruningawaretraining.processes import gathered_rows, world
+from pruningawaretraining.distributed.collectives import gathered_rows, world
+from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.registry import lookup, register
 
 log = logging.getLogger(__name__)

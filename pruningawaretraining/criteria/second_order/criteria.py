@@ -18,7 +18,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.criteria.collectors import MaskGradientCollector
+from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.gradient_collectors import MaskGradientCollector
 from pruningawaretraining.criteria.magnitude import magnitude_scores
 from pruningawaretraining.criteria.second_order.bank import Budget, storage
 from pruningawaretraining.criteria.second_order.channels import gate_gradients, gate_scores
@@ -27,9 +28,8 @@ from pruningawaretraining.criteria.second_order.layerwise import FastCapSolver, 
 from pruningawaretraining.criteria.second_order.methods import CapMethod, ObsMethod
 from pruningawaretraining.criteria.second_order.solve import BlockMethod, BlockSolver, Choose, Results
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight
-from pruningawaretraining.grouping import Grouping
+from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.registry import lookup, register
-from pruningawaretraining.statistics import Statistics
 
 log = logging.getLogger(__name__)
 

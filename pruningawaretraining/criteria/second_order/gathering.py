@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from pruningawaretraining.criteria.base import Statistics, collector_of
 from pruningawaretraining.criteria.second_order.gradients import Calibration
+from pruningawaretraining.distributed.collectives import average_gradients
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.grouping import Grouping
-from pruningawaretraining.processes import average_gradients
-from pruningawaretraining.statistics import Statistics, collector_of
+from pruningawaretraining.groups.grouping import Grouping
 
 BATCHES = 64
 """Micro-batches that such a criterion listens to."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.inputs import (
+from pruningawaretraining.models.calling import (
     call,
     differentiable,
     evaluating,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pruningawaretraining.distributed.collectives import totals, world
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.processes import totals, world
 
 
 def check_supported(name: str, module: nn.Module) -> None:

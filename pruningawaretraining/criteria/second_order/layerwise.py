@@ -16,7 +16,6 @@ from torch.nn import functional
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layer_inputs import InputHessians, check_supported, reordered
 from pruningawaretraining.criteria.second_order.layout import Layout
-from pruningawaretraining.criteria.second_order.ranks import Ranks
 from pruningawaretraining.criteria.second_order.solve import Pruned, Results
 from pruningawaretraining.criteria.second_order.sweep import (
     Grid,
@@ -27,6 +26,7 @@ from pruningawaretraining.criteria.second_order.sweep import (
     upper_factor,
 )
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight
+from pruningawaretraining.distributed.ranks import Ranks
 from pruningawaretraining.errors import ConfigError
 
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from pruningawaretraining.criteria.moments import InputHook
+from pruningawaretraining.criteria.input_moments import InputHook
 from pruningawaretraining.criteria.second_order.channels import losing_readers
 from pruningawaretraining.criteria.second_order.layer_inputs import together, unfolded
+from pruningawaretraining.distributed.collectives import world
 from pruningawaretraining.errors import CheckpointError
-from pruningawaretraining.grouping import Grouping
-from pruningawaretraining.inputs import looking
-from pruningawaretraining.processes import world
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.models.calling import looking
 
 MOMENTS = "input_moments"
 EVERY, FADE = 16, 0.9
@@ -72,7 +72,7 @@ class InputMomentsCollector:
         self.sums[name], self.counts[name] = square_GXX, count
 
     def agree(self) -> None:
-        """See :class:`~pruningawaretraining.statistics.Collector`: one flat all-reduce of all moments."""
+        """See :class:`~pruningawaretraining.criteria.base.Collector`: one flat all-reduce of all moments."""
         if world() == 1 or not self._layers:
             return
         sums, counts = together(list(self._layers.items()), self.sums, self.counts, True, torch.float32)
@@ -97,7 +97,7 @@ class InputMomentsCollector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`~pruningawaretraining.statistics.Collector`."""
+        """See :class:`~pruningawaretraining.criteria.base.Collector`."""
         unknown = sorted(set(state) - set(self._layers))
         if unknown and self._layers:
             raise CheckpointError(f"state: inputs of {unknown[0]!r}, which reads no channel of the grouping")

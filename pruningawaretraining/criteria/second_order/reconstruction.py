@@ -20,15 +20,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.criteria.base import Statistics
 from pruningawaretraining.criteria.second_order.channels import LEAST_SQUARES_DAMP, losing_readers, measure
 from pruningawaretraining.criteria.second_order.fisher import decoupled_, factor, workplace
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.group_order import POOL, Reader, ReadSet, cheapest_first
 from pruningawaretraining.criteria.second_order.listening import MOMENTS, InputMomentsCollector
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.registry import register
-from pruningawaretraining.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Reconstruction:
 
     @torch.no_grad()
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
-        """See :class:`~pruningawaretraining.statistics.Criterion`.
+        """See :class:`~pruningawaretraining.criteria.base.Criterion`.
 
         Raises:
             ConfigError: the groups are not channels that layers read, or none of the layers can be fitted.

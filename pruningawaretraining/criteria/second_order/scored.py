@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pruningawaretraining.criteria.base import Criterion
 from pruningawaretraining.criteria.second_order.gathering import gathered
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layout import WeightPattern
@@ -19,7 +20,6 @@ from pruningawaretraining.criteria.second_order.solve import Choose, Results, Ta
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.patterns.block import Unstructured
-from pruningawaretraining.statistics import Criterion
 
 
 @dataclass(eq=False)

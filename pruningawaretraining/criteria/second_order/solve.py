@@ -18,8 +18,8 @@ from pruningawaretraining.criteria.second_order.bank import Bank, Budget, Span, 
 from pruningawaretraining.criteria.second_order.fisher import Fisher, parts
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layout import Layout
-from pruningawaretraining.criteria.second_order.ranks import Ranks
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight
+from pruningawaretraining.distributed.ranks import Ranks
 from pruningawaretraining.errors import TargetError
 
 log = logging.getLogger(__name__)

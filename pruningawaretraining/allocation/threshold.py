@@ -1,0 +1,282 @@
+"""Allocation for slices, blocks, N:M and single weights, up to 10^8 of them: scores and a sparsity -> what stays.
+
+Shape suffixes: ``_G`` groups, ``_S`` sets of groups (layers), ``_N`` any run of groups, ``_W`` shape of a weight.
+
+Pure functions. Where :class:`pruningawaretraining.allocation.ranking.Allocator` ranks every group, these find one threshold by
+selection and count ties, so that they need one copy of the scores in their own precision and masks of one byte a group.
+Counts are exact: ``floor(sparsity * groups)`` of every ranking class go, the lowest scores first, the lower index first
+among equals, within the least and most that each set may lose (water-filling: what one set may not lose, others do).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining.allocation.ranking import SLACK
+from pruningawaretraining.errors import TargetError
+from pruningawaretraining.groups import kernels as fused
+from pruningawaretraining.groups import lowest
+from pruningawaretraining.groups.grouping import Grouping, Member
+from pruningawaretraining.groups.views import slot_maxima
+from pruningawaretraining.registry import lookup
+
+
+@dataclass(frozen=True)
+class ElementLimits:
+    """Bounds on the fraction of each set's groups that go.
+
+    Args:
+        min_sparsity: at least ``floor(min_sparsity * groups)`` go.
+        max_sparsity: at least ``ceil((1 - max_sparsity) * groups)`` stay; 1 allows that all go.
+    """
+
+    min_sparsity: float = 0.0
+    max_sparsity: float = 1.0
+
+
+def classes_of(grouping: Grouping, scope: str) -> Tensor:
+    """The ranking class of every set (vector of sets), for a registered scope that ranks whole sets."""
+    one_each = tuple(replace(one, start=number, stop=number + 1) for number, one in enumerate(grouping.sets))
+    classes_S: Tensor = lookup("scope", scope)(Grouping(grouping.name, (), one_each))
+    return classes_S
+
+
+def allocate(
+    scores_G: Tensor,
+    sizes_S: Sequence[int],
+    sparsity: float,
+    limits: ElementLimits = ElementLimits(),
+    classes_S: Tensor | None = None,
+    removed_G: Tensor | None = None,
+    exempt_G: Tensor | None = None,
+) -> Tensor:
+    """The groups that stay at a sparsity.
+
+    Args:
+        scores_G: importance in any floating precision, on any device; infinity means "last".
+        sizes_S: groups of each set, in order.
+        sparsity: fraction of the groups of each ranking class that go, in [0, 1].
+        limits: bounds in every set.
+        classes_S: the ranking class of each set; None for one class.
+        removed_G: groups that are masked already (True): they stay so, and count.
+        exempt_G: groups that are left alone (True), and out of every count.
+
+    Returns:
+        Keep mask (bool vector of groups) on the scores' device.
+
+    Raises:
+        ValueError: scores of the wrong length, or with NaN.
+    """
+    values_G = _prepared(scores_G, sizes_S, removed_G, exempt_G)
+    counted, gone = _counts(sizes_S, removed_G, exempt_G)
+    least, most = _bounds(counted, gone, limits)
+    classes = [0] * len(counted) if classes_S is None else classes_S.tolist()
+    wanted = _wanted(sparsity, counted, least, most, classes)
+    ranked = lowest.ranking(values_G, sizes_S, classes)
+    keep_G = ranked.without_lowest(wanted)
+    if limits == ElementLimits():  # nothing is bounded but what is gone or exempt, and these come first and last
+        return keep_G
+    gone = [size - kept for size, kept in zip(sizes_S, lowest.counts_of(keep_G, sizes_S), strict=True)]
+    if all(low <= count <= high for low, count, high in zip(least, gone, most, strict=True)):
+        return keep_G
+    ranked.bound(counted, least, most)
+    return ranked.without_lowest(wanted)
+
+
+def _wanted(
+    sparsity: float, counted: Sequence[int], least: Sequence[int], most: Sequence[int], classes: Sequence[int]
+) -> dict[int, int]:
+    """How many groups go from each ranking class."""
+    wanted = {}
+    for number in sorted(set(classes)):
+        mine = [index for index, one in enumerate(classes) if one == number]
+        count = math.floor(sparsity * sum(counted[index] for index in mine) + SLACK)
+        wanted[number] = min(max(count, sum(least[index] for index in mine)), sum(most[index] for index in mine))
+    return wanted
+
+
+def _prepared(scores_G: Tensor, sizes_S: Sequence[int], removed_G: Tensor | None, exempt_G: Tensor | None) -> Tensor:
+    """A copy of the scores in which removed groups come first and exempt ones last, all others in between."""
+    scores_G = scores_G.detach()
+    if scores_G.shape != (sum(sizes_S),):
+        raise ValueError(f"scores: need {sum(sizes_S)} numbers, got shape {tuple(scores_G.shape)}")
+    finite = torch.finfo(scores_G.dtype)
+    values_G = scores_G.clamp(finite.min, finite.max)
+    if bool(torch.isnan(values_G).any()):
+        raise ValueError("scores: there are NaN among them; the weights or gradients are not finite")
+    if removed_G is not None:
+        values_G.masked_fill_(removed_G.to(values_G.device), -math.inf)
+    if exempt_G is not None:
+        values_G.masked_fill_(exempt_G.to(values_G.device), math.inf)
+    return values_G
+
+
+def _counts(sizes_S: Sequence[int], removed_G: Tensor | None, exempt_G: Tensor | None) -> tuple[list[int], list[int]]:
+    """For each set, how many groups count, and how many of these are gone already."""
+    counted = list(sizes_S)
+    if exempt_G is not None:
+        counted = [size - out for size, out in zip(sizes_S, lowest.counts_of(exempt_G, sizes_S), strict=True)]
+    if removed_G is None:
+        return counted, [0] * len(counted)
+    masked_G = removed_G if exempt_G is None else removed_G & ~exempt_G.to(removed_G.device)
+    return counted, lowest.counts_of(masked_G, sizes_S)
+
+
+def _bounds(counted: Sequence[int], gone: Sequence[int], limits: ElementLimits) -> tuple[list[int], list[int]]:
+    """The least and the most groups that may be gone from each set."""
+    least = [max(math.floor(limits.min_sparsity * n + SLACK), out) for n, out in zip(counted, gone, strict=True)]
+    most = [n - max(0, math.ceil((1 - limits.max_sparsity) * n - SLACK)) for n in counted]
+    return least, [max(pair) for pair in zip(most, least, strict=True)]
+
+
+def allocate_windows(
+    scores_G: Tensor,
+    grouping: Grouping,
+    window: tuple[int, int],
+    sparsity: float,
+    dims: Sequence[int],
+    limits: ElementLimits = ElementLimits(),
+    classes_S: Tensor | None = None,
+    removed_G: Tensor | None = None,
+    key: str = "target",
+) -> Tensor:
+    """N:M: the weights that stay at a sparsity, N of M going from a window or none.
+
+    The lowest N of every window are its candidates; ``floor(sparsity / (N / M) * windows)`` of the windows of each
+    ranking class are pruned, those whose candidates score least in sum first. At the end N of every window are gone.
+
+    Args:
+        scores_G: importance of single weights.
+        grouping: groups that are single weights, one member for each set.
+        window: (N, M).
+        sparsity: fraction of the weights that go, at most N / M.
+        dims: for each member, the dimension of its input channels, along which windows lie.
+        limits: bounds on the fraction of each set's weights.
+        classes_S: the ranking class of each set; None for one class.
+        removed_G: weights that are masked already (True): they stay so.
+        key: the key of the config, for messages.
+
+    Returns:
+        Keep mask (bool vector of groups) on the scores' device.
+
+    Raises:
+        TargetError: a sparsity above N / M.
+    """
+    most = window[0] / window[1]
+    if sparsity > most + SLACK:
+        raise TargetError(f"{key}: {sparsity} is out of reach of {window[0]}:{window[1]}. Allowed: at most {most:g}")
+    if min(sparsity, limits.max_sparsity) >= most - SLACK:  # all windows: no ranking among them
+        keep_G = torch.ones_like(scores_G, dtype=torch.bool)
+        for member, dim, (_, candidates_RM) in zip(
+            grouping.members, dims, _candidates(scores_G, grouping, window, dims, removed_G), strict=True
+        ):
+            _put_windows(keep_G, member, dim, candidates_RM.logical_not_())
+        return keep_G if removed_G is None else keep_G.masked_fill_(removed_G.to(keep_G.device), False)
+    parts = list(_windows(scores_G, grouping, window, dims, removed_G))
+    windows = [totals.numel() for _, totals, _ in parts]
+    scaled = ElementLimits(min(1.0, limits.min_sparsity / most), min(1.0, limits.max_sparsity / most))
+    totals_N = torch.cat([totals.flatten() for _, totals, _ in parts])
+    started_N = torch.cat([started.flatten() for _, _, started in parts])
+    intact_N = allocate(totals_N, windows, min(1.0, sparsity / most), scaled, classes_S, started_N)
+    keep_G = torch.ones_like(scores_G, dtype=torch.bool)
+    for member, dim, (candidates_RM, totals, _), intact in zip(
+        grouping.members, dims, parts, torch.split(intact_N, windows), strict=True
+    ):
+        _put_windows(keep_G, member, dim, ~candidates_RM | intact.view(totals.shape).unsqueeze(-1))
+    return keep_G if removed_G is None else keep_G.masked_fill_(removed_G.to(keep_G.device), False)
+
+
+def _put_windows(keep_G: Tensor, member: Member, dim: int, keep_RM: Tensor) -> None:
+    """Write the windows of a member into the vector over all groups."""
+    keep_W = keep_RM.flatten(-2)[..., : member.sizes[dim]].movedim(-1, dim)
+    keep_G[member.offset : member.offset + member.n_slots].view(keep_W.shape).copy_(keep_W)
+
+
+def _candidates(
+    scores_G: Tensor, grouping: Grouping, window: tuple[int, int], dims: Sequence[int], removed_G: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each member its scores [..., windows, M], -inf where one is gone, and the lowest N of each window."""
+    drop, of = window
+    finite = torch.finfo(scores_G.dtype)
+    for member, dim in zip(grouping.members, dims, strict=True):
+        mine = slice(member.offset, member.offset + member.n_slots)
+        values = scores_G[mine].clamp(finite.min, finite.max)
+        if removed_G is not None:
+            values.masked_fill_(removed_G[mine].to(values.device), -math.inf)
+        rows = values.view(member.sizes).movedim(dim, -1)
+        short = -rows.shape[-1] % of
+        if short:  # what is not there counts as gone already
+            rows = torch.cat([rows, rows.new_full((*rows.shape[:-1], short), -math.inf)], -1)
+        in_windows = rows.reshape(*rows.shape[:-1], -1, of)
+        yield in_windows, _lowest_in_rows(in_windows, drop)
+
+
+def _windows(
+    scores_G: Tensor, grouping: Grouping, window: tuple[int, int], dims: Sequence[int], removed_G: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each member: the candidates [..., windows, M], the sum of their scores, and whether one is masked already."""
+    finite = torch.finfo(scores_G.dtype)
+    for (in_windows, candidates), member, dim in zip(
+        _candidates(scores_G, grouping, window, dims, removed_G), grouping.members, dims, strict=True
+    ):
+        short = -member.sizes[dim] % window[1]
+        gone = torch.isneginf(in_windows)
+        if short:
+            gone[..., -1, window[1] - short :] = False
+        totals = torch.where(candidates & torch.isfinite(in_windows), in_windows, 0.0).sum(-1)
+        yield candidates, totals.clamp(finite.min, finite.max), gone.any(-1)
+
+
+def _lowest_in_rows(values: Tensor, count: int) -> Tensor:
+    """True for the ``count`` lowest of every short row (the last dimension), the first among equals.
+
+    Each pair of columns is compared once: sorting many rows of four costs ten times as much.
+    """
+    if not lowest.on_host(values):
+        return lowest.lowest_in_rows(values, count)
+    kernels = fused.kernels() if fused.fits(values) else None
+    if kernels is not None:
+        found = torch.empty(values.shape, dtype=torch.bool)
+        kernels.find_lowest(values.flatten(0, -2).numpy(), count, found.flatten(0, -2).numpy())
+        return found
+    columns = [column.contiguous() for column in values.unbind(-1)]
+    dtype = torch.uint8 if len(columns) < 256 else torch.int16
+    ranks = [torch.zeros_like(column, dtype=dtype) for column in columns]
+    for first, second in itertools.combinations(range(len(columns)), 2):
+        before = columns[first] <= columns[second]
+        ranks[second] += before
+        ranks[first] += before.logical_not_()
+    return torch.stack([rank < count for rank in ranks], -1)
+
+
+def progressive(keep_G: Tensor, next_G: Tensor, scores_G: Tensor, part: int, parts: int) -> Tensor:
+    """Between two masks: of the groups that go from ``keep_G`` to ``next_G`` the ``part / parts`` with least scores.
+
+    Args:
+        keep_G: mask before the event.
+        next_G: mask after it; nothing that was gone comes back.
+        scores_G: importance.
+        part: the sub-step, from 1 to ``parts``.
+        parts: how many sub-steps an event has.
+    """
+    newly_G = keep_G & ~next_G
+    if not lowest.on_host(keep_G):
+        return keep_G & ~lowest.lowest_share(scores_G, newly_G, part, parts)
+    count = int(newly_G.sum()) * part // parts
+    going = torch.nonzero(newly_G).flatten()
+    flags = torch.ones(len(going), dtype=torch.bool, device=going.device)
+    lowest.drop_lowest([scores_G[going]], [flags], count)
+    out_G = keep_G.clone()
+    out_G[going[~flags]] = False
+    return out_G
+
+
+def zero_groups(grouping: Grouping) -> Tensor:
+    """Groups whose every weight is 0 now: the mask of a checkpoint that was pruned before (True = zero)."""
+    return torch.cat([slot_maxima(member, member.parameter.detach().abs()) == 0 for member in grouping.members])

@@ -1,0 +1,65 @@
+"""``pat latency``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pruningawaretraining.cli.common import check_out, reported, shape_of
+
+
+def latency(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL_OR_CHECKPOINT...",
+            help="Folders of runs, pruned checkpoints (.safetensors), ONNX files, models or experiments by name.",
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Of checkpoints: the dense model by name, or an experiment config.")
+    ] = None,
+    input_shape: Annotated[str | None, typer.Option(help="Shape of the example input, e.g. 1,3,224,224.")] = None,
+    runtime: Annotated[str, typer.Option(help="onnxruntime, torch, torch_compile, cuda or tensorrt.")] = "onnxruntime",
+    threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
+    batch: Annotated[int, typer.Option(help="Rows of the example inputs.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each model; the median counts.")] = 50,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the rows to this JSON file; its folder must be there.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw accuracy against latency into this file (.png, .svg).")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the library's log.")] = False,
+) -> None:
+    """Time dense and pruned models side by side, in turns, with MACs, parameters, memory and size on disk."""
+    with reported(debug, shaped=True):
+        from pruningawaretraining.experiment.timing import (
+            candidates,
+            draw_timing,
+            timed,
+            timing_tables,
+            write_timing,
+        )
+
+        for path, key in ((out, "--out"), (plot, "--plot")):
+            if path is not None:
+                check_out(path, key=key)
+        shape = None if input_shape is None else shape_of(input_shape)
+        rows = timed(candidates(sources, model, shape), runtime, threads, batch, repeats)
+        title = f"{runtime}, batch {batch}, {threads} thread{'s' if threads > 1 else ''}"
+        console = Console()
+        for table in timing_tables(rows, title, console.width):
+            console.print(table)
+        if out is not None:
+            write_timing(rows, out)
+        if plot is not None:
+            draw_timing(rows, plot, title)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(latency)

@@ -1,1 +1,0 @@
-"""Commands of ``pat`` that look at runs; :mod:`pruningawaretraining.cli` registers them."""

@@ -1,0 +1,200 @@
+"""Measures on one runtime: tables of single layers, and whole models in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from pruningawaretraining import registry
+from pruningawaretraining.costs.latency.cache import TimeCache, machine
+from pruningawaretraining.costs.latency.layer_tables import VERSION, LayerShape, LayerTable, measure_table
+from pruningawaretraining.errors import ModelError
+from pruningawaretraining.models.calling import tensors_of
+from pruningawaretraining.runtimes import onnx_graph
+from pruningawaretraining.runtimes.onnx_graph import resize_batch, with_tensors
+from pruningawaretraining.runtimes.runtime import (
+    FOLLOWING,
+    Model,
+    OnnxRuntime,
+    Runtime,
+    device_name,
+    on_device,
+    runtime_version,
+)
+from pruningawaretraining.runtimes.timing import time_in_turns
+
+log = logging.getLogger(__name__)
+
+FEWEST, MOST, SPENT_MS = 15, 100, 1500.0
+ONE_THREAD = ("onnxruntime", "torch", "torch_compile")
+"""Runtimes that stay on the calling thread when they are given one: the time that the processor spent is then that of
+the clock on a quiet machine, and other processes disturb it less."""
+
+
+class Meter(Protocol):
+    """What a latency target needs to have measured."""
+
+    def tables(self, shapes: Mapping[str, LayerShape]) -> dict[str, LayerTable]:
+        """A table for every layer."""
+        ...
+
+    def milliseconds(self, models: Mapping[str, tuple[Model, Any]]) -> dict[str, float]:
+        """Milliseconds of whole models, measured in turns: the 10th percentile, which other processes disturb least."""
+        ...
+
+    def ready(self, model: nn.Module, example_inputs: Any) -> Model:
+        """The model in a form that can be timed again and again, and does not change with it."""
+        ...
+
+    def remembered(self, what: Mapping[str, Any], measure: Callable[[], list[float]]) -> list[float]:
+        """What was measured before, or is measured now."""
+        ...
+
+    def inputs(self, example_inputs: Any) -> Any:
+        """Example inputs with the batch that latency is about."""
+        ...
+
+
+class RuntimeMeter:
+    """Measures on a registered runtime.
+
+    Args:
+        runtime: by name, or as ``{"type": name, **options}``.
+        batch: rows of the example inputs; None leaves them as they are.
+        threads: threads within an operator.
+        cache: where times are kept; by default in the user's cache folder.
+        device: of the model whose copies are timed: a runtime that runs models where they are runs them there.
+
+    Raises:
+        ConfigError: the runtime is unknown.
+    """
+
+    def __init__(
+        self,
+        runtime: str | Mapping[str, Any],
+        batch: int | None = 1,
+        threads: int = 1,
+        cache: TimeCache | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        spec = on_device({"type": runtime} if isinstance(runtime, str) else runtime, device)
+        self.name = registry.canonical("runtime", spec["type"], "runtime")
+        self.runtime: Runtime = registry.build("runtime", spec)
+        self._others: list[
+            Runtime
+        ] = []  # tried where the first cannot export: tracing is faster, and does not suit all
+        if self.name == "onnxruntime" and "exporter" not in spec:
+            self.runtime, self._others = registry.build("runtime", {**spec, "exporter": "torchscript"}), [self.runtime]
+        self.batch, self.threads = batch, threads
+        self._spec = spec
+        self._cache = cache
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def _device(self) -> torch.device | None:
+        """What computes, where that is not the processor."""
+        if self.name in ("cuda", "tensorrt"):
+            return torch.device("cuda", int(self._spec.get("device", 0)))
+        device = self._spec.get("device") if self.name in FOLLOWING else None
+        return None if device is None or torch.device(device).type == "cpu" else torch.device(device)
+
+    @property
+    def cache(self) -> TimeCache:
+        """Where times are kept."""
+        if self._cache is None:
+            where = {"runtime": self._spec, "version": runtime_version(self.name), "threads": self.threads}
+            if self._device is not None:
+                where["device"] = device_name(self._device)
+            self._cache = TimeCache({**where, "machine": machine(), "format": VERSION})
+        return self._cache
+
+    def inputs(self, example_inputs: Any) -> Any:
+        """See :class:`Meter`."""
+        tensors = list(tensors_of(example_inputs))
+        rows = tensors[0].shape[0] if tensors and tensors[0].ndim else 0
+        if self.batch is None or not rows:
+            return example_inputs
+        resized = [resize_batch(one, self.batch) if one.ndim and one.shape[0] == rows else one for one in tensors]
+        return with_tensors(example_inputs, iter(resized))
+
+    def tables(self, shapes: Mapping[str, LayerShape]) -> dict[str, LayerTable]:
+        """See :class:`Meter`. Layers of one shape are measured once."""
+        known: dict[LayerShape, LayerTable] = {}
+        for shape in shapes.values():
+            if shape not in known:
+                known[shape] = self._table(shape)
+        return {name: known[shape] for name, shape in shapes.items()}
+
+    def _table(self, shape: LayerShape) -> LayerTable:
+        what = {"layer": vars(shape)}
+        found = self.cache.get(what)
+        if found is None:
+            log.info("measuring %s of %d x %d on %s", shape.kind, shape.outputs, shape.inputs, self.name)
+            found = measure_table(shape, self.runtime, self.name, self.threads).to_json()
+            self.cache.put(what, found)
+        return LayerTable.from_json(found)
+
+    def milliseconds(self, models: Mapping[str, tuple[Model, Any]]) -> dict[str, float]:
+        """See :class:`Meter`."""
+        while True:
+            try:
+                return self._milliseconds(models)
+            except ModelError:
+                if not self._others:
+                    raise
+                self.runtime = self._others.pop()
+
+    @property
+    def on_processor(self) -> bool:
+        """Whether all that is timed runs on the thread that calls: then the time that the processor spent counts."""
+        return self.threads == 1 and self.name in ONE_THREAD and self._device is None
+
+    def _milliseconds(self, models: Mapping[str, tuple[Model, Any]]) -> dict[str, float]:
+        clock = time.process_time if self.on_processor else time.perf_counter
+        with contextlib.ExitStack() as stack:
+            prepared = [self.runtime.prepare(model, given, self.threads) for model, given in models.values()]
+            runs = [stack.enter_context(one) for one in prepared]
+            turn = math.fsum(min(taken) for taken in time_in_turns(runs, 3, 2, clock))
+            repeats = int(min(max(SPENT_MS / max(turn, 1e-3), FEWEST), MOST))
+            times = time_in_turns(runs, repeats, 0, clock)
+        return {name: _decile(taken) for name, taken in zip(models, times, strict=True)}
+
+    def ready(self, model: nn.Module, example_inputs: Any) -> Model:
+        """See :class:`Meter`. For onnxruntime, a file in a temporary folder that lives as long as the meter."""
+        if not isinstance(self.runtime, OnnxRuntime):
+            return model
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="pat-latency-")
+        path = Path(self._folder.name) / f"{len(list(Path(self._folder.name).iterdir()))}.onnx"
+        graph = onnx_graph.build_graph(model, example_inputs, dynamic_batch=False)
+        try:
+            onnx_graph.export_graph(graph, path, self.runtime.exporter)
+        except ModelError:
+            if not self._others:
+                raise
+            self.runtime = self._others.pop()
+            return self.ready(model, example_inputs)
+        return path
+
+    def remembered(self, what: Mapping[str, Any], measure: Callable[[], list[float]]) -> list[float]:
+        """See :class:`Meter`."""
+        found = self.cache.get(what)
+        if found is None:
+            found = measure()
+            self.cache.put(what, found)
+        return [float(one) for one in found]
+
+
+def _decile(times: list[float]) -> float:
+    """The 10th percentile: what disturbs a run only makes it longer."""
+    return statistics.quantiles(times, n=10, method="inclusive")[0]

@@ -1,0 +1,108 @@
+"""What criteria know besides the weights: costs, masks, and what was gathered in training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from pruningawaretraining.groups.grouping import Grouping
+
+
+class GroupCost(Protocol):
+    """A cost as a function of masks; see :class:`pruningawaretraining.costs.macs.LinearCost`."""
+
+    names: tuple[str, ...]
+    base_L: Tensor
+
+    def __call__(self, keep_G: Tensor) -> float: ...
+    def saving_G(self, keep_G: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Statistics:
+    """Handed to every criterion.
+
+    Args:
+        macs: the MACs of the model as a function of its masks, None for patterns that save none.
+        keep_G: groups that are not masked yet, None for all.
+        scale: for each set, what a criterion divided its scores by at the first event; None before it.
+        first_G: the scores that it divided.
+        tensors: named statistics that a criterion gathered (moving averages, activations), one a member or group.
+    """
+
+    macs: GroupCost | None = None
+    keep_G: Tensor | None = None
+    scale: list[float] | None = None
+    first_G: Tensor | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Criterion(Protocol):
+    """Importance of groups: larger is kept."""
+
+    def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
+        """One score for each group (vector of ``grouping.size``)."""
+        ...
+
+
+class Collector(Protocol):
+    """Gathers what a criterion needs from training, and hands it over in :attr:`Statistics.tensors`."""
+
+    def attach(self, model: nn.Module, grouping: Grouping) -> None:
+        """Begin to listen, with forward hooks where activations are needed."""
+
+    def detach(self) -> None:
+        """Take the hooks out again."""
+
+    def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:
+        """Once in every real optimizer step, after gradients have been reduced over ranks: read ``.grad``.
+
+        Args:
+            grouping: the groups as they are now.
+            scale: what the gradients are still multiplied with (a loss scale that is not yet divided out).
+        """
+
+    def agree(self) -> None:
+        """Share what each process has seen alone; a collective, called at events and before any other use of it.
+
+        What is read from gradients needs none of this: they have been averaged over the processes before.
+        """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has been gathered."""
+
+    def restrict(self, grouping: Grouping, keep_G: Tensor) -> None:
+        """Follow a removal of groups; ``grouping`` is what is left."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            CheckpointError: it is of other groups.
+        """
+
+
+def by_parts(criterion: Any) -> bool:
+    """Whether a criterion scores groups by sums over their weights alone, so that no layer has to be whole for it."""
+    base = getattr(criterion, "base", None)
+    return bool(getattr(criterion, "by_parts", base is not None and by_parts(base)))
+
+
+def scorable(grouping: Grouping, criterion: Any) -> Grouping:
+    """The groups as a criterion scores them: of sharded weights, whole ones where it needs them (a collective)."""
+    return grouping if by_parts(criterion) else grouping.gathered()
+
+
+def collector_of(criterion: Any) -> Collector | None:
+    """A new collector for a criterion (or for the one that it weighs), or None where it needs nothing of training."""
+    make = getattr(criterion, "collector", None)
+    if make is not None:
+        made: Collector = make()
+        return made
+    base = getattr(criterion, "base", None)
+    return None if base is None else collector_of(base)

@@ -1,0 +1,368 @@
+"""What a rule on channels wants to reach: MACs, parameters, peak memory, latency; several at once must all hold.
+
+Shape suffixes: ``_D`` groups of the dense model, ``_R`` groups of one rule, ``_A`` anchors.
+
+Costs are made when the first rule asks for them, while the model is still dense. Latency is predicted by a fitted cost
+and corrected by measuring, at every event, a copy of the model from which the masked channels are removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.allocation.knapsack import Goal
+from pruningawaretraining.allocation.policies import RANKED, Share, Task, allocation_of
+from pruningawaretraining.config.schema import Target
+from pruningawaretraining.costs.latency.layer_tables import layer_shapes
+from pruningawaretraining.costs.latency.meter import Meter, RuntimeMeter
+from pruningawaretraining.costs.latency.model import LatencyCost
+from pruningawaretraining.costs.macs import LinearCost
+from pruningawaretraining.costs.memory import MemoryCost, memory_cost
+from pruningawaretraining.costs.widths import LinearBySets, SetCost
+from pruningawaretraining.errors import ConfigError, TargetError
+from pruningawaretraining.masks.pruned_copy import bare_copy, pruned_copy
+from pruningawaretraining.models.calling import ForwardFn, device_of, tensors_of
+from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.registry import lookup
+from pruningawaretraining.runtimes.runtime import Model
+from pruningawaretraining.schedules import sparsity_at
+
+log = logging.getLogger(__name__)
+
+ANCHORS = (0.5, 0.25)  # widths of the copies that are measured at first, beside the dense model and one of mixed widths
+ROUNDED = 8
+TOLERANCE = 0.01  # a latency target holds when it is measured within this fraction
+UNUSED = 0.03  # of the budget that may be left when channels could still be given back
+ROUNDS = 4  # of allocating and measuring until it does
+MISSED = (
+    "%s: the target is missed: %.4g ms measured, %.4g ms asked for. Other work on the machine disturbs measurements: "
+    "compare once more with pat latency, or lower the target"
+)
+
+
+@dataclass(frozen=True)
+class LatencyReached:
+    """A prediction and the measurement after it.
+
+    Attributes:
+        predicted_ms: of the masked model's removed copy, before it was measured.
+        measured_ms: what it took.
+        dense_ms: what the dense model took.
+        budget_ms: the target, or None where the event had none yet.
+    """
+
+    predicted_ms: float
+    measured_ms: float
+    dense_ms: float
+    budget_ms: float | None = None
+
+
+class LatencyTarget:
+    """The latency of one model on one runtime: predicted for any mask, measured for some.
+
+    Args:
+        model: dense; it is copied.
+        found: its channels.
+        macs: its MACs.
+        inputs, forward_fn: how to run it.
+        meter: measures.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: ChannelGroups,
+        macs: LinearCost,
+        inputs: Any,
+        forward_fn: ForwardFn | None,
+        meter: Meter,
+    ) -> None:
+        if forward_fn is not None:
+            raise ConfigError(
+                "target.latency: a model that is called through a forward_fn cannot be handed to a runtime. Allowed: "
+                "example_inputs that the model takes itself"
+            )
+        self.meter, self.inputs = meter, meter.inputs(inputs)
+        dense = bare_copy(model)  # runs where the model does; copies wait on the CPU until the runtime takes them
+        shapes = layer_shapes(dense, self.inputs, macs.names)
+        dense.to("cpu")
+        self.cost = LatencyCost(found.grouping, macs, shapes, meter.tables(shapes))
+        keeps_A = _anchors(found)
+
+        def measure() -> list[float]:
+            copies = {str(n): (pruned_copy(model, found, keep, "cpu"), self.inputs) for n, keep in enumerate(keeps_A)}
+            return list(meter.milliseconds(copies).values())
+
+        ms_A = meter.remembered({"model": _signature(dense, self.inputs), "anchors": len(keeps_A)}, measure)
+        self.dense_ms = ms_A[0]
+        self.cost.anchor(keeps_A, ms_A)
+        self._dense: Model = meter.ready(dense, self.inputs)
+
+    def measure(self, keep_D: Tensor, copied: nn.Module, budget: float | None = None) -> LatencyReached:
+        """Measure a copy beside the dense model, and let predictions follow.
+
+        Args:
+            keep_D: its masks.
+            copied: the copy, without what is masked.
+            budget: what was aimed at.
+        """
+        predicted = self.cost(keep_D)
+        found = self.meter.milliseconds({"dense": (self._dense, self.inputs), "copy": (copied, self.inputs)})
+        measured = self.dense_ms * found["copy"] / found["dense"]  # on the scale of the first measurement
+        self.cost.correct(keep_D, measured)
+        log.info("latency: %.4g ms predicted, %.4g ms measured, dense %.4g ms", predicted, measured, self.dense_ms)
+        return LatencyReached(predicted, measured, self.dense_ms, budget)
+
+
+def _anchors(found: ChannelGroups) -> list[Tensor]:
+    """Masks of the copies that are measured at first: round widths, as pruned models should have."""
+    generator = torch.Generator().manual_seed(0)
+    grouping = found.grouping
+    keeps = [torch.ones(grouping.size, dtype=torch.bool) for _ in range(len(ANCHORS) + 2)]
+    for one in grouping.sets:
+        mixed = 0.2 + 0.8 * float(torch.rand(1, generator=generator))
+        for keep_D, fraction in zip(keeps[1:], (*ANCHORS, mixed), strict=True):
+            rounded = min(ROUNDED, max(one.size // 4, 1))
+            kept = max(round(one.size * fraction / rounded), 1) * rounded
+            keep_D[one.start + min(kept, one.size) : one.stop] = False
+    return keeps
+
+
+def _signature(model: nn.Module, inputs: Any) -> str:
+    """What decides how long a model takes: its structure and its inputs."""
+    shapes = [(name, list(one.shape), str(one.dtype)) for name, one in model.state_dict().items()]
+    given = [(list(one.shape), str(one.dtype)) for one in tensors_of(inputs)]
+    text = json.dumps([str(model), shapes, given])
+    return f"{type(model).__name__} {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+class Targets:
+    """The targets of every rule of one model, with the costs that they are about.
+
+    Args:
+        model: dense.
+        found: its channels.
+        macs, parameters: its costs.
+        inputs, forward_fn: how to run it.
+        meter: makes what measures for a target; by default on its runtime.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: ChannelGroups,
+        macs: LinearCost,
+        parameters: LinearCost,
+        inputs: Any,
+        forward_fn: ForwardFn | None = None,
+        meter: Callable[[Target], Meter] | None = None,
+    ) -> None:
+        self._model, self._found, self._inputs, self._forward_fn = model, found, inputs, forward_fn
+        self._linear = macs
+        self._costs: dict[str, SetCost] = {
+            "macs": LinearBySets(macs, found.grouping),
+            "parameters": LinearBySets(parameters, found.grouping),
+        }
+        self._latencies: dict[tuple[Any, ...], LatencyTarget] = {}
+        self._meter = meter or (lambda target: _runtime_meter(target, model))
+        self.set_ids_D = found.grouping.set_ids
+
+    def goals(self, share: Share) -> list[Goal]:
+        """What must hold for a rule besides its sparsity.
+
+        Raises:
+            ConfigError: a runtime that is not there.
+            ModelError: the runtime cannot run the model.
+        """
+        target, key = share.rule.target, f"{share.key}.target"
+        goals = [
+            Goal(f"{key}.{name}", self._cost(name), fraction * self._cost(name).dense)
+            for name, fraction in (("macs", target.macs), ("parameters", target.parameters))
+            if fraction is not None
+        ]
+        if target.peak_memory is not None:
+            memory = self._cost("peak_memory")
+            goals.append(Goal(f"{key}.peak_memory", memory, target.peak_memory * memory.dense))
+        if target.latency is not None or target.latency_ms is not None:
+            goals.append(self._latency_goal(share))
+        return goals
+
+    def _latency_goal(self, share: Share) -> Goal:
+        """The lower of a latency that is a fraction, and one in milliseconds."""
+        target, key, latency = share.rule.target, f"{share.key}.target", self._latency_of(share)
+        goals = []
+        if target.latency is not None:
+            asked = f"{target.latency:g} of the dense cost"
+            goals.append(Goal(f"{key}.latency", latency.cost, target.latency * latency.dense_ms, asked, "ms"))
+        if target.latency_ms is not None:
+            asked = f"{target.latency_ms:g} ms"
+            goals.append(Goal(f"{key}.latency_ms", latency.cost, target.latency_ms, asked, "ms"))
+        return min(goals, key=lambda goal: goal.budget)
+
+    def _latency_of(self, share: Share) -> LatencyTarget:
+        """The latency of a rule's target; what cannot be measured is said of the rule."""
+        try:
+            return self.latency(share.rule.target)
+        except ConfigError as error:
+            key, text = f"{share.key}.target", str(error)
+            if text.startswith("target."):
+                raise ConfigError(f"{share.key}.{text}") from error
+            raise ConfigError(f"{key}.runtime: {text.removeprefix('runtime: ')}") from error
+
+    def _cost(self, name: str) -> SetCost:
+        if name not in self._costs:
+            self._costs[name] = self._memory()
+        return self._costs[name]
+
+    def _memory(self) -> MemoryCost:
+        def without(keep_D: Tensor) -> nn.Module:
+            return pruned_copy(self._model, self._found, keep_D)
+
+        return memory_cost(self._found.grouping, without, self._inputs, self._forward_fn)
+
+    def latency(self, target: Target) -> LatencyTarget:
+        """The latency that a target is about; measured at the first call, while the model is dense."""
+        key = (target.runtime, target.batch, target.threads)
+        if key not in self._latencies:
+            found, inputs = self._found, self._inputs
+            made = LatencyTarget(self._model, found, self._linear, inputs, self._forward_fn, self._meter(target))
+            self._latencies[key] = made
+        return self._latencies[key]
+
+    def check(self, share: Share) -> None:
+        """Refuse goals that no mask within the limits reaches.
+
+        Raises:
+            TargetError: the message names the goal, and what is reachable.
+        """
+        goals = self.goals(share)
+        everything = torch.ones(len(self.set_ids_D), dtype=torch.bool)
+        scores_R = torch.zeros(share.grouping.size)
+        for goal in goals:
+            alone = Task(share, scores_R, everything, self.set_ids_D, [goal], self._costs_for(share))
+            alone.check()
+
+    def check_sharded(self, share: Share) -> None:
+        """Refuse what copies the model at events, once ``fully_shard`` has spread its parameters.
+
+        Raises:
+            ConfigError: a latency.
+        """
+        target = share.rule.target
+        for name in ("latency", "latency_ms"):
+            if getattr(target, name) is not None:
+                raise ConfigError(
+                    f"{share.key}.target.{name}: {getattr(target, name)} is measured on copies of the model, and "
+                    "fully_shard has spread its parameters. Allowed: macs, parameters, peak_memory or sparsity, or "
+                    "DistributedDataParallel"
+                )
+
+    def _costs_for(self, share: Share) -> Callable[[str], SetCost]:
+        def cost(name: str) -> SetCost:
+            return self._latency_of(share).cost if name == "latency" else self._cost(name)
+
+        return cost
+
+    def decide(
+        self,
+        share: Share,
+        scores_R: Tensor,
+        keep_D: Tensor,
+        progress: float,
+        copied: Callable[[Tensor], nn.Module],
+    ) -> tuple[Tensor, bool, LatencyReached | None]:
+        """The rule's next masks.
+
+        Args:
+            share: the rule.
+            scores_R: importance of its groups.
+            keep_D: what the model keeps now.
+            progress: how far its schedule has come; 1 at its last event.
+            copied: a copy of the model, as it is now, without the groups that a mask of all groups drops.
+
+        Returns:
+            Its masks, whether its target is met with them, and the latency where the target is about it.
+        """
+        rule, goals = share.rule, self.goals(share)
+        timed = next((goal for goal in goals if isinstance(goal.cost, LatencyCost)), None)
+        name = allocation_of(rule)
+        allocate: Callable[[Task], Tensor] = lookup("allocation", name)
+        at_least = rule.target.sparsity or 0.0
+        task = Task(share, scores_R, keep_D, self.set_ids_D, goals, self._costs_for(share), at_least)
+        if progress >= 1:
+            keep_R, met = allocate(task), True
+        elif name in RANKED:
+            keep_R, met = self._on_the_way(task, RANKED[name], progress, allocate)
+        else:
+            part = sparsity_at(rule.schedule, progress)
+            mild = [replace(one, budget=one.cost.dense + part * (one.budget - one.cost.dense)) for one in goals]
+            keep_R, met = allocate(replace(task, goals=mild, at_least=part * at_least)), False
+        if timed is None:
+            return keep_R, met, None
+        return self._measured(task, timed, keep_R, met, allocate, copied)
+
+    def _measured(
+        self,
+        task: Task,
+        timed: Goal,
+        keep_R: Tensor,
+        met: bool,
+        allocate: Callable[[Task], Tensor],
+        copied: Callable[[Tensor], nn.Module],
+    ) -> tuple[Tensor, bool, LatencyReached | None]:
+        """Measure the copy; at the last event choose anew with the corrected prediction, until the budget is used.
+
+        Of the masks that hold, those that use most of it are taken; where none does, the last, and that is said.
+        """
+        share = task.share
+        latency = self._latency_of(share)
+        best: tuple[Tensor, LatencyReached] | None = None
+        missed = ""
+        for turn in range(ROUNDS):
+            whole = task.keep_D.clone()
+            whole[share.groups_D] = keep_R
+            reached = latency.measure(whole, copied(whole), timed.budget)
+            if not met:
+                return keep_R, met, reached
+            if reached.measured_ms <= timed.budget * (1 + TOLERANCE):
+                best = max(best or (keep_R, reached), (keep_R, reached), key=lambda one: one[1].measured_ms)
+                if reached.measured_ms >= timed.budget * (1 - UNUSED):
+                    break
+            if turn + 1 == ROUNDS:
+                break
+            try:
+                again_R = allocate(task)
+            except TargetError as error:  # training goes on with what is there: a measurement decides no run
+                missed = f": {error}"
+                break
+            if torch.equal(again_R, keep_R):
+                break
+            keep_R = again_R
+        if best is not None:
+            return best[0], met, best[1]
+        log.warning(MISSED + "%s", timed.key, reached.measured_ms, timed.budget, missed)
+        return keep_R, met, reached
+
+    def _on_the_way(
+        self, task: Task, scope: str | None, progress: float, allocate: Callable[[Task], Tensor]
+    ) -> tuple[Tensor, bool]:
+        """The masks of an event that goes by sparsity; when they meet every goal, those that meet them just so."""
+        rule = task.share.rule
+        keep_R = task.allocator(scope).at(sparsity_at(rule.schedule, progress, 0.0, rule.final_sparsity))
+        whole = task.keep_D.clone()
+        whole[task.share.groups_D] = keep_R
+        if any(goal.cost(whole) > goal.budget for goal in task.goals):
+            return keep_R, False
+        return allocate(task), True
+
+
+def _runtime_meter(target: Target, model: nn.Module) -> Meter:
+    return RuntimeMeter(target.runtime, target.batch, target.threads, device=device_of(model))

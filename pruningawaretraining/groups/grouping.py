@@ -1,0 +1,296 @@
+"""A grouping labels weights: it says which of them live or die together.
+
+Shape suffixes: ``_G`` groups, ``_W`` the shape of a weight, ``_S`` slots (distinct label combinations of one member).
+
+Everything else of the library composes with :meth:`Grouping.reduce` and :meth:`Grouping.expand`: a group norm is
+``reduce(w**2).sqrt()``, a mask is ``w *= expand(keep)``, a proximal step is ``w *= expand(shrink)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining.distributed.fsdp import across, full_of, is_sharded, local_member, local_of
+from pruningawaretraining.groups.placed import placed
+
+ROLES = ("out", "in", "norm", "bias", "raw", "element", "buffer")
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One tensor's part in a grouping.
+
+    Args:
+        name: qualified name of the parameter or buffer in the model.
+        parameter: the tensor itself.
+        labels: one entry for each dimension of the tensor: an int64 vector as long as that dimension with labels in
+            ``[0, size]``, where ``size`` itself means "outside every group"; or None where the dimension does not
+            matter.
+        sizes: how many labels each dimension has (1 for None).
+        slots: int64 vector that maps the raveled labels to groups, the number of groups meaning "outside"; or None
+            when slot s simply is group ``offset + s``. It is as long as the product of ``sizes``: used for channels,
+            where that is small.
+        offset: the group of slot 0 when ``slots`` is None.
+        role: what the tensor is to the group: "out" and "in" weights of a layer, a "norm" weight, a "bias", a "raw"
+            parameter,
+            an "element" of an unstructured or block pattern, or a "buffer" such as a running mean.
+    """
+
+    name: str
+    parameter: Tensor
+    labels: tuple[Tensor | None, ...]
+    sizes: tuple[int, ...]
+    slots: Tensor | None = None
+    offset: int = 0
+    role: str = "element"
+
+    @classmethod
+    def along(cls, name: str, parameter: Tensor, dim: int, groups: Tensor, size: int, role: str = "element") -> Member:
+        """A member whose entries along one dimension belong to groups: ``groups`` has that dimension's length, with
+        values in ``[0, size]``, where ``size`` (the number of groups) means outside."""
+        dim = dim % parameter.dim()
+        labels: list[Tensor | None] = [None] * parameter.dim()
+        labels[dim] = torch.arange(parameter.shape[dim])
+        sizes = [1] * parameter.dim()
+        sizes[dim] = parameter.shape[dim]
+        return cls(name, parameter, tuple(labels), tuple(sizes), groups, 0, role)
+
+    @property
+    def n_slots(self) -> int:
+        return math.prod(self.sizes)
+
+    @cached_property
+    def identity(self) -> tuple[bool, ...]:
+        """For each dimension, whether its labels simply count 0, 1, 2 ... (nothing to gather)."""
+        return tuple(
+            label is not None and len(label) == size and bool((label.cpu() == torch.arange(size)).all())
+            for label, size in zip(self.labels, self.sizes, strict=True)
+        )
+
+    @cached_property
+    def has_outside(self) -> tuple[bool, ...]:
+        return tuple(
+            label is not None and len(label) > 0 and int(label.max()) >= size
+            for label, size in zip(self.labels, self.sizes, strict=True)
+        )
+
+    def to(self, device: torch.device) -> Member:
+        """The same member with its index vectors on ``device``."""
+        labels = tuple(None if label is None else label.to(device) for label in self.labels)
+        return replace(self, labels=labels, slots=None if self.slots is None else self.slots.to(device))
+
+    def slot_sums(self, values_W: Tensor) -> Tensor:
+        """Sum the entries of a tensor shaped like the member over each slot: vector of ``n_slots``."""
+        free = [dim for dim, label in enumerate(self.labels) if label is None]
+        sums = values_W.sum(dim=free, keepdim=True) if free else values_W
+        for dim, label in enumerate(self.labels):
+            if label is None or self.identity[dim]:
+                continue
+            shape = list(sums.shape)
+            shape[dim] = self.sizes[dim] + 1
+            here = placed(label, sums.device)
+            sums = sums.new_zeros(shape).index_add_(dim, here, sums).narrow(dim, 0, self.sizes[dim])
+        return sums.reshape(-1)
+
+    def spread(self, slots_S: Tensor, outside: float) -> Tensor:
+        """The adjoint of :meth:`slot_sums`: a tensor that broadcasts to the member's shape."""
+        spread = slots_S.reshape(self.sizes)
+        for dim, label in enumerate(self.labels):
+            if label is None or self.identity[dim]:
+                continue
+            if self.has_outside[dim]:
+                shape = list(spread.shape)
+                shape[dim] = 1
+                spread = torch.cat([spread, spread.new_full(shape, outside)], dim)
+            spread = spread.index_select(dim, placed(label, spread.device))
+        return spread
+
+
+@dataclass(frozen=True)
+class GroupSet:
+    """A run of groups that are ranked, capped and counted together: a layer, or the channels of coupled layers.
+
+    Args:
+        name: the layer that stands for the set.
+        start, stop: the set's groups are ``start .. stop - 1``.
+        width: how many channels one group stands for (more than 1 where groups of a grouped convolution are tied).
+        signature: sets with equal signatures have the same topology (isomorphic ranking).
+        layers: names of the layers that belong to the set, the source first.
+    """
+
+    name: str
+    start: int
+    stop: int
+    width: int = 1
+    signature: str = ""
+    layers: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """``size`` groups over one or more tensors; see the module's docstring.
+
+    Args:
+        name: the pattern that made it.
+        members: the tensors and their labels; a tensor may appear more than once (out and in channels).
+        sets: consecutive runs of groups that cover ``0 .. size - 1``.
+        skipped: layers that were selected and have no group, each with the reason.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    sets: tuple[GroupSet, ...]
+    skipped: tuple[str, ...] = ()
+    _cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def size(self) -> int:
+        return self.sets[-1].stop if self.sets else 0
+
+    @cached_property
+    def set_sizes(self) -> Tensor:
+        """Groups in each set, int64."""
+        return torch.tensor([group_set.size for group_set in self.sets], dtype=torch.int64)
+
+    @cached_property
+    def set_ids(self) -> Tensor:
+        """For each group, the index of its set, int64."""
+        return torch.repeat_interleave(torch.arange(len(self.sets)), self.set_sizes)
+
+    def of_role(self, *roles: str) -> Grouping:
+        """The same groups over only the members of the given roles."""
+        return replace(self, members=tuple(member for member in self.members if member.role in roles), _cache={})
+
+    def without_role(self, *roles: str) -> Grouping:
+        """The same groups over the members of every other role."""
+        return replace(self, members=tuple(member for member in self.members if member.role not in roles), _cache={})
+
+    def without_tensors(self, names: Collection[str]) -> Grouping:
+        """The same groups over the members of every other tensor."""
+        members = tuple(member for member in self.members if member.name not in names)
+        return replace(self, members=members, _cache={}) if names else self
+
+    def select_sets(self, numbers: Sequence[int]) -> Grouping:
+        """The groups of some sets alone, renumbered in the order of ``numbers``; members index channels by slots."""
+        chosen = [self.sets[number] for number in numbers]
+        size = sum(one.size for one in chosen)
+        renumbered = torch.full((self.size + 1,), size, dtype=torch.int64)
+        sets, start = [], 0
+        for one in chosen:
+            renumbered[one.start : one.stop] = torch.arange(start, start + one.size)
+            sets.append(replace(one, start=start, stop=start + one.size))
+            start += one.size
+        members = []
+        for member in self.members:
+            if member.slots is None:
+                raise ValueError(f"{member.name}: only members with slots can be renumbered")
+            slots = renumbered[member.slots.cpu()]
+            if bool((slots < size).any()):
+                members.append(replace(member, slots=slots))
+        return Grouping(self.name, tuple(members), tuple(sets))
+
+    def to(self, device: torch.device | str) -> Grouping:
+        """The same grouping with its index vectors on ``device``."""
+        where = torch.device(device)
+        return replace(self, members=tuple(member.to(where) for member in self.members), _cache={})
+
+    def reduce(self, values: Iterable[Tensor]) -> Tensor:
+        """Sum element values over each group.
+
+        Args:
+            values: one tensor for each member, in order, shaped like the member's tensor.
+
+        Returns:
+            Vector of ``size`` sums; elements outside every group are left out.
+        """
+        total_G: Tensor | None = None
+        part_G: Tensor | None = None  # of what lies on this process
+        for member, values_W in zip(self.members, values, strict=True):
+            if is_sharded(values_W):
+                sums_S = local_member(member).slot_sums(local_of(values_W))
+                part_G = sums_S.new_zeros(self.size + 1) if part_G is None else part_G
+                _add_slots(part_G, member, sums_S)
+                continue
+            sums_S = member.slot_sums(values_W)
+            if total_G is None:
+                total_G = sums_S.new_zeros(self.size + 1)
+            _add_slots(total_G, member, sums_S)
+        if part_G is not None:
+            part_G = across(part_G, (member.parameter for member in self.members))
+            total_G = part_G if total_G is None else total_G + part_G
+        return torch.zeros(self.size) if total_G is None else total_G[:-1]
+
+    def reduce_of(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``reduce`` of a function of each member's tensor, evaluated once for each distinct tensor."""
+        known: dict[int, Tensor] = {}
+        for member in self.members:
+            if id(member.parameter) not in known:
+                known[id(member.parameter)] = function(member.parameter.detach())
+        return self.reduce(known[id(member.parameter)] for member in self.members)
+
+    def gathered(self) -> Grouping:
+        """The same groups over whole tensors where processes hold parts of them: a collective, a copy of them all."""
+        whole = {id(one.parameter): full_of(one.parameter) for one in self.members if is_sharded(one.parameter)}
+        if not whole:
+            return self
+        members = tuple(replace(one, parameter=whole.get(id(one.parameter), one.parameter)) for one in self.members)
+        return replace(self, members=members, _cache={})
+
+    def expand(self, values_G: Tensor, outside: float = 0.0) -> list[tuple[Member, Tensor]]:
+        """The adjoint of :meth:`reduce`: every member with a tensor that broadcasts to its shape.
+
+        Args:
+            values_G: one value for each group.
+            outside: the value of elements that are in no group (1 for masks, 0 for penalties).
+        """
+        padded = torch.cat([values_G, values_G.new_full((1,), outside)])
+        out = []
+        for member in self.members:
+            if member.slots is None:
+                slots_S = values_G[member.offset : member.offset + member.n_slots]
+            else:
+                slots_S = padded[placed(member.slots, padded.device)]
+            out.append((member, member.spread(slots_S, outside)))
+        return out
+
+    def counts(self) -> Tensor:
+        """How many elements (over all members) each group has."""
+        if "counts" not in self._cache:
+            ones = (torch.ones((), dtype=torch.float64).expand(member.parameter.shape) for member in self.members)
+            self._cache["counts"] = self.reduce(ones).long()
+        return self._cache["counts"]
+
+
+def _add_slots(total_G1: Tensor, member: Member, sums_S: Tensor) -> None:
+    """Add a member's sums to those of its groups."""
+    if member.slots is None:
+        total_G1[member.offset : member.offset + member.n_slots].add_(sums_S)
+    else:
+        total_G1.index_add_(0, placed(member.slots, sums_S.device), sums_S)
+
+
+def concat(groupings: Sequence[Grouping], name: str | None = None) -> Grouping:
+    """One grouping of all the groups of several, in order."""
+    total = sum(grouping.size for grouping in groupings)
+    members: list[Member] = []
+    sets: list[GroupSet] = []
+    start = 0
+    for grouping in groupings:
+        for member in grouping.members:
+            slots = member.slots
+            if slots is not None:
+                slots = torch.where(slots >= grouping.size, total, slots + start)
+            members.append(replace(member, slots=slots, offset=member.offset + start))
+        sets.extend(replace(one, start=one.start + start, stop=one.stop + start) for one in grouping.sets)
+        start += grouping.size
+    return Grouping(name or (groupings[0].name if groupings else ""), tuple(members), tuple(sets))

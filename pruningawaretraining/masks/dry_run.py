@@ -1,0 +1,241 @@
+"""A removal rehearsed before any training is spent on it: sets that cannot lose channels are left out, with the reason.
+
+Shape suffixes: ``_G`` groups.
+
+Models write widths into their code (a view, a constant that is added, attention heads). What a trace cannot see shows
+when a channel of every set is gone, or half of them, and the model runs on its example inputs; then all is put back.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.errors import ModelError
+from pruningawaretraining.groups.grouping import Member
+from pruningawaretraining.masks.masks import Masks
+from pruningawaretraining.masks.removal import remove
+from pruningawaretraining.models.calling import ForwardFn, outputs_of
+from pruningawaretraining.models.comparison import Comparison, Outputs
+from pruningawaretraining.models.fake_quant import resting
+from pruningawaretraining.patterns.channel import ChannelGroups, find_channels
+from pruningawaretraining.patterns.dependency import TRACE_LIMIT
+from pruningawaretraining.patterns.depth import find_blocks
+from pruningawaretraining.patterns.head import is_of_heads
+
+log = logging.getLogger(__name__)
+
+
+MISREAD = "removed, some of it would leave another model than masked: an operation that is not understood"
+
+Left = Callable[[int, int], int]
+"""(number of a set, its size) -> how many of its groups stay."""
+
+
+def _all_but_one(number: int, size: int) -> int:
+    return size - 1
+
+
+def _a_part(number: int, size: int) -> int:
+    """About half, and another part of every set: sets whose widths have to be equal show that."""
+    return math.ceil(size * (0.35 + 0.3 * (number * 0.618034 % 1)))
+
+
+@contextmanager
+def _masked(model: nn.Module, found: ChannelGroups, keep_G: Tensor) -> Iterator[None]:
+    """The groups that go are masked inside the block."""
+    saved = {
+        id(member.parameter): (member.parameter, member.parameter.detach().clone()) for member in _losing(found, keep_G)
+    }
+    masks = Masks(model, found.grouping, found.norms, blocks=found.blocks)
+    masks.set(keep_G)
+    try:
+        yield
+    finally:
+        masks.clear()
+        with torch.no_grad():
+            for tensor, values in saved.values():
+                tensor.copy_(values)
+
+
+def _losing(found: ChannelGroups, keep_G: Tensor) -> Iterator[Member]:
+    """The tensors that masks would change."""
+    keep_G1 = torch.cat([keep_G, torch.ones(1, dtype=torch.bool)])
+    for member in found.grouping.without_role("buffer").members:
+        if member.slots is not None and not bool(keep_G1[member.slots.cpu()].all()):
+            yield member
+
+
+class _Rehearsal:
+    def __init__(
+        self,
+        model: nn.Module,
+        found: ChannelGroups,
+        inputs: Any,
+        forward_fn: ForwardFn | None,
+        multiples: Mapping[str, int],
+    ) -> None:
+        self.model, self.found, self.inputs, self.forward_fn = model, found, inputs, forward_fn
+        self.comparison = Comparison(model, inputs, forward_fn)
+        self.multiples = multiples
+        self.reasons: dict[int, str] = {}
+
+    def problem_without(self, keep_G: Tensor) -> str:
+        """Why the model cannot do with these groups alone; "" if it can."""
+        outputs = self._without(keep_G, self.comparison.outputs)
+        return outputs if isinstance(outputs, str) else self._misread(keep_G, outputs)
+
+    def problem(self, numbers: Sequence[int]) -> str:
+        """Why the model cannot do without a channel of each of these sets, or about half of them; "" if it can."""
+        ran = self._without(self._keep(numbers, _all_but_one), self._run)
+        if isinstance(ran, str):
+            return ran
+        return self.problem_without(self._keep(numbers, _a_part))
+
+    def _keep(self, numbers: Sequence[int], left: Left) -> Tensor:
+        keep_G = torch.ones(self.found.grouping.size, dtype=torch.bool)
+        for number in numbers:
+            one = self.found.grouping.sets[number]
+            multiple = max(1, self.multiples.get(one.name, 1) // one.width)
+            kept = max(left(number, one.size) // multiple, 1) * multiple
+            keep_G[one.start : max(one.stop - kept, one.start)] = False
+        return keep_G
+
+    def _without(self, keep_G: Tensor, run: Callable[[], Outputs]) -> Outputs | str:
+        """What the model computes without some groups, or why it does not run."""
+        if bool(keep_G.all()):
+            return Outputs([], exact=True)
+        try:
+            surgery = remove(self.model, self.found, keep_G)
+        except ModelError as error:  # a layer would lose all: it reads but a part of what it is coupled to
+            return str(error)
+        try:
+            return run()
+        except ModelError as error:
+            lines = str(error.__cause__ or error).strip().splitlines()
+            return lines[0] if lines else type(error.__cause__ or error).__name__
+        finally:
+            surgery.undo()
+
+    def _run(self) -> Outputs:
+        """What the model computes as users run it, in its own dtype."""
+        with resting(self.model):
+            return Outputs(outputs_of(self.model, self.inputs, self.forward_fn), exact=False)
+
+    def _misread(self, keep_G: Tensor, removed: Outputs) -> str:
+        """Why groups are not what they are thought to be: removed, they leave another model than masked; "" if not."""
+        if all(one.is_meta for one in removed.tensors):
+            return ""
+        with _masked(self.model, self.found, keep_G):
+            return MISREAD if self.comparison.verdict(self.comparison.outputs(), removed).difference else ""
+
+    def able(self, numbers: Sequence[int]) -> list[int]:
+        """The sets that can lose channels, together: halves are tried until the others are found."""
+        problem = self.problem(numbers)
+        if not problem:
+            return list(numbers)
+        if len(numbers) == 1:
+            self.reasons[numbers[0]] = problem
+            return []
+        middle = len(numbers) // 2
+        left, right = self.able(numbers[:middle]), self.able(numbers[middle:])
+        if len(left) + len(right) < len(numbers) and not self.problem([*left, *right]):
+            return [*left, *right]
+        for number in right:
+            problem = self.problem([*left, number])
+            if problem:
+                self.reasons[number] = problem
+            else:
+                left.append(number)
+        return left
+
+
+def removable_channels(
+    model: nn.Module,
+    inputs: Any,
+    chosen: set[str],
+    forward_fn: ForwardFn | None = None,
+    multiples: Mapping[str, int] | None = None,
+    units: Mapping[str, str] | None = None,
+    limit: float = TRACE_LIMIT,
+) -> ChannelGroups:
+    """The channels whose removal the model survives; each set that is left out is a warning with the reason.
+
+    Args:
+        model: the model; it is as before afterwards.
+        inputs, forward_fn: how to run it.
+        chosen: the layers that may lose output channels.
+        multiples: set -> what the number of its channels stays a multiple of.
+        units, limit: see :func:`pruningawaretraining.patterns.channel.find_channels`.
+
+    Raises:
+        ModelError: the inputs are rejected, or nothing can be removed.
+    """
+    found = find_channels(model, inputs, chosen, forward_fn, units, limit)
+    rehearsal = _Rehearsal(model, found, inputs, forward_fn, multiples or {})
+    if len(rehearsal.able(range(len(found.grouping.sets)))) == len(found.grouping.sets):
+        return found
+    reasons = {number: _why(found, number, reason) for number, reason in sorted(rehearsal.reasons.items())}
+    left = found.without(reasons)
+    for number, reason in reasons.items():
+        log.warning("%s stays as it is: %s", found.grouping.sets[number].name, reason)
+    if left.grouping.size == 0:
+        shown = "; ".join(f"{name}: {reason}" for name, reason in list(left.skipped.items())[:4])
+        raise ModelError(f"model: {type(model).__name__} has no prunable channel group. {shown}")
+    return left
+
+
+def removable_blocks(
+    model: nn.Module, inputs: Any, chosen: set[str], forward_fn: ForwardFn | None = None
+) -> ChannelGroups:
+    """The residual blocks that the model can do without; each that has to stay is a warning with the reason.
+
+    Args:
+        model: the model; it is as before afterwards.
+        inputs, forward_fn: how to run it.
+        chosen: the blocks that may go.
+
+    Raises:
+        ModelError: the inputs are rejected, or no block can go.
+    """
+    found = find_blocks(model, inputs, chosen, forward_fn)
+    reasons = _needed(_Rehearsal(model, found, inputs, forward_fn, {}), list(found.blocks))
+    for name, reason in reasons.items():
+        log.warning("%s stays: %s", name, reason)
+    if len(reasons) == len(found.blocks):
+        shown = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4])
+        raise ModelError(f"model: {type(model).__name__} has no residual block that could go. {shown}")
+    if reasons:
+        left = find_blocks(model, inputs, set(found.blocks) - reasons.keys(), forward_fn)
+        found = replace(left, skipped={**found.skipped, **reasons})
+    if found.grouping.size == 1:
+        name = found.grouping.sets[0].name
+        log.warning("%s stays: of the residual blocks that were selected it alone could go, and one stays", name)
+    return found
+
+
+def _needed(rehearsal: _Rehearsal, names: Sequence[str]) -> dict[str, str]:
+    """Block -> why the model cannot do without it; found out one by one where the model cannot do with the ends."""
+    one_by_one = ~torch.eye(len(names), dtype=torch.bool)
+    if not any(rehearsal.problem_without(~one_by_one[end]) for end in (0, -1)):
+        return {}
+    problems = {name: rehearsal.problem_without(keep_G) for name, keep_G in zip(names, one_by_one, strict=True)}
+    return {
+        name: reason if reason == MISREAD else f"without it the model does not run ({reason})"
+        for name, reason in problems.items()
+        if reason
+    }
+
+
+def _why(found: ChannelGroups, number: int, reason: str) -> str:
+    if reason == MISREAD:
+        return reason
+    kind = "heads" if is_of_heads(found.grouping.sets[number]) else "channels"
+    return f"without some of its {kind} the model does not run ({reason})"

@@ -1,0 +1,212 @@
+"""Physical removal: slice every tensor that a group owns, take out blocks, and let optimizers and averages follow.
+
+Shape suffixes: ``_G`` groups, ``_D`` entries of one dimension.
+
+New tensors are all made before the first one is put in place, and every change can be undone, so a failure leaves the
+model, its optimizers and its averages as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.errors import ModelError
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.models.exported_graph import ExportedGraph
+from pruningawaretraining.models.fake_quant import follow_weights
+from pruningawaretraining.models.optimizer_state import follow
+from pruningawaretraining.models.pruned_attention import Kept, shrink_heads
+from pruningawaretraining.models.skipped_blocks import remove_blocks
+from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor, successor
+from pruningawaretraining.patterns.attention import is_transposed_linear
+from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.patterns.head import Heads
+
+
+def kept_indices(grouping: Grouping, keep_G: Tensor, gone: Container[str] = ()) -> dict[str, Keep]:
+    """For every tensor that loses something: dimension -> indices that stay (int64, ascending).
+
+    Args:
+        grouping: groups whose members each index one dimension.
+        keep_G: True for groups that stay.
+        gone: tensors that go as a whole, with the block that has them.
+
+    Raises:
+        ModelError: nothing would be left of a tensor.
+    """
+    keep_G1 = torch.cat([keep_G.cpu().bool(), torch.ones(1, dtype=torch.bool)])
+    masks: dict[str, dict[int, Tensor]] = {}
+    for member in grouping.members:
+        if member.name in gone:
+            continue
+        dim = next(index for index, label in enumerate(member.labels) if label is not None)
+        assert member.slots is not None
+        keep_D = keep_G1[member.slots.cpu()]
+        known = masks.setdefault(member.name, {})
+        known[dim] = known[dim] & keep_D if dim in known else keep_D
+    kept: dict[str, Keep] = {}
+    for name, by_dim in masks.items():
+        for dim, keep_D in by_dim.items():
+            if not bool(keep_D.any()):
+                raise ModelError(f"{name}: removal would leave no channel in dimension {dim}")
+            if not bool(keep_D.all()):
+                kept.setdefault(name, {})[dim] = torch.nonzero(keep_D).flatten()
+    return kept
+
+
+@torch.no_grad()
+def remove(
+    model: nn.Module,
+    found: ChannelGroups,
+    keep_G: Tensor,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    followers: Iterable[nn.Module] = (),
+    graphs: Iterable[ExportedGraph] = (),
+) -> Surgery:
+    """Remove the groups that are not kept from a model, physically.
+
+    Args:
+        model: changed in place: its parameters and buffers are replaced by sliced ones, widths are updated.
+        found: the model's channel groups, and its heads.
+        keep_G: True for groups that stay.
+        optimizers: their parameters are exchanged, their state sliced as the parameter was.
+        followers: moving averages or other copies of the model, sliced likewise (``AveragedModel`` included).
+        graphs: exported from the model; they get its new parameters, and their fake quantizers follow.
+
+    Returns:
+        The changes made, which can still be undone.
+
+    Raises:
+        ModelError: nothing would be left of a layer, or a follower is no copy of the model.
+    """
+    blocks = {name: one for name, one in found.blocks.items() if not bool(keep_G[one.group])}
+    prefixes = tuple(f"{name}." for name in blocks)
+    gone = {member.name for member in found.grouping.members if member.name.startswith(prefixes)}
+    kept = kept_indices(found.grouping, keep_G, gone)
+    bare = _bare_norm_widths(model, found.norms, keep_G)
+    heads = _kept_heads(found.heads, keep_G)
+    surgery = Surgery()
+    try:
+        exchanged = _slice_module(model, kept, bare, surgery)
+        shrink_heads(model, heads, surgery)
+        lost = remove_blocks(model, blocks, surgery)
+        for follower in followers:
+            inner = _inner(follower, kept.keys() | gone)
+            _slice_module(inner, kept, bare, surgery)
+            shrink_heads(inner, heads, surgery)
+            remove_blocks(inner, blocks, surgery)
+        for graph in graphs:
+            graph.slice(model, kept, surgery)
+        for optimizer in optimizers:
+            follow(optimizer, exchanged, surgery, lost)
+    except BaseException:
+        surgery.undo()
+        raise
+    return surgery
+
+
+def _bare_norm_widths(model: nn.Module, norms: Mapping[str, Tensor], keep_G: Tensor) -> dict[str, int]:
+    keep_G1 = torch.cat([keep_G.cpu().bool(), torch.ones(1, dtype=torch.bool)])
+    modules = dict(model.named_modules())
+    return {
+        name: int(keep_G1[groups.cpu()].sum())
+        for name, groups in norms.items()
+        if getattr(modules[name], "weight", None) is None
+    }
+
+
+def _kept_heads(heads: Mapping[str, Heads], keep_G: Tensor) -> dict[str, Kept]:
+    """Block -> what is left of its attributes, for blocks that lose heads."""
+    keep_G1 = torch.cat([keep_G.cpu().bool(), torch.ones(1, dtype=torch.bool)])
+    counts = {name: (int(keep_G1[one.groups_H.cpu()].sum()), len(one.groups_H)) for name, one in heads.items()}
+    return {name: Kept(*counts[name], heads[name].attributes) for name in heads if counts[name][0] < counts[name][1]}
+
+
+def _inner(follower: nn.Module, touched: Collection[str]) -> nn.Module:
+    """The module inside a follower that has the model's tensors under the model's names."""
+    for candidate in (follower, getattr(follower, "module", None), getattr(follower, "ema", None)):
+        if isinstance(candidate, nn.Module):
+            names = {name for name, _ in candidate.named_parameters()} | {name for name, _ in candidate.named_buffers()}
+            if names.issuperset(touched):
+                return candidate
+    one = next(iter(touched))
+    raise ModelError(f"ema: {type(follower).__name__} holds no copy of the model; {one} is missing in it")
+
+
+def _slice_module(
+    model: nn.Module, kept: dict[str, Keep], bare: dict[str, int], surgery: Surgery
+) -> dict[Tensor, tuple[nn.Parameter, Keep]]:
+    """Put sliced tensors in place and update widths; returns old parameter -> (new parameter, what was kept)."""
+    owners = dict(model.named_modules())
+    exchanged: dict[Tensor, tuple[nn.Parameter, Keep]] = {}
+    new_tensors: list[tuple[nn.Module, str, Tensor]] = []
+    for name, keep in kept.items():
+        owner_name, _, attribute = name.rpartition(".")
+        owner = owners[owner_name]
+        old = getattr(owner, attribute)
+        new = slice_tensor(old.detach(), keep)
+        if isinstance(old, nn.Parameter):
+            parameter = successor(old, new)
+            if old.grad is not None:
+                parameter.grad = slice_tensor(old.grad, keep)
+            exchanged[old] = (parameter, keep)
+            new = parameter
+        new_tensors.append((owner, attribute, new))
+    for owner, attribute, new in new_tensors:
+        surgery.set_attribute(owner, attribute, new)
+    touched = {id(owner): owner for owner, _, _ in new_tensors}
+    for owner in touched.values():
+        _update_widths(owner, surgery)
+    for name, width in bare.items():
+        _set_norm_width(owners[name], width, surgery)
+    exchanged.update(follow_weights(model, kept, surgery))
+    return exchanged
+
+
+def _update_widths(module: nn.Module, surgery: Surgery) -> None:
+    """Make a layer's integer attributes agree with its tensors."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        _update_conv(module, surgery)
+    elif isinstance(module, nn.Linear):
+        surgery.set_attribute(module, "out_features", module.weight.shape[0])
+        surgery.set_attribute(module, "in_features", module.weight.shape[1])
+    elif is_transposed_linear(module):
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        surgery.set_attribute(module, "nf", weight.shape[1])
+        if hasattr(module, "nx"):
+            surgery.set_attribute(module, "nx", weight.shape[0])
+    elif isinstance(module, nn.Embedding):
+        surgery.set_attribute(module, "embedding_dim", module.weight.shape[1])
+    elif isinstance(module, nn.PReLU):
+        surgery.set_attribute(module, "num_parameters", module.weight.shape[0])
+    else:
+        tensors = (getattr(module, "weight", None), getattr(module, "running_mean", None))
+        for tensor in tensors:
+            if tensor is not None:
+                _set_norm_width(module, tensor.shape[0], surgery)
+                return
+
+
+def _set_norm_width(module: nn.Module, width: int, surgery: Surgery) -> None:
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or hasattr(module, "normalized_shape"):
+        surgery.set_attribute(module, "normalized_shape", (width,))
+    elif isinstance(module, nn.GroupNorm):
+        surgery.set_attribute(module, "num_channels", width)
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        surgery.set_attribute(module, "num_features", width)
+
+
+def _update_conv(module: nn.modules.conv._ConvNd, surgery: Surgery) -> None:
+    first, second = module.weight.shape[:2]
+    groups = module.groups
+    depthwise = groups == module.in_channels and second == (module.out_channels // groups if module.transposed else 1)
+    if depthwise and groups > 1:
+        multiplier = module.out_channels // module.in_channels
+        groups = first if module.transposed else first // multiplier
+    surgery.set_attribute(module, "groups", groups)
+    inputs, outputs = (first, second * groups) if module.transposed else (second * groups, first)
+    surgery.set_attribute(module, "in_channels", inputs)
+    surgery.set_attribute(module, "out_channels", outputs)

@@ -1,0 +1,245 @@
+"""Example inputs in every form a user has them, and how a model is called with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.models.compiling import uncompiled
+
+ForwardFn = Callable[..., Any]
+
+
+def from_shapes(shape: Sequence[Any], container: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """Random inputs from a config's shapes.
+
+    Args:
+        shape: one shape ``[B, C, H, W]``, or a list of shapes.
+        container: for a list of shapes, "tuple" to pass the tensors as one tuple argument, "list" or None as one list.
+        dtype: dtype of the tensors.
+
+    Returns:
+        A tensor for one shape; a tuple of one argument (the list or tuple of tensors) for several.
+    """
+
+    def one(sizes: Sequence[int]) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        if dtype.is_floating_point:
+            return torch.randn(*sizes, generator=generator).to(dtype)
+        return torch.zeros(*sizes, dtype=dtype)
+
+    if not shape:
+        raise ConfigError("example_inputs.shape: [] is empty; give a shape such as [1, 3, 224, 224]")
+    if isinstance(shape[0], int):
+        return one(shape)
+    tensors = [one(sizes) for sizes in shape]
+    return (tuple(tensors),) if container == "tuple" else (tensors,)
+
+
+def move(inputs: Any, device: torch.device) -> Any:
+    """The same nest of tensors on ``device``."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: move(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):  # a named one
+        return type(inputs)(*(move(value, device) for value in inputs))
+    if isinstance(inputs, (list, tuple)):
+        return type(inputs)(move(value, device) for value in inputs)
+    if dataclasses.is_dataclass(inputs) and not isinstance(inputs, type) and any(True for _ in tensors_of(inputs)):
+        names = [item.name for item in dataclasses.fields(inputs) if item.init]
+        return dataclasses.replace(inputs, **{name: move(getattr(inputs, name), device) for name in names})
+    return inputs
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where a model computes: the device of all its parameters (of its buffers if it has none).
+
+    None for a model without tensors, and for one that is spread over several devices.
+    """
+    found = {_computed_on(one) for one in model.parameters()} or {one.device for one in model.buffers()}
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def _computed_on(weight: Tensor) -> torch.device:
+    """A weight that ``fully_shard`` keeps on the CPU is used on the device of its mesh."""
+    mesh = getattr(weight, "device_mesh", None)
+    return weight.device if mesh is None or mesh.device_type == weight.device.type else torch.device(mesh.device_type)
+
+
+def beside(model: nn.Module, inputs: Any) -> Any:
+    """Inputs on the device of the model that is to run on them; as they are for a model on none or several."""
+    device = device_of(model)
+    if device is None or all(one.device == device for one in tensors_of(inputs)):
+        return inputs
+    return move(inputs, device)
+
+
+def call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> Any:
+    """Call a model on example inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+    Inputs go to the model's device first: a copy of a model, or one that has been moved, may be on another than they.
+
+    Args:
+        model: the module.
+        inputs: see above.
+        forward_fn: None; a bound ``model.forward``; or a function of ``(model, inputs)`` or of ``(inputs)`` alone.
+    """
+    with uncompiled():
+        return call_as_is(model, beside(model, inputs), forward_fn)
+
+
+def call_as_is(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> Any:
+    """:func:`call`, compiled code included, on inputs that are where the model is."""
+    if forward_fn is not None and getattr(forward_fn, "__self__", None) is None:
+        return forward_fn(model, inputs) if _takes_two(forward_fn) else forward_fn(inputs)
+    target: Callable[..., Any] = model
+    if forward_fn is not None and getattr(forward_fn, "__self__", None) is not model:
+        target = forward_fn
+    if isinstance(inputs, Mapping):
+        return target(**inputs)
+    return target(*inputs) if isinstance(inputs, tuple) else target(inputs)
+
+
+def _takes_two(function: ForwardFn) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    required = [
+        one
+        for one in parameters
+        if one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    ]
+    return len(required) >= 2 or any(one.kind == one.VAR_POSITIONAL for one in parameters)
+
+
+def tensors_of(nest: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples, mappings and dataclasses, in order; anything else is passed over."""
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, Mapping):
+        for value in nest.values():
+            yield from tensors_of(value)
+    elif isinstance(nest, (list, tuple)):
+        for value in nest:
+            yield from tensors_of(value)
+    elif dataclasses.is_dataclass(nest) and not isinstance(nest, type):
+        for item in dataclasses.fields(nest):
+            yield from tensors_of(getattr(nest, item.name))
+
+
+def shown(value: Any) -> str:
+    """What a value is, for messages."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, for messages; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def float_tensors_of(nest: Any) -> list[Tensor]:
+    """The floating point tensors of :func:`tensors_of`."""
+    return [tensor for tensor in tensors_of(nest) if tensor.is_floating_point()]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside the block; every submodule's own mode is restored after it.
+
+    ``eval()`` is not called: exported graphs refuse it, and what a user's own ``train`` does besides is not undone by
+    restoring the modes.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Without the autocast of a surrounding block, whose copies of weights would outlive a change of the weights."""
+    device = next((one.device.type for one in model.parameters()), "cpu")
+    if not torch.amp.autocast_mode.is_autocast_available(device):
+        yield
+        return
+    with torch.autocast(device, enabled=False):
+        yield
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Every floating point parameter requires a gradient inside the block, so that frozen layers are traced too."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    floating = [parameter for parameter in frozen if parameter.is_floating_point()]
+    try:
+        for parameter in floating:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in floating:
+            parameter.requires_grad_(False)
+
+
+def outputs_of(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> list[Tensor]:
+    """The floating point outputs of the model in eval mode without gradients.
+
+    Raises:
+        ModelError: the model rejects the inputs; the message names their shapes.
+    """
+    with torch.no_grad(), evaluating(model):
+        return float_tensors_of(checked_call(model, inputs, forward_fn))
+
+
+_LOOKS = [0]
+REJECTED = (RuntimeError, TypeError, ValueError, IndexError, AssertionError, AttributeError, NotImplementedError)
+"""What models raise at inputs, or without a part, that they cannot do with."""
+
+
+@contextmanager
+def _looking() -> Iterator[None]:
+    _LOOKS[0] += 1
+    try:
+        yield
+    finally:
+        _LOOKS[0] -= 1
+
+
+def looking() -> bool:
+    """Whether the model runs only to be looked at (widths, MACs, a removal's check): nothing that listens counts it."""
+    return _LOOKS[0] > 0
+
+
+def checked_call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> Any:
+    """:func:`call`, with an error that names the shapes when the model rejects the inputs; see :func:`looking`."""
+    try:
+        with _looking():
+            return call(model, inputs, forward_fn)
+    except REJECTED as error:
+        shapes = [tuple(tensor.shape) for tensor in tensors_of(inputs)]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"example_inputs: {type(model).__name__} rejects inputs of shape {shapes}: {reason}. "
+            "Pass example_inputs= as a tensor, a tuple of positional inputs or a dict of keyword inputs, "
+            "or a forward_fn(model, inputs)"
+        ) from error
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside DataParallel, DistributedDataParallel or torch.compile."""
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = inner.module
+    return inner if inner is model else unwrap(inner)

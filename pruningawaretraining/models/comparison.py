@@ -1,0 +1,180 @@
+"""Whether two states of a model compute the same: what rounding does to the outputs is told from a misunderstanding.
+
+Masked and removed, a model is the same function, but not the same arithmetic: kernels are chosen by shape, GPUs compute
+float32 in TF32 or not, half precision rounds every layer, and activations near 1 may cancel to outputs of 1e-4. So no
+tolerance in the model's own dtype is both wide enough for rounding and narrow enough for a mistake. Instead:
+
+1. Both states are computed in float64 (:func:`~pruningawaretraining.models.precision.in_float64`), which knows no TF32 and
+   no autocast. Outputs that agree to ``EXACT`` of their largest value are the same. This is the ordinary case; it costs
+   one pass for each state, as a comparison in the own dtype would, and copies of the weights for as long as it runs.
+   (A first look in the own dtype would save little and could let a mistake through that is as small as rounding.)
+2. What cannot be computed in float64 (code that fixes its dtype, kernels that lack it, sharded or quantized weights, a
+   device without it, too little memory) is computed in the model's own dtype, without TF32 where that can be chosen.
+3. Where outputs differ, it is measured on the same model how far rounding moves them: every operation sees its operands
+   a little off (:class:`~pruningawaretraining.models.precision.Rounding`), for several seeds, and the model is run again as it
+   is. A difference within ``MARGIN`` of the largest of these is rounding. Where rounding moves the outputs by half of
+   their size, or they are not finite or all 0, they say nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.models.calling import REJECTED, ForwardFn, full_precision, outputs_of
+from pruningawaretraining.models.exported_graph import ExportedGraph
+from pruningawaretraining.models.fake_quant import resting
+from pruningawaretraining.models.precision import Rounding, in_float64, inputs_in_float64, strict_float32
+
+log = logging.getLogger(__name__)
+
+EXACT = 1e-12
+"""Difference in float64, as a fraction of the largest output, that needs no explanation."""
+MARGIN = 4.0
+"""How many times as far as they were seen to move outputs may be apart by rounding."""
+SEEDS = 3
+Within = AbstractContextManager[Any]
+_AS_IT_IS: Within = nullcontext()
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model computes.
+
+    Attributes:
+        tensors: its floating point outputs.
+        exact: whether they were computed in float64.
+    """
+
+    tensors: list[Tensor]
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How two states of a model compare.
+
+    Attributes:
+        difference: the largest, as a fraction of the largest output; 0 where rounding explains it.
+        informative: whether any output told something: finite, not all 0, and not moved about by rounding or chance.
+    """
+
+    difference: float
+    informative: bool
+
+
+class Comparison:
+    """Compares states of one model, and of graphs exported from it, on its example inputs.
+
+    The model runs in eval mode, without gradients, autocast and fake quantization; it, random generators and global
+    settings are as before after every call.
+
+    Args:
+        model: the model.
+        inputs, forward_fn: how to run it.
+        graphs: exported from the model; their outputs are compared too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        forward_fn: ForwardFn | None = None,
+        graphs: Sequence[ExportedGraph] = (),
+    ) -> None:
+        self.model, self.inputs, self.forward_fn, self.graphs = model, inputs, forward_fn, graphs
+        self.exact = True  # as far as is known
+
+    def outputs(self) -> Outputs:
+        """What the model computes as it is now, in float64 if it can.
+
+        Raises:
+            ModelError: it rejects the inputs.
+        """
+        with self._settings():
+            return self._outputs()
+
+    def verdict(self, expected: Outputs, actual: Outputs) -> Verdict:
+        """Compare two states, of which the model is in one now (either).
+
+        Raises:
+            ModelError: it rejects the inputs.
+        """
+        if len(expected.tensors) != len(actual.tensors):
+            return Verdict(float("inf"), True)
+        gaps = [gap_of(one, other) for one, other in zip(expected.tensors, actual.tensors, strict=True)]
+        allowed = EXACT if expected.exact and actual.exact else 0.0
+        informative = any(scale > 0 for _, scale in gaps)
+        if all(gap <= allowed * scale for gap, scale in gaps):
+            return Verdict(0.0, informative)
+        worst, informative = 0.0, False
+        for (gap, scale), moved in zip(gaps, self._movement(), strict=True):
+            limit = max(MARGIN * moved, allowed * scale)
+            mistaken = gap > limit
+            informative |= mistaken or limit < scale / 2
+            worst = max(worst, gap / max(scale, 1e-300)) if mistaken else worst
+        if not informative:
+            log.warning("the outputs on the example inputs move by chance or rounding alone: nothing can be compared")
+        return Verdict(worst, informative)
+
+    def _movement(self) -> list[float]:
+        """How far each output moves by rounding, and from one run to the next."""
+        with self._settings():
+            first = self._outputs().tensors
+            runs = [self._outputs().tensors]
+            for seed in range(SEEDS):
+                runs.append(self._outputs(Rounding(seed)).tensors)
+        return [max(gap_of(one, run[number])[0] for run in runs) for number, one in enumerate(first)]
+
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        """What holds for every run, and random generators that are as before afterwards."""
+        devices = {one.device for one in self.model.parameters() if one.device.type == "cuda"}
+        with torch.random.fork_rng(sorted(devices, key=str)), full_precision(self.model), resting(self.model):
+            yield
+
+    def _outputs(self, within: Within = _AS_IT_IS) -> Outputs:
+        if not self.exact:
+            return self._own(within)
+        try:
+            with in_float64([self.model, *(one.graph for one in self.graphs)]):
+                return Outputs(self._run(inputs_in_float64(self.inputs), within), True)
+        except REJECTED as error:
+            reason = str(error)
+        own = self._own(within)  # raises if it was not float64 that the model could not do
+        log.debug("compared in the model's own dtype, not in float64: %s", reason)
+        self.exact = False
+        return own
+
+    def _own(self, within: Within) -> Outputs:
+        with strict_float32():
+            return Outputs(self._run(self.inputs, within), False)
+
+    def _run(self, inputs: Any, within: Within) -> list[Tensor]:
+        with within:
+            found = outputs_of(self.model, inputs, self.forward_fn)
+            for graph in self.graphs:
+                found += graph.outputs(inputs, self.forward_fn)
+        return found
+
+
+def gap_of(expected: Tensor, actual: Tensor) -> tuple[float, float]:
+    """Largest absolute difference where ``expected`` is finite, and its largest value there.
+
+    Infinite where shapes differ, or where only ``expected`` is finite; outputs without values are (0, 0).
+    """
+    if expected.shape != actual.shape:
+        return float("inf"), 0.0
+    if expected.is_meta or not expected.numel():
+        return 0.0, 0.0
+    one, other = expected.detach().cpu().double(), actual.detach().cpu().double()
+    finite = torch.isfinite(one)
+    difference = torch.where(finite, (one - other).abs(), 0.0).nan_to_num(nan=float("inf"), posinf=float("inf"))
+    scale = torch.where(finite, one.abs(), 0.0)
+    return float(difference.max()), float(scale.max())

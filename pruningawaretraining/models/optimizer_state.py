@@ -1,0 +1,176 @@
+"""What an optimizer remembers of its parameters: sliced when they are, masked when they are, or cleared.
+
+Any state tensor of a parameter's shape is followed (momenta, second moments, their maxima), or of that shape with a
+dimension summed out (Adafactor), or all parameters in one row (LBFGS). State of any other shape is dropped with a
+warning: the optimizer then starts that parameter afresh.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.distributed.fsdp import local_of
+from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor
+
+log = logging.getLogger(__name__)
+
+Exchanged = Mapping[Tensor, tuple[nn.Parameter, Keep]]
+"""Old parameter -> the one in its place, and what was kept of it."""
+
+
+def follow(
+    optimizer: torch.optim.Optimizer, exchanged: Exchanged, surgery: Surgery, lost: Sequence[Tensor] = ()
+) -> None:
+    """Exchange an optimizer's parameters and slice its state.
+
+    Args:
+        optimizer: changed in place.
+        exchanged: what has been sliced.
+        surgery: remembers the changes.
+        lost: parameters that are gone with their block; they leave their groups, and their state goes.
+    """
+    gone = {id(one) for one in lost}
+    if isinstance(optimizer, torch.optim.LBFGS):
+        _slice_row(optimizer, exchanged, surgery, gone)
+    for group in optimizer.param_groups:
+        for index, old in enumerate(group["params"]):
+            if old in exchanged:
+                surgery.set_item(group["params"], index, exchanged[old][0])
+    for old, (new, keep) in exchanged.items():
+        if old in optimizer.state:
+            surgery.rename_key(optimizer.state, old, new, _sliced(optimizer, old, keep))
+    if gone:
+        _drop(optimizer, lost, gone, surgery)
+
+
+def _drop(optimizer: torch.optim.Optimizer, lost: Sequence[Tensor], gone: set[int], surgery: Surgery) -> None:
+    """Take parameters out of their groups, and their state away; a group may be empty afterwards."""
+    for group in optimizer.param_groups:
+        left = [one for one in group["params"] if id(one) not in gone]
+        if isinstance(optimizer, torch.optim.LBFGS) and left and group["params"][0] in optimizer.state:
+            first = group["params"][0]  # under which the state of all is kept
+            if id(first) in gone:
+                surgery.rename_key(optimizer.state, first, left[0], optimizer.state[first])
+        if len(left) < len(group["params"]):
+            surgery.set_item(group["params"], slice(None), left)
+    for parameter in lost:
+        if parameter in optimizer.state:
+            surgery.drop_key(optimizer.state, parameter)
+
+
+def _sliced(optimizer: torch.optim.Optimizer, old: Tensor, keep: Keep) -> dict[str, Any]:
+    state = optimizer.state[old]
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return dict(state)
+    try:
+        return {key: _slice_state(key, value, old, keep) for key, value in state.items()}
+    except _UnknownShape as error:
+        log.warning(
+            "%s: its state %s belongs to a parameter of shape %s in no known way; the parameter starts afresh",
+            type(optimizer).__name__, error, tuple(old.shape),
+        )  # fmt: skip
+        return {}
+
+
+class _UnknownShape(Exception):
+    """A state tensor that cannot be sliced."""
+
+
+def _slice_state(key: str, value: Any, parameter: Tensor, keep: Keep) -> Any:
+    """Slice one entry of a parameter's state: of its shape, or of its shape with one dimension summed out."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_slice_state(key, item, parameter, keep) for item in value)
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return value
+    shape = list(parameter.shape)
+    if list(value.shape) == shape:
+        return slice_tensor(value, keep)
+    if value.dim() == len(shape) and all(have in (1, want) for have, want in zip(value.shape, shape, strict=True)):
+        return slice_tensor(value, {dim: indices for dim, indices in keep.items() if value.shape[dim] > 1})
+    dropped = _summed_out(key, value, shape)
+    if dropped is None:
+        raise _UnknownShape(f"{key!r} of shape {tuple(value.shape)}")
+    return slice_tensor(value, {dim - (dim > dropped): indices for dim, indices in keep.items() if dim != dropped})
+
+
+def _summed_out(key: str, value: Tensor, shape: list[int]) -> int | None:
+    """The dimension that a factored second moment lacks; where sizes leave a choice, rows lack the last dimension and
+    columns the one before it, as in Shazeer and Stern 2018 and every implementation of it."""
+    fits = [dim for dim in range(len(shape)) if list(value.shape) == shape[:dim] + shape[dim + 1 :]]
+    usual = len(shape) - (2 if "col" in key else 1)
+    return usual if usual in fits else (fits[-1] if fits else None)
+
+
+def _slice_row(optimizer: torch.optim.LBFGS, exchanged: Exchanged, surgery: Surgery, gone: set[int]) -> None:
+    """LBFGS keeps its history as rows of all parameters."""
+    parameters: list[Tensor] = optimizer.param_groups[0]["params"]
+    total = sum(parameter.numel() for parameter in parameters)
+    parts, start = [], 0
+    for parameter in parameters:
+        places = torch.arange(start, start + parameter.numel()).view(parameter.shape)
+        keep = exchanged[parameter][1] if parameter in exchanged else {}
+        for dim, indices in keep.items():
+            places = places.index_select(dim, indices.to(places.device))
+        if id(parameter) not in gone:
+            parts.append(places.flatten())
+        start += parameter.numel()
+    kept = torch.cat(parts)
+
+    def sliced(value: Any) -> Any:
+        if isinstance(value, list):
+            return [sliced(item) for item in value]
+        return value[kept.to(value.device)] if isinstance(value, Tensor) and value.shape == (total,) else value
+
+    for parameter in list(optimizer.state):
+        state = {key: sliced(value) for key, value in optimizer.state[parameter].items()}
+        surgery.set_item(optimizer.state, parameter, state)
+    surgery.set_attribute(optimizer, "_numel_cache", None)
+
+
+@torch.no_grad()
+def mask_state(
+    optimizers: Iterable[torch.optim.Optimizer], parameters: Sequence[Tensor], factors: Sequence[Tensor]
+) -> None:
+    """Set what optimizers remember of masked weights to 0; factors broadcast to their parameter's shape, or to that of
+    this process's part of it."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            _mask_row(optimizer, parameters, factors)
+            continue
+        for parameter, factor in zip(parameters, factors, strict=True):
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    local_of(value).mul_(factor.to(value.device))
+
+
+def _mask_row(optimizer: torch.optim.LBFGS, parameters: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    factor_of = {id(parameter): factor for parameter, factor in zip(parameters, factors, strict=True)}
+    own: list[Tensor] = optimizer.param_groups[0]["params"]
+    whole = [factor_of.get(id(one), torch.ones((), device=one.device)).expand(one.shape).flatten() for one in own]
+    row = torch.cat(whole)
+    for state in optimizer.state.values():
+        for value in state.values():
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, Tensor) and item.shape == row.shape:
+                    item.mul_(row.to(item.device, item.dtype))
+
+
+@torch.no_grad()
+def clear_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer start afresh, as if it had just been made; its parameter groups stay as they are."""
+    optimizer.state.clear()
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer._numel_cache = None
+    if not isinstance(optimizer, torch.optim.Adagrad):
+        return
+    for group in optimizer.param_groups:  # its state is made by its constructor, not by its first step
+        for parameter in group["params"]:
+            device = parameter.device if group["fused"] else None
+            optimizer.state[parameter]["step"] = torch.zeros((), device=device)
+            initial = torch.full_like(parameter, group["initial_accumulator_value"])
+            optimizer.state[parameter]["sum"] = initial.detach()

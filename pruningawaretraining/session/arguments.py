@@ -1,0 +1,95 @@
+"""What users hand to the facade, looked at before anything is done with it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.models.calling import tensors_of
+
+
+def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:
+    """None, an optimizer or a list of them, as a list.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if given is None:
+        return []
+    several = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    for one in several:
+        if not any(hasattr(one, name) for name in ("register_step_pre_hook", "param_groups", "optimizer")):
+            raise ConfigError(
+                f"optimizer: {one!r} is a {type(one).__name__}. Allowed: a torch.optim.Optimizer, or several"
+            )
+    return several
+
+
+def followers_of(given: Any) -> list[nn.Module]:
+    """None, a moving average of the model or a list of them, as a list.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if given is None:
+        return []
+    several = list(given) if isinstance(given, (list, tuple)) else [given]
+    for one in several:
+        if not isinstance(one, nn.Module):
+            raise ConfigError(
+                f"ema: {one!r} is a {type(one).__name__}. Allowed: a torch.nn.Module, such as AveragedModel, or several"
+            )
+    return several
+
+
+def epoch_of(given: Any) -> int:
+    """An epoch or step as an int; numbers of NumPy and PyTorch are welcome.
+
+    Raises:
+        ConfigError: it is no whole number of 0 or more.
+    """
+    try:
+        epoch = None if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        whole = isinstance(given, float) and given.is_integer()
+        epoch = int(given) if whole else None
+    if epoch is None or epoch < 0:
+        raise ConfigError(f"epoch: {given!r} is not allowed. Allowed: a whole number, 0 or more: epochs count from 0")
+    return epoch
+
+
+def check_inputs(given: Any) -> None:
+    """Refuse example inputs in which there is no tensor, or one that shows nothing.
+
+    Raises:
+        ModelError: there is none; what a shape should have been is said. Or a tensor is empty, or not finite.
+    """
+    tensors = [] if given is None else list(tensors_of(given))
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            raise ModelError(f"example_inputs: a tensor of shape {tuple(tensor.shape)} is empty. Allowed: one example")
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise ModelError("example_inputs: a tensor holds NaN or infinity, with which no removal can be checked")
+    if given is None or tensors:
+        return
+    sizes = isinstance(given, (list, tuple)) and len(given) > 0 and all(isinstance(one, int) for one in given)
+    meant = f": for a shape, torch.randn{tuple(given)}" if sizes else ""
+    raise ModelError(
+        f"example_inputs: {given!r} holds no tensor. Allowed: a tensor, a tuple of positional inputs or a dict of "
+        f"keyword inputs{meant}"
+    )
+
+
+def check_model(given: Any, key: str = "model") -> None:
+    """Refuse what is no model.
+
+    Raises:
+        ModelError: it is no ``nn.Module``.
+    """
+    if not isinstance(given, nn.Module):
+        raise ModelError(f"{key}: {given!r} is a {type(given).__name__}. Allowed: a torch.nn.Module")

@@ -1,0 +1,260 @@
+"""One-shot pruning: calibrate, score, prune, compensate, recalibrate; any number of sparsities from one calibration.
+
+Shape suffixes: ``_W`` the shape of a weight, ``_G`` groups, ``_N`` candidates of a layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.allocation.ranking import Allocator, Limits, limits_of
+from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
+from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.second_order.channels import (
+    compensate_readers,
+    losing_readers,
+    measure,
+    recalibrate_norms,
+)
+from pruningawaretraining.criteria.second_order.criteria import Sampling
+from pruningawaretraining.criteria.second_order.gathering import on_model, unchanged_copy
+from pruningawaretraining.criteria.second_order.gradients import Calibration, LossFn
+from pruningawaretraining.engine.compensation import WeightPruner, put, weight_pattern
+from pruningawaretraining.engine.statistics_feed import Listener
+from pruningawaretraining.engine.targets import Targets
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.masks.dry_run import removable_blocks, removable_channels
+from pruningawaretraining.masks.pruned_copy import pruned_copy
+from pruningawaretraining.masks.removal import remove
+from pruningawaretraining.models.calling import unwrap
+from pruningawaretraining.patterns.channel import ChannelGroups, StructuredPattern
+from pruningawaretraining.patterns.depth import Depth, check_rule
+from pruningawaretraining.registry import build, lookup
+from pruningawaretraining.session.arguments import check_model
+
+__all__ = ["AfterPruning", "accuracy", "one_shot"]
+
+
+@dataclass(frozen=True)
+class AfterPruning:
+    """What is done to a model once weights or channels have gone.
+
+    Args:
+        compensation: how the layers that read removed channels follow: "least_squares", "bias", "bias_variance" or
+            "none". (Weights inside a layer are compensated by the criterion itself.)
+        norm_batches: micro-batches over which batch norms are measured again; 0 to leave them.
+        input_batches: micro-batches behind the compensation of channels.
+    """
+
+    compensation: str = "none"
+    norm_batches: int = 0
+    input_batches: int = 16
+
+    def __post_init__(self) -> None:
+        lookup("channel_compensation", self.compensation, "compensation")
+        for key, least in (("norm_batches", 0), ("input_batches", 1)):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{key}: {value!r} is not allowed. Allowed: whole numbers, {least} or more")
+
+
+@torch.inference_mode(False)
+def one_shot(
+    model: nn.Module,
+    rule: Rule | Mapping[str, Any],
+    dataloader: Iterable[Any],
+    loss_fn: LossFn,
+    sparsities: Sequence[float] | None = None,
+    *,
+    after: AfterPruning = AfterPruning(),
+) -> dict[float, nn.Module]:
+    """Prune a trained model at once, to one sparsity or to several, all from one collection of gradients.
+
+    Args:
+        model: the model; it is unchanged.
+        rule: what to prune: pattern, layers, criterion, scope and bounds of a rule; its schedule is not used. Criteria
+            that listen to training (snip, taylor, wanda, variance ...) listen to 64 micro-batches.
+        dataloader: batches ``(inputs, targets)``, or mappings of keyword inputs with "labels".
+        loss_fn: ``(outputs, targets) -> loss``.
+        sparsities: fractions to remove; None for the rule's target. Where that is of MACs, parameters, memory or
+            latency, channels go by the rule's ``allocation`` until it is met.
+        after: what follows the pruning; without a compensation of its own the rule's.
+
+    Returns:
+        A pruned copy of the model for each sparsity (the one that came out, where the target is of a cost). Pruned
+        weights are exactly 0; channels are removed.
+
+    Raises:
+        ConfigError, ModelError, TargetError: an option, layer, batch or sparsity that cannot be used; it is named.
+    """
+    check_model(model)
+    if not isinstance(after, AfterPruning):
+        raise ConfigError(f"after: {after!r} is a {type(after).__name__}. Allowed: AfterPruning(...)")
+    rule = _parsed(rule, sparsities is not None)
+    if rule.mode != "prune" or not rule.enabled:
+        raise ConfigError(f"mode: {rule.mode!r}, enabled: {rule.enabled} prunes nothing. Allowed: 'prune', True")
+    wanted = _checked(sparsities, rule)
+    pattern = build("pattern", rule.pattern, "pattern")
+    criterion = build("criterion", rule.criterion, "criterion")
+    check_rule("", pattern, rule, criterion)
+    inner = unwrap(model)
+    micro_batch = criterion.micro_batch if isinstance(criterion, Sampling) else None
+    calibration = Calibration(inner, dataloader, loss_fn, micro_batch)
+    if isinstance(pattern, StructuredPattern):
+        if after.compensation == "none":
+            after = replace(after, compensation=rule.compensation)
+        return _one_shot_channels(calibration, rule, pattern, criterion, wanted, after)
+    if not wanted:
+        raise ConfigError(f"target: {rule.target.model_dump(exclude_none=True)} is for channels; give a sparsity")
+    _refuse_what_weights_lack(rule, after)
+    pruner = WeightPruner(calibration, rule, weight_pattern(pattern), criterion)
+    models = {}
+    for sparsity, weights in pruner.prune(wanted).items():
+        pruned = unchanged_copy(inner)
+        put(pruned, weights)
+        if after.norm_batches:
+            recalibrate_norms(pruned, on_model(calibration, pruned), after.norm_batches)
+        models[sparsity] = pruned
+    return models
+
+
+def _refuse_what_weights_lack(rule: Rule, after: AfterPruning) -> None:
+    """Refuse what only channels have, instead of passing over it."""
+    given = {
+        "multiple": (rule.multiple, 1),
+        "application": (rule.application, "mask"),
+        "after.compensation": (after.compensation, "none"),
+        "compensation": (rule.compensation, "none"),
+    }
+    for key, (value, allowed) in given.items():
+        if value != allowed:
+            raise ConfigError(f"{key}: {value!r} is for channels. Allowed for {rule.pattern!r}: {allowed!r}")
+
+
+def _parsed(rule: Any, aimless: bool) -> Rule:
+    """The rule; one without a target will do where sparsities are given."""
+    if isinstance(rule, Rule):
+        return rule
+    if not isinstance(rule, Mapping):
+        raise ConfigError(
+            f"rule: a {type(rule).__name__} is not allowed. Allowed: a mapping, or a Rule such as config.rules[0]"
+        )
+    return Rule.model_validate({**({"target": {"sparsity": 1.0}} if aimless else {}), **rule})
+
+
+def _checked(sparsities: Any, rule: Rule) -> list[float]:
+    if sparsities is None:
+        if rule.target.about_costs:
+            return []
+        if rule.target.sparsity is None:
+            raise ConfigError("sparsities: none given, and the rule has no target.sparsity")
+        return [rule.target.sparsity]
+    if not isinstance(sparsities, Iterable) or isinstance(sparsities, str):
+        raise ConfigError(f"sparsities: {sparsities!r} is not allowed. Allowed: a list of numbers in [0, 1]")
+    sparsities = list(sparsities)
+    if not sparsities:
+        raise ConfigError("sparsities: [] asks for nothing. Allowed: numbers in [0, 1], or None for the rule's target")
+    for one in sparsities:
+        if isinstance(one, bool) or not isinstance(one, (int, float)) or not 0 <= one <= 1:
+            raise ConfigError(f"sparsities: {one!r} is not allowed. Allowed: numbers in [0, 1]")
+    return list(dict.fromkeys(float(one) for one in sparsities))
+
+
+# --- channels -----------------------------------------------------------------------------------------------------
+
+
+def _one_shot_channels(
+    calibration: Calibration,
+    rule: Rule,
+    pattern: StructuredPattern,
+    criterion: Any,
+    sparsities: Sequence[float],
+    after: AfterPruning,
+) -> dict[float, nn.Module]:
+    """Score groups once; for each sparsity compensate their readers, remove them, and measure the norms again."""
+    model = calibration.model
+    inputs = calibration.example()
+    chosen = pattern.chosen(model, rule.layers, rule.exclude)
+    units, multiples = pattern.head_units(model, chosen), dict.fromkeys(chosen, rule.multiple)
+    if isinstance(pattern, Depth):
+        channels = removable_blocks(model, inputs, chosen)
+    else:
+        channels = removable_channels(model, inputs, chosen, multiples=multiples, units=units)
+    grouping = channels.grouping
+    listener = Listener("rule", criterion, model, channels, list(range(len(grouping.sets))))
+    scores_G = criterion.score(grouping, Statistics(tensors=listener.statistics(calibration)))
+    keeps = _keeps(model, rule, channels, inputs, scores_G, sparsities)
+    hooks = None
+    if after.compensation != "none":
+        every = list(losing_readers(model, grouping, torch.zeros(grouping.size, dtype=torch.bool)))
+        hooks = measure(every, calibration, after.input_batches)
+    models = {}
+    for sparsity, keep_G in keeps.items():
+        pruned = unchanged_copy(model)
+        found = channels.on(pruned)
+        if hooks is not None:
+            lost = list(losing_readers(pruned, found.grouping, keep_G))
+            compensate_readers(lost, hooks, lookup("channel_compensation", after.compensation))
+        remove(pruned, found, keep_G)
+        if after.norm_batches:
+            recalibrate_norms(pruned, on_model(calibration, pruned), after.norm_batches)
+        models[sparsity] = pruned
+    return models
+
+
+@dataclass(eq=False)
+class _Everything:
+    """The share of the only rule: all channels that were found; see :class:`pruningawaretraining.allocation.policies.Share`."""
+
+    rule: Rule
+    grouping: Grouping
+    sets: list[int]
+    groups_D: Tensor
+    key: str = "rule"
+
+    def limits(self) -> Limits:
+        """What every allocation respects."""
+        return limits_of(self.rule)
+
+
+def _keeps(
+    model: nn.Module, rule: Rule, found: ChannelGroups, inputs: Any, scores_G: Tensor, sparsities: Sequence[float]
+) -> dict[float, Tensor]:
+    """What stays, by sparsity: at those that are wanted, or where the rule's target is met."""
+    grouping = found.grouping
+    if sparsities:
+        allocator = Allocator(grouping, scores_G, limits_of(rule), rule.scope)
+        return {sparsity: allocator.at(sparsity) for sparsity in sparsities}
+    heads = {name: one.groups_H for name, one in found.heads.items()}
+    macs = macs_cost(grouping, macs_per_layer(model, inputs), heads)
+    targets = Targets(model, found, macs, parameters_cost(grouping, model), inputs)
+    share = _Everything(rule, grouping, list(range(len(grouping.sets))), torch.arange(grouping.size))
+    everything = torch.ones(grouping.size, dtype=torch.bool)
+    keep_G, _, _ = targets.decide(share, scores_G, everything, 1.0, partial(pruned_copy, model, found, device="cpu"))
+    return {1.0 - float(keep_G.double().mean()): keep_G}
+
+
+def accuracy(model: nn.Module, dataloader: Iterable[Any], batches: int | None = None) -> float:
+    """Fraction of correct predictions (largest output) of a classifier; the model is left as it was.
+
+    Raises:
+        ConfigError: the loader is empty.
+    """
+    calibration = Calibration(model, dataloader, lambda outputs, targets: outputs)
+    right = seen = 0
+    for outputs, targets in calibration.outputs(itertools.islice(dataloader, batches)):
+        scores = getattr(outputs, "logits", outputs)
+        right += int((scores.argmax(-1) == targets).sum())
+        seen += targets.numel()
+    if not seen:
+        raise ConfigError("dataloader: it is empty; at least one batch is needed")
+    return right / seen
