@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pruningawaretraining import Pruning
 from pruningawaretraining.config import Target
 from pruningawaretraining.masks.pruned_copy import pruned_copy
-from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 
 INPUT = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 MODELS = ("resnet18", "mobilenet_v2", "vit_tiny_patch16_224")

@@ -21,8 +21,9 @@ from pruningawaretraining.experiment.finish import finish
 from pruningawaretraining.experiment.optim import build_scheduler
 from pruningawaretraining.experiment.record import Recorder
 from pruningawaretraining.experiment.run import find_device
-from pruningawaretraining.experiment.runner import Runner, Stage
+from pruningawaretraining.experiment.runner import Runner
 from pruningawaretraining.experiment.schema import ExperimentConfig
+from pruningawaretraining.experiment.stage import Stage
 from pruningawaretraining.experiment.train import Learner, Precision
 from pruningawaretraining.proximal import CoupledChannelGrouper, LambdaController, PruneOptimizer
 

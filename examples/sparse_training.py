@@ -30,7 +30,7 @@ from pruningawaretraining.experiment.data import DataSet, Pipeline
 from pruningawaretraining.experiment.datasets import load_data
 from pruningawaretraining.experiment.schema import DataConfig, ModelConfig
 from pruningawaretraining.experiment.tracking import Watch, tracked
-from pruningawaretraining.session.one_shot import accuracy
+from pruningawaretraining.one_shot import accuracy
 
 
 @dataclass(frozen=True)

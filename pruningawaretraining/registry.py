@@ -7,6 +7,7 @@ a name, or from a mapping with a ``type`` key and the fields of the dataclass.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,43 @@ from pruningawaretraining.errors import ConfigError, unknown
 
 T = TypeVar("T")
 Spelling = Callable[[re.Match[str]], Mapping[str, Any]]
+BUILT_IN: dict[str, tuple[str, ...]] = {
+    "allocation": ("allocation.policies",),
+    "channel_compensation": ("criteria.second_order.channels",),
+    "compensation": ("criteria.second_order.methods",),
+    "criterion": (
+        "criteria.activation",
+        "criteria.block_change",
+        "criteria.cost_aware",
+        "criteria.geometric",
+        "criteria.gradient",
+        "criteria.magnitude",
+        "criteria.second_order",
+        "proximal.coupled",
+    ),
+    "dataset": ("experiment.datasets",),
+    "dialect": ("config.dialects",),
+    "exporter": ("runtimes.onnx_graph",),
+    "grouper": ("proximal",),
+    "head_unit": ("patterns.head",),
+    "layer_timer": ("costs.latency.layer_tables",),
+    "mac_weighting": ("criteria.cost_aware",),
+    "merge": ("criteria.second_order.methods",),
+    "normalizer": ("criteria.magnitude",),
+    "pattern": ("patterns.block", "patterns.channel", "patterns.depth", "patterns.head", "patterns.slice"),
+    "precision": ("export.onnx",),
+    "prox": ("proximal",),
+    "rate": ("config.recipe",),
+    "reduction": ("groups.reductions",),
+    "regularizer": ("masks.penalties", "masks.element_penalties"),
+    "runtime": ("runtimes.runtime",),
+    "schedule": ("schedules",),
+    "scope": ("allocation.ranking",),
+    "score": ("proximal.maps",),
+    "slice_order": ("patterns.slice",),
+}
+"""Kind -> the modules of this package that register entries of it; imported when a kind is first looked up."""
+_LOADED: set[str] = set()
 _ENTRIES: dict[str, dict[str, Any]] = {}
 _ALIASES: dict[str, dict[str, str]] = {}
 _SPELLINGS: dict[str, list[tuple[re.Pattern[str], Spelling]]] = {}
@@ -29,6 +67,8 @@ def register(kind: str, name: str, *aliases: str) -> Callable[[T], T]:
     """
 
     def add(entry: T) -> T:
+        if not str(getattr(entry, "__module__", "")).startswith("pruningawaretraining."):
+            _load(kind)  # names of the package are taken before anyone else's
         table = _ENTRIES.setdefault(kind, {})
         if name in table and table[name] is not entry:
             raise ValueError(f"{kind}: the name {name!r} is already registered for {table[name]!r}")
@@ -38,6 +78,14 @@ def register(kind: str, name: str, *aliases: str) -> Callable[[T], T]:
         return entry
 
     return add
+
+
+def _load(kind: str) -> None:
+    """Import the package's own modules that register entries of this kind, once."""
+    if kind not in _LOADED:
+        _LOADED.add(kind)
+        for module in BUILT_IN.get(kind, ()):
+            importlib.import_module(f"pruningawaretraining.{module}")
 
 
 def spelling(kind: str, expression: str) -> Callable[[Spelling], Spelling]:
@@ -53,11 +101,13 @@ def spelling(kind: str, expression: str) -> Callable[[Spelling], Spelling]:
 
 def spellings(kind: str) -> list[str]:
     """The regular expressions of the spellings of a kind."""
+    _load(kind)
     return [expression.pattern for expression, _ in _SPELLINGS.get(kind, [])]
 
 
 def spelled(kind: str, text: str) -> Mapping[str, Any] | None:
     """The mapping that ``text`` is short for, or None where it is no spelling of this kind."""
+    _load(kind)
     for expression, function in _SPELLINGS.get(kind, []):
         match = expression.fullmatch(text)
         if match:
@@ -67,6 +117,7 @@ def spelled(kind: str, text: str) -> Mapping[str, Any] | None:
 
 def names(kind: str) -> list[str]:
     """The registered names of a kind, sorted, without aliases."""
+    _load(kind)
     return sorted(_ENTRIES.get(kind, {}))
 
 
@@ -76,6 +127,7 @@ def canonical(kind: str, name: str, where: str | None = None) -> str:
     Raises:
         ConfigError: nothing is registered under it; the nearest name is suggested.
     """
+    _load(kind)
     table, aliases = _ENTRIES.get(kind, {}), _ALIASES.get(kind, {})
     for candidate in (name, str(name).lower()):
         if candidate in table:

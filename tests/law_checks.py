@@ -18,7 +18,7 @@ from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.calling import outputs_of
-from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import build
 
 LIMITS = (Limits(), Limits(max_sparsity=0.7), Limits(min_sparsity=0.1), Limits(multiple=4), Limits(0.05, 0.8, 8))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, load_pruned, save_pruned
-from pruningawaretraining.checkpoint.pruned import KEY, read_description, write_atomically
+from pruningawaretraining.checkpoint.files import KEY, read_description, write_atomically
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.models.calling import outputs_of
 

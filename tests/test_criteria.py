@@ -9,7 +9,8 @@ from torch import nn
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer
 from pruningawaretraining.criteria.base import Statistics
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.patterns.channel import Channel, ChannelGroups
+from pruningawaretraining.patterns.channel import Channel
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import build, names
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, one_shot, save_pruned
-from pruningawaretraining.checkpoint.pruned import read_description
+from pruningawaretraining.checkpoint.files import read_description
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
 from pruningawaretraining.models.calling import call, float_tensors_of, outputs_of
 from pruningawaretraining.models.optimizer_state import follow

@@ -14,14 +14,14 @@ from torch import nn
 
 from pruningawaretraining import Distiller, Pruning, load_config
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.session.distillation import (
+from pruningawaretraining.session.distillation_losses import (
     FeatureLoss,
     ReusedClassifier,
     Taps,
-    fit_projector,
     frozen_teacher,
     logits_loss,
 )
+from pruningawaretraining.session.projectors import fit_projector
 
 
 @pytest.mark.parametrize(

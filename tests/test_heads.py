@@ -14,7 +14,8 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, save_pruned
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.models.calling import call, outputs_of
-from pruningawaretraining.models.pruned_attention import PrunedMultiheadAttention, PrunedWindowAttention
+from pruningawaretraining.models.pruned_attention import PrunedMultiheadAttention
+from pruningawaretraining.models.pruned_window_attention import PrunedWindowAttention
 from pruningawaretraining.patterns.attention import attention_blocks
 from pruningawaretraining.patterns.head import find_heads
 

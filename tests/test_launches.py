@@ -27,7 +27,8 @@ from zoo import images
 from pruningawaretraining.masks.mask_factors import MaskFactors
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.penalties import prepare
-from pruningawaretraining.patterns.channel import Channel, ChannelGroups
+from pruningawaretraining.patterns.channel import Channel
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import build, names
 
 CONSTANT = 36

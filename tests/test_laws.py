@@ -18,7 +18,8 @@ from torch import nn
 
 from pruningawaretraining import Pruning
 from pruningawaretraining.allocation.ranking import Limits
-from pruningawaretraining.patterns.channel import Channel, ChannelGroups
+from pruningawaretraining.patterns.channel import Channel
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import names
 
 

@@ -13,7 +13,8 @@ from pruningawaretraining import Pruning, count_macs
 from pruningawaretraining.costs.macs import macs_per_layer
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.models.calling import outputs_of
-from pruningawaretraining.patterns.channel import Channel, find_channels, producer_names
+from pruningawaretraining.patterns.channel import Channel, find_channels
+from pruningawaretraining.patterns.channel_labels import producer_names
 
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32).sin()
 

@@ -1,1 +1,1 @@
-""" """
+"""Scores, limits and a target give the groups to keep."""

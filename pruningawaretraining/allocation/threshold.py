@@ -2,8 +2,9 @@
 
 Shape suffixes: ``_G`` groups, ``_S`` sets of groups (layers), ``_N`` any run of groups, ``_W`` shape of a weight.
 
-Pure functions. Where :class:`pruningawaretraining.allocation.ranking.Allocator` ranks every group, these find one threshold by
-selection and count ties, so that they need one copy of the scores in their own precision and masks of one byte a group.
+Pure functions. Where :class:`pruningawaretraining.allocation.ranking.Allocator` ranks every group, these find one
+threshold by selection and count ties, so that they need one copy of the scores in their own precision and masks of one
+byte a group.
 Counts are exact: ``floor(sparsity * groups)`` of every ranking class go, the lowest scores first, the lower index first
 among equals, within the least and most that each set may lose (water-filling: what one set may not lose, others do).
 """

@@ -4,71 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pruningawaretraining.analysis.compare_figures import (
+    COLOURS,
+    Compared,
+    curve_figure,
+    near_figure,
+    ridge_figures,
+)
 from pruningawaretraining.analysis.gap_threshold import (
-    Choice,
-    before_pruning,
-    choose,
-    near_zero,
     one_file,
     share,
-    with_removed,
 )
-from pruningawaretraining.report.figures import Figure, chosen_moments, shown_bins, total
 from pruningawaretraining.report.html import render_template
 from pruningawaretraining.report.numbers import as_csv, write
 from pruningawaretraining.report.run import Run
-from pruningawaretraining.report.svg import LineChart, Ridge, Series, line_chart, ridge_chart
 from pruningawaretraining.version import __version__
 
 MOST_SETS, OPEN_SETS = 60, 4
-COLOURS = 8
 HOLDS = 0.01
 """An accuracy holds when it is within so much of the dense model's; without one, of the best run's."""
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One run beside others.
-
-    Attributes:
-        name: in headings.
-        run: what it recorded.
-        strength: of its regulariser; None when unknown.
-        choice: what its norms say.
-        link: of its own report, relative to the page; "" for none.
-    """
-
-    name: str
-    run: Run
-    strength: float | None
-    choice: Choice
-    link: str = ""
-
-
-def compared(name: str, run: Run, link: str = "") -> Compared:
-    """A run with what its norms say."""
-    run = replace(run, norms=with_removed(run.norms)) if run.norms else run
-    return Compared(name, run, strength_of(run), choose(run), link)
-
-
-def strength_of(run: Run) -> float | None:
-    """The strength of the first regulariser in a run's config; None where there is none."""
-    config: Any = run.summary.get("config")
-    if not isinstance(config, Mapping):
-        config = yaml.safe_load(run.config or "{}")
-    pruning = config.get("pruning") if isinstance(config, Mapping) else None
-    rules = pruning.get("rules", []) if isinstance(pruning, Mapping) else []
-    for rule in rules:
-        found = rule.get("regularizer")
-        if isinstance(found, Mapping) and isinstance(found.get("strength"), (int, float)):
-            return float(found["strength"])
-    return None
 
 
 def write_comparison(runs: Sequence[Compared], path: Path, title: str) -> list[Path]:
@@ -139,15 +97,19 @@ def rows_of(one: Compared) -> list[dict[str, Any]]:
 def page(runs: Sequence[Compared], title: str) -> dict[str, Any]:
     """Everything that the template shows."""
     names = list(dict.fromkeys(name for one in runs for name in _sets(one.run)))
-    sides = [{"name": "All groups", "figures": _ridges(runs, None)}]
+    sides = [{"name": "All groups", "figures": ridge_figures(runs, None)}]
     if len(names) > 1:
-        sides += [{"name": name, "figures": _ridges(runs, name)} for name in names[:MOST_SETS]]
+        sides += [{"name": name, "figures": ridge_figures(runs, name)} for name in names[:MOST_SETS]]
     return {
         "title": title,
         "version": __version__,
         "runs": [_row(one, number) for number, one in enumerate(runs)],
         "advice": advice(runs),
-        "curves": [figure for figure in (_near(runs), _curve(runs, "accuracy"), _curve(runs, "macs")) if figure],
+        "curves": [
+            figure
+            for figure in (near_figure(runs), curve_figure(runs, "accuracy"), curve_figure(runs, "macs"))
+            if figure
+        ],
         "sides": sides,
         "open": OPEN_SETS + 1,
         "left_out": max(0, len(names) - MOST_SETS),
@@ -235,71 +197,3 @@ def _row(one: Compared, number: int) -> dict[str, Any]:
 
 def _sets(run: Run) -> list[str]:
     return list(dict.fromkeys(name for moment in run.norms.get("epochs") or [] for name in moment["sets"]))
-
-
-def _curves(title: str, series: Sequence[Series], y_range: tuple[float, float] | None = None) -> Figure | None:
-    series = [line for line in series if line.points]
-    if not series:
-        return None
-    chart = LineChart(f"{title} by epoch", series, y_format=lambda value: f"{100 * value:.3g}%", y_range=y_range)
-    return Figure(title, line_chart(chart), legend=tuple((line.style, line.label) for line in series))
-
-
-def _near(runs: Sequence[Compared]) -> Figure | None:
-    lines = []
-    for number, one in enumerate(runs):
-        edges, moments = one.run.norms.get("edges") or [], before_pruning(one.run.norms.get("epochs") or [])
-        points = [(float(at["epoch"]), share(edges, at["sets"], one.choice.threshold)) for at in moments]
-        lines.append(Series(one.name, points, f"r-{number % COLOURS}"))
-    return _curves("Groups near zero, before pruning", lines)
-
-
-def _curve(runs: Sequence[Compared], key: str) -> Figure | None:
-    lines = []
-    for number, one in enumerate(runs):
-        points = [(float(row["epoch"]), float(row[key])) for row in one.run.lines_of("pruned") if row.get(key)]
-        lines.append(Series(one.name, points, f"r-{number % COLOURS}"))
-    values = sorted(value for line in lines for _, value in line.points)
-    if key == "macs" or not values:
-        return _curves("MACs kept", lines, (0.0, 1.02))
-    low, high = values[int(0.1 * len(values))], values[-1]
-    air = max(0.1 * (high - low), 0.004)
-    return _curves("Test accuracy", lines, (max(0.0, low - air), min(1.0, high + air)))
-
-
-def _ridges(runs: Sequence[Compared], name: str | None) -> list[Figure]:
-    """One ridge chart a run, all over the same part of the axis."""
-    edges: list[float] = next((one.run.norms["edges"] for one in runs if one.run.norms.get("edges")), [])
-    drawn = []
-    for one in runs:
-        epochs = one.run.norms.get("epochs") or []
-        shown = [epochs[at] for at in chosen_moments(epochs)] if epochs else []
-        if name is not None:
-            shown = [moment for moment in shown if name in moment["sets"]]
-        drawn.append((one, shown))
-    counts = [_counts(moment, name, len(edges) - 1) for _, shown in drawn for moment in shown]
-    if not counts:
-        return []
-    bins = shown_bins(counts, edges)
-    figures = []
-    for one, shown in drawn:
-        rows = [_ridge(moment, name, edges, one.choice.threshold, bins) for moment in shown]
-        if rows:
-            label = f"Norms of {name or 'all groups'}, {one.name}"
-            figures.append(Figure(one.name, ridge_chart(label, rows, edges[bins.start : bins.stop + 1])))
-    return figures
-
-
-def _counts(moment: Mapping[str, Any], name: str | None, bins: int) -> list[int]:
-    found: list[int] = total(moment, bins)["counts"] if name is None else moment["sets"][name]["counts"]
-    return found
-
-
-def _ridge(moment: Mapping[str, Any], name: str | None, edges: Sequence[float], threshold: float, bins: slice) -> Ridge:
-    sets = moment["sets"] if name is None else {name: moment["sets"][name]}
-    near = [near_zero(edges, one["counts"], threshold) for one in sets.values()]
-    zeros = sum(one.get("zeros", 0) + one.get("removed", 0) for one in sets.values())
-    summed = [sum(column) for column in zip(*near, strict=True)]
-    phase = moment.get("phase") or "train"
-    counts = _counts(moment, name, len(edges) - 1)
-    return Ridge(f"{moment['epoch']}", counts[bins], zeros, f"phase-{phase}", summed[bins])

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from pruningawaretraining.analysis.checkpoints import find_checkpoints
-from pruningawaretraining.analysis.compare import Compared, compared
+from pruningawaretraining.analysis.compare_figures import Compared, compared
 from pruningawaretraining.analysis.norms import Build, Track, run_of, scan, scan_each
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.experiment.inspection import load_inspected

@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from pruningawaretraining.analysis.compare import Compared, compared, write_comparison
+from pruningawaretraining.analysis.compare import write_comparison
+from pruningawaretraining.analysis.compare_figures import Compared, compared
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record

@@ -1,1 +1,1 @@
-""" """
+"""Checkpoints of pruned models, and plain state dicts loaded by shapes."""

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pruningawaretraining.checkpoint.files import ATTRIBUTES, KEY, read_file, write_atomically, write_file
+from pruningawaretraining.checkpoint.records import remember, summary_of
 from pruningawaretraining.distributed.fsdp import any_sharded
 from pruningawaretraining.errors import CheckpointError, nearest
 from pruningawaretraining.models.calling import unwrap
@@ -27,69 +23,9 @@ from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.pruned_attention import with_fewer_heads
 from pruningawaretraining.models.skipped_blocks import PassThrough, pass_through, passed_blocks
 from pruningawaretraining.models.surgery import Surgery, successor
-from pruningawaretraining.patterns.attention import HEADS, KEY_VALUE_HEADS, REPETITIONS, WIDTHS
 from pruningawaretraining.version import __version__
 
 log = logging.getLogger(__name__)
-
-KEY = "pruningawaretraining"
-ATTRIBUTES = (
-    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels",
-    "normalized_shape", "num_parameters", "embedding_dim", "embed_dim", "head_dim", "hidden_dim", "attention_head_size",
-    "hidden_size", "intermediate_size", "kdim", "vdim", "nf", "nx", *HEADS, *KEY_VALUE_HEADS, *REPETITIONS, *WIDTHS,
-)  # fmt: skip
-"""Attributes of layers that follow a removal."""
-
-PYTORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
-
-_DESCRIBERS: WeakKeyDictionary[nn.Module, Callable[[], dict[str, Any]]] = WeakKeyDictionary()
-_RECORDS: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
-
-
-def describe_with(model: nn.Module, describe: Callable[[], dict[str, Any]]) -> None:
-    """Let a pruner say what ``save_pruned`` writes beside the tensors: plain data."""
-    _DESCRIBERS[model] = describe
-
-
-def record_of(model: nn.Module) -> dict[str, Any] | None:
-    """What was written beside the tensors of the file that this model was loaded from; None for any other model."""
-    return _RECORDS.get(model)
-
-
-def summary_of(model: nn.Module) -> dict[str, Any]:
-    """What a pruner says of its model: sparsity, MACs, parameters, groups kept; or what its file said; or nothing."""
-    describe = _DESCRIBERS.get(model)
-    return describe() if describe is not None else dict(record_of(model) or {})
-
-
-def write_atomically(path: str | Path, write: Callable[[str], None]) -> Path:
-    """Write a file so that at any moment either the old one or the whole new one is there.
-
-    Args:
-        path: where to; its folder is made.
-        write: writes to the temporary path that it is given.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return target
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _widths(module: nn.Module) -> dict[str, Any]:
@@ -154,75 +90,13 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
         "record": summary_of(model),
     }
     metadata = {KEY: json.dumps(description), "format": "pt"}
-    return write_atomically(path, lambda temporary: _save(tensors, temporary, metadata))
-
-
-def _save(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
-    """safetensors' own writer, but equal contents give equal bytes: it leaves the order of the metadata to chance."""
-    save_file(tensors, path, metadata)
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-        written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(written) <= size:
-            file.seek(8)
-            file.write(written.ljust(size))
+    return write_atomically(path, lambda temporary: write_file(tensors, temporary, metadata))
 
 
 def _module(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"model: {type(model).__name__} is no model. Allowed: an nn.Module")
     return model
-
-
-def read_description(path: str | Path) -> dict[str, Any]:
-    """The JSON description in a file of :func:`save_pruned`.
-
-    Raises:
-        CheckpointError: there is no such file, it is truncated, or it is not one of ours.
-    """
-    return _read(Path(path))[1]
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise CheckpointError(f"path: there is no file {str(path)!r}")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        if path.suffix in PYTORCH_SUFFIXES:
-            raise CheckpointError(
-                f"path: {str(path)!r} was not written by save_pruned; for a state dict of torch.save use "
-                "load_state_dict_pruned(model, torch.load(path, weights_only=True))"
-            ) from error
-        raise CheckpointError(f"path: {str(path)!r} is truncated or no safetensors file: {error}") from error
-    if KEY not in metadata:
-        raise CheckpointError(f"path: {str(path)!r} was not written by save_pruned; use load_state_dict_pruned for it")
-    try:
-        description = json.loads(metadata[KEY])
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"path: the description in {str(path)!r} is damaged: {error}") from error
-    try:
-        tensors.update({alias: tensors[name] for alias, name in description["aliases"].items()})
-        for attributes in description["modules"].values():
-            if not attributes.keys() <= set(ATTRIBUTES) or not all(map(_is_width, attributes.values())):
-                raise ValueError(f"{attributes} are no widths")
-        if not all(isinstance(one, int) for one in description.setdefault("passed", {}).values()):
-            raise ValueError(f"{description['passed']} are no blocks")
-        description["record"].keys()
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"path: the description in {str(path)!r} is damaged: {reason}") from error
-    return tensors, description
-
-
-def _is_width(value: Any) -> bool:
-    """Whether a value of a description is one number, or a list of them."""
-    values = value if isinstance(value, list) else [value]
-    return all(isinstance(one, int) and not isinstance(one, bool) for one in values)
 
 
 def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
@@ -240,7 +114,7 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
         CheckpointError: the file is missing, truncated or foreign, or does not fit the model; the model is untouched.
     """
     wrapped, model = model, unwrap(_module(model))
-    tensors, description = _read(Path(path))
+    tensors, description = read_file(Path(path))
     surgery = Surgery()
     try:
         _take_out_blocks(model, description["passed"], surgery)
@@ -253,7 +127,7 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
     except (AttributeError, TypeError, KeyError, RuntimeError) as error:
         surgery.undo()
         raise CheckpointError(f"path: {str(path)!r} does not fit {type(model).__name__}: {error}") from error
-    _RECORDS[model] = description["record"]
+    remember(model, description["record"])
     return wrapped
 
 

@@ -1,1 +1,1 @@
-""" """
+"""The command line, pat: one module per family of commands."""

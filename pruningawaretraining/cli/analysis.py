@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from pruningawaretraining.cli.common import check_out, experiment_of, reported, shape_of
 
 if TYPE_CHECKING:
-    from pruningawaretraining.analysis.compare import Compared
+    from pruningawaretraining.analysis.compare_figures import Compared
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the library's log.")]
 DataRoot = Annotated[

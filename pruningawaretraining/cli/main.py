@@ -18,8 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pruningawaretraining.cli import analysis as looking
-from pruningawaretraining.cli import latency as timing
+from pruningawaretraining.cli import analysis, latency
 from pruningawaretraining.cli.common import check_out, experiment_of, reported, shape_of
 from pruningawaretraining.version import __version__
 

@@ -145,7 +145,7 @@ class ActivationCollector:
         self.batches[name] = self.batches.get(name, 0) + 1
 
     def agree(self) -> None:
-        """See :class:`~pruningawaretraining.criteria.base.Collector`: one flat all-reduce of three numbers a feature."""
+        """See :class:`~pruningawaretraining.criteria.base.Collector`: one all-reduce of three numbers a feature."""
         if world() == 1 or not self._layers:
             return
         rows = [self._sums(name, layer) for name, layer in self._layers.items()]

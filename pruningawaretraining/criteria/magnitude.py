@@ -14,26 +14,13 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.criteria.base import Statistics
-from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.grouping import Grouping, members_per_set
 from pruningawaretraining.groups.reductions import device_of, reduce_sum
 from pruningawaretraining.registry import lookup, register
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = ("out", "in", "norm", "element")
-
-
-def members_per_set(grouping: Grouping) -> Tensor:
-    """How many members index groups of each set (vector of sets)."""
-    count_S = torch.zeros(len(grouping.sets), dtype=torch.int64)
-    for member in grouping.members:
-        if member.slots is None:
-            first, last = member.offset, member.offset + member.n_slots
-            count_S += torch.tensor([one.start < last and first < one.stop for one in grouping.sets])
-            continue
-        groups = member.slots.cpu()
-        count_S[torch.unique(grouping.set_ids[groups[groups < grouping.size]])] += 1
-    return count_S
 
 
 def magnitude_scores(grouping: Grouping, p: float) -> Tensor:

@@ -1,1 +1,1 @@
-""" """
+"""Training on several processes: collectives, DistributedDataParallel, fully_shard."""

@@ -9,6 +9,7 @@ its parts on each process come to: one all-reduce of one number a group, and no 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import weakref
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -18,24 +19,14 @@ from torch import Tensor, nn
 
 from pruningawaretraining.errors import ModelError
 
-try:
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-except ImportError:  # a build of torch without distributed
-    DTensor = None  # type: ignore[assignment,misc]
-
-try:
-    from torch.distributed.fsdp import FSDPModule
-except ImportError:
-    FSDPModule = None  # type: ignore[assignment,misc]
-
 M = TypeVar("M")
 _LOCAL: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def is_sharded(weight_W: Any) -> bool:
     """Whether a tensor is a DTensor."""
-    return DTensor is not None and isinstance(weight_W, DTensor)
+    tensors = sys.modules.get("torch.distributed.tensor")  # heavy to import, and without it there is no DTensor
+    return tensors is not None and isinstance(weight_W, tensors.DTensor)
 
 
 def any_sharded(model: nn.Module) -> bool:
@@ -55,6 +46,8 @@ def full_of(weight_W: Tensor) -> Tensor:
 
 def extent(weight_W: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes and offsets of this process's part of a DTensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape, offset = compute_local_shape_and_global_offset(weight_W.shape, weight_W.device_mesh, weight_W.placements)
     return tuple(shape), tuple(offset)
 
@@ -104,6 +97,12 @@ def across(total_G: Tensor, weights: Iterable[Tensor], largest: bool = False) ->
     return total_G
 
 
+def _is_fsdp(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to a module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
 def check_plan(model: nn.Module) -> None:
     """Refuse parameters that something else than ``fully_shard`` has sharded.
 
@@ -112,7 +111,7 @@ def check_plan(model: nn.Module) -> None:
     """
     managed: set[int] = set()
     for module in model.modules():
-        if FSDPModule is not None and isinstance(module, FSDPModule):
+        if _is_fsdp(module):
             managed |= {id(parameter) for parameter in module.parameters()}
     meshes = set()
     for name, parameter in model.named_parameters():
@@ -134,5 +133,5 @@ def check_plan(model: nn.Module) -> None:
 def reshard(model: nn.Module) -> None:
     """Let go of whole parameters that a forward pass has left behind, so that changes reach the next one."""
     for module in model.modules():
-        if FSDPModule is not None and isinstance(module, FSDPModule):
-            module.reshard()
+        if _is_fsdp(module):
+            module.reshard()  # type: ignore[operator]

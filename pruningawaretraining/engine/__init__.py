@@ -1,1 +1,1 @@
-""" """
+"""Decides at every event which groups stay, and applies it."""

@@ -40,7 +40,7 @@ from pruningawaretraining.models.example_inputs import Example
 from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.masked_norms import kept_norm_of
 from pruningawaretraining.models.surgery import Surgery
-from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import build
 from pruningawaretraining.schedules import sparsity_at
 

@@ -17,7 +17,7 @@ from pruningawaretraining.criteria.second_order.gathering import gathered
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 
 
 def measures(criterion: Any) -> bool:

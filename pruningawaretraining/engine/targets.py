@@ -30,7 +30,7 @@ from pruningawaretraining.costs.widths import LinearBySets, SetCost
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.masks.pruned_copy import bare_copy, pruned_copy
 from pruningawaretraining.models.calling import ForwardFn, device_of, tensors_of
-from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import lookup
 from pruningawaretraining.runtimes.runtime import Model
 from pruningawaretraining.schedules import sparsity_at

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pruningawaretraining.checkpoint.pruned import load_pruned, save_pruned, write_atomically
+from pruningawaretraining.checkpoint.files import write_atomically
+from pruningawaretraining.checkpoint.pruned import load_pruned, save_pruned
 from pruningawaretraining.costs.macs import count_macs
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import build_model

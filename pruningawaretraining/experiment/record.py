@@ -71,7 +71,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from pruningawaretraining.checkpoint.pruned import write_atomically
+from pruningawaretraining.checkpoint.files import write_atomically
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.report import numbers
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +21,13 @@ from pruningawaretraining.experiment.data import Batch, DataSet, Pipeline
 from pruningawaretraining.experiment.display import Display, StageDisplay
 from pruningawaretraining.experiment.finish import Trained, prunes, save_dense
 from pruningawaretraining.experiment.optim import (
-    Scheduler,
     build_optimizer,
     build_scheduler,
     check_scheduler,
     step_scheduler,
 )
 from pruningawaretraining.experiment.schema import ExperimentConfig
+from pruningawaretraining.experiment.stage import SilentRecorder, Stage
 from pruningawaretraining.experiment.state import RunState, rng_state, save_state, set_rng_state
 from pruningawaretraining.experiment.train import Learner, Precision, evaluate, scores_of, train_epoch
 from pruningawaretraining.experiment.verify import difference, masked_scores, scores
@@ -39,51 +38,6 @@ LOG = logging.getLogger(__name__)
 EPOCH_SEEDS = 1_000_003  # distance of the data seeds of neighbouring run seeds: more than any run has epochs
 VERIFIED_IMAGES = 64
 TEST_BATCH = 500
-
-
-class SilentRecorder(record.Recorder):
-    """Of a process that writes nothing: the first one writes what all have come to."""
-
-    def add(self, row: Mapping[str, Any], norms: Mapping[str, Tensor] | None = None) -> None:
-        self.rows.append(dict(row))
-        if norms is not None:
-            self.norms.append({"epoch": row["epoch"]})
-
-
-@dataclass
-class Stage:
-    """One model in training.
-
-    Attributes:
-        name: "dense" or "pruned".
-        learner: the model with its optimizer and pruner.
-        scheduler: of the learning rate.
-    """
-
-    name: str
-    learner: Learner
-    scheduler: Scheduler | None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that training changes: tensors and plain data."""
-        learner = self.learner
-        return {
-            "model": learner.model.state_dict(),
-            "optimizer": learner.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "scaler": learner.precision.scaler.state_dict(),
-            "pruner": None if learner.pruner is None else learner.pruner.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Bring a freshly built stage to where ``state`` was taken; the pruner first, for the model's architecture."""
-        if self.learner.pruner is not None:
-            self.learner.pruner.load_state_dict(state["pruner"])
-        self.learner.model.load_state_dict(state["model"])
-        self.learner.optimizer.load_state_dict(state["optimizer"])
-        self.learner.precision.scaler.load_state_dict(state["scaler"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
 
 
 class Runner:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruningawaretraining.checkpoint.pruned import write_atomically
+from pruningawaretraining.checkpoint.files import write_atomically
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.experiment.record import CHECKPOINT
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.checkpoint.pruned import summary_of
+from pruningawaretraining.checkpoint.records import summary_of
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.models.calling import evaluating, move, unwrap
 from pruningawaretraining.models.precision import strict_float32

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.checkpoint.pruned import write_atomically
+from pruningawaretraining.checkpoint.files import write_atomically
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.export.onnx import export_onnx
 from pruningawaretraining.models.calling import evaluating

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruningawaretraining.criteria.magnitude import members_per_set
 from pruningawaretraining.distributed.fsdp import across, extent, is_sharded, local_of
 from pruningawaretraining.groups import kernels as fused
-from pruningawaretraining.groups.grouping import Grouping, Member
+from pruningawaretraining.groups.grouping import Grouping, Member, members_per_set
 from pruningawaretraining.groups.placed import placed
 from pruningawaretraining.groups.weight_passes import WeightPasses
 from pruningawaretraining.groups.weight_stores import Sided, broadcast, entries_along, summed

@@ -4,7 +4,8 @@ Shape suffixes: ``_W`` the shape of a weight, ``_F`` that shape with labelled di
 
 Labels that count in blocks (0 0 1 1 2 2) or in turns (0 1 2 0 1 2) split their dimension into two: the label and the
 place within the group. Summing a group is then a sum over a view, and spreading one value over a group is broadcasting.
-Other labels (a last block that is not full) go the general way of :class:`~pruningawaretraining.groups.grouping.Member`.
+Other labels (a last block that is not full) go the general way of
+:class:`~pruningawaretraining.groups.grouping.Member`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruningawaretraining.checkpoint.pruned import write_atomically
+from pruningawaretraining.checkpoint.files import write_atomically
 from pruningawaretraining.config.load import load_config
 from pruningawaretraining.distributed.collectives import rank, rewrap_in_place, world
 from pruningawaretraining.errors import CheckpointError, ConfigError

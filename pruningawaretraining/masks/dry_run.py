@@ -25,8 +25,9 @@ from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.calling import ForwardFn, outputs_of
 from pruningawaretraining.models.comparison import Comparison, Outputs
 from pruningawaretraining.models.fake_quant import resting
-from pruningawaretraining.patterns.channel import ChannelGroups, find_channels
-from pruningawaretraining.patterns.dependency import TRACE_LIMIT
+from pruningawaretraining.patterns.channel import find_channels
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.patterns.coupling import TRACE_LIMIT
 from pruningawaretraining.patterns.depth import find_blocks
 from pruningawaretraining.patterns.head import is_of_heads
 

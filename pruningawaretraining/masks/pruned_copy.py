@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.masks.removal import remove
-from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 
 _HOOKS = (
     "_forward_hooks",

@@ -21,9 +21,9 @@ from pruningawaretraining.models.optimizer_state import follow
 from pruningawaretraining.models.pruned_attention import Kept, shrink_heads
 from pruningawaretraining.models.skipped_blocks import remove_blocks
 from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor, successor
-from pruningawaretraining.patterns.attention import is_transposed_linear
-from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.head import Heads
+from pruningawaretraining.patterns.projections import is_transposed_linear
 
 
 def kept_indices(grouping: Grouping, keep_G: Tensor, gone: Container[str] = ()) -> dict[str, Keep]:

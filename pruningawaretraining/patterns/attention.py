@@ -10,50 +10,35 @@ is rehearsed: the masked model and the removed one have to agree.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.models.fake_quant import is_converted
-
-FUSED = ("qkv", "c_attn", "qkv_proj", "Wqkv", "to_qkv", "in_proj")
-INTERLEAVED = ("query_key_value",)
-"""Fused projections that hold query, key and value of one head side by side (GPT-NeoX, BLOOM)."""
-QUERY = ("q_proj", "query", "q", "q_lin", "to_q", "wq", "q_attn", "query_proj")
-KEY = ("k_proj", "key", "k", "k_lin", "to_k", "wk", "key_proj")
-VALUE = ("v_proj", "value", "v", "v_lin", "to_v", "wv", "value_proj")
-OUTPUT = ("out_proj", "o_proj", "proj", "o", "out_lin", "c_proj", "dense", "to_out", "wo")
-OUTPUT_BESIDE = ("output.dense", "output", "dense")
-"""The output projection where a sibling of the block has it (BERT)."""
-GATE = ("gate", "g_proj")
-HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_q_heads")
-HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head", "dim_per_head", "head_size", "key_dim")
-KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-REPETITIONS = ("num_key_value_groups", "n_rep")
-WIDTHS = ("all_head_size", "all_head_dim", "inner_dim", "attn_dim", "split_size", "inner_kv_dim")
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A tensor that has something of every head along one dimension.
-
-    Args:
-        name, tensor: the tensor and its name in the model.
-        dim: the dimension.
-        heads_D: number of the head that each entry belongs to.
-        shared: whether they are key and value heads, which several query heads may share.
-        role: see :class:`pruningawaretraining.groups.grouping.Member`.
-    """
-
-    name: str
-    tensor: Tensor
-    dim: int
-    heads_D: Tensor
-    shared: bool
-    role: str
+from pruningawaretraining.patterns.projections import (
+    FUSED,
+    GATE,
+    HEAD_DIM,
+    HEADS,
+    INTERLEAVED,
+    KEY,
+    KEY_VALUE_HEADS,
+    OUTPUT,
+    OUTPUT_BESIDE,
+    QUERY,
+    REPETITIONS,
+    VALUE,
+    WIDTHS,
+    Part,
+    Pieces,
+    Projection,
+    is_projection,
+    projected,
+    projection_in,
+    spread,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,43 +62,6 @@ class Attention:
     parts: tuple[Part, ...]
     layers: tuple[str, ...]
     tie: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class _Projection:
-    """A linear layer with its name; Conv1D of transformers has outputs in the last dimension of its weight."""
-
-    name: str
-    module: nn.Module
-
-    @property
-    def weight(self) -> Tensor:
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight
-
-    @property
-    def out_dim(self) -> int:
-        return 1 if is_transposed_linear(self.module) else 0
-
-    @property
-    def outputs(self) -> int:
-        return int(self.weight.shape[self.out_dim])
-
-    @property
-    def inputs(self) -> int:
-        return int(self.weight.shape[1 - self.out_dim])
-
-
-def is_transposed_linear(module: object) -> bool:
-    """Whether a module is a linear layer with a weight of (inputs, outputs), such as transformers' ``Conv1D``."""
-    weight = getattr(module, "weight", None)
-    return (
-        type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2 and hasattr(module, "nf")
-    )
-
-
-def _is_projection(module: object) -> TypeGuard[nn.Module]:
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Module) and is_transposed_linear(module))
 
 
 def attention_blocks(model: nn.Module) -> tuple[list[Attention], dict[str, str]]:
@@ -149,7 +97,7 @@ def _multihead(name: str, module: nn.MultiheadAttention) -> Attention | str:
     prefix = f"{name}." if name else ""
     if any(nn.utils.parametrize.is_parametrized(one) for one in (module, module.out_proj)):
         return "its weight is parametrized"
-    rows = _spread(heads, width)
+    rows = spread(heads, width)
     parts: list[Part] = []
     for attribute, dim, heads_D, role in (
         ("in_proj_weight", 0, rows.repeat(3), "out"),
@@ -167,37 +115,22 @@ def _multihead(name: str, module: nn.MultiheadAttention) -> Attention | str:
     return Attention(name, module, heads, heads, width, tuple(parts), (name, f"{prefix}out_proj"))
 
 
-def _spread(heads: int, width: int, start: int = 0) -> Tensor:
-    """The head of every entry where each head has ``width`` in a row."""
-    return torch.arange(start, start + heads).repeat_interleave(width)
-
-
-def _child(name: str, module: nn.Module, names: Iterable[str]) -> _Projection | None:
-    for attribute in names:
-        child = getattr(module, attribute, None)
-        if attribute == "to_out" and isinstance(child, nn.Sequential) and len(child):
-            attribute, child = "to_out.0", child[0]
-        if _is_projection(child):
-            return _Projection(f"{name}.{attribute}" if name else attribute, child)
-    return None
-
-
-def _output(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> _Projection | None:
-    inside = _child(name, module, OUTPUT)
+def _output(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> Projection | None:
+    inside = projection_in(name, module, OUTPUT)
     if inside is not None or not name:
         return inside
     parent = name.rpartition(".")[0]
     for suffix in OUTPUT_BESIDE:
         beside = f"{parent}.{suffix}" if parent else suffix
-        if _is_projection(modules.get(beside)):
-            return _Projection(beside, modules[beside])
+        if is_projection(modules.get(beside)):
+            return Projection(beside, modules[beside])
     return None
 
 
 def _block(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> Attention | str:
     """A block of projections; a reason where it looks like one and cannot be read; "" where it does not."""
-    fused, interleaved = _child(name, module, FUSED), _child(name, module, INTERLEAVED)
-    separate = [_child(name, module, names) for names in (QUERY, KEY, VALUE)]
+    fused, interleaved = projection_in(name, module, FUSED), projection_in(name, module, INTERLEAVED)
+    separate = [projection_in(name, module, names) for names in (QUERY, KEY, VALUE)]
     inputs = [fused or interleaved] if fused or interleaved else separate
     if not all(inputs):
         return ""
@@ -215,8 +148,8 @@ def _block(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> Atten
     if not shared or heads % shared:
         return f"{known[-1].outputs} outputs of {known[-1].name} do not fit {heads} heads of {width}"
     rows = _rows(known, heads, shared, width, interleaved is not None and fused is None)
-    parts = [part for one, pieces in zip(known, rows, strict=True) for part in _projected(one, pieces)]
-    parts += _along_inputs(output, _spread(heads, width))
+    parts = [part for one, pieces in zip(known, rows, strict=True) for part in projected(one, pieces)]
+    parts += _along_inputs(output, spread(heads, width))
     parts += _own_tensors(name, module, heads, width, {part.name for part in parts})
     layers = (name, *(one.name for one in known), output.name)
     return Attention(name, module, heads, shared, width, tuple(parts), layers, _tie(name, module))
@@ -230,7 +163,7 @@ def _head_dim(module: nn.Module, total: int) -> int:
     return widths[0] if widths else 0
 
 
-def _key_value_heads(inputs: list[_Projection], heads: int, width: int) -> int:
+def _key_value_heads(inputs: list[Projection], heads: int, width: int) -> int:
     """How many key and value heads there are; 0 if the widths do not say."""
     if len(inputs) == 3:
         query, key, value = (one.outputs for one in inputs)
@@ -239,39 +172,24 @@ def _key_value_heads(inputs: list[_Projection], heads: int, width: int) -> int:
     return extra // (2 * width) if extra > 0 and extra % (2 * width) == 0 else 0
 
 
-Pieces = list[tuple[Tensor, bool]]  # heads of a run of outputs, and whether they are key and value heads
-
-
-def _rows(inputs: list[_Projection], heads: int, shared: int, width: int, interleaved: bool) -> list[Pieces]:
-    query, key = _spread(heads, width), _spread(shared, width)
+def _rows(inputs: list[Projection], heads: int, shared: int, width: int, interleaved: bool) -> list[Pieces]:
+    query, key = spread(heads, width), spread(shared, width)
     if len(inputs) == 3:
         return [[(query, False)], [(key, True)], [(key, True)]]
     if interleaved:
-        return [[(_spread(heads, 3 * width), False)]]
+        return [[(spread(heads, 3 * width), False)]]
     return [[(query, False), (key, True), (key, True)]]
 
 
-def _projected(one: _Projection, pieces: Pieces) -> Iterator[Part]:
-    """The outputs of a projection; runs of query heads and of key and value heads are parts of their own."""
-    bias = getattr(one.module, "bias", None)
-    for shared in (False, True):
-        if not any(kind is shared for _, kind in pieces):
-            continue
-        heads_D = torch.cat([heads if kind is shared else torch.full_like(heads, -1) for heads, kind in pieces])
-        yield Part(f"{one.name}.weight", one.weight, one.out_dim, heads_D, shared, "out")
-        if isinstance(bias, Tensor):
-            yield Part(f"{one.name}.bias", bias, 0, heads_D, shared, "bias")
-
-
-def _along_inputs(output: _Projection, heads_D: Tensor) -> list[Part]:
+def _along_inputs(output: Projection, heads_D: Tensor) -> list[Part]:
     return [Part(f"{output.name}.weight", output.weight, 1 - output.out_dim, heads_D, False, "in")]
 
 
 def _own_tensors(name: str, module: nn.Module, heads: int, width: int, known: set[str]) -> Iterator[Part]:
     """Gates, biases of relative positions, temperatures: what else has one entry, or a head's width, for every head."""
-    gate = _child(name, module, GATE)
+    gate = projection_in(name, module, GATE)
     if gate is not None and gate.outputs == heads * width:
-        yield from _projected(gate, [(_spread(heads, width), False)])
+        yield from projected(gate, [(spread(heads, width), False)])
     prefix = f"{name}." if name else ""
     for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is not None and tensor.is_floating_point() and f"{prefix}{attribute}" not in known:
@@ -285,8 +203,8 @@ def _own_tensors(name: str, module: nn.Module, heads: int, width: int, known: se
             and isinstance(child[-1], nn.Linear)
             and child[-1].out_features == heads
         ):
-            last = _Projection(f"{prefix}{attribute}.{len(child) - 1}", child[-1])  # an MLP that makes position biases
-            yield from _projected(last, [(torch.arange(heads), False)])
+            last = Projection(f"{prefix}{attribute}.{len(child) - 1}", child[-1])  # an MLP that makes position biases
+            yield from projected(last, [(torch.arange(heads), False)])
         elif not isinstance(child, (nn.Linear, nn.modules.conv._ConvNd)):
             for own, tensor in child._parameters.items():
                 if tensor is not None and "relative" in own:
@@ -295,7 +213,7 @@ def _own_tensors(name: str, module: nn.Module, heads: int, width: int, known: se
 
 def _raw(name: str, tensor: Tensor, heads: int, width: int) -> Iterator[Part]:
     learned = isinstance(tensor, nn.Parameter)
-    sizes = {heads * width: _spread(heads, width)}
+    sizes = {heads * width: spread(heads, width)}
     if learned:
         sizes[heads] = torch.arange(heads)
     for size, heads_D in sizes.items():

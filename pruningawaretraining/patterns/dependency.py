@@ -8,12 +8,9 @@ twice, and an index mapping that disagrees with a layer's width is noticed inste
 
 from __future__ import annotations
 
-import math
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,10 +25,18 @@ from torch_pruning.dependency import shape_infer
 
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.calling import ForwardFn, checked_call, differentiable, evaluating, float_tensors_of
-from pruningawaretraining.patterns.attention import is_transposed_linear
+from pruningawaretraining.patterns.coupling import (
+    TRACE_LIMIT,
+    Deadline,
+    DependencyMap,
+    Indices,
+    Space,
+    has_multiplier,
+    ties,
+)
+from pruningawaretraining.patterns.index_mappings import map_indices
+from pruningawaretraining.patterns.projections import is_transposed_linear
 from pruningawaretraining.patterns.training_parts import mode_to_trace
-
-Indices = np.ndarray
 
 # Operations after which a channel index no longer means the same channel, or all channels are mixed.
 MIXING_OPERATIONS = {
@@ -50,53 +55,11 @@ MIXING_OPERATIONS = {
     "sort": "a sort",
     "fft": "a Fourier transform",
 }
-TRACE_LIMIT = 60.0
-"""Seconds."""
-
 UNSUPPORTED_TYPES = {
     ops.OPTYPE.MHA: "multi-head attention (prune it by heads)",
     ops.OPTYPE.LSTM: "a recurrent layer",
     ops.OPTYPE.CUSTOMIZED: "a layer with a pruner of its own",
 }
-
-
-@dataclass(eq=False)
-class Space:
-    """The channel indices at one side of a node.
-
-    Args:
-        owner: the layer or raw parameter, None for an operation.
-        name: its name in the model, "" for an operation.
-        side: "out", "in", or "both" for layers that keep their channels (norms, depthwise convolutions).
-        width: how many channels it has, or None where only the graph tells.
-        problem: why channels that reach it cannot be removed, "" if they can.
-    """
-
-    owner: nn.Module | nn.Parameter | None
-    name: str
-    side: str
-    width: int | None
-    problem: str = ""
-    dim: int = -1
-
-    def __post_init__(self) -> None:
-        self.first = -1  # number of its first element
-        self.seen = np.zeros(self.width or 0, dtype=bool)
-
-
-@dataclass(frozen=True, eq=False)
-class DependencyMap:
-    """The coupled channels of a model.
-
-    Args:
-        spaces: channel spaces of layers and raw parameters.
-        components: for each space, the component of each of its channels.
-        blocked: component -> why none of its channels can be removed.
-    """
-
-    spaces: tuple[Space, ...]
-    components: tuple[Indices, ...]
-    blocked: dict[int, str]
 
 
 def trace(
@@ -115,7 +78,7 @@ def trace(
     Raises:
         ModelError: the model rejects the inputs, or Torch-Pruning cannot trace it.
     """
-    deadline = _Deadline(limit)
+    deadline = Deadline(limit)
     graph = _build_graph(model, inputs, forward_fn)
     problems = graph.map_indices(deadline)
     closure = _Closure(graph, {module: name for name, module in model.named_modules()}, problems, deadline)
@@ -162,21 +125,6 @@ def _build_graph(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) ->
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-class _Deadline:
-    """A time by which the graph has to be done."""
-
-    def __init__(self, limit: float) -> None:
-        self.limit, self.end = limit, time.monotonic() + limit
-
-    @property
-    def passed(self) -> bool:
-        return time.monotonic() > self.end
-
-    @property
-    def reason(self) -> str:
-        return f"a part of the graph that was not done within {self.limit:g} s (trace_limit)"
-
-
 class _Graph(tp.DependencyGraph):  # type: ignore[misc]
     """Torch-Pruning's graph, whose index mappings are made node by node: one that fails blocks its own channels."""
 
@@ -185,7 +133,7 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         self.nodes = module2node
         self.module2node: dict[Any, Any] = {}  # nothing for it to go through now; see map_indices
 
-    def map_indices(self, deadline: _Deadline) -> dict[Any, str]:
+    def map_indices(self, deadline: Deadline) -> dict[Any, str]:
         """Make the mappings of concatenations, splits and reshapes; node -> why it has none."""
         problems: dict[Any, str] = {}
         for step in (shape_infer.init_shape_information, mappings.update_index_mapping):
@@ -222,7 +170,7 @@ class _Closure:
     """Follows every dependency once and unites the channels that it couples."""
 
     def __init__(
-        self, graph: _Graph, names: dict[nn.Module, str], problems: dict[Any, str], deadline: _Deadline
+        self, graph: _Graph, names: dict[nn.Module, str], problems: dict[Any, str], deadline: Deadline
     ) -> None:
         self.graph, self.names = graph, names
         self.problems, self.deadline = problems, deadline
@@ -249,7 +197,7 @@ class _Closure:
             for dependency in node.dependencies:
                 if dependency.trigger != handler:
                     continue
-                kept, mapped = _map_indices(dependency.index_mapping, indices)
+                kept, mapped = map_indices(dependency.index_mapping, indices)
                 if kept is None:
                     source.problem = source.problem or "an index mapping that is not supported"
                     continue
@@ -315,7 +263,7 @@ class _Closure:
         sources = [source.first + indices for source, indices, _, _ in self.edges]
         targets = [target.first + indices for _, _, target, indices in self.edges]
         for space in self.spaces.values():
-            tied_a, tied_b = _ties(space)
+            tied_a, tied_b = ties(space)
             sources.append(space.first + tied_a)
             targets.append(space.first + tied_b)
         sources += [a for a, _ in self._multiplier_ties()]
@@ -344,29 +292,6 @@ def _widest(modules: dict[nn.Module, str]) -> int:
     return max(sizes, default=0)
 
 
-def has_multiplier(module: Any) -> bool:
-    """Whether a convolution is depthwise with more outputs than inputs."""
-    return (
-        isinstance(module, nn.modules.conv._ConvNd)
-        and not module.transposed
-        and module.groups == module.in_channels > 1
-        and module.out_channels > module.in_channels
-    )
-
-
-def _ties(space: Space) -> tuple[Indices, Indices]:
-    """Channels that only go together: equal positions in every group of a grouped convolution or GroupNorm."""
-    groups, module = 1, space.owner
-    if isinstance(module, nn.GroupNorm):
-        groups = module.num_groups
-    elif isinstance(module, nn.modules.conv._ConvNd) and space.side != "both" and not has_multiplier(module):
-        groups = module.groups
-    if groups == 1 or not space.width:
-        return np.zeros(0, int), np.zeros(0, int)
-    channels = np.arange(space.width)
-    return channels, channels % (space.width // groups)
-
-
 def _operation_problem(node: Any) -> str:
     if node.type == ops.OPTYPE.OUTPUT:
         return "an output of the model"
@@ -375,65 +300,3 @@ def _operation_problem(node: Any) -> str:
         if part in name:
             return reason
     return ""
-
-
-def _map_indices(chain: list[Any], indices: Indices) -> tuple[Indices | None, Indices]:
-    """Send indices through a dependency's index mappings: (positions that go through, their images)."""
-    positions, images = np.arange(len(indices)), indices
-    for mapping in chain:
-        if mapping is None:
-            continue
-        function = _VECTORISED.get(type(mapping))
-        if function is None or not _is_sound(mapping):
-            return None, images
-        kept, images = function(mapping, images)
-        positions = positions[kept]
-    return positions, images
-
-
-def _is_sound(mapping: Any) -> bool:
-    """Whether a mapping can be right: some are made of widths that Torch-Pruning could not infer."""
-    return len(getattr(mapping, "offset", (0, 0))) == 2 and int(getattr(mapping, "_stride", 1)) >= 1
-
-
-def _flatten(mapping: Any, indices: Indices) -> tuple[Indices, Indices]:
-    stride = mapping._stride
-    if mapping.reverse:
-        return np.arange(len(indices)), indices // stride
-    kept = np.repeat(np.arange(len(indices)), stride)
-    return kept, (indices[:, None] * stride + np.arange(stride)).reshape(-1)
-
-
-def _window(mapping: Any, indices: Indices) -> tuple[Indices, Indices]:
-    low, high = mapping.offset
-    kept = np.nonzero((indices >= low) & (indices < high))[0]
-    return kept, indices[kept] - low
-
-
-def _shift(mapping: Any, indices: Indices) -> tuple[Indices, Indices]:
-    return np.arange(len(indices)), indices + mapping.offset[0]
-
-
-def _concat(mapping: Any, indices: Indices) -> tuple[Indices, Indices]:
-    return _window(mapping, indices) if mapping.reverse else _shift(mapping, indices)
-
-
-def _split(mapping: Any, indices: Indices) -> tuple[Indices, Indices]:
-    return _shift(mapping, indices) if mapping.reverse else _window(mapping, indices)
-
-
-def _slice(mapping: Any, indices: Indices) -> tuple[Indices, Indices]:
-    if mapping.reverse:
-        return np.arange(len(indices)), indices * mapping.step + mapping.start
-    end = min(mapping.end, math.inf)
-    inside = (indices >= mapping.start) & (indices < end) & ((indices - mapping.start) % mapping.step == 0)
-    kept = np.nonzero(inside)[0]
-    return kept, (indices[kept] - mapping.start) // mapping.step
-
-
-_VECTORISED: dict[type, Callable[[Any, Indices], tuple[Indices, Indices]]] = {
-    mappings._FlattenIndexMapping: _flatten,
-    mappings._ConcatIndexMapping: _concat,
-    mappings._SplitIndexMapping: _split,
-    mappings._SliceIndexMapping: _slice,
-}

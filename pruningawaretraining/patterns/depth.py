@@ -22,7 +22,7 @@ from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluating
 from pruningawaretraining.models.fake_quant import is_converted, resting
 from pruningawaretraining.models.skipped_blocks import Block
-from pruningawaretraining.patterns.channel import ChannelGroups
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.registry import register
 

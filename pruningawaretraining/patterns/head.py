@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
-from pruningawaretraining.patterns.attention import Attention, Part, attention_blocks, scaled_attributes
+from pruningawaretraining.patterns.attention import Attention, attention_blocks, scaled_attributes
+from pruningawaretraining.patterns.projections import Part
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.registry import lookup, register
 

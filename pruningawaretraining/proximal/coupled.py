@@ -23,7 +23,8 @@ from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.masks.dry_run import removable_channels
 from pruningawaretraining.models.calling import ForwardFn
-from pruningawaretraining.patterns.channel import ChannelGroups, chosen_layers
+from pruningawaretraining.patterns.channel import chosen_layers
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.proximal.maps import SLACK
 from pruningawaretraining.registry import register
 

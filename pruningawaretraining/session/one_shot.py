@@ -36,7 +36,8 @@ from pruningawaretraining.masks.dry_run import removable_blocks, removable_chann
 from pruningawaretraining.masks.pruned_copy import pruned_copy
 from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.calling import unwrap
-from pruningawaretraining.patterns.channel import ChannelGroups, StructuredPattern
+from pruningawaretraining.patterns.channel import StructuredPattern
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.depth import Depth, check_rule
 from pruningawaretraining.registry import build, lookup
 from pruningawaretraining.session.arguments import check_model
@@ -77,25 +78,7 @@ def one_shot(
     *,
     after: AfterPruning = AfterPruning(),
 ) -> dict[float, nn.Module]:
-    """Prune a trained model at once, to one sparsity or to several, all from one collection of gradients.
-
-    Args:
-        model: the model; it is unchanged.
-        rule: what to prune: pattern, layers, criterion, scope and bounds of a rule; its schedule is not used. Criteria
-            that listen to training (snip, taylor, wanda, variance ...) listen to 64 micro-batches.
-        dataloader: batches ``(inputs, targets)``, or mappings of keyword inputs with "labels".
-        loss_fn: ``(outputs, targets) -> loss``.
-        sparsities: fractions to remove; None for the rule's target. Where that is of MACs, parameters, memory or
-            latency, channels go by the rule's ``allocation`` until it is met.
-        after: what follows the pruning; without a compensation of its own the rule's.
-
-    Returns:
-        A pruned copy of the model for each sparsity (the one that came out, where the target is of a cost). Pruned
-        weights are exactly 0; channels are removed.
-
-    Raises:
-        ConfigError, ModelError, TargetError: an option, layer, batch or sparsity that cannot be used; it is named.
-    """
+    """See :func:`pruningawaretraining.one_shot.one_shot`."""
     check_model(model)
     if not isinstance(after, AfterPruning):
         raise ConfigError(f"after: {after!r} is a {type(after).__name__}. Allowed: AfterPruning(...)")
@@ -213,7 +196,8 @@ def _one_shot_channels(
 
 @dataclass(eq=False)
 class _Everything:
-    """The share of the only rule: all channels that were found; see :class:`pruningawaretraining.allocation.policies.Share`."""
+    """The share of the only rule: all channels that were found; see
+    :class:`pruningawaretraining.allocation.policies.Share`."""
 
     rule: Rule
     grouping: Grouping

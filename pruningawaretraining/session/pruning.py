@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.checkpoint.pruned import describe_with, record_of
+from pruningawaretraining.checkpoint.records import describe_with, record_of
 from pruningawaretraining.config.dialects.intel_update import updated
 from pruningawaretraining.config.load import load_config
 from pruningawaretraining.config.schema import Distillation, PruningConfig, Rule
@@ -35,7 +35,9 @@ from pruningawaretraining.models.example_inputs import Example, as_inputs, one_e
 from pruningawaretraining.models.exported_graph import ExportedGraph, is_exported
 from pruningawaretraining.models.fake_quant import without_zero
 from pruningawaretraining.models.optimizer_state import clear_state
-from pruningawaretraining.patterns.channel import ChannelGroups, StructuredPattern, producer_names
+from pruningawaretraining.patterns.channel import StructuredPattern
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.patterns.channel_labels import producer_names
 from pruningawaretraining.patterns.depth import Depth, check_alone, check_rule
 from pruningawaretraining.patterns.stacking import check_stacking
 from pruningawaretraining.registry import build

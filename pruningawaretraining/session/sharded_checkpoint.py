@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruningawaretraining.checkpoint.pruned import write_atomically
+from pruningawaretraining.checkpoint.files import write_atomically
 from pruningawaretraining.distributed.collectives import meet, rank
 from pruningawaretraining.distributed.fsdp import reshard
 from pruningawaretraining.errors import CheckpointError

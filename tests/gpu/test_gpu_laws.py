@@ -14,7 +14,8 @@ from gpu_training import EPOCHS, RULE, Loop, batch, network, sgd
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning
-from pruningawaretraining.patterns.channel import Channel, ChannelGroups
+from pruningawaretraining.patterns.channel import Channel
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import names
 
 pytest.importorskip("torchvision")

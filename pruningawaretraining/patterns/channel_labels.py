@@ -1,0 +1,209 @@
+"""Coupled channels as groups: which sets they form, and which tensors they index."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.models.fake_quant import is_converted
+from pruningawaretraining.models.masked_norms import is_foreign_rms_norm
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.patterns.coupling import DependencyMap, Space
+from pruningawaretraining.patterns.projections import is_transposed_linear
+
+Conv = nn.modules.conv._ConvNd
+Norm = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def is_producer(module: object) -> bool:
+    """Whether a layer makes channels: convolutions and linear layers."""
+    return isinstance(module, (Conv, nn.Linear)) or (isinstance(module, nn.Module) and is_transposed_linear(module))
+
+
+def producer_names(model: nn.Module) -> list[str]:
+    """The layers that make channels: convolutions and linear layers."""
+    return [name for name, module in model.named_modules() if is_producer(module)]
+
+
+def channel_groups(model: nn.Module, dependencies: DependencyMap, chosen: set[str]) -> ChannelGroups:
+    """Group the coupled channels into sets, and label every tensor that they index.
+
+    Args:
+        model: the traced model.
+        dependencies: its coupled channels.
+        chosen: names of the layers that may lose output channels.
+    """
+    blocked = {**dependencies.blocked, **_blocked_by_parameters(model, dependencies)}
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    producers = _producers_of_components(dependencies)
+    skipped: dict[str, str] = {}
+    members: dict[tuple[int, ...], list[int]] = {}
+    for component, spaces in producers.items():
+        names = sorted((dependencies.spaces[index].name for index in spaces), key=order.__getitem__)
+        reason = blocked.get(component) or _not_chosen(names, chosen)
+        if reason:
+            for name in names:
+                skipped.setdefault(name, reason if name in chosen or component in blocked else "not selected")
+        else:
+            members.setdefault(tuple(sorted(spaces)), []).append(component)
+    runs = sorted(members.items(), key=lambda run: min(order[dependencies.spaces[index].name] for index in run[0]))
+    return _label(model, dependencies, [(key, parts) for key, parts in runs if len(parts) > 1], order, skipped)
+
+
+def _not_chosen(names: list[str], chosen: set[str]) -> str:
+    missing = [name for name in names if name not in chosen]
+    return f"coupled to {missing[0]}, which is not selected" if missing else ""
+
+
+def _producers_of_components(dependencies: DependencyMap) -> dict[int, set[int]]:
+    """For each component, the conv and linear layers whose outputs it holds (indices of spaces)."""
+    producers: dict[int, set[int]] = {}
+    for index, (space, components) in enumerate(zip(dependencies.spaces, dependencies.components, strict=True)):
+        if is_producer(space.owner) and space.side != "in":
+            for component in np.unique(components):
+                producers.setdefault(int(component), set()).add(index)
+    return producers
+
+
+def _blocked_by_parameters(model: nn.Module, dependencies: DependencyMap) -> dict[int, str]:
+    """Components of layers whose tensors cannot be sliced: tied, parametrized or of an unusual shape."""
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    blocked: dict[int, str] = {}
+    for space, components in zip(dependencies.spaces, dependencies.components, strict=True):
+        problem = _layer_problem(space, owners)
+        if problem:
+            for component in np.unique(components):
+                blocked.setdefault(int(component), f"{space.name}: {problem}")
+    return blocked
+
+
+def _layer_problem(space: Space, owners: Counter[int]) -> str:
+    module = space.owner
+    if isinstance(module, nn.Parameter):
+        return "a parameter that several modules share" if owners[id(module)] > 1 else ""
+    assert module is not None
+    if any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
+        return "its weight is shared with another module"
+    if any(is_converted(parameter) for parameter in module.parameters(recurse=False)):
+        return "its weight is quantized already; prune before it is converted"
+    if nn.utils.parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+        return "its weight is parametrized"
+    if isinstance(module, Conv) and module.groups > 1:
+        if space.side == "both" and module.in_channels != module.out_channels:
+            return "a depthwise convolution with fewer outputs than inputs"
+        if space.side != "both" and module.transposed:
+            return "a grouped transposed convolution"
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+        return "a LayerNorm over several dimensions"
+    if space.width is not None and len(space.seen) > space.width:
+        return "indices beyond its width"
+    return ""
+
+
+def _label(
+    model: nn.Module,
+    dependencies: DependencyMap,
+    runs: list[tuple[tuple[int, ...], list[int]]],
+    order: dict[str, int],
+    skipped: dict[str, str],
+) -> ChannelGroups:
+    modules = dict(model.named_modules())
+    total = sum(len(components) for _, components in runs)
+    highest = max((int(part.max()) for part in dependencies.components if len(part)), default=0)
+    group_of = np.full(highest + 1, total, dtype=np.int64)
+    sets: list[GroupSet] = []
+    start = 0
+    for key, parts in runs:
+        source = min(key, key=lambda index: order[dependencies.spaces[index].name])
+        channels = dependencies.components[source]
+        mine = channels[np.isin(channels, parts)]
+        ordered = mine[np.sort(np.unique(mine, return_index=True)[1])]
+        group_of[ordered] = np.arange(start, start + len(ordered))
+        width = max(1, len(mine) // max(1, len(ordered)))
+        sets.append(GroupSet(dependencies.spaces[source].name, start, start + len(ordered), width))
+        start += len(ordered)
+    members: list[Member] = []
+    norms: dict[str, Tensor] = {}
+    touched: list[list[str]] = [[] for _ in sets]
+    topology: list[list[str]] = [[] for _ in sets]
+    set_of = np.repeat(np.arange(len(sets)), [one.size for one in sets])
+    for space, components in zip(dependencies.spaces, dependencies.components, strict=True):
+        groups = group_of[components]
+        if len(groups) == 0 or (groups == total).all():
+            continue
+        members += _members(space, torch.from_numpy(groups), total)
+        norm = _norm_of(space, modules)
+        if norm is not None:
+            norms[norm] = torch.from_numpy(groups)
+        for number in np.unique(set_of[groups[groups < total]]):
+            touched[number].append(space.name)
+            topology[number].append(f"{type(space.owner).__name__}:{space.side}")
+    named = tuple(_finish(one, touched[index], topology[index], order, model) for index, one in enumerate(sets))
+    return ChannelGroups(Grouping("channel", tuple(members), named), skipped, norms)
+
+
+def _norm_of(space: Space, modules: dict[str, nn.Module]) -> str | None:
+    """The norm layer whose channels a space has, if it is one's."""
+    if isinstance(space.owner, Norm):
+        return space.name
+    owner = space.name.rpartition(".")[0]
+    norm = modules.get(owner)
+    is_norm = isinstance(norm, nn.RMSNorm) or is_foreign_rms_norm(norm)
+    return owner if isinstance(space.owner, nn.Parameter) and is_norm else None
+
+
+def _finish(one: GroupSet, names: list[str], topology: list[str], order: dict[str, int], model: nn.Module) -> GroupSet:
+    modules = dict(model.named_modules())
+    layers = [name for name in dict.fromkeys(names) if is_producer(modules.get(name)) and name != one.name]
+    layers.sort(key=order.__getitem__)
+    return GroupSet(one.name, one.start, one.stop, one.width, "|".join(sorted(topology)), (one.name, *layers))
+
+
+def _members(space: Space, groups: Tensor, total: int) -> list[Member]:
+    """The tensors of a layer that its channel indices slice."""
+    owner = space.owner
+    if isinstance(owner, nn.Parameter):
+        return [Member.along(space.name, owner, space.dim, groups, total, "raw")]
+    assert owner is not None
+    transposed = is_transposed_linear(owner) or (isinstance(owner, Conv) and owner.transposed)
+    if is_producer(owner) and space.side == "in":
+        return _input_members(space, owner, groups, total, transposed)
+    if is_producer(owner):
+        dim = 1 if transposed and space.side == "out" else 0
+        return _along(space, groups, total, {"weight": (dim, "out"), "bias": (0, "bias"), **_extra(owner, len(groups))})
+    if isinstance(owner, nn.Embedding):
+        return _along(space, groups, total, {"weight": (1, "out")})
+    if isinstance(owner, nn.PReLU):
+        return _along(space, groups, total, {"weight": (0, "raw")} if owner.num_parameters > 1 else {})
+    tensors = {"weight": (0, "norm"), "bias": (0, "bias"), "running_mean": (0, "buffer"), "running_var": (0, "buffer")}
+    return _along(space, groups, total, tensors)
+
+
+def _input_members(space: Space, layer: nn.Module, groups: Tensor, total: int, transposed: bool) -> list[Member]:
+    if isinstance(layer, Conv) and layer.groups > 1:
+        # Only the position inside a convolution group is indexed; equal positions are tied, so the first group tells.
+        # With one input channel for each group there is nothing to slice: its filters are.
+        per_group = layer.in_channels // layer.groups
+        if per_group == 1:
+            return []
+        groups = groups[:per_group]
+    return _along(space, groups, total, {"weight": (0 if transposed else 1, "in")})
+
+
+def _along(space: Space, groups: Tensor, total: int, tensors: dict[str, tuple[int, str]]) -> list[Member]:
+    members = []
+    for attribute, (dim, role) in tensors.items():
+        tensor = getattr(space.owner, attribute, None)
+        if isinstance(tensor, Tensor):
+            members.append(Member.along(f"{space.name}.{attribute}", tensor, dim, groups, total, role))
+    return members
+
+
+def _extra(layer: nn.Module, outputs: int) -> dict[str, tuple[int, str]]:
+    """Parameters of a layer's own kind with one entry for each output, such as the gains of scaled convolutions."""
+    own = {name: one for name, one in layer._parameters.items() if name not in ("weight", "bias") and one is not None}
+    return {name: (0, "raw") for name, one in own.items() if one.dim() and one.numel() == one.shape[0] == outputs}

@@ -1,0 +1,92 @@
+"""Coupled channels as data: channel spaces of layers, and the components that couple them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+Indices = np.ndarray
+
+TRACE_LIMIT = 60.0
+"""Seconds."""
+
+
+@dataclass(eq=False)
+class Space:
+    """The channel indices at one side of a node.
+
+    Args:
+        owner: the layer or raw parameter, None for an operation.
+        name: its name in the model, "" for an operation.
+        side: "out", "in", or "both" for layers that keep their channels (norms, depthwise convolutions).
+        width: how many channels it has, or None where only the graph tells.
+        problem: why channels that reach it cannot be removed, "" if they can.
+    """
+
+    owner: nn.Module | nn.Parameter | None
+    name: str
+    side: str
+    width: int | None
+    problem: str = ""
+    dim: int = -1
+
+    def __post_init__(self) -> None:
+        self.first = -1  # number of its first element
+        self.seen = np.zeros(self.width or 0, dtype=bool)
+
+
+@dataclass(frozen=True, eq=False)
+class DependencyMap:
+    """The coupled channels of a model.
+
+    Args:
+        spaces: channel spaces of layers and raw parameters.
+        components: for each space, the component of each of its channels.
+        blocked: component -> why none of its channels can be removed.
+    """
+
+    spaces: tuple[Space, ...]
+    components: tuple[Indices, ...]
+    blocked: dict[int, str]
+
+
+class Deadline:
+    """A time by which the graph has to be done."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.end = limit, time.monotonic() + limit
+
+    @property
+    def passed(self) -> bool:
+        return time.monotonic() > self.end
+
+    @property
+    def reason(self) -> str:
+        return f"a part of the graph that was not done within {self.limit:g} s (trace_limit)"
+
+
+def has_multiplier(module: Any) -> bool:
+    """Whether a convolution is depthwise with more outputs than inputs."""
+    return (
+        isinstance(module, nn.modules.conv._ConvNd)
+        and not module.transposed
+        and module.groups == module.in_channels > 1
+        and module.out_channels > module.in_channels
+    )
+
+
+def ties(space: Space) -> tuple[Indices, Indices]:
+    """Channels that only go together: equal positions in every group of a grouped convolution or GroupNorm."""
+    groups, module = 1, space.owner
+    if isinstance(module, nn.GroupNorm):
+        groups = module.num_groups
+    elif isinstance(module, nn.modules.conv._ConvNd) and space.side != "both" and not has_multiplier(module):
+        groups = module.groups
+    if groups == 1 or not space.width:
+        return np.zeros(0, int), np.zeros(0, int)
+    channels = np.arange(space.width)
+    return channels, channels % (space.width // groups)
