@@ -5,15 +5,15 @@ float32 in TF32 or not, half precision rounds every layer, and activations near 
 tolerance in the model's own dtype is both wide enough for rounding and narrow enough for a mistake. Instead:
 
 1. Both states are computed in float64 (:func:`~pruningawaretraining.models.precision.in_float64`), which knows no TF32
-   and no autocast. Outputs that agree to ``EXACT`` of their largest value are the same. This is the ordinary case; it costs
-   one pass for each state, as a comparison in the own dtype would, and copies of the weights for as long as it runs.
-   (A first look in the own dtype would save little and could let a mistake through that is as small as rounding.)
+   and no autocast. Outputs that agree to ``EXACT`` of their largest value are the same. This is the ordinary case; it
+   costs one pass for each state, as a comparison in the own dtype would, and copies of the weights for as long as it
+   runs. (A first look in the own dtype would save little and could let a mistake through that is as small as rounding.)
 2. What cannot be computed in float64 (code that fixes its dtype, kernels that lack it, sharded or quantized weights, a
    device without it, too little memory) is computed in the model's own dtype, without TF32 where that can be chosen.
 3. Where outputs differ, it is measured on the same model how far rounding moves them: every operation sees its operands
-   a little off (:class:`~pruningawaretraining.models.precision.Rounding`), for several seeds, and the model is run again
-   as it is. A difference within ``MARGIN`` of the largest of these is rounding. Where rounding moves the outputs by half of
-   their size, or they are not finite or all 0, they say nothing.
+   a little off (:class:`~pruningawaretraining.models.precision.Rounding`), for several seeds, and the model is run
+   again as it is. A difference within ``MARGIN`` of the largest of these is rounding. Where rounding moves the outputs
+   by half of their size, or they are not finite or all 0, they say nothing.
 """
 
 from __future__ import annotations
