@@ -33,7 +33,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     ),
     "dataset": ("experiment.datasets",),
     "dialect": ("config.dialects",),
-    "exporter": ("runtimes.onnx_graph",),
+    "exporter": ("runtimes.exporters",),
     "grouper": ("proximal",),
     "head_unit": ("patterns.head",),
     "layer_timer": ("costs.latency.layer_tables",),

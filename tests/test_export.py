@@ -16,7 +16,7 @@ from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.export import onnx as export
 from pruningawaretraining.export.onnx import export_onnx
 from pruningawaretraining.export.program import export_openvino, export_program
-from pruningawaretraining.runtimes import onnx_graph
+from pruningawaretraining.runtimes import flat_model, ort
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -83,9 +83,9 @@ def test_several_inputs_and_nested_outputs(tmp_path: Path, exporter: str, wrap: 
     result = export_onnx(TwoInputs(wrap), inputs, tmp_path / "model.onnx", exporter=exporter)
     assert (result.inputs, result.outputs) == (("x", "weight"), outputs)
     assert shapes(result.path)["weight"] == [1, 3]  # not a batch: its first dimension is not that of x
-    session = onnx_graph.open_session(str(result.path))
+    session = ort.open_session(str(result.path))
     feed = {"x": torch.eye(4), "weight": inputs["weight"]}
-    assert onnx_graph.checked_run(session, onnx_graph.as_arrays(session, feed))[0].shape == (4, 3)
+    assert ort.checked_run(session, ort.as_arrays(session, feed))[0].shape == (4, 3)
 
 
 def test_positional_inputs_take_the_names_of_forward(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_weights_beyond_the_limit_go_to_a_file_beside(tmp_path: Path, monkeypatc
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     result = export_onnx(model, torch.randn(2, 64), tmp_path / "m.onnx", exporter="torchscript")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
-    onnx_graph.open_session(str(result.path))  # finds its weights
+    ort.open_session(str(result.path))  # finds its weights
 
 
 @pytest.mark.parametrize(
@@ -214,9 +214,9 @@ def test_free_dimensions_by_name(tmp_path: Path, exporter: str) -> None:
     axes = {"x": {1: "length"}, "mask": {1: "length"}}
     result = export_onnx(Tokens(), inputs, tmp_path / "m.onnx", exporter=exporter, dynamic_axes=axes)
     assert shapes(result.path) == {"x": ["batch", "length", 4], "mask": ["batch", "length"], "output": ["batch", 3]}
-    session = onnx_graph.open_session(str(result.path))
+    session = ort.open_session(str(result.path))
     longer = {"x": torch.randn(3, 9, 4), "mask": torch.ones(3, 9)}
-    assert onnx_graph.checked_run(session, onnx_graph.as_arrays(session, longer))[0].shape == (3, 3)
+    assert ort.checked_run(session, ort.as_arrays(session, longer))[0].shape == (3, 3)
 
 
 def calibration(count: int = 4) -> list[Tensor]:
@@ -283,9 +283,9 @@ LABELLED = [(torch.randn(2, 4), torch.ones(2, 1), torch.tensor([0, 1])) for _ in
     ],
 )
 def test_calibration_takes_batches_with_labels(tmp_path: Path, example: Any, batches: list[Any]) -> None:
-    graph = onnx_graph.build_graph(Scaled(), example)
+    graph = flat_model.build_graph(Scaled(), example)
     for batch, (x, mask, _) in zip(batches, LABELLED, strict=True):
-        found = dict(zip(graph.input_names, onnx_graph.batch_of(graph, example, batch, "calibration[0]"), strict=True))
+        found = dict(zip(graph.input_names, flat_model.batch_of(graph, example, batch, "calibration[0]"), strict=True))
         assert torch.equal(found["x"], x) and torch.equal(found["mask"], mask)
 
 

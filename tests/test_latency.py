@@ -13,7 +13,8 @@ from torch import nn
 from pruningawaretraining import registry
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.runtimes import timing as latency
-from pruningawaretraining.runtimes.onnx_graph import build_graph, export_graph
+from pruningawaretraining.runtimes.exporters import export_graph
+from pruningawaretraining.runtimes.flat_model import build_graph
 from pruningawaretraining.runtimes.timing import compare_latency, measure_latency
 
 FAST = {"repeats": 5, "warmup": 1}

@@ -33,7 +33,7 @@ from pruningawaretraining.experiment.shipped import find_config
 from pruningawaretraining.export import onnx as export
 from pruningawaretraining.masks.pruned_copy import bare_copy
 from pruningawaretraining.models.calling import beside, move
-from pruningawaretraining.runtimes import onnx_graph
+from pruningawaretraining.runtimes import exporters
 from pruningawaretraining.runtimes.timing import measure_latency
 
 IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -43,8 +43,8 @@ WIDTHS = {"widths": [8, 16], "blocks": 1}
 @pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The second device; exporters run as without it, and latency is measured in few runs."""
-    monkeypatch.setattr(onnx_graph, "export_graph", on_the_cpu(onnx_graph.export_graph))
-    monkeypatch.setattr(export, "export_graph", onnx_graph.export_graph)
+    monkeypatch.setattr(exporters, "export_graph", on_the_cpu(exporters.export_graph))
+    monkeypatch.setattr(export, "export_graph", exporters.export_graph)
     for module, name, value in ((meter, "SPENT_MS", 1.0), (layer_times, "SWEEPS", 1), (layer_times, "SPENT_MS", 0.0)):
         monkeypatch.setattr(module, name, value)
     with second_device() as device:

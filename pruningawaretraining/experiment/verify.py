@@ -16,7 +16,7 @@ from pruningawaretraining.experiment.data import Batch
 from pruningawaretraining.experiment.train import scores_of
 from pruningawaretraining.models.calling import evaluating
 from pruningawaretraining.models.precision import strict_float32
-from pruningawaretraining.runtimes.onnx_graph import as_arrays, checked_run, open_session
+from pruningawaretraining.runtimes.ort import as_arrays, checked_run, open_session
 from pruningawaretraining.session.pruning import Pruning
 
 

@@ -23,17 +23,10 @@ from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.models.calling import evaluating, move, unwrap
 from pruningawaretraining.models.precision import strict_float32
 from pruningawaretraining.registry import canonical, lookup, register
-from pruningawaretraining.runtimes import onnx_graph
-from pruningawaretraining.runtimes.onnx_graph import (
-    Graph,
-    batch_of,
-    build_graph,
-    export_graph,
-    open_session,
-    opsets,
-    require,
-    resize_batch,
-)
+from pruningawaretraining.runtimes import exporters, ort
+from pruningawaretraining.runtimes.exporters import export_graph, opsets
+from pruningawaretraining.runtimes.flat_model import Graph, batch_of, build_graph, resize_batch
+from pruningawaretraining.runtimes.ort import open_session, require
 
 _LOG = logging.getLogger(__name__)
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.25}
@@ -306,9 +299,9 @@ def _compare(
     difference, scale = 0.0, 0.0
     for tensors in batches:
         expected = _reference(graph, tensors)
-        feed = onnx_graph.as_arrays(session, dict(zip(graph.input_names, tensors, strict=True)))
+        feed = ort.as_arrays(session, dict(zip(graph.input_names, tensors, strict=True)))
         hint = ". If the model fixes its batch size, pass dynamic_batch=False" if graph.dynamic else ""
-        found = [torch.from_numpy(array) for array in onnx_graph.checked_run(session, feed, hint)]
+        found = [torch.from_numpy(array) for array in ort.checked_run(session, feed, hint)]
         for name, left, right in zip(graph.output_names, expected, found, strict=True):
             difference = max(difference, _difference(name, left, right))
             scale = max(scale, _largest(left))
@@ -318,7 +311,7 @@ def _compare(
 def _reference(graph: Graph, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The model's own outputs in eval mode."""
     try:
-        with torch.no_grad(), evaluating(graph.module), strict_float32(), onnx_graph.without_attention_fastpath():
+        with torch.no_grad(), evaluating(graph.module), strict_float32(), exporters.without_attention_fastpath():
             outputs: tuple[Tensor, ...] = graph.module(*tensors)
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         shapes = [tuple(tensor.shape) for tensor in tensors]

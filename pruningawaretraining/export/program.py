@@ -15,8 +15,10 @@ from pruningawaretraining.errors import ModelError
 from pruningawaretraining.export.onnx import export_onnx
 from pruningawaretraining.models.calling import evaluating
 from pruningawaretraining.models.precision import strict_float32
-from pruningawaretraining.runtimes import onnx_graph
-from pruningawaretraining.runtimes.onnx_graph import Graph, build_graph, dynamic_shapes, require
+from pruningawaretraining.runtimes import exporters
+from pruningawaretraining.runtimes.exporters import dynamic_shapes
+from pruningawaretraining.runtimes.flat_model import Graph, build_graph
+from pruningawaretraining.runtimes.ort import require
 
 
 def export_program(
@@ -46,7 +48,7 @@ def export_program(
     """
     graph = build_graph(model, example_inputs, dynamic_batch)
     try:
-        with torch.no_grad(), evaluating(graph.module), onnx_graph.without_attention_fastpath():
+        with torch.no_grad(), evaluating(graph.module), exporters.without_attention_fastpath():
             with strict_float32():
                 expected = graph.module(*graph.inputs)
             program = torch.export.export(graph.module, graph.inputs, dynamic_shapes=dynamic_shapes(graph))

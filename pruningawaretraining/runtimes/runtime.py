@@ -22,7 +22,7 @@ from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.models import calling as inputs
 from pruningawaretraining.models.compiling import uncompiled
 from pruningawaretraining.registry import register
-from pruningawaretraining.runtimes import onnx_graph
+from pruningawaretraining.runtimes import exporters, flat_model, ort
 
 Model = nn.Module | str | Path
 Run = Callable[[], None]
@@ -129,7 +129,7 @@ class TensorRt:
 
     def prepare(self, model: Model, example_inputs: Any, threads: int) -> AbstractContextManager[Run]:
         """See :class:`Runtime`."""
-        available = onnx_graph.require("onnxruntime").get_available_providers()
+        available = ort.require("onnxruntime").get_available_providers()
         if "TensorrtExecutionProvider" not in available:
             raise ConfigError(
                 "runtime: 'tensorrt' needs onnxruntime with TensorRT (pip install onnxruntime-gpu tensorrt), and this "
@@ -178,7 +178,7 @@ def device_name(device: torch.device) -> str:
 def runtime_version(name: str) -> str:
     """The version of what runs there: times that another version took do not count."""
     if name in ("onnxruntime", "tensorrt"):
-        return str(onnx_graph.require("onnxruntime").__version__)
+        return str(ort.require("onnxruntime").__version__)
     return torch.__version__
 
 
@@ -213,23 +213,23 @@ def _is_accelerator(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def _onnx_run(
-    model: Model, example_inputs: Any, threads: int, exporter: str, providers: Sequence[Any] = onnx_graph.ON_CPU
+    model: Model, example_inputs: Any, threads: int, exporter: str, providers: Sequence[Any] = ort.ON_CPU
 ) -> Iterator[Run]:
-    onnx_graph.require("onnxruntime")
+    ort.require("onnxruntime")
     if isinstance(model, nn.Module):
-        graph = onnx_graph.build_graph(model, example_inputs, dynamic_batch=False)
+        graph = flat_model.build_graph(model, example_inputs, dynamic_batch=False)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            onnx_graph.export_graph(graph, path, exporter)
-            session = onnx_graph.open_session(str(path), threads, providers)
+            exporters.export_graph(graph, path, exporter)
+            session = ort.open_session(str(path), threads, providers)
         feed = dict(zip(graph.input_names, graph.inputs, strict=True))
     else:
         if not Path(model).is_file():
             raise ModelError(f"model: there is no file {str(model)!r}")
-        session = onnx_graph.open_session(str(model), threads, providers)
+        session = ort.open_session(str(model), threads, providers)
         feed = _feed(session, example_inputs, str(model))
-    arrays = onnx_graph.as_arrays(session, feed)
-    onnx_graph.checked_run(session, arrays)
+    arrays = ort.as_arrays(session, feed)
+    ort.checked_run(session, arrays)
 
     def run() -> None:
         session.run(None, arrays)
@@ -241,7 +241,7 @@ def _feed(session: Any, example_inputs: Any, path: str) -> dict[str, Tensor]:
     """The example's tensors under the names of an ONNX file's inputs: by name if keyed so, else by position."""
     names = [item.name for item in session.get_inputs()]
     tensors = list(inputs.tensors_of(example_inputs))
-    keys = onnx_graph.tensor_names(example_inputs, "input")
+    keys = flat_model.tensor_names(example_inputs, "input")
     if isinstance(example_inputs, Mapping) and set(names) <= set(keys):
         return {key: tensor for key, tensor in zip(keys, tensors, strict=True) if key in names}
     if isinstance(example_inputs, Mapping) or len(tensors) != len(names):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.models import calling as inputs
 from pruningawaretraining.registry import lookup, names, register
-from pruningawaretraining.runtimes import onnx_graph
+from pruningawaretraining.runtimes import exporters, ort
 from pruningawaretraining.runtimes.runtime import Runtime
 
 Point = tuple[int, int]
@@ -288,14 +288,14 @@ def time_in_onnxruntime(shape: LayerShape, points: Sequence[Point], runtime: Run
 
 
 def _kernel_ms(shape: LayerShape, point: Point, threads: int, folder: Path) -> float:
-    runtime = onnx_graph.require("onnxruntime")
+    runtime = ort.require("onnxruntime")
     outputs, inputs_ = point
     array = shape.input(inputs_).float().numpy()
-    options = onnx_graph.session_options(threads)
+    options = ort.session_options(threads)
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / "times")
     graph = layer_graph(shape, outputs, inputs_)
-    session = runtime.InferenceSession(graph, options, providers=list(onnx_graph.ON_CPU))
+    session = runtime.InferenceSession(graph, options, providers=list(ort.ON_CPU))
     least_ms(lambda: session.run(None, {"x": array}))
     path = Path(session.end_profiling())
     events = json.loads(path.read_text(encoding="utf-8"))
@@ -310,7 +310,7 @@ def _kernel_ms(shape: LayerShape, point: Point, threads: int, folder: Path) -> f
 
 def layer_graph(shape: LayerShape, outputs: int, inputs_: int) -> bytes:
     """An ONNX graph of the layer alone, from ``x`` to ``y``."""
-    onnx = onnx_graph.require("onnx")
+    onnx = ort.require("onnx")
     helper, real = onnx.helper, onnx.TensorProto.FLOAT
     groups = inputs_ if shape.kind == "depthwise" else shape.groups
     first, second = (inputs_, outputs) if shape.transposed or shape.kind == "linear" else (outputs, inputs_)
@@ -339,7 +339,7 @@ def layer_graph(shape: LayerShape, outputs: int, inputs_: int) -> bytes:
 
 
 def _constant(values: NDArray[numpy.float32], name: str) -> Any:
-    return onnx_graph.require("onnx").numpy_helper.from_array(values, name)
+    return ort.require("onnx").numpy_helper.from_array(values, name)
 
 
 def layer_shapes(
@@ -363,7 +363,7 @@ def layer_shapes(
     modules = dict(model.named_modules())
     handles = [modules[name].register_forward_pre_hook(listener(name)) for name in layers if name in modules]
     try:
-        with torch.no_grad(), inputs.evaluating(model), onnx_graph.without_attention_fastpath():
+        with torch.no_grad(), inputs.evaluating(model), exporters.without_attention_fastpath():
             inputs.checked_call(model, example_inputs, forward_fn)
     finally:
         for handle in handles:

@@ -20,8 +20,8 @@ from pruningawaretraining.costs.latency.cache import TimeCache, machine
 from pruningawaretraining.costs.latency.layer_tables import VERSION, LayerShape, LayerTable, measure_table
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.calling import tensors_of
-from pruningawaretraining.runtimes import onnx_graph
-from pruningawaretraining.runtimes.onnx_graph import resize_batch, with_tensors
+from pruningawaretraining.runtimes import exporters, flat_model
+from pruningawaretraining.runtimes.flat_model import resize_batch, with_tensors
 from pruningawaretraining.runtimes.runtime import (
     FOLLOWING,
     Model,
@@ -176,9 +176,9 @@ class RuntimeMeter:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="pat-latency-")
         path = Path(self._folder.name) / f"{len(list(Path(self._folder.name).iterdir()))}.onnx"
-        graph = onnx_graph.build_graph(model, example_inputs, dynamic_batch=False)
+        graph = flat_model.build_graph(model, example_inputs, dynamic_batch=False)
         try:
-            onnx_graph.export_graph(graph, path, self.runtime.exporter)
+            exporters.export_graph(graph, path, self.runtime.exporter)
         except ModelError:
             if not self._others:
                 raise

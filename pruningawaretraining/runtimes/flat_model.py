@@ -1,23 +1,16 @@
-"""A model as an ONNX graph: named inputs and outputs, the exporters, and a session that runs the graph.
+"""A model as a flat graph: a module of positional tensors that returns a tuple of tensors, with a name for each.
 
-Two exporters are registered, "dynamo" (torch.export, the newer) and "torchscript" (tracing). Whatever the model takes
-and returns, they see a module of positional tensors that returns a tuple of tensors, with one name for each.
+Whatever the model takes and returns, exporters see only this.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import importlib
 import inspect
 import keyword
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,13 +19,8 @@ from torch import Tensor, nn
 from pruningawaretraining.errors import ConfigError, ModelError, unknown
 from pruningawaretraining.models.calling import REJECTED, call_as_is, checked_call, evaluating, move, tensors_of
 from pruningawaretraining.models.compiling import uncompiled
-from pruningawaretraining.registry import canonical, lookup, register
 
-_NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")
 BATCH = "batch"
-OPSETS = {"dynamo": (14, 26), "torchscript": (7, 23)}
-"""As tried with torch 2.15 and onnx 1.23: of a linear layer and a ReLU."""
-ON_CPU = ("CPUExecutionProvider",)
 
 
 @dataclass(frozen=True)
@@ -261,167 +249,3 @@ def batch_of(graph: Graph, example_inputs: Any, batch: Any, key: str) -> tuple[T
                 f"({', '.join(map(str, wanted))})"
             )
     return found
-
-
-@register("exporter", "dynamo", "torch.export")
-def _export_dynamo(graph: Graph, path: Path, opset: int | None) -> None:
-    """The exporter on top of torch.export."""
-    shapes = dynamic_shapes(graph)
-    program = torch.onnx.export(
-        graph.module, graph.inputs, dynamo=True, input_names=list(graph.input_names), verbose=False,
-        output_names=list(graph.output_names), dynamic_shapes=shapes, opset_version=opset, optimize=True,
-    )  # fmt: skip
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned no program")
-    program.save(str(path), external_data=True)
-
-
-def dynamic_shapes(graph: Graph) -> dict[str, Any] | None:
-    """The free dimensions as torch.export takes them, or None."""
-    known = {name: torch.export.Dim(name) for axes in graph.axes.values() for name in axes.values()}
-    if not known:
-        return None
-    shapes = ({dim: known[name] for dim, name in graph.axes.get(one, {}).items()} or None for one in graph.input_names)
-    return {"tensors": tuple(shapes)}
-
-
-@register("exporter", "torchscript", "trace", "legacy")
-def _export_torchscript(graph: Graph, path: Path, opset: int | None) -> None:
-    """The older exporter: tracing."""
-    axes: dict[str, Any] = {name: dict(named) for name, named in graph.axes.items()}
-    if graph.dynamic:
-        axes.update({name: {0: BATCH} for name in graph.output_names})
-    torch.onnx.export(
-        graph.module, graph.inputs, str(path), dynamo=False, input_names=list(graph.input_names), verbose=False,
-        output_names=list(graph.output_names), dynamic_axes=axes or None, opset_version=opset,
-    )  # fmt: skip
-
-
-def export_graph(graph: Graph, path: Path, exporter: str = "dynamo", opset: int | None = None) -> None:
-    """Write the graph with the exporter of this name, quietly; nothing is checked here.
-
-    Raises:
-        ConfigError: unknown exporter, or a package it needs is not installed.
-        ModelError: the exporter cannot express the model.
-    """
-    name = canonical("exporter", exporter, "exporter")
-    write: Callable[[Graph, Path, int | None], None] = lookup("exporter", name)
-    require("onnx")
-    require("onnxscript")
-    try:
-        with torch.no_grad(), evaluating(graph.module), without_attention_fastpath(), _quiet():
-            write(graph, path, opset)
-    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, KeyError, IndexError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        fixed = " If the model fixes its batch size, pass dynamic_batch=False." if graph.dynamic else ""
-        other = "torchscript" if name == "dynamo" else "dynamo"
-        known = "" if opset is None else f" Opsets: {opsets()}."
-        kind = type(next(graph.module.children())).__name__
-        raise ModelError(
-            f"exporter {name!r} cannot export {kind}: {reason}.{fixed}{known} Or try exporter={other!r}"
-        ) from error
-
-
-def opsets() -> str:
-    """The opsets that each exporter writes of simple layers, for messages."""
-    return ", ".join(f"{name!r} mostly {least} to {most}" for name, (least, most) in OPSETS.items())
-
-
-def require(package: str) -> ModuleType:
-    """Import an optional package.
-
-    Raises:
-        ConfigError: it is not installed; the message says what to install.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ConfigError(f"{package} is needed here and not installed: pip install {package}") from error
-
-
-def open_session(model: str | bytes, threads: int = 0, providers: Sequence[Any] = ON_CPU) -> Any:
-    """An onnxruntime session, by default on the CPU.
-
-    Args:
-        model: the path of an ONNX file, or its bytes.
-        threads: threads within an operator; 0 leaves the choice to onnxruntime.
-        providers: execution providers of onnxruntime, the preferred first.
-
-    Raises:
-        ConfigError: onnxruntime is not installed.
-        ModelError: onnxruntime does not accept the file.
-    """
-    runtime = require("onnxruntime")
-    options = session_options(threads)
-    try:
-        return runtime.InferenceSession(model, options, providers=list(providers))
-    except session_errors() as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"onnxruntime cannot load {model if isinstance(model, str) else 'the graph'}: {reason}"
-        ) from error
-
-
-def session_options(threads: int = 0) -> Any:
-    """Options of a session: quiet, and with so many threads within an operator (0: onnxruntime's own choice)."""
-    options = require("onnxruntime").SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # several sessions take turns undisturbed
-    return options
-
-
-def session_errors() -> tuple[type[Exception], ...]:
-    """What onnxruntime raises for a graph or a feed that it cannot run; its errors have no common base of their own."""
-    state = require("onnxruntime.capi.onnxruntime_pybind11_state")
-    found = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
-    return (*found, RuntimeError, ValueError)
-
-
-def as_arrays(session: Any, feed: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a session is fed: arrays under the names of its inputs; what the graph does not use is left out."""
-    known = {item.name for item in session.get_inputs()}
-    return {name: tensor.detach().cpu().numpy() for name, tensor in feed.items() if name in known}
-
-
-def checked_run(session: Any, arrays: Mapping[str, Any], hint: str = "") -> list[Any]:
-    """The outputs of a session.
-
-    Raises:
-        ModelError: onnxruntime cannot run these inputs; the message names their shapes and ends with ``hint``.
-    """
-    try:
-        outputs: list[Any] = session.run(None, dict(arrays))
-    except session_errors() as error:
-        shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"onnxruntime cannot run inputs of shape {shapes}: {reason}{hint}") from error
-    return outputs
-
-
-@contextlib.contextmanager
-def without_attention_fastpath() -> Iterator[None]:
-    """Fused attention of nn.TransformerEncoderLayer off inside the block: no exporter can express it."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters' warnings and log lines off inside the block; errors still come out as exceptions."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
