@@ -20,8 +20,10 @@ from pruningawaretraining.allocation.ranking import Allocator, Limits
 from pruningawaretraining.config import Target
 from pruningawaretraining.costs.latency import cache as time_cache
 from pruningawaretraining.costs.latency import layer_tables as layer_times
+from pruningawaretraining.costs.latency import layer_timers
 from pruningawaretraining.costs.latency.cache import TimeCache, cache_folder
-from pruningawaretraining.costs.latency.layer_tables import LayerShape, LayerTable, axis, layer_shapes, measure_table
+from pruningawaretraining.costs.latency.layer_shapes import LayerShape, layer_shapes
+from pruningawaretraining.costs.latency.layer_tables import LayerTable, axis, measure_table
 from pruningawaretraining.costs.latency.meter import RuntimeMeter
 from pruningawaretraining.costs.latency.model import Fit, LatencyCost, fit
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
@@ -285,8 +287,8 @@ def pruned(target: dict[str, Any], meter: MadeUp, **rule: Any) -> tuple[nn.Modul
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(layer_times, "SPENT_MS", 0.0)
-    monkeypatch.setattr(layer_times, "SWEEPS", 1)
+    monkeypatch.setattr(layer_timers, "SPENT_MS", 0.0)
+    monkeypatch.setattr(layer_timers, "SWEEPS", 1)
 
 
 @pytest.fixture

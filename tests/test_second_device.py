@@ -18,9 +18,8 @@ from torch.nn.functional import cross_entropy
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, one_shot, save_pruned
 from pruningawaretraining.analysis.sensitivity import SensitivityOptions, measure
-from pruningawaretraining.costs.latency import layer_tables as layer_times
-from pruningawaretraining.costs.latency import meter
-from pruningawaretraining.costs.latency.layer_tables import layer_shapes
+from pruningawaretraining.costs.latency import layer_timers, meter
+from pruningawaretraining.costs.latency.layer_shapes import layer_shapes
 from pruningawaretraining.costs.latency.meter import RuntimeMeter
 from pruningawaretraining.costs.memory import peak_activation_bytes
 from pruningawaretraining.experiment import record
@@ -45,7 +44,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The second device; exporters run as without it, and latency is measured in few runs."""
     monkeypatch.setattr(exporters, "export_graph", on_the_cpu(exporters.export_graph))
     monkeypatch.setattr(export, "export_graph", exporters.export_graph)
-    for module, name, value in ((meter, "SPENT_MS", 1.0), (layer_times, "SWEEPS", 1), (layer_times, "SPENT_MS", 0.0)):
+    for module, name, value in ((meter, "SPENT_MS", 1.0), (layer_timers, "SWEEPS", 1), (layer_timers, "SPENT_MS", 0.0)):
         monkeypatch.setattr(module, name, value)
     with second_device() as device:
         yield device

@@ -8,11 +8,9 @@ and corrected by measuring, at every event, a copy of the model from which the m
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,24 +19,21 @@ from torch import Tensor, nn
 from pruningawaretraining.allocation.knapsack import Goal
 from pruningawaretraining.allocation.policies import RANKED, Share, Task, allocation_of
 from pruningawaretraining.config.schema import Target
-from pruningawaretraining.costs.latency.layer_tables import layer_shapes
 from pruningawaretraining.costs.latency.meter import Meter, RuntimeMeter
 from pruningawaretraining.costs.latency.model import LatencyCost
 from pruningawaretraining.costs.macs import LinearCost
 from pruningawaretraining.costs.memory import MemoryCost, memory_cost
 from pruningawaretraining.costs.widths import LinearBySets, SetCost
+from pruningawaretraining.engine.latency_target import LatencyReached, LatencyTarget
 from pruningawaretraining.errors import ConfigError, TargetError
-from pruningawaretraining.masks.pruned_copy import bare_copy, pruned_copy
-from pruningawaretraining.models.calling import ForwardFn, device_of, tensors_of
+from pruningawaretraining.masks.pruned_copy import pruned_copy
+from pruningawaretraining.models.calling import ForwardFn, device_of
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import lookup
-from pruningawaretraining.runtimes.runtime import Model
 from pruningawaretraining.schedules import sparsity_at
 
 log = logging.getLogger(__name__)
 
-ANCHORS = (0.5, 0.25)  # widths of the copies that are measured at first, beside the dense model and one of mixed widths
-ROUNDED = 8
 TOLERANCE = 0.01  # a latency target holds when it is measured within this fraction
 UNUSED = 0.03  # of the budget that may be left when channels could still be given back
 ROUNDS = 4  # of allocating and measuring until it does
@@ -46,102 +41,6 @@ MISSED = (
     "%s: the target is missed: %.4g ms measured, %.4g ms asked for. Other work on the machine disturbs measurements: "
     "compare once more with pat latency, or lower the target"
 )
-
-
-@dataclass(frozen=True)
-class LatencyReached:
-    """A prediction and the measurement after it.
-
-    Attributes:
-        predicted_ms: of the masked model's removed copy, before it was measured.
-        measured_ms: what it took.
-        dense_ms: what the dense model took.
-        budget_ms: the target, or None where the event had none yet.
-    """
-
-    predicted_ms: float
-    measured_ms: float
-    dense_ms: float
-    budget_ms: float | None = None
-
-
-class LatencyTarget:
-    """The latency of one model on one runtime: predicted for any mask, measured for some.
-
-    Args:
-        model: dense; it is copied.
-        found: its channels.
-        macs: its MACs.
-        inputs, forward_fn: how to run it.
-        meter: measures.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        found: ChannelGroups,
-        macs: LinearCost,
-        inputs: Any,
-        forward_fn: ForwardFn | None,
-        meter: Meter,
-    ) -> None:
-        if forward_fn is not None:
-            raise ConfigError(
-                "target.latency: a model that is called through a forward_fn cannot be handed to a runtime. Allowed: "
-                "example_inputs that the model takes itself"
-            )
-        self.meter, self.inputs = meter, meter.inputs(inputs)
-        dense = bare_copy(model)  # runs where the model does; copies wait on the CPU until the runtime takes them
-        shapes = layer_shapes(dense, self.inputs, macs.names)
-        dense.to("cpu")
-        self.cost = LatencyCost(found.grouping, macs, shapes, meter.tables(shapes))
-        keeps_A = _anchors(found)
-
-        def measure() -> list[float]:
-            copies = {str(n): (pruned_copy(model, found, keep, "cpu"), self.inputs) for n, keep in enumerate(keeps_A)}
-            return list(meter.milliseconds(copies).values())
-
-        ms_A = meter.remembered({"model": _signature(dense, self.inputs), "anchors": len(keeps_A)}, measure)
-        self.dense_ms = ms_A[0]
-        self.cost.anchor(keeps_A, ms_A)
-        self._dense: Model = meter.ready(dense, self.inputs)
-
-    def measure(self, keep_D: Tensor, copied: nn.Module, budget: float | None = None) -> LatencyReached:
-        """Measure a copy beside the dense model, and let predictions follow.
-
-        Args:
-            keep_D: its masks.
-            copied: the copy, without what is masked.
-            budget: what was aimed at.
-        """
-        predicted = self.cost(keep_D)
-        found = self.meter.milliseconds({"dense": (self._dense, self.inputs), "copy": (copied, self.inputs)})
-        measured = self.dense_ms * found["copy"] / found["dense"]  # on the scale of the first measurement
-        self.cost.correct(keep_D, measured)
-        log.info("latency: %.4g ms predicted, %.4g ms measured, dense %.4g ms", predicted, measured, self.dense_ms)
-        return LatencyReached(predicted, measured, self.dense_ms, budget)
-
-
-def _anchors(found: ChannelGroups) -> list[Tensor]:
-    """Masks of the copies that are measured at first: round widths, as pruned models should have."""
-    generator = torch.Generator().manual_seed(0)
-    grouping = found.grouping
-    keeps = [torch.ones(grouping.size, dtype=torch.bool) for _ in range(len(ANCHORS) + 2)]
-    for one in grouping.sets:
-        mixed = 0.2 + 0.8 * float(torch.rand(1, generator=generator))
-        for keep_D, fraction in zip(keeps[1:], (*ANCHORS, mixed), strict=True):
-            rounded = min(ROUNDED, max(one.size // 4, 1))
-            kept = max(round(one.size * fraction / rounded), 1) * rounded
-            keep_D[one.start + min(kept, one.size) : one.stop] = False
-    return keeps
-
-
-def _signature(model: nn.Module, inputs: Any) -> str:
-    """What decides how long a model takes: its structure and its inputs."""
-    shapes = [(name, list(one.shape), str(one.dtype)) for name, one in model.state_dict().items()]
-    given = [(list(one.shape), str(one.dtype)) for one in tensors_of(inputs)]
-    text = json.dumps([str(model), shapes, given])
-    return f"{type(model).__name__} {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 class Targets:

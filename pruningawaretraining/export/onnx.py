@@ -7,33 +7,31 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pruningawaretraining.checkpoint.records import summary_of
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.models.calling import evaluating, move, unwrap
-from pruningawaretraining.models.precision import strict_float32
-from pruningawaretraining.registry import canonical, lookup, register
-from pruningawaretraining.runtimes import exporters, ort
+from pruningawaretraining.export.compare import compare
+from pruningawaretraining.export.precision import SINGLE_FILE_BYTES, Convert, initializer_bytes
+from pruningawaretraining.models.calling import move, unwrap
+from pruningawaretraining.registry import canonical, lookup
 from pruningawaretraining.runtimes.exporters import export_graph, opsets
-from pruningawaretraining.runtimes.flat_model import Graph, batch_of, build_graph, resize_batch
-from pruningawaretraining.runtimes.ort import open_session, require
+from pruningawaretraining.runtimes.flat_model import Graph, batch_of, build_graph
+from pruningawaretraining.runtimes.ort import require
 
 _LOG = logging.getLogger(__name__)
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.25}
 """Largest difference by precision, as a fraction of the largest output."""
 OWN = ("producer", "model", "parameters", "batch", "exporter", "torch", "precision", "pruning")
 """Entries of a file's metadata that the library writes."""
-_SINGLE_FILE_BYTES = 1_900_000_000  # protobuf holds at most 2 GiB; above this the weights go to <name>.data
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def export_onnx(
                 f"opset: {opset!r} is not what the exporter {exporter!r} wrote, which is {version}. Allowed: that, "
                 f"None for the exporter's own choice, or another exporter ({opsets()}). Nothing was written"
             )
-        difference, scale, sizes = _compare(graph, final, batches[:4] if precision == "int8" else None)
+        difference, scale, sizes = compare(graph, final, batches[:4] if precision == "int8" else None)
         if not difference <= tolerance * max(scale, 1e-12):
             raise ModelError(
                 f"{path.name}: onnxruntime differs from the model by {difference:.3g} where outputs reach {scale:.3g}; "
@@ -159,78 +157,6 @@ def _half(model: nn.Module) -> str:
     return (
         f'. The model is in {kind}: allow tolerance={TOLERANCES["float16"]:g}, or model.float() and precision="float16"'
     )
-
-
-# --- precisions -----------------------------------------------------------------------------------------------------
-
-Convert = Callable[[Path, Graph, Sequence[tuple[Tensor, ...]]], Path]
-
-
-@register("precision", "float32", "fp32")
-def keep_precision(written: Path, graph: Graph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
-    """The file as it is."""
-    return written
-
-
-@register("precision", "float16", "fp16", "half")
-def to_float16(written: Path, graph: Graph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
-    """Weights and operators in half precision; inputs and outputs stay as they are."""
-    onnx, half = require("onnx"), require("onnxruntime.transformers.float16")
-    converted = half.convert_float_to_float16(onnx.load(str(written)), keep_io_types=True)
-    ordered = require("onnxruntime.transformers.onnx_model").OnnxModel(converted)
-    ordered.topological_sort()  # casts of inputs are put at the end
-    return _saved(ordered.model, written.with_name("half.onnx"))
-
-
-@register("precision", "int8")
-def to_int8(written: Path, graph: Graph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
-    """onnxruntime's static quantization, with quantize and dequantize nodes around operators.
-
-    Raises:
-        ConfigError: there are no batches.
-    """
-    if not batches:
-        raise ConfigError('calibration: precision="int8" needs data. Allowed: batches in the form of example_inputs')
-    quantization = require("onnxruntime.quantization")
-    prepared, target = written.with_name("prepared.onnx"), written.with_name("int8.onnx")
-    whole = _saved(require("onnx").load(str(written)), written.with_name("whole.onnx"))
-    require("onnxruntime.quantization.shape_inference").quant_pre_process(
-        str(whole), str(prepared), skip_symbolic_shape=True
-    )
-
-    quantization.quantize_static(
-        str(prepared), str(target), _Reader(graph, batches), per_channel=True, reduce_range=_reduced()
-    )
-    return target
-
-
-class _Reader:
-    """Batches as onnxruntime reads them: one after the other, then None."""
-
-    def __init__(self, graph: Graph, batches: Sequence[tuple[Tensor, ...]]) -> None:
-        self._names, self._left = graph.input_names, iter(batches)
-
-    def get_next(self) -> dict[str, Any] | None:
-        """The next batch."""
-        tensors = next(self._left, None)
-        if tensors is None:
-            return None
-        return {name: one.numpy() for name, one in zip(self._names, tensors, strict=True)}
-
-
-def _reduced() -> bool:
-    """Whether 7 bits are safer: without VNNI, x86 sums pairs of 8-bit products in 16 bits, which may saturate."""
-    return not torch.cpu._is_vnni_supported() if hasattr(torch.cpu, "_is_vnni_supported") else False
-
-
-def _saved(model: Any, path: Path) -> Path:
-    large = _initializer_bytes(model) >= _SINGLE_FILE_BYTES
-    require("onnx").save_model(model, str(path), save_as_external_data=large)
-    return path
-
-
-def _initializer_bytes(model: Any) -> int:
-    return sum(len(tensor.raw_data) or 8 * _elements(tensor) for tensor in model.graph.initializer)
 
 
 def _pruning(model: nn.Module) -> dict[str, str]:
@@ -270,87 +196,10 @@ def _finish(written: Path, final: Path, properties: Mapping[str, str]) -> int:
     onnx = require("onnx")
     model = onnx.load(str(written))
     onnx.helper.set_model_props(model, {**{item.key: item.value for item in model.metadata_props}, **properties})
-    if _initializer_bytes(model) < _SINGLE_FILE_BYTES:
+    if initializer_bytes(model) < SINGLE_FILE_BYTES:
         onnx.save_model(model, str(final), save_as_external_data=False)
     else:
         onnx.save_model(model, str(final), save_as_external_data=True, location=final.name + ".data")
     onnx.checker.check_model(str(final))
     versions = {item.domain: item.version for item in model.opset_import}
     return int(versions.get("", versions.get("ai.onnx", 0)))
-
-
-def _elements(tensor: Any) -> int:
-    """The number of elements of an ONNX tensor."""
-    return math.prod(int(size) for size in tensor.dims)
-
-
-def _compare(
-    graph: Graph, path: Path, given: Sequence[tuple[Tensor, ...]] | None = None
-) -> tuple[float, float, tuple[int, ...]]:
-    """Largest absolute difference, largest absolute output and batch sizes over the example and random batches, or
-    over those that are given."""
-    session = open_session(str(path))
-    size = graph.inputs[0].shape[0] if graph.inputs[0].ndim else 1
-    sizes = tuple(dict.fromkeys((size, size + 1, 1))) if graph.dynamic else (size,)
-    generator = torch.Generator().manual_seed(0)
-    batches = [graph.inputs, *(_random_batch(graph, rows, generator) for rows in sizes[1:] or sizes)]
-    if given:
-        batches, sizes = list(given), tuple(dict.fromkeys(len(one[0]) for one in given))
-    difference, scale = 0.0, 0.0
-    for tensors in batches:
-        expected = _reference(graph, tensors)
-        feed = ort.as_arrays(session, dict(zip(graph.input_names, tensors, strict=True)))
-        hint = ". If the model fixes its batch size, pass dynamic_batch=False" if graph.dynamic else ""
-        found = [torch.from_numpy(array) for array in ort.checked_run(session, feed, hint)]
-        for name, left, right in zip(graph.output_names, expected, found, strict=True):
-            difference = max(difference, _difference(name, left, right))
-            scale = max(scale, _largest(left))
-    return difference, scale, sizes
-
-
-def _reference(graph: Graph, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The model's own outputs in eval mode."""
-    try:
-        with torch.no_grad(), evaluating(graph.module), strict_float32(), exporters.without_attention_fastpath():
-            outputs: tuple[Tensor, ...] = graph.module(*tensors)
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        shapes = [tuple(tensor.shape) for tensor in tensors]
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"the model rejects another batch size, inputs of shape {shapes}: {reason}. Pass dynamic_batch=False"
-        ) from error
-    return outputs
-
-
-def _random_batch(graph: Graph, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Inputs of ``rows`` rows: normal with the example's mean and deviation; of integers, the example's own values."""
-
-    def one(tensor: Tensor, batched: bool) -> Tensor:
-        if not batched:
-            return tensor
-        values = resize_batch(tensor, rows)
-        if tensor.is_floating_point():
-            noise = torch.randn(values.shape, generator=generator, dtype=torch.float32)
-            spread = tensor.float().std(correction=0).clamp_min(1e-3)
-            return (tensor.float().mean() + spread * noise).to(tensor.dtype)
-        order = torch.randperm(values.numel(), generator=generator)
-        return values.flatten()[order].reshape(values.shape)
-
-    return tuple(one(tensor, batched) for tensor, batched in zip(graph.inputs, graph.batched, strict=True))
-
-
-def _difference(name: str, expected: Tensor, found: Tensor) -> float:
-    """Largest absolute difference; infinite where one side alone is NaN or infinite."""
-    if expected.shape != found.shape:
-        raise ModelError(
-            f"output {name!r}: shape {tuple(found.shape)} in onnxruntime, {tuple(expected.shape)} in the model"
-        )
-    left, right = expected.double(), found.double()
-    same = (left == right) | (left.isnan() & right.isnan())
-    gaps = torch.where(same, 0.0, (left - right).abs()).nan_to_num(nan=float("inf"))
-    return float(gaps.max()) if gaps.numel() else 0.0
-
-
-def _largest(tensor: Tensor) -> float:
-    finite = tensor.double()[tensor.double().isfinite()]
-    return float(finite.abs().max()) if finite.numel() else 0.0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.costs.latency.layer_tables import layer_shapes
+from pruningawaretraining.costs.latency.layer_shapes import layer_shapes
 from pruningawaretraining.errors import ConfigError, ModelError, unknown
 from pruningawaretraining.export.semi_structured_choice import Bench, GpuBench, LayerSpeed, measure_layer
 from pruningawaretraining.models.calling import ForwardFn

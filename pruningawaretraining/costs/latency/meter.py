@@ -17,7 +17,8 @@ from torch import nn
 
 from pruningawaretraining import registry
 from pruningawaretraining.costs.latency.cache import TimeCache, machine
-from pruningawaretraining.costs.latency.layer_tables import VERSION, LayerShape, LayerTable, measure_table
+from pruningawaretraining.costs.latency.layer_shapes import LayerShape
+from pruningawaretraining.costs.latency.layer_tables import VERSION, LayerTable, measure_table
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.calling import tensors_of
 from pruningawaretraining.runtimes import exporters, flat_model

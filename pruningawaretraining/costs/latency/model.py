@@ -19,7 +19,8 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from pruningawaretraining.costs.latency.layer_tables import LayerShape, LayerTable
+from pruningawaretraining.costs.latency.layer_shapes import LayerShape
+from pruningawaretraining.costs.latency.layer_tables import LayerTable
 from pruningawaretraining.costs.macs import LinearCost
 from pruningawaretraining.costs.widths import Widths
 from pruningawaretraining.groups.grouping import Grouping
