@@ -21,7 +21,8 @@ from pydantic import BaseModel
 
 import pruningawaretraining  # noqa: F401  (importing it registers everything)
 from pruningawaretraining.config.dialects.sparseml_keys import Pruning, RateFunction, SecondOrderPruning, SetRate
-from pruningawaretraining.config.schema import Distillation, ExampleInputs, PruningConfig, Rule, Target
+from pruningawaretraining.config.schema import Distillation, PruningConfig, Rule
+from pruningawaretraining.config.targets import ExampleInputs, Target
 from pruningawaretraining.experiment import schema as experiment
 from pruningawaretraining.registry import _ALIASES, lookup, names, spellings
 

@@ -28,6 +28,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
         "criteria.geometric",
         "criteria.gradient",
         "criteria.magnitude",
+        "criteria.retrain_free",
         "criteria.second_order",
         "proximal.coupled",
     ),

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from pruningawaretraining import load_config
-from pruningawaretraining.config.schema import Rule, Target
+from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.config.targets import Target
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.patterns.stacking import check_stacking
 from pruningawaretraining.registry import build

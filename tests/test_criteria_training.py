@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pruningawaretraining.criteria.base import Statistics, collector_of
 from pruningawaretraining.criteria.geometric import geometric_median
-from pruningawaretraining.criteria.gradient import RetrainFree, rearrange
 from pruningawaretraining.criteria.input_moments import ActivationCollector, Moments, along_inputs
+from pruningawaretraining.criteria.retrain_free import RetrainFree, rearrange
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.patterns.block import Block, Unstructured
 from pruningawaretraining.patterns.channel import Channel

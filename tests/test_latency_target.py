@@ -19,10 +19,9 @@ from pruningawaretraining.allocation.knapsack import Goal, WidthSearch
 from pruningawaretraining.allocation.ranking import Allocator, Limits
 from pruningawaretraining.config import Target
 from pruningawaretraining.costs.latency import cache as time_cache
-from pruningawaretraining.costs.latency import layer_tables as layer_times
 from pruningawaretraining.costs.latency import layer_timers
 from pruningawaretraining.costs.latency.cache import TimeCache, cache_folder
-from pruningawaretraining.costs.latency.layer_shapes import LayerShape, layer_shapes
+from pruningawaretraining.costs.latency.layer_shapes import LayerShape, layer_shapes, shape_of
 from pruningawaretraining.costs.latency.layer_tables import LayerTable, axis, measure_table
 from pruningawaretraining.costs.latency.meter import RuntimeMeter
 from pruningawaretraining.costs.latency.model import Fit, LatencyCost, fit
@@ -498,11 +497,11 @@ def test_tables_and_single_lookups_agree() -> None:
 def test_every_kind_of_layer_is_timed_as_it_is(layer: tuple[nn.Module, tuple[int, ...]]) -> None:
     module, size = layer
     given = torch.randn(size)
-    shape = layer_times.shape_of(module, given)
+    shape = shape_of(module, given)
     assert shape is not None and shape.positions * shape.outputs == module(given).numel()
     copied = shape.module(shape.outputs, shape.inputs)
     assert copied(shape.input(shape.inputs)).numel() == module(given).numel()
-    session = __import__("onnxruntime").InferenceSession(layer_times.layer_graph(shape, shape.outputs, shape.inputs))
+    session = __import__("onnxruntime").InferenceSession(layer_timers.layer_graph(shape, shape.outputs, shape.inputs))
     (array,) = session.run(None, {"x": shape.input(shape.inputs).numpy()})
     assert array.size == module(given).numel()
     table = measure_table(shape, OnnxRuntime(), "onnxruntime", 1)

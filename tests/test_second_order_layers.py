@@ -7,9 +7,10 @@ import torch
 from second_order_fixture import batches, cross_entropy, layer_weights, rule, small_net
 from torch import nn
 
-from pruningawaretraining.criteria.second_order.gradients import Calibration, untouched
+from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layer_inputs import InputHessians, reordered, unfolded
 from pruningawaretraining.criteria.second_order.layout import Layout
+from pruningawaretraining.criteria.second_order.untouched import untouched
 from pruningawaretraining.criteria.second_order.weights import prunable_weights
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.patterns.elements import layer_weights as found_weights

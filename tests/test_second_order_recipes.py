@@ -12,7 +12,7 @@ from pruningawaretraining import Pruning, load_config
 from pruningawaretraining.config.dialects.sparseml import layers_of, pattern_of
 from pruningawaretraining.config.dialects.sparseml_keys import evaluated
 from pruningawaretraining.config.recipe import load_recipe
-from pruningawaretraining.config.schema import Target
+from pruningawaretraining.config.targets import Target
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.session.one_shot import one_shot
 

@@ -1,6 +1,7 @@
 """Configs: the native form, how it is read, and the other forms that are understood."""
 
 from pruningawaretraining.config.load import load_config
-from pruningawaretraining.config.schema import ExampleInputs, PruningConfig, Rule, Target, json_schema
+from pruningawaretraining.config.schema import PruningConfig, Rule, json_schema
+from pruningawaretraining.config.targets import ExampleInputs, Target
 
 __all__ = ["ExampleInputs", "PruningConfig", "Rule", "Target", "json_schema", "load_config"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,10 +10,19 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining import schedules  # noqa: F401  (importing it registers the schedules)
 from pruningawaretraining.config.caps import read_caps
+from pruningawaretraining.config.checks import (
+    NAMED_ONLY,
+    STRUCTURED,
+    UNCHECKED,
+    check_name,
+    check_options,
+    layer_name,
+)
 from pruningawaretraining.config.editor import complete_schema
 from pruningawaretraining.config.strict import Amount, Count, Fraction, Positive, Share, Strict, Whole
+from pruningawaretraining.config.targets import ExampleInputs, Target
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.registry import build, canonical, names, spelled
+from pruningawaretraining.registry import canonical, names
 
 __all__ = [
     "Amount",
@@ -28,84 +36,6 @@ __all__ = [
     "Target",
     "json_schema",
 ]
-
-STRUCTURED = ("channel", "channels", "head", "heads", "mha")
-"""Patterns whose sets are those of coupled layers."""
-
-NAMED_ONLY = ("schedule", "scope", "allocation")
-UNCHECKED = {"names": "unchecked"}
-"""Validation context of translated configs: names that a dialect's own table gave are looked up when they are built."""
-
-
-COSTS = ("macs", "parameters", "peak_memory", "latency", "latency_ms")
-"""Keys of a target that are about what the model costs."""
-
-
-class Target(Strict):
-    """What to reach. With several given, all must hold; with none, a rule only regularises."""
-
-    sparsity: Fraction | None = Field(None, description="Fraction of the rule's groups to remove, in (0, 1].")
-    macs: Fraction | None = Field(
-        None, description="Fraction of the dense model's MACs to KEEP, in (0, 1]: 0.7 is a cut of 30%."
-    )
-    parameters: Fraction | None = Field(
-        None, description="Fraction of the dense model's parameters to KEEP, in (0, 1]."
-    )
-    peak_memory: Fraction | None = Field(
-        None, description="Fraction to KEEP of the most memory that activations take at once, in (0, 1]."
-    )
-    latency: Fraction | None = Field(
-        None, description="Fraction of the dense model's latency to KEEP, measured on 'runtime', in (0, 1]."
-    )
-    latency_ms: Positive | None = Field(None, description="Latency to stay within, in milliseconds.")
-    runtime: str = Field("onnxruntime", description="Where latency is measured: a registered runtime.")
-    batch: Count | None = Field(1, description="Rows of the example inputs for latency; null: as many as they have.")
-    threads: Count = Field(1, description="Threads of the runtime for latency.")
-
-    @property
-    def about_costs(self) -> bool:
-        """Whether it is about more than a fraction of the groups."""
-        return any(getattr(self, name) is not None for name in COSTS)
-
-    @property
-    def given(self) -> bool:
-        """Whether there is anything to reach."""
-        return self.sparsity is not None or self.about_costs
-
-    @model_validator(mode="after")
-    def _is_about_latency(self) -> Self:
-        if names("runtime"):
-            canonical("runtime", self.runtime, "runtime")
-        if self.latency is None and self.latency_ms is None:
-            for name in ("runtime", "batch", "threads"):
-                value, default = getattr(self, name), Target.model_fields[name].default
-                if value != default:
-                    raise ConfigError(f"{name}: {value!r} is of a latency, and there is none. Allowed: with latency")
-        return self
-
-
-class ExampleInputs(Strict):
-    """The shapes of what the model's forward takes, for tracing and for counting MACs."""
-
-    shape: list[int] | list[list[int]] = Field(
-        description="One shape such as [1, 3, 224, 224] for a single tensor, or a list of shapes for several."
-    )
-    container: Literal["list", "tuple"] | None = Field(
-        None, description="What several tensors come in: a list (also when absent) or a tuple."
-    )
-    dtype: Literal["float32", "float64", "float16", "bfloat16", "int64", "int32"] = Field(
-        "float32", description="Type of the tensors."
-    )
-
-    @field_validator("shape", mode="before")
-    @classmethod
-    def _is_shape(cls, value: Any) -> Any:
-        if isinstance(value, (list, tuple)) and value:
-            if _are_sizes(value):
-                return list(value)
-            if all(isinstance(shape, (list, tuple)) and shape and _are_sizes(shape) for shape in value):
-                return [list(shape) for shape in value]
-        raise ValueError(f"{value!r} is no shape. Allowed: [B, C, H, W], each at least 1, or a list of shapes")
 
 
 class Rule(Strict):
@@ -192,11 +122,11 @@ class Rule(Strict):
         if value is None and kind in ("regularizer", "allocation"):
             return None
         if isinstance(value, str):
-            return value if info.context == UNCHECKED or not names(kind) else _check_name(kind, value)
+            return value if info.context == UNCHECKED or not names(kind) else check_name(kind, value)
         if kind in NAMED_ONLY or not isinstance(value, Mapping):
             form = "a name" if kind in NAMED_ONLY else "a name or a mapping with a 'type'"
             raise ConfigError(f"{kind}: {value!r} is not {form}. Allowed: {', '.join(names(kind))}")
-        return dict(value) if info.context == UNCHECKED or not names(kind) else _check_options(kind, value)
+        return dict(value) if info.context == UNCHECKED or not names(kind) else check_options(kind, value)
 
     @field_validator("compensation")
     @classmethod
@@ -293,42 +223,6 @@ class PruningConfig(Strict):
         return rules
 
 
-def layer_name(entry: Any, where: str) -> str:
-    """A layer entry in normal form: checked, and without the ``module.`` that DataParallel puts in front.
-
-    Raises:
-        ConfigError: it is no text, is empty, or is a regular expression that does not compile.
-    """
-    if not isinstance(entry, str) or not entry:
-        raise ConfigError(f"{where}: {entry!r} is not the name of a layer")
-    if not entry.startswith("re:"):
-        return entry.removeprefix("module.")
-    try:
-        re.compile(entry[3:])
-    except re.error as error:
-        raise ConfigError(f"{where}: {entry!r} is no regular expression: {error}") from error
-    return entry
-
-
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a native config, with every registered name and its options, for editors to complete."""
     return complete_schema(PruningConfig.model_json_schema())
-
-
-def _are_sizes(values: Any) -> bool:
-    return all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in values)
-
-
-def _check_name(kind: str, name: str) -> str:
-    if spelled(kind, name) is None:
-        name = canonical(kind, name)
-    build(kind, name, kind)
-    return name
-
-
-def _check_options(kind: str, spec: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(spec.get("type"), str):
-        missing = "has no 'type'" if "type" not in spec else f"has the 'type' {spec['type']!r}, which is no name"
-        raise ConfigError(f"{kind}: {dict(spec)!r} {missing}. Allowed: {', '.join(names(kind))}")
-    build(kind, spec, kind)
-    return {**spec, "type": canonical(kind, spec["type"])}

@@ -19,10 +19,9 @@ from pruningawaretraining.criteria.gradient_collectors import (
     STEPS,
     GradientCollector,
     GradientRule,
-    MaskGradientCollector,
 )
 from pruningawaretraining.groups.grouping import Grouping, Member
-from pruningawaretraining.groups.reductions import Reduction, device_of, reduce_sum
+from pruningawaretraining.groups.reductions import Reduction, reduce_sum
 from pruningawaretraining.registry import lookup, register
 
 log = logging.getLogger(__name__)
@@ -233,77 +232,3 @@ class BlockMask(Taylor):
         reduction: "sum", "mean" or "max" over the group.
         half: scores in bfloat16.
     """
-
-
-@register("criterion", "retrain_free")
-@dataclass(frozen=True)
-class RetrainFree:
-    """``sum of (dL/dm)^2`` over batches with fixed weights, then a rearrangement (Kwon et al. 2022).
-
-    Args:
-        samples: gradients that are kept for the rearrangement (the last ones).
-        rearranged: exchange groups within each layer so that the gradients of those that go cancel out.
-        most: with more groups than this nothing is rearranged.
-    """
-
-    by_parts: ClassVar[bool] = True
-
-    samples: int = 64
-    rearranged: bool = True
-    most: int = 65536
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples: {self.samples!r} must be 1 or more")
-
-    def collector(self) -> MaskGradientCollector:
-        """A new collector."""
-        return MaskGradientCollector(self.samples, self.most if self.rearranged else 0)
-
-    def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
-        """See :class:`~pruningawaretraining.criteria.base.Criterion`."""
-        if "mask_gradient_squares" not in statistics.tensors:
-            log.warning("retrain_free: no gradient has been seen yet; weights are ranked by size")
-            return Weight(reduction="sum").score(grouping, statistics)
-        return statistics.tensors["mask_gradient_squares"].to(device_of(grouping))
-
-    def refine(self, grouping: Grouping, keep_G: Tensor, statistics: Statistics) -> Tensor:
-        """The masks after rearrangement, with as many groups of each set as before."""
-        kept_MG = statistics.tensors.get("mask_gradients")
-        if kept_MG is None:
-            return keep_G
-        out_G = keep_G.clone().cpu()
-        for one in grouping.sets:
-            inside = slice(one.start, one.stop)
-            out_G[inside] = rearrange(out_G[inside], kept_MG[:, inside].cpu())
-        return out_G.to(keep_G.device)
-
-
-def rearrange(keep_G: Tensor, gradients_MG: Tensor) -> Tensor:
-    """Choose again which groups go, as many as before (Kwon et al. 2022, mask rearrangement).
-
-    From the set with the least ``sum of g^2``: add each other group in ascending order, and drop the one whose removal
-    leaves the smallest squared norm of the summed gradients of the rest.
-
-    Args:
-        keep_G: masks, True = keep.
-        gradients_MG: gradients with respect to the masks, one row for each batch.
-    """
-    count = int((~keep_G).sum())
-    if count in (0, len(keep_G)) or len(gradients_MG) == 0:
-        return keep_G
-    gradient_GM = gradients_MG.double().T.contiguous()
-    squares_G = gradient_GM.square().sum(1)
-    order = torch.argsort(squares_G, stable=True)
-    going, total_M = order[:count].clone(), gradient_GM[order[:count]].sum(0)
-    room = torch.cat([going, going[:1]])
-    for candidate in order[count:]:
-        room[-1] = candidate
-        total_M = total_M + gradient_GM[candidate]
-        left = squares_G[room] - 2 * (gradient_GM[room] @ total_M)  # up to |total|^2, the same for all
-        worst = int(left.argmin())
-        total_M = total_M - gradient_GM[room[worst]]
-        room[worst:-1] = room[worst + 1 :].clone()
-    out_G = torch.ones_like(keep_G)
-    out_G[room[:-1]] = False
-    return out_G

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.criteria.base import Statistics
-from pruningawaretraining.groups.grouping import Grouping, members_per_set
-from pruningawaretraining.groups.reductions import device_of, reduce_sum
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.reductions import device_of, members_per_set, reduce_sum
 from pruningawaretraining.registry import lookup, register
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.allocation.threshold import ElementLimits, allocate, allocate_windows, classes_of
-from pruningawaretraining.config.schema import COSTS, Rule
+from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.config.targets import COSTS
 from pruningawaretraining.criteria.base import Collector, Criterion, Statistics, collector_of, scorable
 from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.criteria.second_order.gathering import gathered

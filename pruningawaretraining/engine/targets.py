@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.allocation.knapsack import Goal
 from pruningawaretraining.allocation.policies import RANKED, Share, Task, allocation_of
-from pruningawaretraining.config.schema import Target
+from pruningawaretraining.config.targets import Target
 from pruningawaretraining.costs.latency.meter import Meter, RuntimeMeter
 from pruningawaretraining.costs.latency.model import LatencyCost
 from pruningawaretraining.costs.macs import LinearCost

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from pruningawaretraining.distributed.fsdp import across, extent, is_sharded, local_of
 from pruningawaretraining.groups import kernels as fused
-from pruningawaretraining.groups.grouping import Grouping, Member, members_per_set
+from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.placed import placed
+from pruningawaretraining.groups.reductions import members_per_set
 from pruningawaretraining.groups.weight_passes import WeightPasses
 from pruningawaretraining.groups.weight_stores import Sided, broadcast, entries_along, summed
 

@@ -294,16 +294,3 @@ def concat(groupings: Sequence[Grouping], name: str | None = None) -> Grouping:
         sets.extend(replace(one, start=one.start + start, stop=one.stop + start) for one in grouping.sets)
         start += grouping.size
     return Grouping(name or (groupings[0].name if groupings else ""), tuple(members), tuple(sets))
-
-
-def members_per_set(grouping: Grouping) -> Tensor:
-    """How many members index groups of each set (vector of sets)."""
-    count_S = torch.zeros(len(grouping.sets), dtype=torch.int64)
-    for member in grouping.members:
-        if member.slots is None:
-            first, last = member.offset, member.offset + member.n_slots
-            count_S += torch.tensor([one.start < last and first < one.stop for one in grouping.sets])
-            continue
-        groups = member.slots.cpu()
-        count_S[torch.unique(grouping.set_ids[groups[groups < grouping.size]])] += 1
-    return count_S

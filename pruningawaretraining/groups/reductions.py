@@ -90,3 +90,16 @@ def reduce_max(grouping: Grouping, values: Values, dtype: torch.dtype = torch.fl
                 largest_G1.scatter_reduce_(0, placed(member.slots, largest_G1.device), largest_S, "amax")
     largest_G1 = across(largest_G1, (member.parameter for member in grouping.members), largest=True)
     return largest_G1[:-1].masked_fill_(torch.isneginf(largest_G1[:-1]), 0.0)
+
+
+def members_per_set(grouping: Grouping) -> Tensor:
+    """How many members index groups of each set (vector of sets)."""
+    count_S = torch.zeros(len(grouping.sets), dtype=torch.int64)
+    for member in grouping.members:
+        if member.slots is None:
+            first, last = member.offset, member.offset + member.n_slots
+            count_S += torch.tensor([one.start < last and first < one.stop for one in grouping.sets])
+            continue
+        groups = member.slots.cpu()
+        count_S[torch.unique(grouping.set_ids[groups[groups < grouping.size]])] += 1
+    return count_S

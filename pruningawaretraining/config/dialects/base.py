@@ -18,7 +18,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from pruningawaretraining.config.schema import UNCHECKED, PruningConfig
+from pruningawaretraining.config.checks import UNCHECKED
+from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import canonical, names
 

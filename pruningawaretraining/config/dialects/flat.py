@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
+from pruningawaretraining.config.checks import layer_name
 from pruningawaretraining.config.dialects.base import check_window, native, schedule_name
-from pruningawaretraining.config.schema import PruningConfig, layer_name
+from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.config.strict import Count, Fraction, Strict, Whole
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import register

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pruningawaretraining.config.checks import UNCHECKED
 from pruningawaretraining.config.dialects.base import check_window, schedule_name
 from pruningawaretraining.config.dialects.intel import DEFAULTS, pruner_criterion, pruner_pattern
 from pruningawaretraining.config.dialects.intel_keys import EXCLUDING, SAME
-from pruningawaretraining.config.schema import UNCHECKED, PruningConfig, Rule
+from pruningawaretraining.config.schema import PruningConfig, Rule
 from pruningawaretraining.errors import ConfigError, unknown
 
 PLAIN = {

@@ -9,8 +9,8 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining.config.dialects.base import check_window, schedule_name
 from pruningawaretraining.config.dialects.flat import layer_list
-from pruningawaretraining.config.schema import ExampleInputs
 from pruningawaretraining.config.strict import Amount, Count, Fraction, Share, Strict, Whole
+from pruningawaretraining.config.targets import ExampleInputs
 from pruningawaretraining.errors import ConfigError, unknown
 
 

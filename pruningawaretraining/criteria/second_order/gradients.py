@@ -11,26 +11,23 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.criteria.second_order.batches import inputs_and_targets, split
+from pruningawaretraining.criteria.second_order.untouched import untouched
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.models.calling import (
     call,
     differentiable,
-    evaluating,
     first_line,
-    full_precision,
     move,
     shown,
-    tensors_of,
 )
 
 log = logging.getLogger(__name__)
@@ -231,83 +228,8 @@ def _described(inputs: Any) -> str:
     return ", ".join(map(shown, inputs)) if isinstance(inputs, tuple) else shown(inputs)
 
 
-def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
-    """A batch as what the model is called with, and what the loss gets beside the outputs.
-
-    Raises:
-        ConfigError: it is neither a pair nor a mapping.
-    """
-    if isinstance(batch, Mapping):
-        return batch, batch.get("labels", batch)
-    if isinstance(batch, (list, tuple)) and len(batch) >= 2:
-        inputs = batch[0] if len(batch) == 2 else tuple(batch[:-1])
-        return tuple(inputs) if isinstance(inputs, list) else inputs, batch[-1]
-    raise ConfigError(f"dataloader: a batch is {shown(batch)}. Allowed: (inputs, targets), or a mapping of inputs")
-
-
-def split(batch: Any, size: int | None) -> Iterator[Any]:
-    """A batch in pieces of ``size`` samples (along the first dimension of its tensors)."""
-    if size is None:
-        yield batch
-        return
-    lengths = {tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim()}
-    if len(lengths) != 1:
-        raise ConfigError(f"micro_batch: a batch with first dimensions {sorted(lengths)} cannot be split")
-    length = lengths.pop()
-    for start in range(0, length, size):
-        yield _narrow(batch, start, min(size, length - start))
-
-
-def _narrow(nest: Any, start: int, size: int) -> Any:
-    if isinstance(nest, Tensor):
-        return nest.narrow(0, start, size) if nest.dim() else nest
-    if isinstance(nest, Mapping):
-        return {key: _narrow(value, start, size) for key, value in nest.items()}
-    if isinstance(nest, (list, tuple)):
-        return type(nest)(_narrow(value, start, size) for value in nest)
-    return nest
-
-
 @contextmanager
 def _recording() -> Iterator[None]:
     """Gradients are recorded, even if the caller is in no_grad or inference mode."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-@contextmanager
-def untouched(model: nn.Module, dataloader: Any = None) -> Iterator[None]:
-    """In eval mode and without autocast inside the block; modes, buffers and random states are restored after it."""
-    with ExitStack() as stack:
-        stack.enter_context(_random_states(dataloader))
-        stack.enter_context(_buffers(model))
-        stack.enter_context(evaluating(model))
-        stack.enter_context(full_precision(model))
-        yield
-
-
-@contextmanager
-def _buffers(model: nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
-
-
-@contextmanager
-def _random_states(dataloader: Any) -> Iterator[None]:
-    sources = (dataloader, getattr(dataloader, "sampler", None))
-    generators = {id(one): one for one in (getattr(source, "generator", None) for source in sources)}
-    states = [(one, one.get_state()) for one in generators.values() if isinstance(one, torch.Generator)]
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for generator, state in states:
-            generator.set_state(state)

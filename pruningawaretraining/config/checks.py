@@ -1,0 +1,65 @@
+"""Checks of names, layers and sizes in a config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pruningawaretraining import schedules  # noqa: F401  (importing it registers the schedules)
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.registry import build, canonical, names, spelled
+
+STRUCTURED = ("channel", "channels", "head", "heads", "mha")
+"""Patterns whose sets are those of coupled layers."""
+
+NAMED_ONLY = ("schedule", "scope", "allocation")
+UNCHECKED = {"names": "unchecked"}
+"""Validation context of translated configs: names that a dialect's own table gave are looked up when they are built."""
+
+
+def layer_name(entry: Any, where: str) -> str:
+    """A layer entry in normal form: checked, and without the ``module.`` that DataParallel puts in front.
+
+    Raises:
+        ConfigError: it is no text, is empty, or is a regular expression that does not compile.
+    """
+    if not isinstance(entry, str) or not entry:
+        raise ConfigError(f"{where}: {entry!r} is not the name of a layer")
+    if not entry.startswith("re:"):
+        return entry.removeprefix("module.")
+    try:
+        re.compile(entry[3:])
+    except re.error as error:
+        raise ConfigError(f"{where}: {entry!r} is no regular expression: {error}") from error
+    return entry
+
+
+def are_sizes(values: Any) -> bool:
+    """Whether all values are whole numbers of 1 or more."""
+    return all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in values)
+
+
+def check_name(kind: str, name: str) -> str:
+    """The registered name that a text stands for, or the spelling as it is.
+
+    Raises:
+        ConfigError: nothing goes by it.
+    """
+    if spelled(kind, name) is None:
+        name = canonical(kind, name)
+    build(kind, name, kind)
+    return name
+
+
+def check_options(kind: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping with a registered ``type`` and options that it takes.
+
+    Raises:
+        ConfigError: an unknown type or option.
+    """
+    if not isinstance(spec.get("type"), str):
+        missing = "has no 'type'" if "type" not in spec else f"has the 'type' {spec['type']!r}, which is no name"
+        raise ConfigError(f"{kind}: {dict(spec)!r} {missing}. Allowed: {', '.join(names(kind))}")
+    build(kind, spec, kind)
+    return {**spec, "type": canonical(kind, spec["type"])}

@@ -1,0 +1,84 @@
+"""What a rule is to reach, and what the model is run on to measure it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
+
+from pruningawaretraining import schedules  # noqa: F401  (importing it registers the schedules)
+from pruningawaretraining.config.checks import are_sizes
+from pruningawaretraining.config.strict import Count, Fraction, Positive, Strict
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.registry import canonical, names
+
+COSTS = ("macs", "parameters", "peak_memory", "latency", "latency_ms")
+"""Keys of a target that are about what the model costs."""
+
+
+class Target(Strict):
+    """What to reach. With several given, all must hold; with none, a rule only regularises."""
+
+    sparsity: Fraction | None = Field(None, description="Fraction of the rule's groups to remove, in (0, 1].")
+    macs: Fraction | None = Field(
+        None, description="Fraction of the dense model's MACs to KEEP, in (0, 1]: 0.7 is a cut of 30%."
+    )
+    parameters: Fraction | None = Field(
+        None, description="Fraction of the dense model's parameters to KEEP, in (0, 1]."
+    )
+    peak_memory: Fraction | None = Field(
+        None, description="Fraction to KEEP of the most memory that activations take at once, in (0, 1]."
+    )
+    latency: Fraction | None = Field(
+        None, description="Fraction of the dense model's latency to KEEP, measured on 'runtime', in (0, 1]."
+    )
+    latency_ms: Positive | None = Field(None, description="Latency to stay within, in milliseconds.")
+    runtime: str = Field("onnxruntime", description="Where latency is measured: a registered runtime.")
+    batch: Count | None = Field(1, description="Rows of the example inputs for latency; null: as many as they have.")
+    threads: Count = Field(1, description="Threads of the runtime for latency.")
+
+    @property
+    def about_costs(self) -> bool:
+        """Whether it is about more than a fraction of the groups."""
+        return any(getattr(self, name) is not None for name in COSTS)
+
+    @property
+    def given(self) -> bool:
+        """Whether there is anything to reach."""
+        return self.sparsity is not None or self.about_costs
+
+    @model_validator(mode="after")
+    def _is_about_latency(self) -> Self:
+        if names("runtime"):
+            canonical("runtime", self.runtime, "runtime")
+        if self.latency is None and self.latency_ms is None:
+            for name in ("runtime", "batch", "threads"):
+                value, default = getattr(self, name), Target.model_fields[name].default
+                if value != default:
+                    raise ConfigError(f"{name}: {value!r} is of a latency, and there is none. Allowed: with latency")
+        return self
+
+
+class ExampleInputs(Strict):
+    """The shapes of what the model's forward takes, for tracing and for counting MACs."""
+
+    shape: list[int] | list[list[int]] = Field(
+        description="One shape such as [1, 3, 224, 224] for a single tensor, or a list of shapes for several."
+    )
+    container: Literal["list", "tuple"] | None = Field(
+        None, description="What several tensors come in: a list (also when absent) or a tuple."
+    )
+    dtype: Literal["float32", "float64", "float16", "bfloat16", "int64", "int32"] = Field(
+        "float32", description="Type of the tensors."
+    )
+
+    @field_validator("shape", mode="before")
+    @classmethod
+    def _is_shape(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and value:
+            if are_sizes(value):
+                return list(value)
+            if all(isinstance(shape, (list, tuple)) and shape and are_sizes(shape) for shape in value):
+                return [list(shape) for shape in value]
+        raise ValueError(f"{value!r} is no shape. Allowed: [B, C, H, W], each at least 1, or a list of shapes")
