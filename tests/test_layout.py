@@ -1,10 +1,12 @@
-"""Rules of the code that a machine can check; docs/design.md has the list of modules in import order."""
+"""Rules of the code that a machine can check; docs/design.md has the list of rooms in import order."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,25 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pruningawaretraining"
 NAME = PACKAGE.name
 ENTRANCES = ("__init__.py", "__main__.py")
+FLAT, FILE, CLASS, FUNCTION = 6, 300, 250, 45
+"""Most modules beside the packages, and most lines of a file, a class and a function."""
+LONG_FILES = {"engine.channel_pruner", "engine.element_pruner", "session.pruning"}
+LONG_CLASSES = {"ChannelPruner", "ElementPruner", "Pruning"}
+LONG_FUNCTIONS = {
+    "allocation.threshold.allocate_windows",
+    "analysis.sensitivity.measure",
+    "checkpoint.pruned.save_pruned",
+    "cli.latency.latency",
+    "engine.element_rules._check_options",
+    "experiment.timing.timed",
+    "export.onnx.export_onnx",
+    "export.program.export_program",
+    "export.semi_structured.to_semi_structured",
+    "masks.removal.remove",
+    "runtimes.flat_model.build_graph",
+    "session.pruning.__init__",
+}
+"""What is longer, still: these lists only get shorter."""
 CONFIG_MAY_IMPORT = ("config", "errors", "registry", "schedules")
 
 
@@ -107,6 +128,60 @@ def test_torch_pruning_is_imported_in_one_module() -> None:
             if any(one.split(".")[0] == "torch_pruning" for one in imported):
                 importing.add(name)
     assert importing == {"patterns.dependency"}
+
+
+def test_few_modules_lie_flat_at_the_top() -> None:
+    flat = [path.name for path in PACKAGE.glob("*.py") if path.name not in ENTRANCES]
+    assert len(flat) <= FLAT, flat
+
+
+def lines_of(node: ast.AST) -> int:
+    return node.end_lineno - node.lineno + 1  # type: ignore[attr-defined, no-any-return]
+
+
+def test_files_classes_and_functions_are_short() -> None:
+    files = {name for name, path in MODULES.items() if len(path.read_text(encoding="utf-8").splitlines()) > FILE}
+    nodes = [(name, node) for name, tree in TREES.items() for node in ast.walk(tree)]
+    classes = {node.name for _, node in nodes if isinstance(node, ast.ClassDef) and lines_of(node) > CLASS}
+    functions = {
+        f"{name}.{node.name}"
+        for name, node in nodes
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and lines_of(node) > FUNCTION
+    }
+    assert files == LONG_FILES, "a list above names what is longer still"
+    assert classes == LONG_CLASSES
+    assert functions == LONG_FUNCTIONS
+
+
+HEAVY = ("torchvision", "torch._dynamo", "matplotlib")
+COST = """
+import sys, time, torch
+start = time.process_time()
+{code}
+print(time.process_time() - start, *(name for name in {heavy} if name in sys.modules ))
+"""
+
+
+def cost_of(code: str) -> tuple[float, list[str]]:
+    """CPU seconds of some code beyond ``import torch``, and the heavy packages that it loads."""
+    script = COST.format(code=code, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    seconds, *loaded = done.stdout.splitlines()[-1].split()
+    return float(seconds), loaded
+
+
+def test_importing_the_package_is_cheap() -> None:
+    seconds, loaded = cost_of("import pruningawaretraining")
+    assert loaded == []
+    assert seconds <= 1.0
+
+
+def test_help_of_the_command_line_is_cheap() -> None:
+    code = "from typer.testing import CliRunner\nfrom pruningawaretraining.cli.main import app\n"
+    code += "assert 'sensitivity' in CliRunner().invoke(app, ['--help']).output"
+    seconds, loaded = cost_of(code)
+    assert loaded == []
+    assert seconds <= 1.5
 
 
 def calls(name: str) -> Iterator[tuple[str, ast.Call]]:

@@ -11,6 +11,23 @@ from torch import nn
 
 Indices = np.ndarray
 
+# Operations after which a channel index no longer means the same channel, or all channels are mixed.
+MIXING_OPERATIONS = {
+    "bmm": "a batched matrix product (attention)",
+    "scaleddotproduct": "scaled dot product attention",
+    "softmax": "a softmax",
+    "flip": "a flip",
+    "shuffle": "a channel or pixel shuffle",
+    "glu": "a gated linear unit",
+    "gather": "a gather",
+    "indexselect": "an index selection",
+    "im2col": "an unfold",
+    "col2im": "a fold",
+    "unfold": "an unfold",
+    "cumsum": "a cumulative sum",
+    "sort": "a sort",
+    "fft": "a Fourier transform",
+}
 TRACE_LIMIT = 60.0
 """Seconds."""
 

@@ -26,6 +26,7 @@ from torch_pruning.dependency import shape_infer
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.calling import ForwardFn, checked_call, differentiable, evaluating, float_tensors_of
 from pruningawaretraining.patterns.coupling import (
+    MIXING_OPERATIONS,
     TRACE_LIMIT,
     Deadline,
     DependencyMap,
@@ -38,23 +39,6 @@ from pruningawaretraining.patterns.index_mappings import map_indices
 from pruningawaretraining.patterns.projections import is_transposed_linear
 from pruningawaretraining.patterns.training_parts import mode_to_trace
 
-# Operations after which a channel index no longer means the same channel, or all channels are mixed.
-MIXING_OPERATIONS = {
-    "bmm": "a batched matrix product (attention)",
-    "scaleddotproduct": "scaled dot product attention",
-    "softmax": "a softmax",
-    "flip": "a flip",
-    "shuffle": "a channel or pixel shuffle",
-    "glu": "a gated linear unit",
-    "gather": "a gather",
-    "indexselect": "an index selection",
-    "im2col": "an unfold",
-    "col2im": "a fold",
-    "unfold": "an unfold",
-    "cumsum": "a cumulative sum",
-    "sort": "a sort",
-    "fft": "a Fourier transform",
-}
 UNSUPPORTED_TYPES = {
     ops.OPTYPE.MHA: "multi-head attention (prune it by heads)",
     ops.OPTYPE.LSTM: "a recurrent layer",
