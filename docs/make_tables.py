@@ -8,10 +8,8 @@ What lies between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->`` is replace
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-import pruningawaretraining  # noqa: F401  (importing it registers everything)
 from pruningawaretraining.config.dialects.sparseml_keys import Pruning, RateFunction, SecondOrderPruning, SetRate
 from pruningawaretraining.config.schema import Distillation, PruningConfig, Rule
 from pruningawaretraining.config.targets import ExampleInputs, Target
@@ -131,19 +128,10 @@ def forms() -> str:
     return table(("form", "recognised by", "what it holds"), rows)
 
 
-@functools.cache
-def loaded_modules() -> frozenset[str]:
-    """The modules that ``import pruningawaretraining`` loads, whatever else this process has imported."""
-    code = "import sys, pruningawaretraining; print(*(name for name in sys.modules if name.startswith('pruningaware')))"
-    command = [sys.executable, "-c", code]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=DOCS.parent)  # noqa: S603
-    return frozenset(printed.stdout.split())
-
-
 def known(kind: str) -> list[tuple[str, Any]]:
     """Name and entry of everything of a kind that the package itself registers."""
     entries = ((name, lookup(kind, name)) for name in names(kind))
-    return [(name, entry) for name, entry in entries if entry.__module__ in loaded_modules()]
+    return [(name, entry) for name, entry in entries if entry.__module__.startswith("pruningawaretraining.")]
 
 
 # --- the registry -----------------------------------------------------------------------------------------------

@@ -327,8 +327,9 @@ def test_shared_and_parametrised_layers_and_outputs_stay() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["slice", "4x1", "2:4", "unstructured"])
-def test_patterns_that_the_readme_calls_masked_are(pattern: str) -> None:
-    assert "masks slices, blocks, N:M and single weights" in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_patterns_that_the_docs_call_masked_are(pattern: str) -> None:
+    text = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+    assert "masks slices, blocks, N:M and single weights" in text
     rule = {"pattern": pattern, "layers": ["first"], "target": {"sparsity": 0.5}}
     pruner = Pruning(Shared(), {"rules": [rule]}, example_inputs=torch.randn(2, 8))
     pruner.prune(epoch=0)
