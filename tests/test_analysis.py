@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 from typer.testing import CliRunner
 
 from pruningawaretraining import Pruning, save_pruned
-from pruningawaretraining.analysis import compare
+from pruningawaretraining.analysis import compare, compare_figures
 from pruningawaretraining.analysis import gap_threshold as choice
 from pruningawaretraining.analysis.checkpoints import epochs_of, find_checkpoints, read_weights
 from pruningawaretraining.analysis.norms import NormReader, scan
@@ -222,7 +222,7 @@ def test_epochs_that_were_masked_do_not_count() -> None:
 def test_a_removal_in_the_first_event_does_not_count_as_before_pruning() -> None:
     run = history([0, 30, 30, 30])
     run.norms["epochs"][3]["sets"]["a"] = histogram_of(p0=70)
-    found = compare.compared("a", run)
+    found = compare_figures.compared("a", run)
     assert [moment["epoch"] for moment in choice.before_pruning(found.run.norms["epochs"])] == [0, 1, 2]
     assert found.choice.separated and found.run.norms["epochs"][3]["sets"]["a"]["removed"] == 30
 
@@ -261,18 +261,18 @@ def test_advice_takes_the_accuracy_into_account() -> None:
     for name, near, accuracy in (("strong", 60, 0.80), ("middle", 40, 0.95), ("weak", 0, 0.96)):
         run = history([0, near, near, near])
         run = Run({"pruned": {"accuracy": accuracy}}, norms=run.norms)
-        runs.append(compare.compared(name, run))
+        runs.append(compare_figures.compared(name, run))
     assert compare.advice(runs).startswith("middle: ")
     collapsed = compare.advice([runs[0], runs[2]])
     assert collapsed.startswith("weak: the strongest whose accuracy holds"), "an accuracy that is lost is no advice"
-    other = compare.compared("other", Run({"data": {"name": "cifar"}}, norms=runs[0].run.norms))
+    other = compare_figures.compared("other", Run({"data": {"name": "cifar"}}, norms=runs[0].run.norms))
     assert compare.advice([*runs, other]) == "", "other data: nothing to choose between"
     assert compare.advice(runs[:1]) == "" and "In none" in compare.advice([runs[2], runs[2]])
 
 
-def of_accuracy(name: str, near: int, accuracy: float, dense: float | None = None) -> compare.Compared:
+def of_accuracy(name: str, near: int, accuracy: float, dense: float | None = None) -> compare_figures.Compared:
     summary = {"pruned": {"accuracy": accuracy}, "dense": {"accuracy": dense}}
-    return compare.compared(name, Run(summary, norms=history([0, near, near, near]).norms))
+    return compare_figures.compared(name, Run(summary, norms=history([0, near, near, near]).norms))
 
 
 def test_an_accuracy_holds_against_the_dense_baseline() -> None:
@@ -368,7 +368,7 @@ def test_where_a_page_may_go(tmp_path: Path, out: str, message: str) -> None:
 
 def test_axes_of_norms_have_at_least_two_decades() -> None:
     run = history([0, 0])  # all norms in one bin
-    page = compare.page([compare.compared("a", run)], "a")
+    page = compare.page([compare_figures.compared("a", run)], "a")
     for side in page["sides"]:
         for figure in side["figures"]:
             assert len(re.findall(r'text-anchor="middle">([^<]+)<', figure.svg)) >= 2

@@ -76,7 +76,7 @@ def test_outputs_stay_and_layers_are_sparse(caplog: pytest.LogCaptureFixture) ->
     model = net()[0].half().cuda().eval()
     inputs = torch.randn(64, 64, device="cuda", dtype=torch.float16)
     expected = model(inputs)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="pruningawaretraining"):
         found = to_semi_structured(model, example_inputs=inputs, only_faster=False)
     assert found == ["0", "2"] and {one.rows for one in found.layers} == {64}
     assert all(one.dense_ms > 0 and one.sparse_ms and one.setting for one in found.layers)
@@ -163,7 +163,7 @@ def test_only_what_computes_the_layer_is_chosen(
     model = net()[0]
     before = model[0].weight.detach().clone()
     bench = MadeUp(times)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="pruningawaretraining"):
         found = convert(layers_of(model), {"0": 32, "2": 48}, bench, True)
     assert found == ["0", "2"] and bench.rows == [32, 48]
     assert {one.setting for one in found.layers} == {setting}
