@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from pruningawaretraining.compiled import uncompiled
 from pruningawaretraining.errors import ConfigError, ModelError, unknown
+from pruningawaretraining.exporters import AUTO, chosen_exporter
 from pruningawaretraining.inputs import REJECTED, call_as_is, checked_call, evaluating, move, tensors_of
-from pruningawaretraining.registry import canonical, lookup, register
+from pruningawaretraining.registry import lookup, register
 
 _NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")
 BATCH = "batch"
@@ -276,13 +277,13 @@ def _export_dynamo(graph: Graph, path: Path, opset: int | None) -> None:
     program.save(str(path), external_data=True)
 
 
-def dynamic_shapes(graph: Graph) -> dict[str, Any] | None:
-    """The free dimensions as torch.export takes them, or None."""
+def dynamic_shapes(graph: Graph) -> tuple[Any, ...] | None:
+    """The free dimensions by place, as torch.export takes them, or None; names would be the graph's to PyTorch 2.6."""
     known = {name: torch.export.Dim(name) for axes in graph.axes.values() for name in axes.values()}
     if not known:
         return None
     shapes = ({dim: known[name] for dim, name in graph.axes.get(one, {}).items()} or None for one in graph.input_names)
-    return {"tensors": tuple(shapes)}
+    return (tuple(shapes),)
 
 
 @register("exporter", "torchscript", "trace", "legacy")
@@ -297,14 +298,14 @@ def _export_torchscript(graph: Graph, path: Path, opset: int | None) -> None:
     )  # fmt: skip
 
 
-def export_graph(graph: Graph, path: Path, exporter: str = "dynamo", opset: int | None = None) -> None:
+def export_graph(graph: Graph, path: Path, exporter: str = AUTO, opset: int | None = None) -> None:
     """Write the graph with the exporter of this name, quietly; nothing is checked here.
 
     Raises:
         ConfigError: unknown exporter, or a package it needs is not installed.
         ModelError: the exporter cannot express the model.
     """
-    name = canonical("exporter", exporter, "exporter")
+    name = chosen_exporter(exporter)
     write: Callable[[Graph, Path, int | None], None] = lookup("exporter", name)
     require("onnx")
     require("onnxscript")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining import Pruning, export, onnx_graph
+from pruningawaretraining import Pruning, export, exporters, onnx_graph
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.export import export_onnx
 from pruningawaretraining.export_program import export_openvino, export_program
@@ -19,6 +19,11 @@ from pruningawaretraining.export_program import export_openvino, export_program
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+
+needs_dynamo = pytest.mark.skipif(
+    exporters.usual_exporter() != "dynamo", reason="before PyTorch 2.9 dynamo runs with the onnxscript of its time only"
+)
+DYNAMO = pytest.param("dynamo", marks=needs_dynamo)
 
 
 @dataclass
@@ -55,7 +60,7 @@ def shapes(path: Path) -> dict[str, list[Any]]:
     }
 
 
-@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("exporter", [DYNAMO, "torchscript"])
 def test_a_cnn_is_one_file_with_a_free_batch(tmp_path: Path, exporter: str) -> None:
     path = tmp_path / "new" / "model.onnx"
     result = export_onnx(cnn(), torch.randn(1, 3, 8, 8), path, exporter=exporter, metadata={"sparsity": 0.5})
@@ -70,7 +75,7 @@ def test_a_cnn_is_one_file_with_a_free_batch(tmp_path: Path, exporter: str) -> N
 @pytest.mark.parametrize(
     ("exporter", "wrap", "outputs"),
     [
-        ("dynamo", Scored, ("logits", "hidden")),
+        pytest.param("dynamo", Scored, ("logits", "hidden"), marks=needs_dynamo),
         ("torchscript", Scored, ("logits", "hidden")),
         ("torchscript", lambda one, two: (one, [two]), ("output_0", "output_1_0")),
         ("torchscript", lambda one, two: {"x": one, "note": "text", "y": two}, ("x_1", "y")),
@@ -133,7 +138,7 @@ class FixedBatch(nn.Module):
         return x.reshape(2, -1).flip(0).relu()
 
 
-@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("exporter", [DYNAMO, "torchscript"])
 def test_a_model_with_a_fixed_batch_says_what_to_do(tmp_path: Path, exporter: str) -> None:
     with pytest.raises(ModelError, match="dynamic_batch=False"):
         export_onnx(FixedBatch(), torch.randn(2, 3), tmp_path / "m.onnx", exporter=exporter)
@@ -185,6 +190,18 @@ def test_export_says_nothing_on_the_terminal(tmp_path: Path, capfd: pytest.Captu
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(("default", "expected"), [(True, "dynamo"), (False, "torchscript")])
+def test_auto_is_what_this_pytorch_takes_by_itself(
+    default: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = export_onnx(nn.Linear(2, 2), torch.zeros(2, 2), tmp_path / "m.onnx")
+    assert found.exporter == exporters.usual_exporter() == exporters.chosen_exporter("AUTO")
+    monkeypatch.setattr(torch.onnx, "export", lambda model, dynamo=default: None)
+    assert exporters.chosen_exporter("auto") == expected
+    assert exporters.chosen_exporter("trace") == "torchscript"
+
+
+@needs_dynamo
 @pytest.mark.parametrize("opset", [9, 99])
 def test_an_opset_that_the_exporter_does_not_write_is_refused(opset: int, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"opset: {opset} is not what the exporter 'dynamo' wrote, which is"):
@@ -206,7 +223,7 @@ class Tokens(nn.Module):
         return (self.linear(x) * mask.unsqueeze(-1)).sum(1)
 
 
-@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("exporter", [DYNAMO, "torchscript"])
 def test_free_dimensions_by_name(tmp_path: Path, exporter: str) -> None:
     inputs = (torch.randn(2, 5, 4), torch.ones(2, 5))
     axes = {"x": {1: "length"}, "mask": {1: "length"}}
@@ -339,6 +356,7 @@ def test_free_height_and_width(tmp_path: Path) -> None:
     assert shapes(path)["input"] == ["batch", 3, "height", "width"]
 
 
+@needs_dynamo
 def test_opsets_and_half_models_say_what_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'dynamo' mostly 14 to 26, 'torchscript' mostly 7 to 23"):
         export_onnx(nn.Linear(4, 2), torch.randn(2, 4), tmp_path / "m.onnx", opset=9)

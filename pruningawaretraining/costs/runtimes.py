@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pruningawaretraining import inputs, onnx_graph, registry
 from pruningawaretraining.compiled import uncompiled
 from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.exporters import AUTO
 from pruningawaretraining.registry import register
 
 Model = nn.Module | str | Path
@@ -44,10 +45,10 @@ class OnnxRuntime:
     """onnxruntime on the CPU. A module is exported to a temporary file first; an ``.onnx`` file is taken as it is.
 
     Attributes:
-        exporter: "dynamo" or "torchscript", for modules.
+        exporter: "dynamo", "torchscript", or "auto", PyTorch's own choice; for modules.
     """
 
-    exporter: str = "dynamo"
+    exporter: str = AUTO
 
     def prepare(self, model: Model, example_inputs: Any, threads: int) -> AbstractContextManager[Run]:
         """See :class:`Runtime`."""
@@ -118,11 +119,11 @@ class TensorRt:
     """TensorRT as an execution provider of onnxruntime, where it is installed.
 
     Attributes:
-        exporter: "dynamo" or "torchscript", for modules.
+        exporter: "dynamo", "torchscript", or "auto", PyTorch's own choice; for modules.
         half: let it compute in float16.
     """
 
-    exporter: str = "dynamo"
+    exporter: str = AUTO
     half: bool = False
 
     def prepare(self, model: Model, example_inputs: Any, threads: int) -> AbstractContextManager[Run]:
