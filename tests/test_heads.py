@@ -13,6 +13,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, save_pruned
 from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.exporters import usual_exporter
 from pruningawaretraining.inputs import call, outputs_of
 from pruningawaretraining.kept_attention import PrunedMultiheadAttention, PrunedWindowAttention
 from pruningawaretraining.patterns.attention import attention_blocks
@@ -64,7 +65,12 @@ def _floats(outputs: Any) -> list[Tensor]:
     return [one for one in values if isinstance(one, Tensor) and one.is_floating_point()]
 
 
-@pytest.mark.parametrize("name", ["vision_transformer", "timm_vit", "encoder", "bert", "llama"])
+TRACED_MASK = pytest.mark.skipif(usual_exporter() != "dynamo", reason="tracing fixes the batch in transformers' masks")
+
+
+@pytest.mark.parametrize(
+    "name", ["vision_transformer", "timm_vit", "encoder", "bert", pytest.param("llama", marks=TRACED_MASK)]
+)
 def test_the_removed_model_exports(name: str, tmp_path: Path) -> None:
     model, inputs = build(name)
     pruner = pruner_of(model, inputs)

@@ -76,7 +76,7 @@ def test_outputs_stay_and_layers_are_sparse(caplog: pytest.LogCaptureFixture) ->
     model = net()[0].half().cuda().eval()
     inputs = torch.randn(64, 64, device="cuda", dtype=torch.float16)
     expected = model(inputs)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="pruningawaretraining"):
         found = to_semi_structured(model, example_inputs=inputs, only_faster=False)
     assert found == ["0", "2"] and {one.rows for one in found.layers} == {64}
     assert all(one.dense_ms > 0 and one.sparse_ms and one.setting for one in found.layers)
@@ -163,7 +163,7 @@ def test_only_what_computes_the_layer_is_chosen(
     model = net()[0]
     before = model[0].weight.detach().clone()
     bench = MadeUp(times)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="pruningawaretraining"):
         found = convert(layers_of(model), {"0": 32, "2": 48}, bench, True)
     assert found == ["0", "2"] and bench.rows == [32, 48]
     assert {one.setting for one in found.layers} == {setting}
@@ -176,13 +176,13 @@ def test_only_what_computes_the_layer_is_chosen(
 def test_what_is_not_faster_stays_dense_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
     model = net()[0]
     weights = [model[0].weight, model[2].weight]
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="pruningawaretraining"):
         found = convert(layers_of(model), {"0": 8}, MadeUp({CUTLASS: 1.36}, dense=0.39), True)
     assert found == [] and found.speedup == 1.0
     assert "0 stays dense: cutlass takes 1.36 ms, 0.39 ms dense, on 8 rows: 0.29 times as fast" in caplog.text
     assert "2 stays dense: the example inputs do not reach it" in caplog.text
     assert [model[0].weight, model[2].weight] == weights and weights[0].requires_grad
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="pruningawaretraining"):
         assert convert(layers_of(model), {"0": 8}, MadeUp({}), True) == []
     assert "0 stays dense: no backend for sparse products runs it" in caplog.text
 
