@@ -5,11 +5,13 @@ READY  := $(VENV)/.installed
 # One test process for each core, at most four; each keeps to one thread so that they do not fight over cores.
 JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
-.PHONY: help install test test-slow test-gpu lint demo bench schemas docs clean
+.PHONY: help install test test-lowest test-newest test-slow test-gpu lint demo bench schemas docs clean
 
 help:
 	@echo "make demo       train, prune, export and report on a small real data set; results in runs/demo"
 	@echo "make test       linter, types and tests"
+	@echo "make test-lowest  the tests on the lowest versions that pyproject.toml allows; PYTHON=python3.10 or python3.11"
+	@echo "make test-newest  the tests on what pip resolves today; both in an environment of their own, removed at the end"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a GPU, skipped without one; DEVICE=cpu for a small dry run of them"
 	@echo "make bench      every benchmark of docs/benchmarks.md, on the CPU; DATA=FOLDER for those with CIFAR-10"
@@ -31,6 +33,9 @@ lint: $(READY)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+test-lowest test-newest:
+	$(PYTHON) scripts/test_versions.py $(@:test-%=%) -q -n $(JOBS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

@@ -34,7 +34,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     ),
     "dataset": ("experiment.datasets",),
     "dialect": ("config.dialects",),
-    "exporter": ("runtimes.exporters",),
+    "exporter": ("runtimes.exporter_choice", "runtimes.exporters"),
     "grouper": ("proximal",),
     "head_unit": ("patterns.head",),
     "layer_timer": ("costs.latency.layer_timers",),

@@ -18,9 +18,9 @@ TEXT = {**SMALL, "vocab_size": 99, "use_cache": False}
 Built = tuple[nn.Module, Any]
 
 
-def _hf(model: str, config: str, inputs: dict[str, Tensor], **options: Any) -> Callable[[], Built]:
+def _hf(model: str, config: str, inputs: dict[str, Tensor], least: str = "4", **options: Any) -> Callable[[], Built]:
     def build() -> Built:
-        transformers = pytest.importorskip("transformers")
+        transformers = pytest.importorskip("transformers", least)
         return getattr(transformers, model)(getattr(transformers, config)(**options)), inputs
 
     return build
@@ -66,7 +66,7 @@ MODELS: dict[str, Callable[[], Built]] = {
     "bert": _hf("BertForSequenceClassification", "BertConfig", {"input_ids": IDS}, **TEXT),
     "distilbert": _hf(
         "DistilBertForSequenceClassification", "DistilBertConfig", {"input_ids": IDS},
-        vocab_size=99, dim=64, n_layers=2, n_heads=8, hidden_dim=96,
+        vocab_size=99, dim=64, n_layers=2, n_heads=8, hidden_dim=96, least="5",
     ),
     "vit": _hf(
         "ViTForImageClassification", "ViTConfig", {"pixel_values": IMAGES}, **SMALL, image_size=32, patch_size=8

@@ -16,11 +16,17 @@ from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.export import onnx as export
 from pruningawaretraining.export.onnx import export_onnx
 from pruningawaretraining.export.program import export_openvino, export_program
-from pruningawaretraining.runtimes import flat_model, ort
+from pruningawaretraining.runtimes import exporter_choice, flat_model, ort
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+
+needs_dynamo = pytest.mark.skipif(
+    exporter_choice.usual_exporter() != "dynamo",
+    reason="before PyTorch 2.9 dynamo runs with the onnxscript of its time only",
+)
+DYNAMO = pytest.param("dynamo", marks=needs_dynamo)
 
 
 @dataclass
@@ -57,7 +63,7 @@ def shapes(path: Path) -> dict[str, list[Any]]:
     }
 
 
-@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("exporter", [DYNAMO, "torchscript"])
 def test_a_cnn_is_one_file_with_a_free_batch(tmp_path: Path, exporter: str) -> None:
     path = tmp_path / "new" / "model.onnx"
     result = export_onnx(cnn(), torch.randn(1, 3, 8, 8), path, exporter=exporter, metadata={"sparsity": 0.5})
@@ -72,7 +78,7 @@ def test_a_cnn_is_one_file_with_a_free_batch(tmp_path: Path, exporter: str) -> N
 @pytest.mark.parametrize(
     ("exporter", "wrap", "outputs"),
     [
-        ("dynamo", Scored, ("logits", "hidden")),
+        pytest.param("dynamo", Scored, ("logits", "hidden"), marks=needs_dynamo),
         ("torchscript", Scored, ("logits", "hidden")),
         ("torchscript", lambda one, two: (one, [two]), ("output_0", "output_1_0")),
         ("torchscript", lambda one, two: {"x": one, "note": "text", "y": two}, ("x_1", "y")),
@@ -135,7 +141,7 @@ class FixedBatch(nn.Module):
         return x.reshape(2, -1).flip(0).relu()
 
 
-@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("exporter", [DYNAMO, "torchscript"])
 def test_a_model_with_a_fixed_batch_says_what_to_do(tmp_path: Path, exporter: str) -> None:
     with pytest.raises(ModelError, match="dynamic_batch=False"):
         export_onnx(FixedBatch(), torch.randn(2, 3), tmp_path / "m.onnx", exporter=exporter)
@@ -187,6 +193,18 @@ def test_export_says_nothing_on_the_terminal(tmp_path: Path, capfd: pytest.Captu
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(("default", "expected"), [(True, "dynamo"), (False, "torchscript")])
+def test_auto_is_what_this_pytorch_takes_by_itself(
+    default: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = export_onnx(nn.Linear(2, 2), torch.zeros(2, 2), tmp_path / "m.onnx")
+    assert found.exporter == exporter_choice.usual_exporter() == exporter_choice.chosen_exporter("AUTO")
+    monkeypatch.setattr(torch.onnx, "export", lambda model, dynamo=default: None)
+    assert exporter_choice.chosen_exporter("auto") == expected
+    assert exporter_choice.chosen_exporter("trace") == "torchscript"
+
+
+@needs_dynamo
 @pytest.mark.parametrize("opset", [9, 99])
 def test_an_opset_that_the_exporter_does_not_write_is_refused(opset: int, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"opset: {opset} is not what the exporter 'dynamo' wrote, which is"):
@@ -208,7 +226,7 @@ class Tokens(nn.Module):
         return (self.linear(x) * mask.unsqueeze(-1)).sum(1)
 
 
-@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("exporter", [DYNAMO, "torchscript"])
 def test_free_dimensions_by_name(tmp_path: Path, exporter: str) -> None:
     inputs = (torch.randn(2, 5, 4), torch.ones(2, 5))
     axes = {"x": {1: "length"}, "mask": {1: "length"}}
@@ -341,6 +359,7 @@ def test_free_height_and_width(tmp_path: Path) -> None:
     assert shapes(path)["input"] == ["batch", 3, "height", "width"]
 
 
+@needs_dynamo
 def test_opsets_and_half_models_say_what_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'dynamo' mostly 14 to 26, 'torchscript' mostly 7 to 23"):
         export_onnx(nn.Linear(4, 2), torch.randn(2, 4), tmp_path / "m.onnx", opset=9)

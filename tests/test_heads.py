@@ -18,6 +18,7 @@ from pruningawaretraining.models.pruned_attention import PrunedMultiheadAttentio
 from pruningawaretraining.models.pruned_window_attention import PrunedWindowAttention
 from pruningawaretraining.patterns.attention import attention_blocks
 from pruningawaretraining.patterns.head import find_heads
+from pruningawaretraining.runtimes.exporter_choice import usual_exporter
 
 BOTH = {"type": "channel", "heads": True}
 
@@ -65,7 +66,12 @@ def _floats(outputs: Any) -> list[Tensor]:
     return [one for one in values if isinstance(one, Tensor) and one.is_floating_point()]
 
 
-@pytest.mark.parametrize("name", ["vision_transformer", "timm_vit", "encoder", "bert", "llama"])
+TRACED_MASK = pytest.mark.skipif(usual_exporter() != "dynamo", reason="tracing fixes the batch in transformers' masks")
+
+
+@pytest.mark.parametrize(
+    "name", ["vision_transformer", "timm_vit", "encoder", "bert", pytest.param("llama", marks=TRACED_MASK)]
+)
 def test_the_removed_model_exports(name: str, tmp_path: Path) -> None:
     model, inputs = build(name)
     pruner = pruner_of(model, inputs)

@@ -176,13 +176,13 @@ def test_only_what_computes_the_layer_is_chosen(
 def test_what_is_not_faster_stays_dense_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
     model = net()[0]
     weights = [model[0].weight, model[2].weight]
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="pruningawaretraining"):
         found = convert(layers_of(model), {"0": 8}, MadeUp({CUTLASS: 1.36}, dense=0.39), True)
     assert found == [] and found.speedup == 1.0
     assert "0 stays dense: cutlass takes 1.36 ms, 0.39 ms dense, on 8 rows: 0.29 times as fast" in caplog.text
     assert "2 stays dense: the example inputs do not reach it" in caplog.text
     assert [model[0].weight, model[2].weight] == weights and weights[0].requires_grad
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="pruningawaretraining"):
         assert convert(layers_of(model), {"0": 8}, MadeUp({}), True) == []
     assert "0 stays dense: no backend for sparse products runs it" in caplog.text
 

@@ -142,7 +142,7 @@ def test_a_limit_that_is_none_is_refused(limit: object) -> None:
 
 def test_groups_of_a_model_without_storage() -> None:
     """A decoder of half a billion parameters on the meta device: its groups are found, and nothing is allocated."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", "5")  # 4 calls autocast, which the meta device has not
     config = transformers.LlamaConfig(
         vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=8, num_attention_heads=32,
         num_key_value_heads=4, use_cache=False,

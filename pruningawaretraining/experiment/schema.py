@@ -142,7 +142,9 @@ class LatencyConfig(Strict):
 class OnnxConfig(Strict):
     """How the pruned model is exported and checked."""
 
-    exporter: Literal["dynamo", "torchscript"] = Field("dynamo", description="Which of torch's exporters.")
+    exporter: Literal["auto", "dynamo", "torchscript"] = Field(
+        "auto", description="Which of torch's exporters; `auto`: its own choice, `dynamo` from 2.9 on."
+    )
     opset: Count | None = Field(None, description="Version of the operator set; absent: the exporter's own choice.")
     tolerance: Fraction = Field(1e-4, description="Largest difference from PyTorch, relative to the largest output.")
 

@@ -23,6 +23,7 @@ from pruningawaretraining.export.compare import compare
 from pruningawaretraining.export.precision import SINGLE_FILE_BYTES, Convert, initializer_bytes
 from pruningawaretraining.models.calling import move, unwrap
 from pruningawaretraining.registry import canonical, lookup
+from pruningawaretraining.runtimes.exporter_choice import AUTO, chosen_exporter
 from pruningawaretraining.runtimes.exporters import export_graph, opsets
 from pruningawaretraining.runtimes.flat_model import Graph, batch_of, build_graph
 from pruningawaretraining.runtimes.ort import require
@@ -66,7 +67,7 @@ def export_onnx(
     example_inputs: Any,
     path: str | Path,
     *,
-    exporter: str = "dynamo",
+    exporter: str = AUTO,
     dynamic_batch: bool = True,
     opset: int | None = None,
     tolerance: float | None = None,
@@ -84,7 +85,8 @@ def export_onnx(
         model: the model; one on another device is copied to the CPU first.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         path: the file to write; its folder is created.
-        exporter: "dynamo" (torch.export, the default) or "torchscript" (tracing).
+        exporter: "dynamo" (torch.export), "torchscript" (tracing), or "auto", PyTorch's own choice: the first from 2.9
+            on.
         dynamic_batch: leave the batch dimension of inputs and outputs free.
         opset: version of the ONNX operator set; None is the exporter's own choice. Exporters do not know every one.
         tolerance: largest difference allowed, as a fraction of the largest absolute output; None is 1e-4 for float32,
@@ -107,7 +109,7 @@ def export_onnx(
     tolerance = TOLERANCES.get(precision, 1e-4) if tolerance is None else tolerance
     if not tolerance > 0:
         raise ConfigError(f"tolerance: {tolerance!r} is not a positive number")
-    path, exporter = Path(path), canonical("exporter", exporter, "exporter")
+    path, exporter = Path(path), chosen_exporter(exporter)
     if path.is_dir():
         raise ConfigError(
             f"path: {str(path)!r} is a folder. Allowed: a file in it, such as {str(path / 'model.onnx')!r}"

@@ -25,5 +25,10 @@ def forget_compiled() -> None:
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """Inside the block compiled modules run as they are written, so that hooks and tracing see every layer."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    """Inside the block compiled modules run as they are written, so that hooks and tracing see every layer.
+
+    Where the block itself is being compiled or exported by dynamo, it is read as it is written anyway.
+    """
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_dynamo_compiling():
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")

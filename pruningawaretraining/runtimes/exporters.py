@@ -13,7 +13,8 @@ import torch
 
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.calling import evaluating
-from pruningawaretraining.registry import canonical, lookup, register
+from pruningawaretraining.registry import lookup, register
+from pruningawaretraining.runtimes.exporter_choice import AUTO, chosen_exporter
 from pruningawaretraining.runtimes.flat_model import BATCH, Graph
 from pruningawaretraining.runtimes.ort import require
 
@@ -35,13 +36,13 @@ def _export_dynamo(graph: Graph, path: Path, opset: int | None) -> None:
     program.save(str(path), external_data=True)
 
 
-def dynamic_shapes(graph: Graph) -> dict[str, Any] | None:
-    """The free dimensions as torch.export takes them, or None."""
+def dynamic_shapes(graph: Graph) -> tuple[Any, ...] | None:
+    """The free dimensions by place, as torch.export takes them, or None; names would be the graph's to PyTorch 2.6."""
     known = {name: torch.export.Dim(name) for axes in graph.axes.values() for name in axes.values()}
     if not known:
         return None
     shapes = ({dim: known[name] for dim, name in graph.axes.get(one, {}).items()} or None for one in graph.input_names)
-    return {"tensors": tuple(shapes)}
+    return (tuple(shapes),)
 
 
 @register("exporter", "torchscript", "trace", "legacy")
@@ -56,14 +57,14 @@ def _export_torchscript(graph: Graph, path: Path, opset: int | None) -> None:
     )  # fmt: skip
 
 
-def export_graph(graph: Graph, path: Path, exporter: str = "dynamo", opset: int | None = None) -> None:
+def export_graph(graph: Graph, path: Path, exporter: str = AUTO, opset: int | None = None) -> None:
     """Write the graph with the exporter of this name, quietly; nothing is checked here.
 
     Raises:
         ConfigError: unknown exporter, or a package it needs is not installed.
         ModelError: the exporter cannot express the model.
     """
-    name = canonical("exporter", exporter, "exporter")
+    name = chosen_exporter(exporter)
     write: Callable[[Graph, Path, int | None], None] = lookup("exporter", name)
     require("onnx")
     require("onnxscript")

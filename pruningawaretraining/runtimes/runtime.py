@@ -23,6 +23,7 @@ from pruningawaretraining.models import calling as inputs
 from pruningawaretraining.models.compiling import uncompiled
 from pruningawaretraining.registry import register
 from pruningawaretraining.runtimes import exporters, flat_model, ort
+from pruningawaretraining.runtimes.exporter_choice import AUTO
 
 Model = nn.Module | str | Path
 Run = Callable[[], None]
@@ -46,10 +47,10 @@ class OnnxRuntime:
     """onnxruntime on the CPU. A module is exported to a temporary file first; an ``.onnx`` file is taken as it is.
 
     Attributes:
-        exporter: "dynamo" or "torchscript", for modules.
+        exporter: "dynamo", "torchscript", or "auto", PyTorch's own choice; for modules.
     """
 
-    exporter: str = "dynamo"
+    exporter: str = AUTO
 
     def prepare(self, model: Model, example_inputs: Any, threads: int) -> AbstractContextManager[Run]:
         """See :class:`Runtime`."""
@@ -120,11 +121,11 @@ class TensorRt:
     """TensorRT as an execution provider of onnxruntime, where it is installed.
 
     Attributes:
-        exporter: "dynamo" or "torchscript", for modules.
+        exporter: "dynamo", "torchscript", or "auto", PyTorch's own choice; for modules.
         half: let it compute in float16.
     """
 
-    exporter: str = "dynamo"
+    exporter: str = AUTO
     half: bool = False
 
     def prepare(self, model: Model, example_inputs: Any, threads: int) -> AbstractContextManager[Run]:
