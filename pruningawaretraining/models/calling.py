@@ -217,15 +217,30 @@ def _looking() -> Iterator[None]:
         _LOOKS[0] -= 1
 
 
+def generator_devices(model: nn.Module) -> list[torch.device]:
+    """The GPUs that a model is on; each has a random generator of its own."""
+    return sorted({one.device for one in model.parameters() if one.device.type == "cuda"}, key=str)
+
+
+@contextmanager
+def same_generators(model: nn.Module) -> Iterator[None]:
+    """PyTorch's random generators are after the block as before it, whatever a forward pass draws."""
+    with torch.random.fork_rng(generator_devices(model)):
+        yield
+
+
 def looking() -> bool:
     """Whether the model runs only to be looked at (widths, MACs, a removal's check): nothing that listens counts it."""
     return _LOOKS[0] > 0
 
 
 def checked_call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> Any:
-    """:func:`call`, with an error that names the shapes when the model rejects the inputs; see :func:`looking`."""
+    """:func:`call`, with an error that names the shapes when the model rejects the inputs; see :func:`looking`.
+
+    Random generators are as before afterwards.
+    """
     try:
-        with _looking():
+        with _looking(), same_generators(model):
             return call(model, inputs, forward_fn)
     except REJECTED as error:
         shapes = [tuple(tensor.shape) for tensor in tensors_of(inputs)]

@@ -27,7 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.models.calling import REJECTED, ForwardFn, full_precision, outputs_of
+from pruningawaretraining.models.calling import (
+    REJECTED,
+    ForwardFn,
+    full_precision,
+    generator_devices,
+    outputs_of,
+    same_generators,
+)
 from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.fake_quant import resting
 from pruningawaretraining.models.precision import Rounding, in_float64, inputs_in_float64, strict_float32
@@ -89,7 +96,8 @@ class Comparison:
         graphs: Sequence[ExportedGraph] = (),
     ) -> None:
         self.model, self.inputs, self.forward_fn, self.graphs = model, inputs, forward_fn, graphs
-        self.exact = True  # as far as is known
+        self.exact = True  # whether it can be computed in float64, as far as is known
+        self._wide: bool | None = None  # whether that takes float64 as PyTorch's default dtype, once it is known
 
     def outputs(self) -> Outputs:
         """What the model computes as it is now, in float64 if it can.
@@ -135,33 +143,56 @@ class Comparison:
     @contextmanager
     def _settings(self) -> Iterator[None]:
         """What holds for every run, and random generators that are as before afterwards."""
-        devices = {one.device for one in self.model.parameters() if one.device.type == "cuda"}
-        with torch.random.fork_rng(sorted(devices, key=str)), full_precision(self.model), resting(self.model):
+        with same_generators(self.model), full_precision(self.model), resting(self.model):
             yield
 
     def _outputs(self, within: Within = _AS_IT_IS) -> Outputs:
-        if not self.exact:
-            return self._own(within)
-        try:
-            with in_float64([self.model, *(one.graph for one in self.graphs)]):
-                return Outputs(self._run(inputs_in_float64(self.inputs), within), True)
-        except REJECTED as error:
-            reason = str(error)
+        reason = ""
+        for wide in self._widths():
+            try:
+                with in_float64([self.model, *(one.graph for one in self.graphs)]), _default_float64(wide):
+                    found = Outputs(self._run(inputs_in_float64(self.inputs), within), True)
+            except REJECTED as error:
+                reason = str(error)
+            else:
+                self._wide = wide
+                return found
         own = self._own(within)  # raises if it was not float64 that the model could not do
-        log.debug("compared in the model's own dtype, not in float64: %s", reason)
+        if self.exact:
+            log.debug("compared in the model's own dtype, not in float64: %s", reason)
         self.exact = False
         return own
+
+    def _widths(self) -> tuple[bool, ...]:
+        """Which default dtypes to try float64 with: code that makes constants makes them in the default one."""
+        if not self.exact:
+            return ()
+        return (False, True) if self._wide is None else (self._wide,)
 
     def _own(self, within: Within) -> Outputs:
         with strict_float32():
             return Outputs(self._run(self.inputs, within), False)
 
     def _run(self, inputs: Any, within: Within) -> list[Tensor]:
+        for device in (torch.device("cpu"), *generator_devices(self.model)):
+            torch.rand((), device=device)  # each run draws other numbers: what moves by chance is to be seen
         with within:
             found = outputs_of(self.model, inputs, self.forward_fn)
             for graph in self.graphs:
                 found += graph.outputs(inputs, self.forward_fn)
         return found
+
+
+@contextmanager
+def _default_float64(wide: bool) -> Iterator[None]:
+    """float64 as PyTorch's default dtype inside the block, if ``wide``."""
+    before = torch.get_default_dtype()
+    try:
+        if wide:
+            torch.set_default_dtype(torch.float64)
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def gap_of(expected: Tensor, actual: Tensor) -> tuple[float, float]:

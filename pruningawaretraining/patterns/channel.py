@@ -26,6 +26,11 @@ from pruningawaretraining.registry import register
 
 log = logging.getLogger(__name__)
 
+NO_PATH = (
+    "None of them is seen to reach a floating point output: the outputs are integers (argmax), or detached. Allowed: "
+    "forward_fn=lambda model, inputs: ... that returns the logits"
+)
+
 
 @runtime_checkable
 class StructuredPattern(Protocol):
@@ -142,7 +147,7 @@ def find_channels(
         reasons = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in list(found.skipped.items())[:4])
         raise ModelError(
             f"model: {type(model).__name__} has no prunable channel group among {len(chosen)} selected layers. "
-            f"{reasons}"
+            f"{reasons or NO_PATH}"
         )
     return found
 

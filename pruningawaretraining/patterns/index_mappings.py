@@ -10,6 +10,9 @@ import numpy as np
 
 from pruningawaretraining.patterns.coupling import Indices
 
+FROM_THE_END = 1 << 62
+"""Where a slice starts that counts from the end, autograd has a number beyond this one."""
+
 
 def map_indices(chain: list[Any], indices: Indices) -> tuple[Indices | None, Indices]:
     """Send indices through a dependency's index mappings: (positions that go through, their images)."""
@@ -27,6 +30,8 @@ def map_indices(chain: list[Any], indices: Indices) -> tuple[Indices | None, Ind
 
 def _is_sound(mapping: Any) -> bool:
     """Whether a mapping can be right: some are made of widths that Torch-Pruning could not infer."""
+    if type(mapping).__name__ == "_SliceIndexMapping" and not 0 <= mapping.start < FROM_THE_END:
+        return False
     return len(getattr(mapping, "offset", (0, 0))) == 2 and int(getattr(mapping, "_stride", 1)) >= 1
 
 
