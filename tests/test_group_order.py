@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
-from asking import pretend_cuda
+from device_meter import metered
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.second_order import reconstruction
 from pruningawaretraining.criteria.second_order.group_order import (
     POOL,
     STEPS,
@@ -17,7 +21,10 @@ from pruningawaretraining.criteria.second_order.group_order import (
     diagonal_blocks,
     removal_losses,
 )
-from pruningawaretraining.criteria.second_order.layer_inputs import InputHessians, unfolded
+from pruningawaretraining.criteria.second_order.layer_inputs import FEW, InputHessians, unfolded
+from pruningawaretraining.criteria.second_order.listening import MOMENTS
+from pruningawaretraining.criteria.second_order.reconstruction import Reconstruction
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 
 Parts = list[tuple[Tensor, Tensor, int]]
 """Weights, inverse covariance and inputs of a group, of each reader of a set."""
@@ -104,21 +111,71 @@ def test_losses_are_those_of_a_solve() -> None:
 
 @pytest.mark.parametrize("groups", [POOL, 70])
 def test_on_a_gpu_all_stays_there_and_nothing_is_asked(groups: int) -> None:
-    with pretend_cuda() as questions:
-        sets = [
-            ReadSet(
-                [
-                    Reader(torch.randn(9, count * size).double(), torch.eye(count * size).double(), size)
-                    for size in sizes
-                ],
-                count,
-            )
-            for count, sizes in ((groups, (1, 3)), (POOL, (3,)))
-        ]
+    with metered() as meter:
+        with torch.device("cuda"):
+            sets = [
+                ReadSet(
+                    [
+                        Reader(torch.ones(9, count * size).double(), torch.eye(count * size).double(), size)
+                        for size in sizes
+                    ],
+                    count,
+                )
+                for count, sizes in ((groups, (1, 3)), (POOL, (3,)))
+            ]
+        meter.start()
         found = cheapest_first(sets)
         assert [order.shape[0] for order, _ in found] == [groups, POOL]
         assert all(one.device.type == "cuda" for pair in found for one in pair)
-        assert not +questions.asked
+        assert not meter.waits
+
+
+def scored(sizes: Sequence[int], members: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Scores of sets of some sizes, by (weights, group of each input) of the layers that read them."""
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    sets = tuple(GroupSet(str(start), start, start + size) for start, size in zip(starts, sizes, strict=True))
+    total = sum(sizes)
+    reading, tensors = [], {}
+    for number, (weight, groups) in enumerate(members):
+        name = f"{number}.weight"
+        reading.append(Member.along(name, weight, 1, groups, total, "in"))
+        rows = torch.randn(400, weight.shape[1], generator=torch.Generator().manual_seed(number))
+        rows = functional.pad(rows + rows[:, :1], (0, 1), value=1.0).double()
+        tensors[f"{MOMENTS}.{name}"] = rows.mT @ rows / len(rows)
+    return Reconstruction().score(Grouping("channel", tuple(reading), sets), Statistics(tensors=tensors))
+
+
+def test_what_is_worked_on_together_changes_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three layers that read four sets, one of them two; sets of one batch, and each alone."""
+    torch.manual_seed(0)
+    first, second = torch.arange(40), torch.cat([torch.arange(40, 76), torch.arange(76, 90)])
+    members = [(torch.randn(5, len(one)), one) for one in (first, second, torch.arange(90, 99), first)]
+    together = scored((40, 36, 14, 9), members)
+    monkeypatch.setitem(reconstruction.TOGETHER, "cpu", 0)
+    assert torch.allclose(scored((40, 36, 14, 9), members), together, rtol=1e-9)
+    assert bool((together > 0).all())
+
+
+def test_groups_of_unequal_numbers_of_inputs_are_filled_up_with_what_costs_nothing() -> None:
+    """A group that is read twice beside others that are read once, in any order of the inputs; one is not read."""
+    torch.manual_seed(0)
+    weight, groups = torch.randn(4, 6), torch.tensor([2, 0, 1, 2, 4, 0])
+    found = scored((4, 1), [(weight, groups)])
+    rows = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    rows = (rows + rows[:, :1]).double()
+    square = (rows - rows.mean(0)).mT @ (rows - rows.mean(0)) / 400
+    square.diagonal().add_(1e-3 * square.diagonal().mean())
+    weight = weight.double() / ((weight.double() @ (rows - rows.mean(0)).mT).square().mean(1).sum().sqrt())
+    inverse = torch.linalg.inv(square)
+
+    def cost(inputs: list[int]) -> float:
+        own = weight[:, inputs]
+        return float((own @ torch.linalg.inv(inverse[inputs][:, inputs]) * own).sum())
+
+    assert float(found[4]) == pytest.approx(cost([4]), rel=1e-6)
+    # In this order they go; what has gone, has gone together.
+    assert float(found[3]) < 1e-9 < float(found[:3].min())
+    assert float(found[:4].sum()) == pytest.approx(cost([0, 1, 2, 3, 5]), rel=1e-6)
 
 
 def plain_moments(layer: nn.Module, batches: list[Tensor]) -> Tensor:
@@ -126,7 +183,7 @@ def plain_moments(layer: nn.Module, batches: list[Tensor]) -> Tensor:
     return rows.mT @ rows * (2 / rows.shape[1])
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (1, 9, 1), (20, 30), (2,)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (1, 40, 1), (20, 25, 2), (2,)])
 def test_moments_of_few_and_of_many_positions(sizes: tuple[int, ...]) -> None:
     """Inputs are kept until there are many: none is lost, and none is counted twice."""
     torch.manual_seed(0)
@@ -136,8 +193,8 @@ def test_moments_of_few_and_of_many_positions(sizes: tuple[int, ...]) -> None:
     for one in batches:
         layer(one)
     hooks.remove()
-    exact = 1e-12 if max(sizes) * 4 * 2 < 28 else 1e-5
-    assert torch.allclose(hooks.hessian("layer"), plain_moments(layer, batches), atol=exact)
+    few = all(4 * size < FEW for size in sizes)
+    assert torch.allclose(hooks.hessian("layer"), plain_moments(layer, batches), atol=1e-12 if few else 1e-5)
 
 
 def test_inputs_that_are_overwritten_later_are_kept_as_they_were() -> None:

@@ -213,9 +213,9 @@ def factor(square_BDD: Tensor, damp: float) -> Tensor:
     """
     lower: Tensor
     lower, info = torch.linalg.cholesky_ex(square_BDD)
-    bad = torch.nonzero(info).flatten()
-    if len(bad) == 0:
+    if not bool(info.any()):
         return lower
+    bad = torch.nonzero(info).flatten()
     if not bool(torch.isfinite(square_BDD[bad]).all()):
         raise ModelError("fisher: the gradients are not finite; check the loss and the learning rate before pruning")
     extra = max(damp, 1e-14 * float(square_BDD[bad].diagonal(dim1=-2, dim2=-1).amax()))
@@ -241,7 +241,7 @@ def inverse_of(lower_BDD: Tensor) -> Tensor:
 def inverse_by_triangles(lower_BDD: Tensor) -> Tensor:
     """``(L L')^-1`` by one triangular solve of many."""
     identity_DD = torch.eye(lower_BDD.shape[-1], dtype=lower_BDD.dtype, device=lower_BDD.device)
-    root_BDD = torch.linalg.solve_triangular(lower_BDD, identity_DD.expand_as(lower_BDD), upper=False)
+    root_BDD: Tensor = torch.linalg.solve_triangular(lower_BDD, identity_DD.expand_as(lower_BDD), upper=False)
     return root_BDD.mT @ root_BDD
 
 

@@ -33,7 +33,7 @@ def removal_losses(square_QQ: Tensor, gram_QQ: Tensor) -> Tensor:
         return (gram_QQ / square_QQ)[..., 0, 0]
     lower_QQ = torch.linalg.cholesky_ex(square_QQ).L
     identity_QQ = torch.eye(square_QQ.shape[-1], dtype=square_QQ.dtype, device=square_QQ.device)
-    root_QQ = torch.linalg.solve_triangular(lower_QQ, identity_QQ.expand_as(lower_QQ), upper=False)
+    root_QQ: Tensor = torch.linalg.solve_triangular(lower_QQ, identity_QQ.expand_as(lower_QQ), upper=False)
     return ((root_QQ @ gram_QQ) * root_QQ).sum((-1, -2))
 
 
@@ -52,7 +52,7 @@ def inputs_of(groups_P: Tensor, size: int) -> Tensor:
 def diagonal_blocks(square_DD: Tensor, size: int) -> Tensor:
     """The squares of ``size`` inputs on the diagonal of (..., D, D): (..., N, size, size), a view."""
     count = square_DD.shape[-1] // size
-    tiled = square_DD.unflatten(-1, (count, size)).unflatten(-3, (count, size))
+    tiled = square_DD.view(*square_DD.shape[:-2], count, size, count, size)
     return tiled.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
@@ -79,7 +79,7 @@ class Reader:
 
     def losses(self) -> Tensor:
         """What each group costs if it goes alone, (groups); no number for those that have gone."""
-        weight_NOQ = self.weight_OD.unflatten(1, (-1, self.size)).movedim(0, 1)
+        weight_NOQ = self.weight_OD.view(len(self.weight_OD), -1, self.size).movedim(0, 1)
         return removal_losses(self.blocks_NQQ, weight_NOQ.mT @ weight_NOQ)
 
     def pool(self, groups_P: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ class Reader:
         rows_RD = self._rows(inputs_R, None)
         half_RD, pull_RD = _halves(rows_RD[:, inputs_R], rows_RD)
         self.weight_OD.addmm_(self.weight_OD[:, inputs_R], pull_RD, alpha=-1)
-        half_NRQ = half_RD.unflatten(1, (-1, self.size)).movedim(0, 1)
+        half_NRQ = half_RD.reshape(len(inputs_R), -1, self.size).movedim(0, 1)
         self.blocks_NQQ.baddbmm_(half_NRQ.mT, half_NRQ, alpha=-1)
         self._rows_KD[self.pending : self.pending + len(inputs_R)] = half_RD
         self.pending += len(inputs_R)
@@ -184,7 +184,7 @@ class _Pools:
     def of(cls, found: Sequence[tuple[int, Tensor, Tensor]], sets: int, size: int) -> _Pools:
         """Of (number of the set, H, W'W)."""
         device, dtype = found[0][1].device, found[0][1].dtype
-        owner_B = torch.tensor([number for number, _, _ in found]).to(device, non_blocking=True)
+        owner_B = torch.cat([torch.full((1,), number, device=device) for number, _, _ in found])
         owners_SB = (torch.arange(sets, device=device)[:, None] == owner_B).to(dtype)
         return cls(
             owner_B, owners_SB, torch.stack([one[1] for one in found]), torch.stack([one[2] for one in found]), size

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pruningawaretraining.criteria.second_order.fisher import workplace
 from pruningawaretraining.distributed.collectives import totals, world
 from pruningawaretraining.errors import ConfigError
+
+FEW = 128
+"""Positions whose product with themselves is worth its memory traffic."""
 
 
 def check_supported(name: str, module: nn.Module) -> None:
@@ -80,8 +84,8 @@ class InputHessians:
     """Forward hooks that add up ``X X'`` for layers.
 
     Products of few positions are all memory traffic, and what they round to matters where inputs outnumber them. So
-    positions are kept until there are half as many as inputs, and multiplied in float64; where one batch has as many,
-    its product is made in float32, and added in float64.
+    few positions are kept until there are :data:`FEW`, and multiplied in float64; where one batch has as many, its
+    product is made in float32, and added in float64.
 
     Args:
         layers: (name, module), each a linear layer or convolution.
@@ -103,15 +107,16 @@ class InputHessians:
             seen_GND = unfolded(module, args[0].detach()).float()
             seen_GND = functional.pad(seen_GND, (0, 1), value=1.0) if self.bias else seen_GND
             groups, positions, width = seen_GND.shape
+            device = workplace(seen_GND.device)
             if name not in self.sums:
-                self.sums[name] = seen_GND.new_zeros(groups, width, width, dtype=torch.float64)
+                self.sums[name] = torch.zeros(groups, width, width, dtype=torch.float64, device=device)
             self.counts[name] = self.counts.get(name, 0) + positions
-            if 2 * positions >= width:
-                self.sums[name].add_(seen_GND.mT @ seen_GND)
+            if positions >= FEW:
+                self.sums[name].add_((seen_GND.mT @ seen_GND).to(device))
                 return
             kept = self._kept.setdefault(name, [])
-            kept.append(seen_GND.double())  # a copy: the layer behind may overwrite its input
-            if 2 * sum(one.shape[1] for one in kept) >= width:
+            kept.append(seen_GND.to(device, torch.float64))  # a copy: the layer behind may overwrite its input
+            if sum(one.shape[1] for one in kept) >= FEW:
                 self._add_kept(name)
 
         return add

@@ -61,8 +61,9 @@ class FastCapSolver:
             for fraction in fractions:
                 found = matrix_BD, weight.alive_BD
                 if mine:
-                    tensors = (one[None] for one in (matrix_BD, weight.alive_BD, valid_BD))
-                    found = tuple(one[0] for one in sweep_by(upper_GDD, *tensors, grid, Quota(fraction)))
+                    matrices = matrix_BD[None], weight.alive_BD[None], valid_BD[None]
+                    value_GBD, keep_GBD = sweep_by(upper_GDD, *matrices, grid, Quota(fraction))
+                    found = value_GBD[0], keep_GBD[0]
                 value_W, keep_W = (weight.layout.from_blocks(one) for one in found)
                 results[fraction][weight.name] = _shared(weight, value_W, keep_W, number, self.ranks)
         return results
@@ -162,7 +163,7 @@ class _Swept:
         else:
             matrices = [layout.rows_of(one) for one in tensors]
             hessian_GDD = _padded(reordered(hessian_GDD, kernel), layout.shape[1], layout.padded[2], kernel)
-        in_groups = [one.unflatten(0, (groups, -1)) for one in matrices]
+        in_groups = [one.reshape(groups, -1, one.shape[1]) for one in matrices]
         return cls(layout, upper_factor(damped(hessian_GDD, damp), in_groups[2]), *in_groups)
 
     def at(self, fraction: float) -> tuple[Tensor, Tensor]:

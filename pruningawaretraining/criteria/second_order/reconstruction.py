@@ -199,7 +199,7 @@ def _scores(readings: Sequence[_Reading]) -> list[Tensor]:
     found = cheapest_first([one.opened() for one in readings])
     joined_2N = torch.stack([torch.cat([order.double() for order, _ in found]), torch.cat([loss for _, loss in found])])
     scores = []
-    for order_N, losses_N in joined_2N.cpu().split([one.groups.size for one in readings], 1):
+    for order_N, losses_N in torch.split(joined_2N.cpu(), [one.groups.size for one in readings], 1):
         scores_N = torch.zeros(len(order_N), dtype=torch.float64)
         scores_N[order_N.long()] = _rising(losses_N.tolist())
         scores.append(scores_N)

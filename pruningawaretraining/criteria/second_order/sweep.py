@@ -143,7 +143,7 @@ def _sweep_chunk(work_GRD: Tensor, upper_GDD: Tensor, keep_GRD: Tensor, columns:
 def _goings(valid_GRD: Tensor, grid: Grid, quota: Quota) -> Tensor:
     """How many tiles of each matrix go at each chunk, (chunks, matrices); counted before the sweep, asking once."""
     counts_GT = _tiled(valid_GRD, grid).any(4).any(2).sum(1).cpu()
-    counts_GS = torch.stack([one.sum(1) for one in counts_GT.split(grid.chunk // grid.cols, 1)], 1)
+    counts_GS = torch.stack([one.sum(1) for one in torch.split(counts_GT, grid.chunk // grid.cols, 1)], 1)
     goings_GS = torch.tensor([[quota.next(count) for count in counts] for counts in counts_GS.tolist()], device="cpu")
     return goings_GS.T.contiguous().to(valid_GRD.device, non_blocking=True)
 
