@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining import Pruning
 from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.export import compare, precision
 from pruningawaretraining.export import onnx as export
 from pruningawaretraining.export.onnx import export_onnx
 from pruningawaretraining.export.program import export_openvino, export_program
@@ -149,7 +150,8 @@ def test_a_model_with_a_fixed_batch_says_what_to_do(tmp_path: Path, exporter: st
 
 
 def test_weights_beyond_the_limit_go_to_a_file_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "_SINGLE_FILE_BYTES", 1000)
+    monkeypatch.setattr(export, "SINGLE_FILE_BYTES", 1000)
+    monkeypatch.setattr(precision, "SINGLE_FILE_BYTES", 1000)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     result = export_onnx(model, torch.randn(2, 64), tmp_path / "m.onnx", exporter="torchscript")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
@@ -185,7 +187,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_difference(expected: list[float], found: list[float], gap: float) -> None:
-    assert export._difference("y", torch.tensor(expected), torch.tensor(found)) == gap
+    assert compare._difference("y", torch.tensor(expected), torch.tensor(found)) == gap
 
 
 def test_export_says_nothing_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import zoo
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pruningawaretraining import Pruning
 from pruningawaretraining.masks.penalties import prepare
@@ -337,3 +339,23 @@ def test_training_masked_with_clipping_is_training_removed(name: str) -> None:
             optimizer.step()
         results.append(model(batch(9)).detach())
     assert torch.allclose(results[0], results[1], atol=1e-5 * float(results[0].abs().max()))
+
+
+def test_a_pruner_may_be_collected_while_an_optimizer_steps() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = {"rules": [{"target": {"sparsity": 0.5}}]}
+    pruners = [Pruning(nn.Linear(4, 4), {"rules": [{"pattern": "2:4", "target": {"sparsity": 0.5}}]})]
+
+    def forget(*_: Any) -> None:
+        pruners.clear()
+        gc.collect()
+
+    handle = register_optimizer_step_pre_hook(forget)
+    try:
+        own = Pruning(model, rule, example_inputs=torch.randn(2, 4))
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+    finally:
+        handle.remove()
+    assert pruners == [] and own.steps == 1

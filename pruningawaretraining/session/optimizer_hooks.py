@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,26 @@ class Listener(Protocol):
 
     def on_stepped(self) -> None:
         """Weights have moved."""
+
+
+_WATCHED: weakref.WeakSet[Steps] = weakref.WeakSet()
+_HOOKS: list[RemovableHandle] = []
+
+
+def _watch(steps: Steps) -> None:
+    """Let the steps of one model see every optimizer that is about to step, for as long as they are there.
+
+    One hook serves all and stays: taken out by the garbage collector it could change PyTorch's hooks while an optimizer
+    goes through them.
+    """
+    _WATCHED.add(steps)
+    if not _HOOKS:
+        _HOOKS.append(register_optimizer_step_pre_hook(_meet_all))
+
+
+def _meet_all(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for steps in list(_WATCHED):
+        steps._meet(optimizer)
 
 
 class Steps:
@@ -66,14 +87,7 @@ class Steps:
         self._unsure = 0  # how many of those there are
         self._last: Tensor | int = 1  # 1 while nothing has counted in the round: none has stepped, or it was skipped
         self.fresh: Tensor | int = 0  # 1 if the last optimizer step is the one that made its round count, else 0
-        this = weakref.ref(self)
-
-        def found(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            steps = this()
-            if steps is not None:
-                steps._meet(optimizer)
-
-        weakref.finalize(self, register_optimizer_step_pre_hook(found).remove)
+        _watch(self)
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
