@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fsdp_worker import network, shard
+from fsdp_worker import SHARDS_ON_CPU, network, shard
 from ranks_worker import batch, step
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,10 +51,9 @@ def main() -> None:
             regularizer = {"regularizer": "growing_l2"} if pattern == "channel" else {}
             rule = {"pattern": pattern, "criterion": criterion, **regularizer, **rule}
             found[f"{criterion} {pattern}"] = counted(rule)
-    channel = PATTERNS["channel"]
-    found["sharded magnitude"] = counted({**channel}, sharded=True)
-    found["sharded growing_l2"] = counted({**channel, "regularizer": "growing_l2"}, sharded=True)
-    found["sharded taylor"] = counted({**channel, "criterion": "taylor"}, sharded=True)
+    for part in ({}, {"regularizer": "growing_l2"}, {"criterion": "taylor"}) if SHARDS_ON_CPU else ():
+        name = next(iter(part.values()), "magnitude")
+        found[f"sharded {name}"] = counted({**PATTERNS["channel"], **part}, sharded=True)
     torch.save(found, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

@@ -18,6 +18,8 @@ from pruningawaretraining.distributed.collectives import rank, world
 from pruningawaretraining.errors import PruningError
 from pruningawaretraining.session.sharded_checkpoint import load_sharded, read_pruner_state, save_sharded
 
+SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+"""Whether this PyTorch can run fully_shard on the CPU."""
 LASSO = {"type": "block_lasso", "strength": 1e-2}
 UNSTRUCTURED = {"pattern": "unstructured", "target": {"sparsity": 0.6}}
 CHANNEL = {"target": {"macs": 0.5}, "final_sparsity": 0.7, **SCHEDULE}

@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from fsdp_worker import CASES, train
+from fsdp_worker import CASES, SHARDS_ON_CPU, train
 from test_ranks import check_same
 
 TESTS = Path(__file__).parent
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch's fully_shard cannot run on the CPU"
-)
+pytestmark = pytest.mark.skipif(not SHARDS_ON_CPU, reason="this PyTorch's fully_shard cannot run on the CPU")
 
 
 def launch(what: str, folder: Path, ranks: int) -> list[dict[str, Any]]:

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fsdp_worker import SHARDS_ON_CPU
 
 SCRIPT = Path(__file__).parent / "proximal_sharded.py"
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no distributed")
-@pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch's fully_shard cannot run on the CPU"
-)
+@pytest.mark.skipif(not SHARDS_ON_CPU, reason="this PyTorch's fully_shard cannot run on the CPU")
 @pytest.mark.parametrize(
     "what",
     ["rows", pytest.param("columns", marks=pytest.mark.slow), pytest.param("whole", marks=pytest.mark.slow)],
