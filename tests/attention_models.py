@@ -11,10 +11,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from pruningawaretraining.runtimes.exporter_choice import usual_exporter
+
 IDS = torch.arange(14).reshape(2, 7) % 90
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32).sin()
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 96}
 TEXT = {**SMALL, "vocab_size": 99, "use_cache": False}
+TRACED_MASK = pytest.mark.skipif(usual_exporter() != "dynamo", reason="tracing fixes the batch in transformers' masks")
 Built = tuple[nn.Module, Any]
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from fake_device import need_fake_cuda
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -80,5 +81,6 @@ class DeviceMeter(TorchDispatchMode):
 @contextmanager
 def metered() -> Iterator[DeviceMeter]:
     """Tensors made for "cuda" are fake in here, and what is done with them is counted."""
+    need_fake_cuda()
     with FakeTensorMode(allow_non_fake_inputs=True), DeviceMeter() as meter:
         yield meter

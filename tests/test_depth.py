@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from attention_models import IDS, build
+from attention_models import IDS, TRACED_MASK, build
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -305,7 +305,7 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     assert not any(isinstance(one, PassThrough) for one in other.modules())
 
 
-@pytest.mark.parametrize("name", ["resnet", "timm_vit", "bert", "llama"])
+@pytest.mark.parametrize("name", ["resnet", "timm_vit", "bert", pytest.param("llama", marks=TRACED_MASK)])
 def test_the_removed_model_exports(name: str, tmp_path: Path) -> None:
     model, inputs = MODELS[name]()
     pruner = pruner_of(model, inputs)

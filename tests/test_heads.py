@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_models import IDS, MODELS, build
+from attention_models import IDS, MODELS, TRACED_MASK, build
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
@@ -18,7 +18,6 @@ from pruningawaretraining.models.pruned_attention import PrunedMultiheadAttentio
 from pruningawaretraining.models.pruned_window_attention import PrunedWindowAttention
 from pruningawaretraining.patterns.attention import attention_blocks
 from pruningawaretraining.patterns.head import find_heads
-from pruningawaretraining.runtimes.exporter_choice import usual_exporter
 
 BOTH = {"type": "channel", "heads": True}
 
@@ -64,9 +63,6 @@ def test_masked_equals_removed_and_analytic_macs_equal_counted_ones(name: str, p
 def _floats(outputs: Any) -> list[Tensor]:
     values = outputs.values() if isinstance(outputs, dict) else [outputs]
     return [one for one in values if isinstance(one, Tensor) and one.is_floating_point()]
-
-
-TRACED_MASK = pytest.mark.skipif(usual_exporter() != "dynamo", reason="tracing fixes the batch in transformers' masks")
 
 
 @pytest.mark.parametrize(

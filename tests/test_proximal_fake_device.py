@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from fake_device import need_fake_cuda
 from proximal_cases import PAIRS, Operations, Residual, coupled_grouper, fields, shapes_for
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -40,6 +41,7 @@ class NoTransfers(TorchDispatchMode):
 @pytest.fixture
 def fake() -> FakeTensorMode:
     """Where CUDA tensors can be without a device."""
+    need_fake_cuda()
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
