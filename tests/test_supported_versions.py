@@ -35,6 +35,14 @@ test = [
 """
 
 
+def release(version: str) -> tuple[int, ...]:
+    """A version as numbers; zeros at its end do not count."""
+    numbers = [int(part) for part in version.split(".")]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
+
+
 def test_bounds_are_read_with_those_of_an_extra():
     assert versions.requirements(SAMPLE) == ["torch>=2.6", "free", "pytest>=8"]
     assert versions.lower_bounds(SAMPLE) == {"torch": "2.6", "pytest": "8"}
@@ -67,6 +75,20 @@ def test_python_versions_are_those_of_the_classifiers_and_the_readme():
     torch = versions.lower_bounds(PYPROJECT)["torch"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"Python 3.{lowest[0]} or newer and PyTorch {torch} or newer" in readme
+
+
+def test_versions_that_the_docs_call_tested_are_the_bounds():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    row = re.findall(r"^\| [\d-]+ \| [\d.]+ \| lowest: ([^|]*) \| [\d,]+ passed, [^|]+ \|$", text, re.MULTILINE)
+    named = dict(one.split(" ") for one in row[0].split(", "))
+    bounds = versions.lower_bounds(PYPROJECT)
+    assert {"torch", "torchvision", "numpy", "onnx", "onnxruntime"} <= named.keys()
+    assert {name: release(version) for name, version in named.items()} == {
+        name: release(bounds[name]) for name in named
+    }, "run: make test-lowest"
+    newest = re.search(r"\| newest: torch (\d+\.\d+)", text)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert newest is not None and f"ested with PyTorch {bounds['torch']} and {newest[1]}" in readme
 
 
 @pytest.mark.parametrize(("keep", "broken"), [(False, False), (True, False), (False, True)])
