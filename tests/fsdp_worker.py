@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from pruningawaretraining import Pruning, save_pruned
-from pruningawaretraining.distributed.collectives import rank, world
+from pruningawaretraining.distributed.collectives import rank, world_size
 from pruningawaretraining.errors import PruningError
 from pruningawaretraining.session.sharded_checkpoint import load_sharded, read_pruner_state, save_sharded
 
@@ -48,7 +48,7 @@ def network() -> nn.Module:
 
 
 def shard(model: nn.Module) -> None:
-    mesh = init_device_mesh("cpu", (world(),))
+    mesh = init_device_mesh("cpu", (world_size(),))
     fully_shard(model[3], mesh=mesh)
     fully_shard(model[6], mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -64,7 +64,7 @@ def train(rule: dict[str, Any], folder: Path | None = None, name: str = "", resu
     pruner = pruner_of(model, rule)
     if resumed and folder is not None:
         pruner.load_state_dict(read_pruner_state(folder / name))
-    if world() > 1:
+    if world_size() > 1:
         shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     if resumed and folder is not None:
@@ -79,7 +79,7 @@ def train(rule: dict[str, Any], folder: Path | None = None, name: str = "", resu
     if folder and not resumed:
         save_sharded(folder / name, model, optimizer, pruner)
         return {}
-    if world() > 1:
+    if world_size() > 1:
         pruner = pruner.gathered(network())
     return {"masks": pruner.masks, "model": pruner.model.state_dict(), "phase": pruner.phase}
 
@@ -104,7 +104,9 @@ def refusals() -> dict[str, str]:
     def parallel() -> None:
         model = network()
         pruner = pruner_of(model, CASES["channel"])
-        parallelize_module(model, init_device_mesh("cpu", (world(),), mesh_dim_names=("tp",)), {"6": ColwiseParallel()})
+        parallelize_module(
+            model, init_device_mesh("cpu", (world_size(),), mesh_dim_names=("tp",)), {"6": ColwiseParallel()}
+        )
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         pruner.prune(model, 1)
@@ -143,7 +145,7 @@ def main() -> None:
             name: train(rule, *([] if what == "all" else [folder, name, what == "second"]))
             for name, rule in CASES.items()
         }
-    torch.save(found, folder / f"{what}{rank()}of{world()}.pt")
+    torch.save(found, folder / f"{what}{rank()}of{world_size()}.pt")
     dist.destroy_process_group()
 
 

@@ -17,7 +17,8 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from pruningawaretraining import Pruning
-from pruningawaretraining.distributed.collectives import rank, rewrap_in_place, world
+from pruningawaretraining.distributed.collectives import rank, world_size
+from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.errors import PruningError
 from pruningawaretraining.proximal import PruneOptimizer
 
@@ -56,7 +57,7 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 
 def share(number: int) -> tuple[Tensor, Tensor]:
     inputs, targets = batch(number)
-    return inputs[rank() :: world()], targets[rank() :: world()]
+    return inputs[rank() :: world_size()], targets[rank() :: world_size()]
 
 
 class Data:
@@ -74,7 +75,7 @@ def step(network: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> N
 
 
 def wrap(model: nn.Module) -> nn.Module:
-    return DistributedDataParallel(model, bucket_cap_mb=1, gradient_as_bucket_view=True) if world() > 1 else model
+    return DistributedDataParallel(model, bucket_cap_mb=1, gradient_as_bucket_view=True) if world_size() > 1 else model
 
 
 def pruned(
@@ -129,7 +130,7 @@ def main() -> None:
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     dist.init_process_group("gloo")
     found = {name: run(case) for name, case in cases.items()}
-    torch.save(found, folder / f"{rank()}of{world()}.pt")
+    torch.save(found, folder / f"{rank()}of{world_size()}.pt")
     dist.destroy_process_group()
 
 

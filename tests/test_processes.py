@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pruningawaretraining import Pruning
 from pruningawaretraining.criteria import input_moments as moments
 from pruningawaretraining.criteria.input_moments import ActivationCollector
-from pruningawaretraining.distributed.collectives import outdated, rewrap_in_place
+from pruningawaretraining.distributed.ddp import outdated, rewrap_in_place
 from pruningawaretraining.patterns.block import Unstructured
 
 

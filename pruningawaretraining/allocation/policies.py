@@ -22,7 +22,7 @@ from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.registry import lookup, register
 
 
-class Share(Protocol):
+class RuleView(Protocol):
     """One rule's share of the model.
 
     Attributes:
@@ -58,7 +58,7 @@ class Task:
         at_least: fraction of the rule's groups that must go as well.
     """
 
-    share: Share
+    share: RuleView
     scores_R: Tensor
     keep_D: Tensor
     set_ids_D: Tensor
@@ -164,7 +164,7 @@ def allocation_of(rule: Rule) -> str:
     return "parameters" if target.macs is None and target.parameters is not None else "macs"
 
 
-def scope_of(share: Share) -> str:
+def scope_of(share: RuleView) -> str:
     """The scope in which the groups of a rule are ranked under a sparsity.
 
     Raises:
@@ -235,7 +235,7 @@ def _weighed(task: Task, name: str) -> Tensor:
     return task.search().solve(goals, driver)
 
 
-def _sparsity_goal(share: Share, task: Task) -> Goal:
+def _sparsity_goal(share: RuleView, task: Task) -> Goal:
     sizes_S = torch.bincount(task.set_ids_D).double()
     counted_S = torch.zeros(len(sizes_S), dtype=torch.bool)
     counted_S[torch.tensor(share.sets)] = True

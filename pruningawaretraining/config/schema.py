@@ -19,7 +19,7 @@ from pruningawaretraining.config.checks import (
     layer_name,
 )
 from pruningawaretraining.config.editor import complete_schema
-from pruningawaretraining.config.strict import Amount, Count, Fraction, Positive, Share, Strict, Whole
+from pruningawaretraining.config.strict import Amount, Count, Fraction, Positive, Strict, UnitInterval, Whole
 from pruningawaretraining.config.targets import ExampleInputs, Target
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import canonical, names
@@ -32,7 +32,7 @@ __all__ = [
     "Fraction",
     "PruningConfig",
     "Rule",
-    "Share",
+    "UnitInterval",
     "Target",
     "json_schema",
 ]
@@ -73,9 +73,11 @@ class Rule(Strict):
         description="Sparsity that the schedule heads for while a MACs target is sought: 1 keeps each event mild; "
         "pruning stops as soon as the target is met.",
     )
-    min_sparsity: Share = Field(0.0, description="Least fraction to remove from each set of layers, in [0, 1].")
-    max_sparsity: Share = Field(1.0, description="Largest fraction to remove from each set of layers, in [0, 1].")
-    max_sparsity_from: str | dict[str, Share] | None = Field(
+    min_sparsity: UnitInterval = Field(0.0, description="Least fraction to remove from each set of layers, in [0, 1].")
+    max_sparsity: UnitInterval = Field(
+        1.0, description="Largest fraction to remove from each set of layers, in [0, 1]."
+    )
+    max_sparsity_from: str | dict[str, UnitInterval] | None = Field(
         None,
         description="Largest fraction of single sets, beside max_sparsity: a file that 'pat sensitivity' wrote "
         "(relative to the config), or {layer: fraction}.",

@@ -40,7 +40,7 @@ def within(allowed: str, accepts: Callable[[float], bool]) -> BeforeValidator:
 
 
 Fraction = Annotated[float, Field(gt=0, le=1), within("a number in (0, 1]", lambda value: 0 < value <= 1)]
-Share = Annotated[float, Field(ge=0, le=1), within("a number in [0, 1]", lambda value: 0 <= value <= 1)]
+UnitInterval = Annotated[float, Field(ge=0, le=1), within("a number in [0, 1]", lambda value: 0 <= value <= 1)]
 Amount = Annotated[float, Field(ge=0), within("a number of 0 or more", lambda value: 0 <= value < float("inf"))]
 Positive = Annotated[float, Field(gt=0), within("a number above 0", lambda value: 0 < value < float("inf"))]
 Whole = Annotated[int, within("a whole number", float.is_integer)]

@@ -12,10 +12,10 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.criteria.base import Statistics
-from pruningawaretraining.distributed.collectives import totals, world
+from pruningawaretraining.distributed.collectives import totals, world_size
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.models.calling import looking
+from pruningawaretraining.models.calling import is_probing
 from pruningawaretraining.models.skipped_blocks import input_of
 from pruningawaretraining.patterns.depth import is_of_blocks
 from pruningawaretraining.registry import register
@@ -99,7 +99,7 @@ class BlockChangeCollector:
 
     @torch.no_grad()
     def _see(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
-        if not (module.training or self.in_eval) or x.numel() == 0 or looking():
+        if not (module.training or self.in_eval) or x.numel() == 0 or is_probing():
             return
         dim = _channel_dim(module, x)
         change = 1.0 - functional.cosine_similarity(x.float(), y.float(), dim=dim)
@@ -109,7 +109,7 @@ class BlockChangeCollector:
 
     def agree(self) -> None:
         """See :class:`~pruningawaretraining.criteria.base.Collector`: one flat all-reduce of two numbers a block."""
-        if world() == 1 or not self._names:
+        if world_size() == 1 or not self._names:
             return
         none = torch.zeros(2, dtype=torch.float64)
         rows = totals([self.own.get(name, none) for name in self._names])
@@ -149,7 +149,7 @@ class BlockChangeCollector:
         if unknown and self._names:
             raise CheckpointError(f"state: changes of {unknown[0]!r}, which is no block that is left")
         loaded = {name: row.clone() for name, row in state.items()}
-        self.own, self.common = (loaded, {}) if world() == 1 else ({}, loaded)
+        self.own, self.common = (loaded, {}) if world_size() == 1 else ({}, loaded)
 
 
 class _ChangeHook:

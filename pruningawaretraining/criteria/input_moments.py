@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pruningawaretraining.distributed.collectives import totals, world
+from pruningawaretraining.distributed.collectives import totals, world_size
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.models.calling import looking
+from pruningawaretraining.models.calling import is_probing
 
 
 @dataclass
@@ -132,7 +132,7 @@ class ActivationCollector:
 
     @torch.no_grad()
     def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
-        if not (module.training or self.in_eval) or x.numel() == 0 or looking():
+        if not (module.training or self.in_eval) or x.numel() == 0 or is_probing():
             return
         dim = -1 if isinstance(module, nn.Linear) else x.dim() - len(module.kernel_size) - 1  # type: ignore[arg-type]
         values_NF = x.detach().movedim(dim, -1).reshape(-1, x.shape[dim])
@@ -146,7 +146,7 @@ class ActivationCollector:
 
     def agree(self) -> None:
         """See :class:`~pruningawaretraining.criteria.base.Collector`: one all-reduce of three numbers a feature."""
-        if world() == 1 or not self._layers:
+        if world_size() == 1 or not self._layers:
             return
         rows = [self._sums(name, layer) for name, layer in self._layers.items()]
         for (name, layer), row in zip(self._layers.items(), totals(rows), strict=True):
@@ -158,7 +158,7 @@ class ActivationCollector:
             seen = Moments(*(one.float() for one in (count, mean_F, spread_F))).to(layer.weight.device)  # type: ignore[arg-type, union-attr]
             known = self.common.get(name)
             if known is not None:
-                fade = self.momentum ** (batches / world())
+                fade = self.momentum ** (batches / world_size())
                 seen = known.to(seen.mean_F.device).faded(fade).with_others(seen)
             self.common[name] = seen
         self.moments, self.batches = {}, {}
@@ -216,7 +216,7 @@ class ActivationCollector:
         if unknown and self._layers:
             raise CheckpointError(f"state: activations of {unknown[0]!r}, which is no layer of the grouping")
         loaded = {name: Moments(*(tensor.clone() for tensor in values)) for name, values in state.items()}
-        alone = world() == 1
+        alone = world_size() == 1
         self.moments, self.common, self.batches = loaded if alone else {}, {} if alone else loaded, {}
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pruningawaretraining.distributed.collectives import backend_device, rank, world
+from pruningawaretraining.distributed.collectives import backend_device, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Ranks:
     @classmethod
     def current(cls) -> Ranks:
         """Those of the default process group, or one alone."""
-        return cls(rank(), world())
+        return cls(rank(), world_size())
 
     def broadcast(self, tensor: Tensor, owner: int) -> Tensor:
         """The owner's tensor, on every rank."""

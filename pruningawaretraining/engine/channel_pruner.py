@@ -22,10 +22,10 @@ from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.criteria.base import Statistics, scorable
 from pruningawaretraining.criteria.second_order import Calibration
-from pruningawaretraining.criteria.second_order.channels import MAKE_UP_BATCHES, make_up, recalibrate_norms
+from pruningawaretraining.criteria.second_order.channels import MAKE_UP_BATCHES, compensate, recalibrate_norms
 from pruningawaretraining.distributed.collectives import agreed, same_buffers
 from pruningawaretraining.engine.channel_rules import PHASES, ChannelRule, RuleState, assign, refuse_what_channels_lack
-from pruningawaretraining.engine.statistics_feed import Listener, measures
+from pruningawaretraining.engine.statistics_feed import StatisticsFeed, measures
 from pruningawaretraining.engine.targets import Targets
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, unknown
 from pruningawaretraining.groups.grouping import Grouping
@@ -120,7 +120,7 @@ class ChannelPruner:
 
     def _make_listeners(self) -> None:
         for one in self.rules:
-            one.listener = Listener(one.key, one.criterion, self.model, self.found, one.sets)
+            one.listener = StatisticsFeed(one.key, one.criterion, self.model, self.found, one.sets)
 
     def listen(self) -> None:
         """Let criteria that need it hear of training from now on, as long as their rules have events to come."""
@@ -209,7 +209,7 @@ class ChannelPruner:
 
     # --- pruning ------------------------------------------------------------------------------------------------
 
-    def prune(self, now: int, surroundings: Surroundings, unit: str = "epoch", last: bool = False) -> list[str]:
+    def prune(self, now: int, surroundings: RemovalContext, unit: str = "epoch", last: bool = False) -> list[str]:
         """Let every rule that is due fire.
 
         Args:
@@ -237,7 +237,7 @@ class ChannelPruner:
         """Whether a rule that counts steps has events to come."""
         return any(one.rule.unit == "step" and one.state.phase in ("regularize", "prune") for one in self.rules)
 
-    def _fire(self, one: ChannelRule, now: int, surroundings: Surroundings) -> list[str]:
+    def _fire(self, one: ChannelRule, now: int, surroundings: RemovalContext) -> list[str]:
         keep_R, met = self._agreed(*self._decide(one, now))
         one.state.event += 1
         one.state.last = now
@@ -273,7 +273,7 @@ class ChannelPruner:
                     "pruner.calibrate_with(dataloader, loss_fn) before the first prune(); or 'none'"
                 )
 
-    def _adjusted(self, one: ChannelRule, keep_R: Tensor, surroundings: Surroundings) -> None:
+    def _adjusted(self, one: ChannelRule, keep_R: Tensor, surroundings: RemovalContext) -> None:
         """Mask; before it the layers that read what goes make up for it, after it norms are measured anew."""
         if one.rule.compensation == "none" or self.calibration is None:
             self._mask(one, keep_R, surroundings)
@@ -281,7 +281,7 @@ class ChannelPruner:
         keep_D = self.keep_D.clone()
         keep_D[one.groups_D] = keep_R
         with self.deaf():
-            make_up(self.model, self.found.grouping, keep_D[self.live_D], self.calibration, one.rule.compensation)
+            compensate(self.model, self.found.grouping, keep_D[self.live_D], self.calibration, one.rule.compensation)
             self._mask(one, keep_R, surroundings)
             recalibrate_norms(self.model, self.calibration, MAKE_UP_BATCHES)
             same_buffers(self.model)
@@ -330,13 +330,13 @@ class ChannelPruner:
             raise ModelError(f"{one.key}.criterion: {one.rule.criterion!r} gives NaN: the weights are not finite")
         return scores_R
 
-    def _mask(self, one: ChannelRule, keep_R: Tensor, surroundings: Surroundings) -> None:
+    def _mask(self, one: ChannelRule, keep_R: Tensor, surroundings: RemovalContext) -> None:
         self.keep_D = self.keep_D.clone()
         self.keep_D[one.groups_D] = keep_R
         self.masks.set(self.keep_D[self.live_D])
         self.masks.apply_to_state(surroundings.optimizers)
 
-    def remove(self, surroundings: Surroundings) -> None:
+    def remove(self, surroundings: RemovalContext) -> None:
         """Remove what is masked now, physically.
 
         Raises:
@@ -382,7 +382,7 @@ class ChannelPruner:
         self.masks.set(keep_G)
         self._regularizers = None
 
-    def _remove(self, surroundings: Surroundings) -> None:
+    def _remove(self, surroundings: RemovalContext) -> None:
         keep_G = self.keep_D[self.live_D]
         if bool(keep_G.all()):
             return
@@ -531,7 +531,7 @@ class ChannelPruner:
         removed_D[self.live_D] = False
         return removed_D
 
-    def load_state_dict(self, state: Mapping[str, Any], surroundings: Surroundings) -> Callable[[], None]:
+    def load_state_dict(self, state: Mapping[str, Any], surroundings: RemovalContext) -> Callable[[], None]:
         """Bring a dense model to the architecture and masks of a checkpoint (weights are loaded after that).
 
         Returns:
@@ -580,7 +580,7 @@ class ChannelPruner:
             )
         return keep_D, removed_D
 
-    def _remove_more(self, removed_D: Tensor, surroundings: Surroundings) -> None:
+    def _remove_more(self, removed_D: Tensor, surroundings: RemovalContext) -> None:
         """Remove what a checkpoint's model has lost and this one not yet; the caller remembers how to undo it."""
         keep_G = ~removed_D[self.live_D]
         if bool(keep_G.all()):
@@ -626,7 +626,7 @@ class ChannelPruner:
 
 
 @dataclass
-class Surroundings:
+class RemovalContext:
     """What has to follow a removal.
 
     Args:

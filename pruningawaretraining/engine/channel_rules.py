@@ -16,7 +16,7 @@ from torch import Tensor
 from pruningawaretraining.allocation.ranking import Limits, limits_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.criteria.base import Criterion
-from pruningawaretraining.engine.statistics_feed import Listener
+from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, GroupSet
 from pruningawaretraining.registry import build
@@ -65,7 +65,7 @@ class ChannelRule:
     groups_D: Tensor
     grouping: Grouping
     state: RuleState = field(default_factory=RuleState)
-    listener: Listener = field(init=False)
+    listener: StatisticsFeed = field(init=False)
 
     @cached_property
     def criterion(self) -> Criterion:

@@ -25,7 +25,7 @@ def measures(criterion: Any) -> bool:
     return hasattr(criterion, "measured")
 
 
-class Listener:
+class StatisticsFeed:
     """Gathers what one rule's criterion needs.
 
     Args:

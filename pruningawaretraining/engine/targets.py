@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.allocation.knapsack import Goal
-from pruningawaretraining.allocation.policies import RANKED, Share, Task, allocation_of
+from pruningawaretraining.allocation.policies import RANKED, RuleView, Task, allocation_of
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.costs.latency.meter import Meter, RuntimeMeter
 from pruningawaretraining.costs.latency.model import LatencyCost
@@ -74,7 +74,7 @@ class Targets:
         self._meter = meter or (lambda target: _runtime_meter(target, model))
         self.set_ids_D = found.grouping.set_ids
 
-    def goals(self, share: Share) -> list[Goal]:
+    def goals(self, share: RuleView) -> list[Goal]:
         """What must hold for a rule besides its sparsity.
 
         Raises:
@@ -94,7 +94,7 @@ class Targets:
             goals.append(self._latency_goal(share))
         return goals
 
-    def _latency_goal(self, share: Share) -> Goal:
+    def _latency_goal(self, share: RuleView) -> Goal:
         """The lower of a latency that is a fraction, and one in milliseconds."""
         target, key, latency = share.rule.target, f"{share.key}.target", self._latency_of(share)
         goals = []
@@ -106,7 +106,7 @@ class Targets:
             goals.append(Goal(f"{key}.latency_ms", latency.cost, target.latency_ms, asked, "ms"))
         return min(goals, key=lambda goal: goal.budget)
 
-    def _latency_of(self, share: Share) -> LatencyTarget:
+    def _latency_of(self, share: RuleView) -> LatencyTarget:
         """The latency of a rule's target; what cannot be measured is said of the rule."""
         try:
             return self.latency(share.rule.target)
@@ -136,7 +136,7 @@ class Targets:
             self._latencies[key] = made
         return self._latencies[key]
 
-    def check(self, share: Share) -> None:
+    def check(self, share: RuleView) -> None:
         """Refuse goals that no mask within the limits reaches.
 
         Raises:
@@ -149,7 +149,7 @@ class Targets:
             alone = Task(share, scores_R, everything, self.set_ids_D, [goal], self._costs_for(share))
             alone.check()
 
-    def check_sharded(self, share: Share) -> None:
+    def check_sharded(self, share: RuleView) -> None:
         """Refuse what copies the model at events, once ``fully_shard`` has spread its parameters.
 
         Raises:
@@ -164,7 +164,7 @@ class Targets:
                     "DistributedDataParallel"
                 )
 
-    def _costs_for(self, share: Share) -> Callable[[str], SetCost]:
+    def _costs_for(self, share: RuleView) -> Callable[[str], SetCost]:
         def cost(name: str) -> SetCost:
             return self._latency_of(share).cost if name == "latency" else self._cost(name)
 
@@ -172,7 +172,7 @@ class Targets:
 
     def decide(
         self,
-        share: Share,
+        share: RuleView,
         scores_R: Tensor,
         keep_D: Tensor,
         progress: float,

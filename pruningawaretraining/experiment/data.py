@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pruningawaretraining.distributed.collectives import WHOLE, Share
+from pruningawaretraining.distributed.collectives import WHOLE, RankSlice
 
 Batch = tuple[Tensor, Tensor]
 
@@ -30,7 +30,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def batches(
-        self, size: int, generator: torch.Generator | None, device: torch.device, share: Share = WHOLE
+        self, size: int, generator: torch.Generator | None, device: torch.device, share: RankSlice = WHOLE
     ) -> Iterator[Batch]:
         """uint8 images and int64 labels on the device: in order, or shuffled by ``generator`` and without the rest;
         of each batch the ``share``."""
@@ -79,7 +79,7 @@ class MemorySource:
         return len(self.labels_N)
 
     def batches(
-        self, size: int, generator: torch.Generator | None, device: torch.device, share: Share = WHOLE
+        self, size: int, generator: torch.Generator | None, device: torch.device, share: RankSlice = WHOLE
     ) -> Iterator[Batch]:
         """See :class:`Source`."""
         if self.images_NCHW.device != device:
@@ -99,7 +99,7 @@ class MemorySource:
 class _Shares(torch.utils.data.Sampler[list[int]]):
     """One process's indices of every batch; all processes shuffle alike."""
 
-    def __init__(self, length: int, size: int, generator: torch.Generator | None, share: Share) -> None:
+    def __init__(self, length: int, size: int, generator: torch.Generator | None, share: RankSlice) -> None:
         self.length, self.size, self.generator, self.share = length, size, generator, share
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -133,7 +133,7 @@ class FolderSource:
         return len(self.dataset)
 
     def batches(
-        self, size: int, generator: torch.Generator | None, device: torch.device, share: Share = WHOLE
+        self, size: int, generator: torch.Generator | None, device: torch.device, share: RankSlice = WHOLE
     ) -> Iterator[Batch]:
         """See :class:`Source`."""
         loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(
@@ -164,7 +164,7 @@ class Pipeline:
     flip: bool = False
     crop: int = 0
     channels_last: bool = False
-    share: Share = WHOLE
+    share: RankSlice = WHOLE
 
     def train(self, source: Source, size: int, generator: torch.Generator, device: torch.device) -> Iterator[Batch]:
         """One epoch of shuffled, augmented, normalised batches."""
@@ -176,7 +176,7 @@ class Pipeline:
                 images_BCHW = mirrored(images_BCHW, generator, whole, self.share)
             yield self.normalised(images_BCHW), labels_B
 
-    def test(self, source: Source, size: int, device: torch.device, share: Share = WHOLE) -> Iterator[Batch]:
+    def test(self, source: Source, size: int, device: torch.device, share: RankSlice = WHOLE) -> Iterator[Batch]:
         """All images once, in order, normalised; of each batch the ``share``."""
         for images_BCHW, labels_B in source.batches(size, None, device, share):
             yield self.normalised(images_BCHW), labels_B
@@ -190,7 +190,7 @@ class Pipeline:
 
 
 def shifted(
-    images_BCHW: Tensor, most: int, generator: torch.Generator, whole: int | None = None, share: Share = WHOLE
+    images_BCHW: Tensor, most: int, generator: torch.Generator, whole: int | None = None, share: RankSlice = WHOLE
 ) -> Tensor:
     """Each image moved by its own offset of up to ``most`` pixels in each direction; zeros come in.
 
@@ -211,7 +211,9 @@ def shifted(
     return images_BP[image, channel, rows_BH[:, None, :, None], columns_BW[:, None, None, :]]
 
 
-def mirrored(images_BCHW: Tensor, generator: torch.Generator, whole: int | None = None, share: Share = WHOLE) -> Tensor:
+def mirrored(
+    images_BCHW: Tensor, generator: torch.Generator, whole: int | None = None, share: RankSlice = WHOLE
+) -> Tensor:
     """Each image mirrored left to right with probability a half; arguments as of :func:`shifted`."""
     flip_B = share.of(torch.rand(whole or len(images_BCHW), generator=generator) < 0.5).to(images_BCHW.device)
     return torch.where(flip_B.view(-1, 1, 1, 1), images_BCHW.flip(3), images_BCHW)

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
-from pruningawaretraining.distributed.collectives import joined, meet, rank
+from pruningawaretraining.distributed.collectives import barrier, joined, rank
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.datasets import load_data
@@ -82,7 +82,7 @@ def _run(config: ExperimentConfig, resume: bool, display: Display) -> dict[str, 
     if config.onnx is not None and config.onnx.opset is not None:
         check_opset(config.onnx.exporter, config.onnx.opset, "onnx.opset")
     runner.new_stage("pruned")  # bad input is found before anything is written or trained
-    meet()  # every process has looked at the folder as it was
+    barrier()  # every process has looked at the folder as it was
     if runner.writes:
         record.clear_temporary(folder)
     if resume and (folder / record.CHECKPOINT).is_file():
@@ -93,7 +93,7 @@ def _run(config: ExperimentConfig, resume: bool, display: Display) -> dict[str, 
         runner.state.config = resolved
         for name in record.FILES if runner.writes else ():
             (folder / name).unlink(missing_ok=True)
-    meet()
+    barrier()
     if runner.writes:
         record.write_config(folder / record.CONFIG, resolved)
     trained = runner.run()

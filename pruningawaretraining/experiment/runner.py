@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pruningawaretraining.config.recipe import LearningRates
-from pruningawaretraining.distributed.collectives import Share, outdated, rank, rewrapped, same_buffers, world
+from pruningawaretraining.distributed.collectives import RankSlice, rank, same_buffers, world_size
+from pruningawaretraining.distributed.ddp import outdated, rewrapped
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import build_model
@@ -53,7 +54,7 @@ class Runner:
     def __init__(self, config: ExperimentConfig, data: DataSet, device: torch.device, display: Display) -> None:
         self.config, self.data, self.device, self.display = config, data, device, display
         self.folder = config.folder()
-        share = Share.own()
+        share = RankSlice.own()
         self.pipeline = Pipeline(data.mean, data.std, config.data.flip, config.data.crop, config.channels_last, share)
         _check_share(min(config.batch_size, max(1, len(data.train))))
         self.rates = LearningRates(tuple(config.rates))
@@ -75,7 +76,7 @@ class Runner:
         """The dense model on the device, with the initial weights of the seed."""
         torch.manual_seed(self.config.seed)
         model = build_model(self.config.model, len(self.data.classes), self.data.shape[0]).to(self.device)
-        if world() > 1 and self.device.type == "cuda":  # statistics of whole batches, as on one process
+        if world_size() > 1 and self.device.type == "cuda":  # statistics of whole batches, as on one process
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return model.to(memory_format=torch.channels_last) if self.config.channels_last else model
 
@@ -96,7 +97,7 @@ class Runner:
             batches = TrainingBatches(self.pipeline, self.data.train, config.batch_size, self.device)
             pruner.calibrate_with(batches, loss_of)  # read by criteria and compensation that want data
         precision = Precision.of(config, self.device)
-        wrapped = DistributedDataParallel(model) if world() > 1 else None
+        wrapped = DistributedDataParallel(model) if world_size() > 1 else None
         learner = Learner(model, optimizer, precision, config.label_smoothing, config.clip_norm, pruner, wrapped)
         torch.manual_seed(config.seed + rank())
         return Stage(name, learner, scheduler)
@@ -265,8 +266,10 @@ class Runner:
 
 def _check_share(size: int) -> None:
     """Refuse batches that cannot be shared out equally: gradients are averaged over processes."""
-    if size % world():
-        raise ConfigError(f"batch_size: {size} images cannot be shared by {world()} processes. Allowed: a multiple")
+    if size % world_size():
+        raise ConfigError(
+            f"batch_size: {size} images cannot be shared by {world_size()} processes. Allowed: a multiple"
+        )
 
 
 def _check_scores(model: nn.Module, images: Tensor, classes: int) -> None:

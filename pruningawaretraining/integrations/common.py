@@ -16,7 +16,8 @@ from torch import nn
 
 from pruningawaretraining.checkpoint.files import write_atomically
 from pruningawaretraining.config.load import load_config
-from pruningawaretraining.distributed.collectives import rank, rewrap_in_place, world
+from pruningawaretraining.distributed.collectives import rank, world_size
+from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.models.calling import ForwardFn, unwrap
 from pruningawaretraining.session.pruning import Pruning, Source
@@ -180,7 +181,7 @@ def read_state(folder: str | Path) -> dict[str, Any]:
 
 def wrappers_of(model: nn.Module) -> list[nn.Module]:
     """Every DistributedDataParallel around a model, for trainers that hand none to a callback."""
-    if world() == 1:
+    if world_size() == 1:
         return []
     kind = nn.parallel.DistributedDataParallel
     return [one for one in gc.get_objects() if issubclass(type(one), kind) and unwrap(one) is model]

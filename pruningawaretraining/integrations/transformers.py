@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from pruningawaretraining.distributed.collectives import rewrap_in_place
+from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.integrations.common import STATE, Attached, imported, read_state, wrappers_of, write_state
 from pruningawaretraining.models.calling import ForwardFn

@@ -229,7 +229,7 @@ def same_generators(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def looking() -> bool:
+def is_probing() -> bool:
     """Whether the model runs only to be looked at (widths, MACs, a removal's check): nothing that listens counts it."""
     return _LOOKS[0] > 0
 

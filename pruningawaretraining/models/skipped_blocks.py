@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.distributed.collectives import world
+from pruningawaretraining.distributed.collectives import world_size
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.surgery import Surgery
 
@@ -93,7 +93,7 @@ class Bypass:
         """The output in place of the module's own."""
         x = input_of(args, kwargs)
         made = output[0] if self.outputs else output
-        if torch.is_grad_enabled() and made.requires_grad and world() > 1:
+        if torch.is_grad_enabled() and made.requires_grad and world_size() > 1:
             x = x + (0.0 * made).to(x.dtype)  # DistributedDataParallel waits for a gradient of every parameter
         return handed_on(x, self.outputs)
 

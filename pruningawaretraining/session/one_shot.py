@@ -28,7 +28,7 @@ from pruningawaretraining.criteria.second_order.criteria import Sampling
 from pruningawaretraining.criteria.second_order.gathering import on_model, unchanged_copy
 from pruningawaretraining.criteria.second_order.gradients import Calibration, LossFn
 from pruningawaretraining.engine.compensation import WeightPruner, put, weight_pattern
-from pruningawaretraining.engine.statistics_feed import Listener
+from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.targets import Targets
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
@@ -173,7 +173,7 @@ def _one_shot_channels(
     else:
         channels = removable_channels(model, inputs, chosen, multiples=multiples, units=units)
     grouping = channels.grouping
-    listener = Listener("rule", criterion, model, channels, list(range(len(grouping.sets))))
+    listener = StatisticsFeed("rule", criterion, model, channels, list(range(len(grouping.sets))))
     scores_G = criterion.score(grouping, Statistics(tensors=listener.statistics(calibration)))
     keeps = _keeps(model, rule, channels, inputs, scores_G, sparsities)
     hooks = None
@@ -197,7 +197,7 @@ def _one_shot_channels(
 @dataclass(eq=False)
 class _Everything:
     """The share of the only rule: all channels that were found; see
-    :class:`pruningawaretraining.allocation.policies.Share`."""
+    :class:`pruningawaretraining.allocation.policies.RuleView`."""
 
     rule: Rule
     grouping: Grouping

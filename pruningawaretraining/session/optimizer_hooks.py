@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class Listener(Protocol):
+class OptimizerEvents(Protocol):
     """What happens at the moments of a real step."""
 
     def on_round(self) -> None:
@@ -71,7 +71,7 @@ class Steps:
         listener: is called at the moments of a step; held weakly.
     """
 
-    def __init__(self, model: nn.Module, listener: Listener) -> None:
+    def __init__(self, model: nn.Module, listener: OptimizerEvents) -> None:
         self.model = model
         self._listener = weakref.ref(listener)
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []

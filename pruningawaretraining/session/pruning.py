@@ -21,9 +21,9 @@ from pruningawaretraining.config.schema import Distillation, PruningConfig, Rule
 from pruningawaretraining.costs.macs import count_macs
 from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.criteria.second_order.gradients import LossFn
-from pruningawaretraining.distributed.collectives import outdated, rewrapped
+from pruningawaretraining.distributed.ddp import outdated, rewrapped
 from pruningawaretraining.distributed.fsdp import any_sharded, check_plan, full_of, reshard
-from pruningawaretraining.engine.channel_pruner import ChannelPruner, Surroundings
+from pruningawaretraining.engine.channel_pruner import ChannelPruner, RemovalContext
 from pruningawaretraining.engine.channel_rules import PHASES, ChannelRule
 from pruningawaretraining.engine.element_pruner import ElementPruner
 from pruningawaretraining.engine.element_rules import ElementPattern, ElementRule
@@ -388,9 +388,9 @@ class Pruning:
     def _active(self) -> bool:
         return not self.config.infer and any(rule.enabled for rule in self.config.rules)
 
-    def _surroundings(self) -> Surroundings:
+    def _surroundings(self) -> RemovalContext:
         self._steps.look_around(again=self.steps == 0)  # one that has not stepped yet follows a removal all the same
-        return Surroundings(
+        return RemovalContext(
             self._steps.optimizers, self._followers, self._graphs, self.before_removal, self._after_removal
         )
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pruningawaretraining.checkpoint.files import write_atomically
-from pruningawaretraining.distributed.collectives import meet, rank
+from pruningawaretraining.distributed.collectives import barrier, rank
 from pruningawaretraining.distributed.fsdp import reshard
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.session.pruning import Pruning
@@ -36,7 +36,7 @@ def save_sharded(folder: str | Path, model: nn.Module, optimizer: torch.optim.Op
     state = pruner.state_dict()
     if rank() == 0:
         write_atomically(Path(folder) / PRUNER, lambda path: torch.save(state, path))
-    meet()
+    barrier()
 
 
 def read_pruner_state(folder: str | Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining.config.dialects.base import TAG
 from pruningawaretraining.config.dialects.sirc_keys import one_of
-from pruningawaretraining.config.strict import Amount, Count, Share, Strict, Whole
+from pruningawaretraining.config.strict import Amount, Count, Strict, UnitInterval, Whole
 from pruningawaretraining.errors import ConfigError
 
 TAG_OF_PRUNERS = "!Pruner"
@@ -59,7 +59,7 @@ class PrunerKeys(Strict):
 
     start_step: Whole | None = Field(None, description="Step at which pruning begins; 0 when absent.")
     end_step: Whole | None = Field(None, description="Step at which it ends; 0 when absent. As start_step: at once.")
-    target_sparsity: Share | None = Field(None, description="Fraction of the weights to zero; 0.9 when absent.")
+    target_sparsity: UnitInterval | None = Field(None, description="Fraction of the weights to zero; 0.9 when absent.")
     pruning_type: str | None = Field(None, description="What scores weights; snip_momentum when absent.")
     prune_type: str | None = Field(None, description="Another name for pruning_type.")
     criterion_type: str | None = Field(None, description="Another name for pruning_type.")
@@ -78,10 +78,12 @@ class PrunerKeys(Strict):
     prune_domain: Scope | None = Field(None, description="Another name for pruning_scope.")
     pruning_frequency: Count | None = Field(None, description="Steps between pruning events; 1 when absent.")
     update_frequency_on_step: Count | None = Field(None, description="Another name for pruning_frequency.")
-    max_sparsity_ratio_per_op: Share | None = Field(None, description="Most that a layer loses; 0.98 when absent.")
-    max_sparsity_ratio_per_layer: Share | None = Field(None, description="Another name of it.")
-    min_sparsity_ratio_per_op: Share | None = Field(None, description="Least that a layer loses; 0 when absent.")
-    min_sparsity_ratio_per_layer: Share | None = Field(None, description="Another name of it.")
+    max_sparsity_ratio_per_op: UnitInterval | None = Field(
+        None, description="Most that a layer loses; 0.98 when absent."
+    )
+    max_sparsity_ratio_per_layer: UnitInterval | None = Field(None, description="Another name of it.")
+    min_sparsity_ratio_per_op: UnitInterval | None = Field(None, description="Least that a layer loses; 0 when absent.")
+    min_sparsity_ratio_per_layer: UnitInterval | None = Field(None, description="Another name of it.")
     sparsity_decay_type: str | None = Field(None, description="exp, linear, cos, cube or cubic; exp when absent.")
     criterion_reduce_type: Reduce | None = Field(None, description="mean, sum or max in a block; mean when absent.")
     reg_type: RegType | None = Field(None, description="group_lasso, or none.")

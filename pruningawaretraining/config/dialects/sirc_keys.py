@@ -9,7 +9,7 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining.config.dialects.base import check_window, schedule_name
 from pruningawaretraining.config.dialects.flat import layer_list
-from pruningawaretraining.config.strict import Amount, Count, Fraction, Share, Strict, Whole
+from pruningawaretraining.config.strict import Amount, Count, Fraction, Strict, UnitInterval, Whole
 from pruningawaretraining.config.targets import ExampleInputs
 from pruningawaretraining.errors import ConfigError, unknown
 
@@ -40,7 +40,7 @@ class MacParams(Strict):
 
     use_macs: bool | None = Field(None, description="On or off; on by default for MACAwareImportance alone.")
     type: Annotated[str, one_of("Sum", "Mul", "per_mac")] = Field("Sum", description="How score and MACs are combined.")
-    alpha: Share | None = Field(None, description="Sum: weight of the score, the MACs having the rest.")
+    alpha: UnitInterval | None = Field(None, description="Sum: weight of the score, the MACs having the rest.")
     beta: Amount | None = Field(None, description="Mul: the root taken of the share of MACs.")
 
     @field_validator("beta")
@@ -61,8 +61,8 @@ class ChannelArgs(Strict):
     start_epoch: Whole = Field(0, description="First epoch at which to prune.")
     end_epoch: Whole | None = Field(None, description="Last epoch at which to prune; start_epoch when absent.")
     epoch_rate: Count = Field(1, description="Epochs between pruning events.")
-    global_prune_rate: Share | None = Field(None, description="Fraction of channels to remove.")
-    max_pruning_rate: Share = Field(1.0, description="Largest fraction of channels to remove from a layer.")
+    global_prune_rate: UnitInterval | None = Field(None, description="Fraction of channels to remove.")
+    max_pruning_rate: UnitInterval = Field(1.0, description="Largest fraction of channels to remove from a layer.")
     mac_target: Fraction | None = Field(None, description="Fraction of MACs kept; decides over global_prune_rate.")
     reach_mac_target: Any = Field(None, description="Ignored: state is kept in the checkpoint.")
     log_str: Any = Field(None, description="Ignored: state is kept in the checkpoint.")
@@ -128,7 +128,7 @@ class SliceArgs(Strict):
     start_epoch: Whole = Field(0, description="First epoch at which to prune.")
     end_epoch: Whole | None = Field(None, description="Last epoch at which to prune; start_epoch when absent.")
     epoch_rate: Count = Field(1, description="Slices are pruned in epochs that are a multiple of this.")
-    prune_rate: Share | None = Field(None, description="Fraction of each layer's slices to zero; 0: none.")
+    prune_rate: UnitInterval | None = Field(None, description="Fraction of each layer's slices to zero; 0: none.")
     pruning_gradually: bool = Field(False, description="In equal steps, or all of it at every event.")
     pruning_mode: Annotated[str, one_of("Prune", "Unprune")] = Field("Prune", description="Unprune lifts the masks.")
     disable_first_index: bool = Field(False, description="Spare the first tap of each kernel row.")

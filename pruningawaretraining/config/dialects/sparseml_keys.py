@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pruningawaretraining.config.dialects.base import TAG
-from pruningawaretraining.config.strict import Amount, Count, Share, Strict
+from pruningawaretraining.config.strict import Amount, Count, Strict, UnitInterval
 from pruningawaretraining.errors import ConfigError, unknown
 
 OPERATIONS: dict[type[ast.AST], Callable[..., Any]] = {
@@ -56,8 +56,10 @@ class Pruning(Modifier):
     """What every pruning modifier has."""
 
     params: str | list[str] = Field("__ALL_PRUNABLE__", description="Parameters: names, 're:...', or all.")
-    init_sparsity: Share | Literal["__FROM_PARAM__"] = Field(0.0, description="Ignored: it rises from what there is.")
-    final_sparsity: Share | dict[str, list[str]] | None = Field(
+    init_sparsity: UnitInterval | Literal["__FROM_PARAM__"] = Field(
+        0.0, description="Ignored: it rises from what there is."
+    )
+    final_sparsity: UnitInterval | dict[str, list[str]] | None = Field(
         None, description="Sparsity of the last event, or sparsity -> parameters."
     )
     update_frequency: float = Field(-1.0, description="Epochs between events.")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pruningawaretraining.criteria.second_order.fisher import decoupled_, factor, workplace
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layer_inputs import InputHessians
-from pruningawaretraining.distributed.collectives import gathered_rows, world
+from pruningawaretraining.distributed.collectives import gathered_rows, world_size
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.registry import lookup, register
 
@@ -55,7 +55,7 @@ def gate_gradients(grouping: Grouping, calibration: Calibration, count: int) -> 
         ]
         rows.append(reading.reduce(values))
 
-    calibration.each_gradient(list(unique.values()), -(-count // world()), add)
+    calibration.each_gradient(list(unique.values()), -(-count // world_size()), add)
     return gathered_rows(torch.stack(rows))
 
 
@@ -205,7 +205,7 @@ def measure(readers_found: list[Reader], calibration: Calibration, count: int) -
     return hooks
 
 
-def make_up(model: nn.Module, grouping: Grouping, keep_G: Tensor, calibration: Calibration, how: str) -> None:
+def compensate(model: nn.Module, grouping: Grouping, keep_G: Tensor, calibration: Calibration, how: str) -> None:
     """Let the layers that read what goes make up for it, in place, before it goes.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pruningawaretraining.criteria.second_order.fisher import workplace
-from pruningawaretraining.distributed.collectives import totals, world
+from pruningawaretraining.distributed.collectives import totals, world_size
 from pruningawaretraining.errors import ConfigError
 
 FEW = 128
@@ -127,7 +127,7 @@ class InputHessians:
 
     def agree(self, layers: Sequence[tuple[str, nn.Module]]) -> None:
         """Put together what all processes have seen of these layers; a collective."""
-        if world() == 1:
+        if world_size() == 1:
             return
         self.sums, counts = together(layers, self.sums, self.counts, self.bias, torch.float64)
         self.counts = {name: int(count) for name, count in counts.items()}

@@ -17,10 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from pruningawaretraining.criteria.input_moments import InputHook
 from pruningawaretraining.criteria.second_order.channels import losing_readers
 from pruningawaretraining.criteria.second_order.layer_inputs import together, unfolded
-from pruningawaretraining.distributed.collectives import world
+from pruningawaretraining.distributed.collectives import world_size
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.models.calling import looking
+from pruningawaretraining.models.calling import is_probing
 
 MOMENTS = "input_moments"
 EVERY, FADE = 16, 0.9
@@ -57,7 +57,7 @@ class InputMomentsCollector:
 
     @torch.no_grad()
     def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
-        if not module.training or x.numel() == 0 or looking():
+        if not module.training or x.numel() == 0 or is_probing():
             return
         number = self.batches.get(name, 0)
         self.batches[name] = number + 1
@@ -73,11 +73,11 @@ class InputMomentsCollector:
 
     def agree(self) -> None:
         """See :class:`~pruningawaretraining.criteria.base.Collector`: one flat all-reduce of all moments."""
-        if world() == 1 or not self._layers:
+        if world_size() == 1 or not self._layers:
             return
         sums, counts = together(list(self._layers.items()), self.sums, self.counts, True, torch.float32)
-        self.sums = {name: one / world() for name, one in sums.items()}
-        self.counts = {name: one / world() for name, one in counts.items()}
+        self.sums = {name: one / world_size() for name, one in sums.items()}
+        self.counts = {name: one / world_size() for name, one in counts.items()}
 
     def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:
         """Nothing to read before a step."""
