@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, load_pruned, save_pruned
 from pruningawaretraining.checkpoint.files import KEY, read_description, write_atomically
+from pruningawaretraining.checkpoint.records import record_of
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.models.calling import outputs_of
 
@@ -209,3 +210,18 @@ def test_what_a_pruner_did_is_saved_after_the_pruner_is_gone(tmp_path: Path) -> 
     again = load_pruned(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), tmp_path / "p.safetensors")
     pruner = Pruning(again, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=torch.randn(1, 4))
     assert (pruner.phase, pruner.sparsity, pruner.macs.dense) == ("finetune", 0.5, 48)
+
+
+def test_copies_averages_and_pickles_take_the_record_along(tmp_path: Path) -> None:
+    model, _ = pruned("shapes")
+    save_pruned(model, tmp_path / "m.safetensors")
+    loaded = load_pruned(dense("shapes"), tmp_path / "m.safetensors")
+    known = record_of(loaded)
+    assert known is not None and known["phase"] == "finetune" and record_of(model) is None
+    average = torch.optim.swa_utils.AveragedModel(loaded)
+    torch.save(loaded, tmp_path / "whole.pt")
+    unpickled = torch.load(tmp_path / "whole.pt", weights_only=False)
+    for number, copied in enumerate((copy.deepcopy(loaded), average.module, unpickled)):
+        assert record_of(copied) == known
+        save_pruned(copied, tmp_path / f"{number}.safetensors")
+        assert read_description(tmp_path / f"{number}.safetensors")["record"] == known

@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 _DESCRIBERS: WeakKeyDictionary[nn.Module, Callable[[], dict[str, Any]]] = WeakKeyDictionary()
-_RECORDS: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+ATTRIBUTE = "_pruning_record"
+"""Where a module has its record: plain data that a copy, a moving average and a pickle take along."""
 
 
 def describe_with(model: nn.Module, describe: Callable[[], dict[str, Any]]) -> None:
@@ -18,13 +19,13 @@ def describe_with(model: nn.Module, describe: Callable[[], dict[str, Any]]) -> N
 
 
 def record_of(model: nn.Module) -> dict[str, Any] | None:
-    """What was written beside the tensors of the file that this model was loaded from; None for any other model."""
-    return _RECORDS.get(model)
+    """What was written beside the tensors of the file that a model, or what it is a copy of, was loaded from."""
+    return vars(model).get(ATTRIBUTE)
 
 
 def remember(model: nn.Module, record: dict[str, Any]) -> None:
     """Keep what was written beside the tensors of the file that a model was loaded from."""
-    _RECORDS[model] = record
+    vars(model)[ATTRIBUTE] = record
 
 
 def summary_of(model: nn.Module) -> dict[str, Any]:

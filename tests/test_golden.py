@@ -1,0 +1,40 @@
+"""No decision changes unnoticed: masks of every pattern with every criterion are those of data/golden_masks.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import golden
+import pytest
+import torch
+
+TABLE = json.loads(golden.TABLE.read_text(encoding="utf-8"))
+QUICK = ("magnitude", "taylor", "obs")
+"""Criteria of every run of the tests; the others are slow together."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_every_registered_name_is_in_the_table() -> None:
+    assert {" ".join(one) for one in golden.combinations()} == set(TABLE)
+
+
+@pytest.mark.parametrize("pattern", golden.PATTERNS)
+def test_masks_are_those_of_the_table(pattern: str) -> None:
+    some = [one for one in golden.combinations() if one[0] == pattern and one[1] in QUICK and one[2] == "global"]
+    assert {" ".join(one): golden.row(*one) for one in some} == {" ".join(one): TABLE[" ".join(one)] for one in some}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", golden.PATTERNS)
+def test_masks_of_all_criteria_and_scopes_are_those_of_the_table(pattern: str) -> None:
+    every = [one for one in golden.combinations() if one[0] == pattern]
+    found = {" ".join(one): golden.row(*one) for one in every}
+    assert found == {key: value for key, value in TABLE.items() if key.split()[0] == pattern}
