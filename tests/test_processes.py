@@ -56,7 +56,7 @@ def test_moments_of_two_processes_are_those_of_all_their_inputs(monkeypatch, mom
     for one in (whole, first, second):
         one._layers = {"0": layer[0]}
     rows = torch.randn(12, 8, 3, generator=torch.Generator().manual_seed(0)) + 5
-    monkeypatch.setattr(moments, "world", lambda: 2)
+    monkeypatch.setattr(moments, "world_size", lambda: 2)
 
     def see(number: int) -> None:
         for one, part in ((whole, rows[number]), (first, rows[number, ::2]), (second, rows[number, 1::2])):
