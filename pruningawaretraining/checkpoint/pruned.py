@@ -194,11 +194,3 @@ def _put_widths(model: nn.Module, widths: dict[str, dict[str, Any]], surgery: Su
             new = type(old)(value) if isinstance(old, (list, tuple)) else value
             if new != old:
                 surgery.set_attribute(modules[name], attribute, new)
-
-
-def same_outputs(first: list[Tensor], second: list[Tensor]) -> float:
-    """Largest absolute difference between two lists of outputs, infinite when shapes differ."""
-    if len(first) != len(second) or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
-        return float("inf")
-    with torch.no_grad():
-        return max((float((a - b).abs().max()) for a, b in zip(first, second, strict=True) if a.numel()), default=0.0)
