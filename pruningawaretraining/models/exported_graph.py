@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.models.calling import ForwardFn, beside, call, float_tensors_of
+from pruningawaretraining.models.calling import ForwardFn, beside, call, float_tensors_of, same_generators
 from pruningawaretraining.models.fake_quant import follow_weight, is_observing
 from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor
 
@@ -114,9 +114,8 @@ class ExportedGraph:
             ModelError: it cannot be run on these inputs.
         """
         bound = getattr(forward_fn, "__self__", None) is not None
-        devices = [one for one in {parameter.device for parameter in self.graph.parameters()} if one.type == "cuda"]
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices):
+            with torch.no_grad(), same_generators(self.graph):
                 torch.manual_seed(0)
                 return float_tensors_of(
                     call(_Quiet(self.graph), beside(self.graph, inputs), None if bound else forward_fn)
