@@ -68,7 +68,7 @@ def _steps_of(name: str, setting: Setting, size: int, count: int) -> list[dict[s
         pruner.prune(model, epoch)
     rounds = 2 if setting.tiny else 30
     times = interleaved({"bare": setting.waited(bare), "ours": setting.waited(step)}, rounds, warmup=rounds // 5 + 1)
-    engine = pruner.engine
+    engine = pruner.channel_pruner
     parts = {
         "regulariser_ms": setting.milliseconds(engine.regularize),
         "masks_ms": setting.milliseconds(engine.masks.apply),

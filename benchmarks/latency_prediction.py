@@ -49,7 +49,7 @@ def measured(name: str, pairs: int) -> list[dict[str, Any]]:
     """Rows of one model."""
     model = build(name)
     pruner = Pruning(model, {"rules": [{"target": {"macs": 0.99}}]}, example_inputs=INPUT)
-    engine = pruner.engine
+    engine = pruner.channel_pruner
     latency = engine.targets.latency(Target(latency=0.5))
     generator = torch.Generator().manual_seed(1)
     rows = []

@@ -66,7 +66,7 @@ def rule_of(pattern: str, scope: str = "global") -> dict[str, Any]:
 def ours(model: nn.Module, pattern: str) -> Pair:
     """Scores, ranking and masks of one event (the groups are there already); masks on gradients and on weights."""
     pruner = Pruning(model, {"rules": [{**rule_of(pattern), "layers": pruned_layers(model)}]})
-    (rule,) = pruner._elements.rules
+    (rule,) = pruner.engine.weights.rules
 
     def step() -> None:
         rule.masks.apply_to_gradients()
@@ -182,7 +182,7 @@ def step_row(name: str, make: Callable[[], tuple[nn.Module, Tensor]], pattern: s
 
     forward_backward()
     pruner.prune(epoch=0)
-    (rule,) = pruner._elements.rules
+    (rule,) = pruner.engine.weights.rules
     forward_backward()
     functions = {
         "step": forward_backward,

@@ -51,7 +51,7 @@ def check(name: str, exporter: str) -> dict[str, Any]:
         ]
     }
     pruner = Pruning(model, config, forward_fn, example_inputs=inputs)
-    engine = pruner.engine
+    engine = pruner.channel_pruner
     row: dict[str, Any] = {
         "architecture": name,
         "library": SIZES[name][0],
@@ -79,8 +79,7 @@ def check(name: str, exporter: str) -> dict[str, Any]:
 def _difference(twin: nn.Module, config: Any, removed: nn.Module, inputs: Any, forward_fn: Any) -> float:
     """Largest difference of a masked copy's outputs to the removed model's, as a fraction of the outputs."""
     masked = Pruning(twin, config, forward_fn, example_inputs=inputs)
-    engine = masked.engine
-    engine.remove = lambda surroundings: None  # type: ignore[method-assign]  # the copy stays masked
+    masked.engine._remove = lambda context: None  # type: ignore[method-assign]  # the copy stays masked
     masked.prune(twin, 0)
     pairs = zip(outputs_of(twin, inputs, forward_fn), outputs_of(removed, inputs, forward_fn), strict=True)
     return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs)

@@ -21,7 +21,7 @@ import torch
 
 from pruningawaretraining.checkpoint import pruned as checkpoint
 from pruningawaretraining.cli import main as cli
-from pruningawaretraining.engine import channel_pruner
+from pruningawaretraining.engine import removal as transaction
 from pruningawaretraining.experiment import data, datasets, finish, run, runner  # noqa: F401  (imported once, here)
 from pruningawaretraining.masks import removal
 from pruningawaretraining.models import surgery
@@ -57,13 +57,13 @@ def in_the_removal(sabotage: Sabotage) -> Sabotage:
     """Arm it when the removal begins: the one that is rehearsed before calls the same functions."""
 
     def arm() -> None:
-        whole = channel_pruner.remove
+        whole = transaction.remove
 
         def removing(*args: Any, **kwargs: Any) -> Any:
             sabotage()
             return whole(*args, **kwargs)
 
-        channel_pruner.remove = removing
+        transaction.remove = removing
 
     return arm
 

@@ -49,7 +49,7 @@ def masked_equals_removed(model: nn.Module, inputs: Tensor, found: ChannelGroups
     macs = macs_cost(found.grouping, macs_per_layer(model, inputs))
     parameters = parameters_cost(found.grouping, model)
     keep_G = half(found)
-    masks = Masks(model, found.grouping, found.norms)
+    masks = Masks.coupled(model, found)
     masks.set(keep_G)
     masked = outputs_of(model, inputs)
     masks.clear()

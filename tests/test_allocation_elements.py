@@ -10,7 +10,7 @@ from torch import nn
 
 from pruningawaretraining.allocation.ranking import SLACK
 from pruningawaretraining.allocation.threshold import (
-    ElementLimits,
+    Limits,
     allocate,
     allocate_windows,
     classes_of,
@@ -31,7 +31,7 @@ def kept(scores: list[float], sizes: list[int], sparsity: float, *limits: float,
             options[key] = torch.tensor(options[key]).bool()
     if "classes_S" in options:
         options["classes_S"] = torch.tensor(options["classes_S"])
-    return allocate(torch.tensor(scores), sizes, sparsity, ElementLimits(*limits), **options).int().tolist()
+    return allocate(torch.tensor(scores), sizes, sparsity, Limits(*limits), **options).int().tolist()
 
 
 TABLE = [
@@ -70,7 +70,7 @@ def test_who_stays(
     classes = {key: torch.tensor(value) for key, value in options.items() if key.endswith("_S")}
     given = torch.tensor(scores, dtype=dtype)
     before = given.clone()
-    keep = allocate(given, sizes, sparsity, ElementLimits(*limits), **flags, **classes)
+    keep = allocate(given, sizes, sparsity, Limits(*limits), **flags, **classes)
     assert keep.int().tolist() == expected
     assert torch.equal(given, before)
 
@@ -88,7 +88,7 @@ def test_counts_are_exact_for_every_sparsity_and_water_filling_is_optimal(dtype:
     sizes = [50, 7, 123, 20]
     scores = torch.randint(-3, 9, (200,), generator=generator).to(dtype)  # many ties
     for percent in range(0, 101, 3):
-        for limits in (ElementLimits(), ElementLimits(0.1, 0.8), ElementLimits(0.3, 0.5)):
+        for limits in (Limits(), Limits(0.1, 0.8), Limits(0.3, 0.5)):
             keep = allocate(scores, sizes, percent / 100, limits)
             least = [int(limits.min_sparsity * size + SLACK) for size in sizes]
             most = [size - -int(-((1 - limits.max_sparsity) * size - SLACK) // 1) for size in sizes]

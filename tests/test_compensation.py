@@ -79,7 +79,7 @@ def test_masked_channels_stay_out_of_later_fits() -> None:
     pruner.calibrate_with(data, functional.cross_entropy)
     for epoch in range(6):
         pruner.prune(model, epoch)
-        keep = pruner.engine.keep_D
+        keep = pruner.channel_pruner.keep_D
         assert bool((model[2].weight[:, ~keep] == 0).all())
         assert bool((model[0].weight[~keep] == 0).all())
 
@@ -198,7 +198,7 @@ def test_what_one_shot_and_calibration_refuse() -> None:
     ("more", "message"),
     [
         ({"compensation": "least_square"}, r"compensation: .*'least_square'.*did you mean 'least_squares'"),
-        ({"compensation": "bias", "pattern": "4x1"}, "compensation: 'bias' is for channels"),
+        ({"compensation": "bias", "pattern": "4x1"}, "compensation: 'bias' is not supported by the pattern"),
         ({"compensation": "bias", "pattern": "depth", "criterion": "magnitude"}, "compensation: 'bias' is for chan"),
     ],
 )

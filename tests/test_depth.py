@@ -106,7 +106,7 @@ def test_masked_equals_removed_and_analytic_costs_equal_counted_ones(name: str, 
     average = torch.optim.swa_utils.AveragedModel(model)
     pruner = pruner_of(model, inputs, optimizer, average, start=1)
     assert largest_difference(before, outputs_of(model, inputs)) == 0.0
-    engine = pruner.engine
+    engine = pruner.channel_pruner
     _step(model, inputs, optimizer)
     engine.keep_D = torch.arange(engine.found.grouping.size) % 2 == 1
     engine.masks.set(engine.keep_D)
@@ -154,7 +154,7 @@ def _step(model: nn.Module, inputs: Any, optimizer: torch.optim.Optimizer) -> fl
 
 def _masked_weights_stay_zero(pruner: Pruning, model: nn.Module, inputs: Any, optimizer: Any) -> None:
     _step(model, inputs, optimizer)
-    masks = pruner.engine.masks
+    masks = pruner.channel_pruner.masks
     expanded = masks.grouping.expand(masks.keep_G.float(), 1.0)
     masked = [member for member, keep_W in expanded if bool((keep_W == 0).any())]
     assert masked and all(not bool(member.parameter.any()) for member in masked)
@@ -167,7 +167,7 @@ def test_a_mac_target_is_met_and_no_block_could_be_given_back() -> None:
     for epoch in range(10):
         pruner.prune(epoch=epoch)
         masked.append(int((~pruner.masks["layer1.0"]).sum()))
-    engine = pruner.engine
+    engine = pruner.channel_pruner
     assert masked == sorted(masked) and pruner.phase == "finetune" and pruner.macs.fraction <= 0.7
     for group in torch.nonzero(~engine.keep_D).flatten().tolist():
         more = engine.keep_D.clone()
@@ -179,11 +179,13 @@ def test_a_mac_target_is_met_and_no_block_could_be_given_back() -> None:
 def test_blocks_of_a_resnet_are_those_that_keep_the_shape() -> None:
     model, inputs = resnet()
     pruner = pruner_of(model, inputs)
-    assert list(pruner.engine.found.blocks) == ["layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"]
-    assert set(pruner.engine.found.skipped) == {"layer2.0", "layer3.0", "layer4.0"}
-    assert "it changes the shape from (2, 64, 8, 8) to (2, 128, 4, 4)" in pruner.engine.found.skipped["layer2.0"]
+    assert list(pruner.channel_pruner.found.blocks) == ["layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"]
+    assert set(pruner.channel_pruner.found.skipped) == {"layer2.0", "layer3.0", "layer4.0"}
+    assert (
+        "it changes the shape from (2, 64, 8, 8) to (2, 128, 4, 4)" in pruner.channel_pruner.found.skipped["layer2.0"]
+    )
     chosen = pruner_of(resnet()[0], inputs, layers=["layer1", "layer3", "layer4"], exclude=["layer4.1"])
-    assert list(chosen.engine.found.blocks) == ["layer1.0", "layer1.1", "layer3.1"]
+    assert list(chosen.channel_pruner.found.blocks) == ["layer1.0", "layer1.1", "layer3.1"]
 
 
 def test_stages_are_no_blocks_and_what_has_no_residual_sum_is_none() -> None:
@@ -232,7 +234,7 @@ def test_the_block_that_changes_its_input_least_goes_however_large_it_is() -> No
         y = block(x=x, scale=0.5)
         seen.append(1 - functional.cosine_similarity(x, y, dim=-1).mean().item())
         x = y
-    heard = pruner.engine.rules[0].listener.collector
+    heard = pruner.engine.rules[0].feed.collector
     heard.own = {}  # what the lines above have shown it
     model(inputs)
     found = [float(heard.tensors()[f"block_change.blocks.{number}"]) for number in range(4)]
@@ -254,7 +256,7 @@ def test_images_are_compared_by_position() -> None:
     with torch.no_grad():
         model(inputs)
     expected = 1 - functional.cosine_similarity(kept["x"], kept["y"], dim=1).mean()
-    heard = pruner.engine.rules[0].listener.collector.tensors()["block_change.layer1.0"]
+    heard = pruner.engine.rules[0].feed.collector.tensors()["block_change.layer1.0"]
     assert float(heard) == pytest.approx(float(expected), abs=1e-6) and heard > 1e-4
 
 
@@ -402,10 +404,19 @@ def test_every_criterion_ranks_blocks_or_is_refused_by_name() -> None:
         ([{"pattern": "depth"}, {"pattern": "depth", "layers": ["blocks.0"]}], r"rules\[1\] would"),
         ([{"pattern": "channel", "criterion": "block_change"}], "criterion: 'block_change' scores whole blocks"),
         ([{"pattern": "unstructured", "criterion": "block_change"}], "criterion: 'block_change' scores whole blocks"),
-        ([{"pattern": "depth", "target": {"latency": 0.5}}], "target.latency: 0.5 is for channels"),
-        ([{"pattern": "depth", "target": {"peak_memory": 0.5}}], "target.peak_memory: 0.5 is for channels"),
-        ([{"pattern": "depth", "target": {"macs": 0.5}, "allocation": "macs"}], "allocation: 'macs' is for channels"),
-        ([{"pattern": "depth", "multiple": 8}], "multiple: 8 is for channels"),
+        (
+            [{"pattern": "depth", "target": {"latency": 0.5}}],
+            "target.latency: 0.5 is not supported by the pattern 'depth'",
+        ),
+        (
+            [{"pattern": "depth", "target": {"peak_memory": 0.5}}],
+            "target.peak_memory: 0.5 is not supported by the pattern",
+        ),
+        (
+            [{"pattern": "depth", "target": {"macs": 0.5}, "allocation": "macs"}],
+            "allocation: 'macs' is not supported by the pattern",
+        ),
+        ([{"pattern": "depth", "multiple": 8}], "multiple: 8 is not supported by the pattern"),
         ([{"pattern": "depth", "layers": ["block"]}], "layers: 'block' is not known; did you mean 'blocks"),
         ([{"pattern": "depth", "layers": ["first"]}], "selects no block|no residual block that could go"),
         ([{"pattern": {"type": "depth", "unit": 2}}], "unit"),
@@ -422,7 +433,7 @@ def test_a_block_that_the_code_needs_stays_by_name(caplog: pytest.LogCaptureFixt
     layer, inputs = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), torch.randn(2, 5, 32)
     model = nn.TransformerEncoder(layer, 3).eval()  # it looks into its first layer
     pruner = pruner_of(model, inputs)
-    assert list(pruner.engine.found.blocks) == ["layers.1", "layers.2"]
+    assert list(pruner.channel_pruner.found.blocks) == ["layers.1", "layers.2"]
     assert "layers.0 stays: without it the model does not run" in caplog.text
     pruner.prune(epoch=0)
     assert pruner.phase == "finetune" and pruner.sparsity == 0.5
@@ -430,7 +441,9 @@ def test_a_block_that_the_code_needs_stays_by_name(caplog: pytest.LogCaptureFixt
 
 def test_a_criterion_of_blocks_refuses_other_groups() -> None:
     model, inputs = stack()
-    grouping = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=inputs).engine.found.grouping
+    grouping = Pruning(
+        model, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=inputs
+    ).channel_pruner.found.grouping
     with pytest.raises(ConfigError, match="'block_change' scores whole blocks"):
         registered("criterion", "block_change").collector().attach(model, grouping)
 
@@ -438,8 +451,8 @@ def test_a_criterion_of_blocks_refuses_other_groups() -> None:
 def test_a_decoder_without_its_first_block_generates_with_its_cache_and_without() -> None:
     model, inputs = build("llama")
     pruner = pruner_of(model, inputs, start=1)
-    pruner.engine.keep_D = torch.tensor([False, True])
-    pruner.engine.masks.set(pruner.engine.keep_D)
+    pruner.channel_pruner.keep_D = torch.tensor([False, True])
+    pruner.channel_pruner.masks.set(pruner.channel_pruner.keep_D)
     pruner.remove()
     options = {"max_new_tokens": 4, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     cached, plain = (model.generate(IDS, use_cache=one, **options).scores for one in (True, False))

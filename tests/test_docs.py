@@ -349,7 +349,7 @@ def test_channel_rules_that_have_heard_nothing_say_so_as_the_reference_does(crit
 @pytest.mark.parametrize("option", [{"mode": "unprune"}, {"keep_zeros": True}, {"progressive": 4}])
 def test_keys_that_the_docs_say_channels_refuse_are(option: dict[str, Any]) -> None:
     assert "they are refused" in (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    with pytest.raises(ConfigError, match="is for slices, blocks and weights"):
+    with pytest.raises(ConfigError, match="is not supported by the pattern"):
         Pruning(Shared(), {"rules": [{"target": {"sparsity": 0.5}, **option}]}, example_inputs=torch.randn(2, 8))
 
 

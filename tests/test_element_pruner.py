@@ -235,7 +235,7 @@ OPTIMIZERS = {
 def dead(pruner: Pruning, model: nn.Module) -> int:
     """How many weights are masked; they and nothing of them may be anything but 0."""
     total = 0
-    for one in pruner._elements.rules if pruner._elements is not None else ():
+    for one in pruner.engine.weights.rules if pruner.engine.weights is not None else ():
         for member, keep in one.grouping.expand(one.masks.keep_G.float(), outside=1.0):
             gone = keep.expand(member.parameter.shape) == 0
             assert (member.parameter[gone] == 0).all()

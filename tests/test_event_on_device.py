@@ -30,7 +30,7 @@ def event(pattern: Any, layers: int, **rule: Any) -> tuple[DeviceMeter, int]:
             parameter.grad = torch.empty_like(parameter)
         pruner = Pruning(model, {"rules": [rule]}, optimizer=optimizer)
         optimizer.step()
-        (one,) = pruner._elements.rules
+        (one,) = pruner.engine.weights.rules
         one.masks.set(torch.zeros_like(one.masks.keep_G))
         meter.start()
         pruner.prune(model, 0)

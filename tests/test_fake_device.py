@@ -153,8 +153,8 @@ def held(value: Any) -> list[Tensor]:
 
 def collectors_of(pruner: Pruning) -> list[Any]:
     """What listens for the pruner's criteria."""
-    finer = [one.collector for one in pruner._elements.rules] if pruner._elements is not None else []
-    return finer if pruner._elements is not None else [one.listener.collector for one in pruner.engine.rules]
+    finer = [one.feed.collector for one in pruner.engine.weights.rules] if pruner.engine.weights is not None else []
+    return finer if pruner.engine.weights is not None else [one.feed.collector for one in pruner.engine.rules]
 
 
 def test_every_registered_pattern_is_tried() -> None:
@@ -296,7 +296,7 @@ def test_distillation_acts_on_the_gpu_and_nothing_waits(narrower: bool) -> None:
         for watch in (Watch(strict=False), Watch()):
             with watch:
                 loss = pruner.distill_loss(model(fake), fake)
-                for parameter in () if not narrower else pruner._distiller._features.parameters():
+                for parameter in () if not narrower else pruner._session.distiller._features.parameters():
                     parameter.grad = torch.empty_like(parameter)
         assert loss.device == CUDA and loss.shape == ()
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.groups.channel_norms import GroupIndex
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.masks.factor_writer import FactorWriter
 from pruningawaretraining.masks.masks import Masks
 
 SIZE = 5
@@ -85,7 +86,7 @@ def test_masks_clear_every_weight_of_a_masked_group_and_no_other(case: str, mask
     keep_G = torch.ones(SIZE, dtype=torch.bool)
     keep_G[masked] = False
     before = parameter.detach().clone()
-    masks = Masks(nn.Identity(), grouping)
+    masks = Masks(grouping, FactorWriter(grouping))
     masks.set(keep_G)
     expected = before * torch.stack(spread(keep_G.float(), case, 1.0)).prod(0)
     assert torch.equal(parameter.detach(), expected.to(before.dtype))
@@ -100,7 +101,7 @@ def test_masks_clear_every_weight_of_a_masked_group_and_no_other(case: str, mask
 @pytest.mark.parametrize("case", CASES)
 def test_rows_of_masked_groups_are_left_out_only_while_they_are_masked(case: str, change: str) -> None:
     parameter, grouping = grouping_of(case, change)
-    index, masks = GroupIndex(grouping, ("out",)), Masks(nn.Identity(), grouping)
+    index, masks = GroupIndex(grouping, ("out",)), Masks(grouping, FactorWriter(grouping))
     keep_G = torch.tensor([True, False, True, True, False])
     masks.set(keep_G)
     for keep in (None, keep_G, keep_G, None):

@@ -39,7 +39,7 @@ def test_masked_equals_removed_and_analytic_macs_equal_counted_ones(name: str, p
     target = {"sparsity": 0.5} if pattern == "head" else {"macs": 0.6}
     pruner = pruner_of(model, inputs, pattern, target=target, start=1, end=2, scope="global")
     pruner.prune(epoch=1)
-    engine = pruner.engine
+    engine = pruner.channel_pruner
     masked, expected = outputs_of(model, inputs), engine.macs_cost(engine.keep_D)
     parameters = engine.parameters_cost(engine.keep_D)
     pruner.remove()

@@ -41,7 +41,7 @@ def dense() -> torch.nn.Module:
 def check_halved(callback, path: Path) -> None:
     """The target was met inside the training, the model has fewer channels, and the file holds them."""
     pruner: Pruning = callback.pruner
-    assert pruner.phase in ("finetune", "done") and pruner.engine.removed
+    assert pruner.phase in ("finetune", "done") and pruner.channel_pruner.removed
     assert 0.4 < pruner.macs.fraction <= 0.5
     again = load_pruned(dense(), path / "pruned.safetensors").state_dict()
     own = pruner.model.state_dict()
@@ -56,7 +56,7 @@ def test_an_example_is_interrupted_and_goes_on_twice(kind, tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--batch-size", "64"]
     before = module.main([*arguments, "--epochs", "3"]).pruner
     masks, steps = before.masks, before.steps
-    assert any(not bool(keep.all()) for keep in masks.values()) and not before.engine.removed
+    assert any(not bool(keep.all()) for keep in masks.values()) and not before.channel_pruner.removed
     assert steps in (3 * 10, 3 * 11, 3 * 9), "two batches of 64 make one step"
     after = module.main([*arguments, "--epochs", "6", "--resume"])
     check_halved(after, tmp_path)
@@ -89,18 +89,18 @@ def test_the_other_lightning_package_takes_the_callback(tmp_path):
         max_epochs=2, limit_train_batches=2, callbacks=[callback], logger=False, enable_progress_bar=False,
         enable_checkpointing=False, accelerator="cpu", enable_model_summary=False,
     ).fit(Classifier(), module.loaders(64)[0])  # fmt: skip
-    assert callback.pruner.engine.removed
+    assert callback.pruner.channel_pruner.removed
 
 
 def test_transformers_example_is_interrupted_and_goes_on(tmp_path, capsys):
     module = example("transformers_text")
     arguments = ["--out", str(tmp_path), "--width", "32", "--epochs"]
     before = module.main([*arguments, "5"]).pruner
-    assert before.phase == "done" and not before.engine.removed
+    assert before.phase == "done" and not before.channel_pruner.removed
     folders = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     assert len(folders) == 5 and all((folder / STATE).is_file() for folder in folders)
     after = module.main([*arguments, "8", "--resume", str(folders[2])]).pruner
-    assert after.engine.removed and after.sparsity == pytest.approx(0.4, abs=0.01)
+    assert after.channel_pruner.removed and after.sparsity == pytest.approx(0.4, abs=0.01)
     widths = {module.intermediate.dense.out_features for module in after.model.bert.encoder.layer}
     assert widths == {int(4 * 32 * 0.6) + 1} or widths == {int(4 * 32 * 0.6)}
     folder = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pruningawaretraining.channel_pruner.targets import Targets
 from torch import nn
 
 from pruningawaretraining import Pruning, count_macs, registry
@@ -27,7 +28,6 @@ from pruningawaretraining.costs.latency.meter import RuntimeMeter
 from pruningawaretraining.costs.latency.model import Fit, LatencyCost, fit
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.costs.memory import peak_activation_bytes
-from pruningawaretraining.engine.targets import Targets
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.masks.pruned_copy import bare_copy, pruned_copy
 from pruningawaretraining.patterns.channel import Channel
@@ -277,7 +277,7 @@ def pruned(target: dict[str, Any], meter: MadeUp, **rule: Any) -> tuple[nn.Modul
     model = Net()
     config = {"rules": [{"target": target, **rule}]}
     pruner = Pruning(model, config, example_inputs=INPUT)
-    pruner.engine.targets._meter = lambda _: meter
+    pruner.channel_pruner.targets._meter = lambda _: meter
     for epoch in range(rule.get("end", 0) + 1):
         pruner.prune(model, epoch)
     return model, pruner
@@ -293,7 +293,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     meter = MadeUp(slower=1.1)
-    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
+    monkeypatch.setattr("pruningawaretraining.channel_pruner.targets._runtime_meter", lambda *_: meter)
     return meter
 
 
@@ -316,7 +316,7 @@ def test_several_targets_hold_at_once(made_up: MadeUp) -> None:
         dense = Net()
         assert count_macs(model, INPUT) <= 0.5 * count_macs(dense, INPUT)
         count = [sum(one.numel() for one in net.parameters()) for net in (model, dense)]
-        assert count[0] <= 0.6 * count[1] and pruner.engine.sparsity >= 0.3 - 1 / 144
+        assert count[0] <= 0.6 * count[1] and pruner.channel_pruner.sparsity >= 0.3 - 1 / 144
         assert peak_activation_bytes(model, INPUT) <= 0.7 * peak_activation_bytes(dense, INPUT)
 
 
@@ -354,7 +354,7 @@ def test_what_is_left_of_a_latency_is_given_back(
 ) -> None:
     """Copies that are faster (or slower) than the tables say end just below the budget, and not far below it."""
     meter = MadeUp(slower)
-    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
+    monkeypatch.setattr("pruningawaretraining.channel_pruner.targets._runtime_meter", lambda *_: meter)
     _, pruner = pruned({"latency": 0.6}, meter, allocation=allocation)
     reached = pruner.engine.rules[0].state.latencies[-1]
     assert 0.8 * reached["budget_ms"] <= reached["measured_ms"] <= 1.01 * reached["budget_ms"]
@@ -372,7 +372,7 @@ def test_a_missed_latency_is_said_with_both_numbers(
     allocation: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     meter = Slow()
-    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
+    monkeypatch.setattr("pruningawaretraining.channel_pruner.targets._runtime_meter", lambda *_: meter)
     with caplog.at_level("WARNING"):
         _, pruner = pruned({"latency": 0.9}, meter, allocation=allocation)
     reached = pruner.engine.rules[0].state.latencies[-1]
@@ -385,7 +385,7 @@ def test_the_last_masks_are_those_that_were_measured(monkeypatch: pytest.MonkeyP
     """Groups are chosen anew three times, and not once more after the last measurement."""
     chosen: list[int] = []
     meter = Slow()
-    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
+    monkeypatch.setattr("pruningawaretraining.channel_pruner.targets._runtime_meter", lambda *_: meter)
 
     def allocate(task: Any) -> torch.Tensor:
         chosen.append(len(chosen))
@@ -393,9 +393,9 @@ def test_the_last_masks_are_those_that_were_measured(monkeypatch: pytest.MonkeyP
         keep_R[: len(chosen)] = False
         return keep_R
 
-    monkeypatch.setattr("pruningawaretraining.engine.targets.lookup", lambda kind, name: allocate)
+    monkeypatch.setattr("pruningawaretraining.channel_pruner.targets.lookup", lambda kind, name: allocate)
     _, pruner = pruned({"latency": 0.9}, meter)
-    assert len(chosen) == 4 and int((~pruner.engine.keep_D).sum()) == 4
+    assert len(chosen) == 4 and int((~pruner.channel_pruner.keep_D).sum()) == 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -420,7 +420,7 @@ def test_bad_targets(target: dict[str, Any], message: str) -> None:
 
 
 def test_weights_have_no_latency() -> None:
-    with pytest.raises(ConfigError, match=r"target.latency: 0.5 is for channels"):
+    with pytest.raises(ConfigError, match=r"target.latency: 0.5 is not supported by the pattern"):
         Pruning(Net(), {"rules": [{"pattern": "element", "target": {"latency": 0.5}}]}, example_inputs=INPUT)
 
 
@@ -437,7 +437,7 @@ def test_onnxruntime_end_to_end() -> None:
     pruner.prune(model, 0)
     state = pruner.engine.rules[0].state
     assert len(state.latencies) == 1 and state.latencies[0]["predicted_ms"] > 0
-    assert pruner.engine.sparsity > 0 and len(list(cache_folder().glob("*.json"))) == 6
+    assert pruner.channel_pruner.sparsity > 0 and len(list(cache_folder().glob("*.json"))) == 6
     times = [path.stat().st_mtime_ns for path in sorted(files)]
     Pruning(Net(), config, example_inputs=images)
     assert [path.stat().st_mtime_ns for path in sorted(files)] == times  # read, not measured again

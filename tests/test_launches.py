@@ -52,7 +52,7 @@ def masked_half(name: str) -> tuple[nn.Module, ChannelGroups, Masks]:
     """A copy of a model with every other channel masked."""
     model = copy.deepcopy(traced(name)[0])
     found = traced(name)[1].on(model)
-    masks = Masks(model, found.grouping, found.norms)
+    masks = Masks.coupled(model, found)
     masks.set(torch.arange(found.grouping.size) % 2 == 0)
     return model, found, masks
 

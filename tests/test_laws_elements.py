@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pruningawaretraining.allocation.ranking import SLACK
-from pruningawaretraining.allocation.threshold import ElementLimits, allocate, allocate_windows, classes_of
+from pruningawaretraining.allocation.threshold import Limits, allocate, allocate_windows, classes_of
 from pruningawaretraining.criteria.base import Statistics, collector_of
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.patterns.block import NofM
@@ -116,10 +116,8 @@ def _next(model: Any, pattern: Any, grouping: Grouping, scores: Any, sparsity: f
     classes = classes_of(grouping, scope)
     if isinstance(pattern, NofM):
         dims = input_dims(model, grouping)
-        return allocate_windows(
-            scores, grouping, pattern.window, sparsity, dims, ElementLimits(), classes, removed_G=gone
-        )
-    return allocate(scores, grouping.set_sizes.tolist(), sparsity, ElementLimits(), classes, gone)
+        return allocate_windows(scores, grouping, pattern.window, sparsity, dims, Limits(), classes, removed_G=gone)
+    return allocate(scores, grouping.set_sizes.tolist(), sparsity, Limits(), classes, gone)
 
 
 def _gone_by_class(grouping: Grouping, keep: torch.Tensor, scope: str) -> list[int]:

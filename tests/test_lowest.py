@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.allocation.threshold import (
-    ElementLimits,
+    Limits,
     _lowest_in_rows,
     allocate,
     allocate_windows,
@@ -85,7 +85,7 @@ def test_allocation_decides_the_same_without_the_host(monkeypatch: pytest.Monkey
                 options[key] = torch.rand(sum(sizes), generator=rand) < share
         if trial % 20 == 19 and len(scores):
             scores[-1] = float("nan")
-        limits = (ElementLimits(), ElementLimits(0.2, 0.6), ElementLimits(0, 0.5))[number(0, 2)]
+        limits = (Limits(), Limits(0.2, 0.6), Limits(0, 0.5))[number(0, 2)]
         given = (scores, sizes, number(0, 10) / 10, limits)
         with monkeypatch.context() as patched:
             patched.setattr(lowest, "on_host", lambda values: False)
@@ -130,7 +130,7 @@ def test_n_of_m_is_the_same_without_the_host(sparsity: float, monkeypatch: pytes
     for trial in range(10):
         scores = scores_of(trial, grouping.size)
         removed = torch.rand(grouping.size, generator=rand) < 0.1 if trial % 2 else None
-        dims, limits = input_dims(model, grouping), ElementLimits(0.1, 0.9)
+        dims, limits = input_dims(model, grouping), Limits(0.1, 0.9)
         given = (scores, grouping, (2, 4), sparsity, dims, limits, None, removed)
         expected = allocate_windows(*given)
         with monkeypatch.context() as patched:

@@ -189,6 +189,6 @@ def test_what_cannot_be_sliced_is_left_out_by_name(build: Callable[[], nn.Module
             Pruning(model, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=inputs)
         return
     pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=inputs)
-    assert reason in pruner.engine.found.skipped[left_out]
+    assert reason in pruner.channel_pruner.found.skipped[left_out]
     pruner.prune(epoch=0)
     assert (model[2].out_features, model[4].out_features) == (8, 5)

@@ -56,7 +56,11 @@ def trained(
 
 def zeros_are_where_masks_say(pruner: Pruning) -> bool:
     """Whether every weight that is masked is 0."""
-    masks = [pruner.engine.masks] if pruner._elements is None else [one.masks for one in pruner._elements.rules]
+    masks = (
+        [pruner.channel_pruner.masks]
+        if pruner.engine.weights is None
+        else [one.masks for one in pruner.engine.weights.rules]
+    )
     return all(
         not bool(member.parameter.detach().cpu()[(keep_W == 0).expand(member.parameter.shape).cpu()].any())
         for one in masks

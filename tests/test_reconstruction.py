@@ -37,7 +37,7 @@ def convolutional() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
 
 def groups(model: nn.Module, data: list[tuple[Tensor, Tensor]], source: str) -> Grouping:
     pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.1}, "layers": [source]}]}, example_inputs=data[0][0])
-    return pruner.engine.found.grouping
+    return pruner.channel_pruner.found.grouping
 
 
 def scores(model: nn.Module, data: list[tuple[Tensor, Tensor]], grouping: Grouping) -> Tensor:
@@ -106,7 +106,7 @@ def test_what_no_layer_reads_that_can_be_fitted_goes_last() -> None:
     x = torch.randn(4, 2, 8, 8)
     model(x)
     data = [(x, torch.zeros(4, dtype=torch.long))]
-    found = Pruning(model, {"rules": [{"target": {"sparsity": 0.1}}]}, example_inputs=x).engine.found.grouping
+    found = Pruning(model, {"rules": [{"target": {"sparsity": 0.1}}]}, example_inputs=x).channel_pruner.found.grouping
     first = next(one for one in found.sets if one.name == "0")
     unread = torch.isinf(scores(model, data, found))
     assert unread.sum() == 4 and bool(unread[first.start : first.stop].all())
@@ -133,7 +133,7 @@ def rule(**more: Any) -> dict[str, Any]:
 def test_a_training_without_data_listens_to_one_batch_in_sixteen() -> None:
     model, data = linear(16)
     pruner = Pruning(model, rule(start=1), example_inputs=data[0][0])
-    heard = pruner.engine.rules[0].listener.collector
+    heard = pruner.engine.rules[0].feed.collector
     model.eval()
     model(data[0][0])
     assert heard.sums == {}
@@ -154,7 +154,7 @@ def test_a_training_with_data_does_not_listen() -> None:
     pruner.calibrate_with(data, functional.cross_entropy)
     model.train()
     model(data[0][0])
-    assert pruner.engine.rules[0].listener.collector.sums == {}
+    assert pruner.engine.rules[0].feed.collector.sums == {}
     pruner.prune(model, 0)
     assert model[0].out_features < 16
 

@@ -128,9 +128,9 @@ def test_targets_are_measured_there(there: torch.device, target: dict[str, Any])
     for inputs in (IMAGES, IMAGES.to(there)):
         pruner = Pruning(net(), {"rules": [rule]}, example_inputs=inputs)
         pruner.prune(epoch=0)
-        assert is_there(pruner.model) and float((~pruner.engine.keep_D).sum()) > 0
+        assert is_there(pruner.model) and float((~pruner.channel_pruner.keep_D).sum()) > 0
     if "latency" in target:
-        (made,) = pruner.engine.targets._latencies.values()
+        (made,) = pruner.channel_pruner.targets._latencies.values()
         assert made.meter.runtime.device == "lazy:0"
 
 

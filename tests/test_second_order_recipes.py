@@ -234,7 +234,7 @@ def test_one_shot_and_fine_tuning_prunes_before_any_training(tmp_path):
 
 
 def test_channels_are_never_released():
-    with pytest.raises(ConfigError, match="release: True is for slices, blocks and weights"):
+    with pytest.raises(ConfigError, match="release: True is not supported by the pattern 'channel'"):
         load_config({"rules": [{"release": True, "target": {"sparsity": 0.5}}]})
 
 

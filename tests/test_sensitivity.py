@@ -41,8 +41,8 @@ def test_each_set_is_pruned_alone_by_score(tmp_path: Path) -> None:
     assert found["images"] == 60 and found["tolerance"] == 0.05
     model = build_model(config.model.model_copy(update={"weights": str(options.weights)}), 10, 1)
     pruner = Pruning(model, config.pruning, example_inputs=EXAMPLE)
-    assert list(found["sets"]) == [one.name for one in pruner.engine.dense_sets]
-    for one in pruner.engine.dense_sets:
+    assert list(found["sets"]) == [one.name for one in pruner.channel_pruner.dense_sets]
+    for one in pruner.channel_pruner.dense_sets:
         rows = found["sets"][one.name]["rows"]
         assert [row["kept"] for row in rows] == [one.size - one.size // 4, one.size - one.size // 2]
         assert all(0 <= row["accuracy"] <= 1 for row in rows)
@@ -146,7 +146,7 @@ def test_a_rule_keeps_to_its_caps() -> None:
     [
         ({"max_sparsity_from": "nothing.json"}, "max_sparsity_from: 'nothing.json' cannot be read"),
         ({"max_sparsity_from": {"conv1": 1.5}}, "max_sparsity_from"),
-        ({"max_sparsity_from": {"conv1": 0.5}, "pattern": "2:4"}, "it is for channels and heads"),
+        ({"max_sparsity_from": {"conv1": 0.5}, "pattern": "2:4"}, "is not supported by the pattern '2:4'"),
     ],
 )
 def test_bad_caps_are_refused_by_the_config(rule: dict[str, Any], message: str) -> None:

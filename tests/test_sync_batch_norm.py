@@ -24,7 +24,7 @@ def pruned(converted: bool) -> Pruning:
 
 def test_it_is_pruned_as_a_batch_norm(tmp_path):
     plain, synchronised = pruned(False), pruned(True)
-    assert synchronised.engine.removed and plain.macs == synchronised.macs
+    assert synchronised.channel_pruner.removed and plain.macs == synchronised.macs
     for name, keep in plain.masks.items():
         assert torch.equal(keep, synchronised.masks[name])
     save_pruned(synchronised.model, tmp_path / "pruned.safetensors")

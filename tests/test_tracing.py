@@ -103,8 +103,8 @@ def test_an_operation_on_channels_is_handled_or_left_out(name: str) -> None:
     removed = outputs_of(model, IMAGE)[0]
     assert float((masked - removed).abs().max()) <= 1e-5 * float(masked.abs().max())
     assert model.inside.out_channels == 18
-    assert round(pruner.engine.macs_cost(pruner.engine.keep_D)) == count_macs(model, IMAGE)
-    assert model.first.out_channels < 16 or "first" in pruner.engine.found.skipped
+    assert round(pruner.channel_pruner.macs_cost(pruner.channel_pruner.keep_D)) == count_macs(model, IMAGE)
+    assert model.first.out_channels < 16 or "first" in pruner.channel_pruner.found.skipped
 
 
 class Stacked(nn.Module):

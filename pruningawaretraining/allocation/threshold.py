@@ -14,12 +14,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from pruningawaretraining.allocation.ranking import SLACK
+from pruningawaretraining.allocation.ranking import SLACK, Limits
 from pruningawaretraining.errors import TargetError
 from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.groups import lowest
@@ -27,18 +27,7 @@ from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.views import slot_maxima
 from pruningawaretraining.registry import lookup
 
-
-@dataclass(frozen=True)
-class ElementLimits:
-    """Bounds on the fraction of each set's groups that go.
-
-    Args:
-        min_sparsity: at least ``floor(min_sparsity * groups)`` go.
-        max_sparsity: at least ``ceil((1 - max_sparsity) * groups)`` stay; 1 allows that all go.
-    """
-
-    min_sparsity: float = 0.0
-    max_sparsity: float = 1.0
+NO_LIMITS = Limits()
 
 
 def classes_of(grouping: Grouping, scope: str) -> Tensor:
@@ -52,7 +41,7 @@ def allocate(
     scores_G: Tensor,
     sizes_S: Sequence[int],
     sparsity: float,
-    limits: ElementLimits = ElementLimits(),
+    limits: Limits = NO_LIMITS,
     classes_S: Tensor | None = None,
     removed_G: Tensor | None = None,
     exempt_G: Tensor | None = None,
@@ -63,7 +52,7 @@ def allocate(
         scores_G: importance in any floating precision, on any device; infinity means "last".
         sizes_S: groups of each set, in order.
         sparsity: fraction of the groups of each ranking class that go, in [0, 1].
-        limits: bounds in every set.
+        limits: bounds in every set; with ``max_sparsity`` 1 all of a set may go.
         classes_S: the ranking class of each set; None for one class.
         removed_G: groups that are masked already (True): they stay so, and count.
         exempt_G: groups that are left alone (True), and out of every count.
@@ -81,7 +70,7 @@ def allocate(
     wanted = _wanted(sparsity, counted, least, most, classes)
     ranked = lowest.ranking(values_G, sizes_S, classes)
     keep_G = ranked.without_lowest(wanted)
-    if limits == ElementLimits():  # nothing is bounded but what is gone or exempt, and these come first and last
+    if limits == NO_LIMITS:  # nothing is bounded but what is gone or exempt, and these come first and last
         return keep_G
     gone = [size - kept for size, kept in zip(sizes_S, lowest.counts_of(keep_G, sizes_S), strict=True)]
     if all(low <= count <= high for low, count, high in zip(least, gone, most, strict=True)):
@@ -129,7 +118,7 @@ def _counts(sizes_S: Sequence[int], removed_G: Tensor | None, exempt_G: Tensor |
     return counted, lowest.counts_of(masked_G, sizes_S)
 
 
-def _bounds(counted: Sequence[int], gone: Sequence[int], limits: ElementLimits) -> tuple[list[int], list[int]]:
+def _bounds(counted: Sequence[int], gone: Sequence[int], limits: Limits) -> tuple[list[int], list[int]]:
     """The least and the most groups that may be gone from each set."""
     least = [max(math.floor(limits.min_sparsity * n + SLACK), out) for n, out in zip(counted, gone, strict=True)]
     most = [n - max(0, math.ceil((1 - limits.max_sparsity) * n - SLACK)) for n in counted]
@@ -142,7 +131,7 @@ def allocate_windows(
     window: tuple[int, int],
     sparsity: float,
     dims: Sequence[int],
-    limits: ElementLimits = ElementLimits(),
+    limits: Limits = NO_LIMITS,
     classes_S: Tensor | None = None,
     removed_G: Tensor | None = None,
     key: str = "target",
@@ -181,7 +170,7 @@ def allocate_windows(
         return keep_G if removed_G is None else keep_G.masked_fill_(removed_G.to(keep_G.device), False)
     parts = list(_windows(scores_G, grouping, window, dims, removed_G))
     windows = [totals.numel() for _, totals, _ in parts]
-    scaled = ElementLimits(min(1.0, limits.min_sparsity / most), min(1.0, limits.max_sparsity / most))
+    scaled = Limits(min(1.0, limits.min_sparsity / most), min(1.0, limits.max_sparsity / most))
     totals_N = torch.cat([totals.flatten() for _, totals, _ in parts])
     started_N = torch.cat([started.flatten() for _, _, started in parts])
     intact_N = allocate(totals_N, windows, min(1.0, sparsity / most), scaled, classes_S, started_N)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.engine.channel_pruner import ChannelPruner
+from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import build_model
@@ -88,16 +88,17 @@ def measure(config: ExperimentConfig, options: SensitivityOptions, track: Track 
     batches = list(_first(pipeline.test(data.test, BATCH, device), options.images or len(data.test)))
     pruner = Pruning(model, config.pruning, example_inputs=batches[0][0][:1])
     pruner.calibrate_with(TrainingBatches(pipeline, data.train, config.batch_size, device), loss_of)
-    engine = pruner.engine
+    coupled = pruner.engine.coupled
+    assert coupled is not None  # a rule is for channels
     dense = {key: value.detach().clone() for key, value in model.state_dict().items()}
     scores = {}
-    for rule in engine.rules:
-        scores_R = engine.scores(rule)
+    for rule in coupled.rules:
+        scores_R = coupled.scores(rule, pruner.engine.calibration)
         for one in rule.grouping.sets:
             scores[one.name] = scores_R[one.start : one.stop]
     sets = {}
     for name in track(list(scores)):
-        sets[name] = _of_set(engine, name, scores[name], batches, options, dense)
+        sets[name] = _of_set(coupled, name, scores[name], batches, options, dense)
     accuracy = _accuracy(model, batches)
     for found in sets.values():
         found["max_sparsity"] = cap([(row["sparsity"], row["accuracy"]) for row in found["rows"]], accuracy, options)
@@ -156,7 +157,7 @@ def _first(batches: Iterator[Batch], images: int) -> Iterator[Batch]:
 
 
 def _of_set(
-    engine: ChannelPruner,
+    coupled: CoupledGroups,
     name: str,
     scores_P: Tensor,
     batches: Sequence[Batch],
@@ -164,17 +165,17 @@ def _of_set(
     dense: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """One set at every sparsity; the model is dense before and after."""
-    one = next(each for each in engine.dense_sets if each.name == name)
+    one = next(each for each in coupled.dense_sets if each.name == name)
     order_P = torch.argsort(scores_P, stable=True)
     rows = []
     for sparsity in options.sparsities:
         gone = min(math.floor(sparsity * one.size + 1e-6), one.size - 1)
-        keep_D = torch.ones_like(engine.keep_D)
+        keep_D = torch.ones_like(coupled.keep_D)
         keep_D[one.start + order_P[:gone]] = False
-        engine.masks.set(keep_D)
-        rows.append({"sparsity": sparsity, "kept": one.size - gone, "accuracy": _accuracy(engine.model, batches)})
-        engine.masks.clear()
-        engine.model.load_state_dict(dense)
+        coupled.masks.set(keep_D)
+        rows.append({"sparsity": sparsity, "kept": one.size - gone, "accuracy": _accuracy(coupled.model, batches)})
+        coupled.masks.clear()
+        coupled.model.load_state_dict(dense)
     return {"groups": one.size, "rows": rows}
 
 

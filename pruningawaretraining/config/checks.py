@@ -10,7 +10,6 @@ from pruningawaretraining import schedules  # noqa: F401  (importing it register
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import build, canonical, names, spelled
 
-STRUCTURED = ("channel", "channels", "head", "heads", "mha")
 """Patterns whose sets are those of coupled layers."""
 
 NAMED_ONLY = ("schedule", "scope", "allocation")

@@ -12,13 +12,13 @@ from pruningawaretraining import schedules  # noqa: F401  (importing it register
 from pruningawaretraining.config.caps import read_caps
 from pruningawaretraining.config.checks import (
     NAMED_ONLY,
-    STRUCTURED,
     UNCHECKED,
     check_name,
     check_options,
     layer_name,
 )
 from pruningawaretraining.config.editor import complete_schema
+from pruningawaretraining.config.options import OPTIONS, check_supported
 from pruningawaretraining.config.strict import Amount, Count, Fraction, Positive, Strict, UnitInterval, Whole
 from pruningawaretraining.config.targets import ExampleInputs, Target
 from pruningawaretraining.errors import ConfigError
@@ -151,7 +151,7 @@ class Rule(Strict):
         return [layer_name(entry, f"{info.field_name}[{number}]") for number, entry in enumerate(value)]
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _fits_together(self, info: ValidationInfo) -> Self:
         if self.end is not None and self.end < self.start:
             raise ConfigError(f"end: {self.end} is before start. Allowed: start ({self.start}) or later")
         if self.min_sparsity > self.max_sparsity:
@@ -165,11 +165,8 @@ class Rule(Strict):
             )
         if self.enabled and self.layers is not None and not self.layers:
             raise ConfigError("layers: [] names no layer. Allowed: at least one, or leave the key out for all")
-        whole = self.pattern if isinstance(self.pattern, str) else self.pattern.get("type")
-        if self.release and whole in ("channel", "channels"):
-            raise ConfigError("release: True is for slices, blocks and weights. Allowed: False")
-        if self.max_sparsity_from is not None and whole not in STRUCTURED:
-            raise ConfigError(f"max_sparsity_from: it is for channels and heads, not {whole!r}. Allowed: leave it out")
+        if self.enabled and info.context != UNCHECKED and names("pattern"):
+            check_supported(self, {option: type(self).model_fields[option].default for option in OPTIONS})
         aimless = not self.target.given and self.regularizer is None
         if self.enabled and self.mode == "prune" and aimless:
             raise ConfigError("target: nothing to reach. Allowed: sparsity, macs, parameters, latency and the like")

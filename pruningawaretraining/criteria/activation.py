@@ -136,7 +136,7 @@ class Variance(_FromActivations):
         in_eval: listen in eval mode too (calibration), not only while training.
     """
 
-    not_for_blocks: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("channel", "weight")
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
         """See :class:`~pruningawaretraining.criteria.base.Criterion`."""

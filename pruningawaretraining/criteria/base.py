@@ -7,7 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.registry import lookup, names
 
 
 class GroupCost(Protocol):
@@ -106,3 +108,49 @@ def collector_of(criterion: Any) -> Collector | None:
         return made
     base = getattr(criterion, "base", None)
     return None if base is None else collector_of(base)
+
+
+def measures(criterion: Any) -> bool:
+    """Whether a criterion measures what it needs itself, on data that the pruner is given."""
+    return hasattr(criterion, "measured")
+
+
+def refined(criterion: Any, grouping: Grouping, keep_G: Tensor, statistics: Statistics) -> Tensor:
+    """The masks after a criterion has exchanged groups of equal count, where it can."""
+    refine = getattr(criterion, "refine", None)
+    return keep_G if refine is None else refine(grouping, keep_G, statistics)
+
+
+EVERY_KIND = ("channel", "block", "weight")
+
+
+def kinds_of(criterion: Any) -> tuple[str, ...]:
+    """The kinds of groups that a criterion (and the one that it weighs) can score; see
+    :class:`~pruningawaretraining.config.options.Support`."""
+    own: tuple[str, ...] = getattr(criterion, "kinds", EVERY_KIND)
+    base = getattr(criterion, "base", None)
+    return own if base is None else tuple(one for one in own if one in kinds_of(base))
+
+
+def check_kind(criterion: Any, kind: str, key: str, named: Any, pattern: Any) -> None:
+    """Refuse a criterion that cannot score the groups of a pattern.
+
+    Args:
+        criterion: the criterion, built.
+        kind: of the pattern's groups.
+        key: of the criterion in the config.
+        named, pattern: the criterion and the pattern as the config has them.
+
+    Raises:
+        ConfigError: it names the criterion, and patterns and criteria that go together.
+    """
+    kinds = kinds_of(criterion)
+    if kind not in kinds:
+        fitting = [one for one in names("criterion") if kind in getattr(lookup("criterion", one), "kinds", EVERY_KIND)]
+        raise ConfigError(
+            f"{key}: {named!r} scores {' and '.join(_PLURAL[one] for one in kinds)}, not the groups of {pattern!r}. "
+            f"Allowed: {', '.join(fitting)}"
+        )
+
+
+_PLURAL = {"channel": "channels and heads", "block": "whole blocks of layers", "weight": "weights inside layers"}

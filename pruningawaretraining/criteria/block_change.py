@@ -34,7 +34,7 @@ class BlockChange:
         in_eval: listen in eval mode too (calibration), not only while training.
     """
 
-    for_blocks: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("block",)
 
     in_eval: bool = True
 

@@ -34,7 +34,7 @@ class GeometricMedian:
         iterations: of Weiszfeld's algorithm.
     """
 
-    not_for_blocks: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("channel", "weight")
 
     exact: int = 4096
     iterations: int = 20

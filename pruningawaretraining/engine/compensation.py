@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.allocation.threshold import ElementLimits, allocate, classes_of
+from pruningawaretraining.allocation.ranking import Limits
+from pruningawaretraining.allocation.threshold import allocate, classes_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.criteria.second_order.criteria import Sampling, Solver
 from pruningawaretraining.criteria.second_order.gathering import on_model, unchanged_copy
@@ -21,8 +22,10 @@ from pruningawaretraining.criteria.second_order.layout import WeightPattern
 from pruningawaretraining.criteria.second_order.scored import ScoredSolver
 from pruningawaretraining.criteria.second_order.solve import Candidates, Choose, Pruned, share_of
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight, prunable_weights
+from pruningawaretraining.engine.rule import ActiveRule
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, GroupSet
+from pruningawaretraining.groups.views import slot_maxima
 from pruningawaretraining.patterns.block import Block, NofM, Unstructured
 from pruningawaretraining.schedules import sparsity_at
 
@@ -130,7 +133,7 @@ class WeightPruner:
         return {sparsity: results[final] for sparsity, final in finals.items()}
 
     def _solver(self, calibration: Calibration, weights: list[PrunableWeight]) -> Solver:
-        choose = chooser(weights, self.rule.scope, ElementLimits(self.rule.min_sparsity, self.rule.max_sparsity))
+        choose = chooser(weights, self.rule.scope, Limits(self.rule.min_sparsity, self.rule.max_sparsity))
         if isinstance(self.criterion, Sampling):
             return self.criterion.solver(weights, self.criterion.sampled(calibration), choose)
         return ScoredSolver(weights, self.criterion, self.pattern, calibration, choose)
@@ -141,7 +144,7 @@ def _sparsity_of(weights: Sequence[PrunableWeight]) -> float:
     return 1 - sum(int(weight.open_BT.sum()) for weight in weights) / valid
 
 
-def chooser(weights: Sequence[PrunableWeight], scope: str, limits: ElementLimits) -> Choose:
+def chooser(weights: Sequence[PrunableWeight], scope: str, limits: Limits) -> Choose:
     """How a scope and bounds share a sparsity out over layers, with exact counts under ties."""
     sets = tuple(
         GroupSet(one.name, number, number + 1, 1, f"{type(one.module).__name__}:{one.layout.shape}", (one.name,))
@@ -159,3 +162,35 @@ def chooser(weights: Sequence[PrunableWeight], scope: str, limits: ElementLimits
         return list(torch.split(keep, sizes))
 
     return choose
+
+
+def prune_by_curvature(
+    calibration: Calibration, one: ActiveRule, grouping: Grouping, keep_G: Tensor, sparsity: float
+) -> Tensor:
+    """One event of a second-order rule: measure, decide, and move the weights that stay to where the loss rises least.
+
+    Args:
+        calibration: model, data and loss.
+        one: the rule; the weights change in place.
+        grouping: its groups.
+        keep_G: what is kept so far.
+        sparsity: the fraction of the groups that goes.
+
+    Returns:
+        Its new masks, those of single weights also where groups are larger.
+    """
+    pruner = WeightPruner(calibration, one.rule, weight_pattern(one.pattern, f"{one.key}.pattern"), one.criterion)
+    masks = {member.name: keep_W for member, keep_W in grouping.expand(keep_G)}
+    so_far = {
+        group_set.name: masks[member.name].expand(member.parameter.shape).contiguous()
+        for group_set, member in zip(grouping.sets, grouping.members, strict=True)
+    }
+    pruned = pruner.event(sparsity, so_far)
+    put(calibration.model, pruned)
+    kept = [
+        slot_maxima(member, pruned[group_set.name].keep_W.float()).to(keep_G.device)
+        if group_set.name in pruned
+        else torch.ones(member.n_slots, device=keep_G.device)
+        for group_set, member in zip(grouping.sets, grouping.members, strict=True)
+    ]
+    return torch.cat(kept) > 0

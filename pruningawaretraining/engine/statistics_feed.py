@@ -1,28 +1,20 @@
-"""What the criteria of channel rules hear of training: gradients, activations, or calibration data of their own.
+"""Feeds one rule's criterion: gradients and activations of the training, or calibration data of its own.
 
 Shape suffixes: ``_G`` groups of one rule that are still there.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from pruningawaretraining.criteria.base import collector_of
-from pruningawaretraining.criteria.second_order.channels import readers
-from pruningawaretraining.criteria.second_order.criteria import Sampling
+from pruningawaretraining.criteria.base import collector_of, measures
 from pruningawaretraining.criteria.second_order.gathering import gathered
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.patterns.channel_groups import ChannelGroups
-
-
-def measures(criterion: Any) -> bool:
-    """Whether a criterion measures what it needs itself, on data that the pruner is given."""
-    return hasattr(criterion, "measured")
 
 
 class StatisticsFeed:
@@ -32,21 +24,24 @@ class StatisticsFeed:
         key: of the rule, for messages.
         criterion: the criterion.
         model: the model.
-        found: its channels that are still there.
-        sets: numbers of the rule's sets.
+        grouping_on: gives the rule's groups on the model, or on a copy of it.
     """
 
-    def __init__(self, key: str, criterion: Any, model: nn.Module, found: ChannelGroups, sets: list[int]) -> None:
+    def __init__(
+        self, key: str, criterion: Any, model: nn.Module, grouping_on: Callable[[nn.Module], Grouping]
+    ) -> None:
         self.key, self.criterion, self.model = key, criterion, model
-        self.found, self.sets = found, sets
         self.collector = collector_of(criterion)
+        self._grouping_on = grouping_on
+        self._grouping: Grouping | None = None
         self._listening = False
 
-    @cached_property
+    @property
     def grouping(self) -> Grouping:
-        """The rule's groups; gates are where channels are read, so only there for criteria of second order."""
-        own = self.found.grouping.select_sets(self.sets)
-        return readers(own) if isinstance(self.criterion, Sampling) else own
+        """The rule's groups as they are now."""
+        if self._grouping is None:
+            self._grouping = self._grouping_on(self.model)
+        return self._grouping
 
     def begin(self, calibration: Calibration | None = None) -> None:
         """Listen from now on; a criterion that measures on data of its own has no need to."""
@@ -62,36 +57,30 @@ class StatisticsFeed:
             self.collector.detach()
         self._listening = False
 
-    def hear(self, scale: Tensor | float) -> None:
-        """Gradients are complete and no weight has moved."""
+    def observe(self, scale: Tensor | float) -> None:
+        """Gradients are complete and no weight has moved; ``scale`` is what they are still multiplied with."""
         if self.collector is not None and self._listening:
             self.collector.on_before_step(self.grouping, scale)
 
-    def follow(self, found: ChannelGroups, keep_G: Tensor) -> None:
-        """Channels have been removed, while nothing listened.
-
-        Args:
-            found: those that are left.
-            keep_G: which of the rule's groups are among them.
-        """
-        self.found = found
-        self.__dict__.pop("grouping", None)
+    def follow(self, keep_G: Tensor) -> None:
+        """Groups have been removed, while nothing listened; ``keep_G`` says which of the rule's are left."""
+        self.rebind()
         if self.collector is not None:
             self.collector.restrict(self.grouping, keep_G)
 
-    def rebind(self, found: ChannelGroups) -> None:
-        """The same channels of other tensors."""
-        self.found = found
-        self.__dict__.pop("grouping", None)
+    def rebind(self) -> None:
+        """The same groups lie in other tensors."""
+        self._grouping = None
 
-    def statistics(self, calibration: Calibration | None) -> dict[str, Tensor]:
-        """What there is to score with; see :attr:`~pruningawaretraining.criteria.base.Statistics.tensors`.
+    def statistics(self, calibration: Calibration | None, required: bool = True) -> dict[str, Tensor]:
+        """Everything there is to score with; see :attr:`~pruningawaretraining.criteria.base.Statistics.tensors`.
 
         Args:
             calibration: data of the criterion's own, if it was given any.
+            required: whether a criterion that has seen no step is refused; else it scores by size.
 
         Raises:
-            ModelError: there has been nothing to hear yet.
+            ModelError: no step has been seen yet.
         """
         if self.collector is None:
             return {}
@@ -100,7 +89,7 @@ class StatisticsFeed:
             return found
         self.collector.agree()
         known = self.collector.tensors()
-        if known and int(known.get("steps", 1)) > 0:
+        if _has_steps(known) or (calibration is None and not required):
             return known
         if calibration is None:
             raise ModelError(
@@ -109,19 +98,12 @@ class StatisticsFeed:
             )
         return gathered(calibration, self._grouping_on, self.criterion)[1].tensors
 
-    def _grouping_on(self, model: nn.Module) -> Grouping:
-        """The rule's groups on a copy of the model."""
-        return self.found.on(model).grouping.select_sets(self.sets)
-
     def ready(self, calibration: Calibration | None) -> bool:
-        """Whether the criterion can score: it needs nothing, has data to look at, or has heard a step."""
-        if self.collector is None or (calibration is not None and measures(self.criterion)):
-            return True
-        known = self.collector.tensors()
-        return bool(known) and int(known.get("steps", 1)) > 0
+        """Whether the criterion can score: it needs nothing, has data to look at, or has seen a step."""
+        return self.collector is None or calibration is not None or _has_steps(self.collector.tensors())
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What has been heard: tensors and plain data."""
+        """Everything gathered so far: tensors and plain data."""
         return None if self.collector is None else self.collector.state_dict()
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -132,3 +114,7 @@ class StatisticsFeed:
         """
         if self.collector is not None and state is not None:
             self.collector.load_state_dict(state)
+
+
+def _has_steps(known: dict[str, Tensor]) -> bool:
+    return bool(known) and int(known.get("steps", 1)) > 0

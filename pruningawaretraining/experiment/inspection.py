@@ -14,13 +14,13 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from pruningawaretraining.config import PruningConfig, load_config
+from pruningawaretraining.config.options import support_of
 from pruningawaretraining.costs.macs import macs_per_layer
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment.build import build_model
 from pruningawaretraining.experiment.datasets import data_shape
 from pruningawaretraining.experiment.schema import ModelConfig, load_experiment
 from pruningawaretraining.models.calling import from_shapes
-from pruningawaretraining.patterns.channel import StructuredPattern
 from pruningawaretraining.registry import build
 from pruningawaretraining.report import coupling
 from pruningawaretraining.report.summary import percent, si
@@ -96,7 +96,8 @@ def groups_text(inspected: Inspected) -> str:
     verb = "is" if len(groups) == 1 else "are"
     lines.append(f"There {verb} {len(groups)} {noun} of layers, with the following source convs:")
     lines.append(str([group["source"] for group in groups]))
-    skipped = pruner.engine.found.skipped if has_channels(inspected.pruning) else {}
+    coupled = pruner.engine.coupled if has_channels(inspected.pruning) else None
+    skipped = {} if coupled is None else coupled.found.skipped
     if skipped:
         lines += ["", "Left as they are:", *(f"{name}: {reason}" for name, reason in skipped.items())]
     return "\n".join(lines)
@@ -104,8 +105,7 @@ def groups_text(inspected: Inspected) -> str:
 
 def has_channels(pruning: PruningConfig) -> bool:
     """Whether a rule that is enabled prunes channels, or what else can be removed of coupled layers."""
-    patterns = [build("pattern", rule.pattern) for rule in pruning.rules if rule.enabled]
-    return any(isinstance(pattern, StructuredPattern) for pattern in patterns)
+    return any(support_of(build("pattern", rule.pattern)).removable for rule in pruning.rules if rule.enabled)
 
 
 def groups_picture(inspected: Inspected) -> str:

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from pruningawaretraining.checkpoint.pruned import save_pruned
+from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment.build import build_model
@@ -27,7 +28,6 @@ from pruningawaretraining.experiment.datasets import load_data
 from pruningawaretraining.experiment.run import find_device
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.tracking import tracked
-from pruningawaretraining.patterns.channel import StructuredPattern
 from pruningawaretraining.registry import build
 from pruningawaretraining.session.one_shot import AfterPruning, accuracy, one_shot
 
@@ -115,7 +115,7 @@ def prune_by_rules(
         raise ConfigError(f"--sparsities: the config has {len(active)} rules, each with a target of its own")
     for number, rule in enumerate(active):
         last = number == len(active) - 1
-        channels = isinstance(build("pattern", rule.pattern, "pattern"), StructuredPattern)
+        channels = support_of(build("pattern", rule.pattern, "pattern")).removable
         compensation = options.after.compensation if channels else "none"
         after = replace(options.after, compensation=compensation) if last else AfterPruning(compensation)
         (model,) = one_shot(model, rule, train, loss_of, after=after).values()

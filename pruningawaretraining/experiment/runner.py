@@ -219,7 +219,7 @@ class Runner:
             self.rates.apply(optimizer, epoch + number / steps)
             yield batch
 
-    def _change(self, model: nn.Module, pruner: Pruning, change: Callable[[], None]) -> None:
+    def _change(self, model: nn.Module, pruner: Pruning, change: Callable[[], object]) -> None:
         """Let the pruner change the model; the first time that it removes something, compare with the masked model."""
         if self.state.masked_removed is not None:
             change()

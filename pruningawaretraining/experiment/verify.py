@@ -53,9 +53,10 @@ def masked_scores(
     """
     twin.load_state_dict(state)
     pruner = Pruning(twin, config, example_inputs=images_BCHW[:1])
-    if pruner.engine.removed:
+    coupled = pruner.engine.coupled
+    if coupled is None or coupled.removed:
         return None
-    pruner.engine.masks.set(torch.cat([masks[one.name] for one in pruner.engine.dense_sets]))
+    coupled.masks.set(torch.cat([masks[one.name] for one in coupled.dense_sets]))
     return scores(twin, images_BCHW)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pruningawaretraining.config.options import support_of
 from pruningawaretraining.errors import CheckpointError, ConfigError, unknown
 from pruningawaretraining.integrations.common import Attached, imported
 from pruningawaretraining.models.calling import ForwardFn
-from pruningawaretraining.patterns.channel import StructuredPattern
 from pruningawaretraining.registry import build
 from pruningawaretraining.session.pruning import Pruning, Source
 
@@ -90,7 +90,7 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
             raise ConfigError(f"part: {unknown('submodule', self._part, near)}")
         base: Any = next(one for one in type(pl_module).__mro__ if one.__name__ == "LightningModule")
         rules = [one for one in self._attached.config.rules if one.enabled]
-        traced = any(isinstance(build("pattern", one.pattern), StructuredPattern) for one in rules)
+        traced = any(support_of(build("pattern", one.pattern)).removable for one in rules)
         plain = self._part == "" and type(pl_module).forward is base.forward and self._attached.forward_fn is None
         if traced and plain:
             raise ConfigError(

@@ -55,7 +55,7 @@ def _masked(model: nn.Module, found: ChannelGroups, keep_G: Tensor) -> Iterator[
     saved = {
         id(member.parameter): (member.parameter, member.parameter.detach().clone()) for member in _losing(found, keep_G)
     }
-    masks = Masks(model, found.grouping, found.norms, blocks=found.blocks)
+    masks = Masks.coupled(model, found)
     masks.set(keep_G)
     try:
         yield

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class SlicePenalty:
     Args:
         strength: of the penalty.
     """
+
+    acts: ClassVar[str] = "loss"
 
     strength: float = 1e-4
 
@@ -84,6 +87,8 @@ class BlockLasso:
     Args:
         strength: of the penalty.
     """
+
+    acts: ClassVar[str] = "weights"
 
     strength: float = 1e-4
 

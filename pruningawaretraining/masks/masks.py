@@ -1,68 +1,110 @@
 """Masks: the groups that are switched off while training goes on.
 
-Shape suffixes: ``_G`` groups, ``_C`` channels of a norm layer, ``_W`` any weight.
+Shape suffixes: ``_G`` groups, ``_W`` any weight.
 
 A masked group is 0 in every member, the input columns of its consumers included, so an activation with f(0) != 0 does
-no harm. Norms that mix channels (LayerNorm, GroupNorm) compute their statistics over the kept channels, through a
-forward hook, so that the masked model equals the removed one; and a whole block that is masked hands on its input.
+no harm. A *writer* holds the masked entries of the parameters in the form that is fastest for the grouping's labels;
+*attachments* let modules without weights of their own in the grouping (norms over channels, blocks that are skipped)
+know what is masked, so that the masked model equals the removed one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from pruningawaretraining.distributed.fsdp import is_sharded, part_of
-from pruningawaretraining.groups import kernels as fused
-from pruningawaretraining.groups.grouping import Grouping, Member
-from pruningawaretraining.masks.mask_factors import MaskFactors
-from pruningawaretraining.models.compiling import forget_compiled
-from pruningawaretraining.models.masked_norms import KeptNorm, kept_norm_of
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.lowest import counts_of
+from pruningawaretraining.masks.factor_writer import FactorWriter
+from pruningawaretraining.masks.hooks import BlockHooks, NormHooks
+from pruningawaretraining.masks.view_writer import ViewWriter, kept_of_members
 from pruningawaretraining.models.optimizer_state import mask_state
-from pruningawaretraining.models.skipped_blocks import Block, Bypass
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
+
+
+class Writer(Protocol):
+    """The masked entries of a grouping's parameters."""
+
+    device: torch.device
+
+    def build(self, keep_G: Tensor, kept_by_set: list[int]) -> None:
+        """Take new masks, which lie on ``device``; ``kept_by_set`` counts the groups of each set that are kept."""
+
+    def parameters(self) -> list[Tensor]:
+        """Parameters with masked entries, each once."""
+
+    def clear_weights(self) -> None:
+        """Set masked weights to exactly 0."""
+
+    def clear_gradients(self) -> None:
+        """Set the gradients of masked weights to 0."""
+
+    def accumulated(self, parameter: Tensor) -> None:
+        """A gradient has been accumulated: its masked entries go to 0, at once or by :meth:`settle`."""
+
+    def settle(self) -> None:
+        """Do what :meth:`accumulated` has left for later: gradients are about to be used."""
+
+    def factors(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Parameters with masked entries, each with a factor that broadcasts to it: 0 where masked, 1 elsewhere."""
+
+    def masked_weights(self) -> int:
+        """How many weights are masked."""
+
+
+class Attachment(Protocol):
+    """Lets modules know which groups are masked."""
+
+    def mask(self, keep_G: Tensor, device: torch.device) -> None:
+        """Take new masks (on the CPU); ``device`` is where the masked weights lie."""
+
+    def release(self) -> None:
+        """Take every hook out."""
 
 
 class Masks:
     """Holds and applies the masks of one grouping.
 
     Args:
-        model: the model.
-        grouping: its groups; buffers are never masked, so that a norm's statistics survive.
-        norms: norm layer -> group of each channel (``grouping.size`` for none), for norms that mix channels.
-        spared: tensors that are not masked: what an exported graph divides by.
-        blocks: residual blocks that are groups; a masked one hands on its input.
+        grouping: its groups.
+        writer: holds the masked entries; by default in views of the weights, which needs consecutive slots.
+        attachments: told of every change.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        grouping: Grouping,
-        norms: Mapping[str, Tensor] | None = None,
-        spared: frozenset[str] = frozenset(),
-        blocks: Mapping[str, Block] | None = None,
+        self, grouping: Grouping, writer: Writer | None = None, attachments: Sequence[Attachment] = ()
     ) -> None:
-        self.grouping = grouping.without_role("buffer").without_tensors(spared)
-        self.model = model
-        self.norms = dict(norms or {})
-        self.blocks = dict(blocks or {})
-        self.keep_G = torch.ones(grouping.size, dtype=torch.bool)
-        self._handles: list[RemovableHandle] = []
-        self._gradient_handles: list[RemovableHandle] = []
-        self._norm_hooks: dict[str, KeptNorm] = {}
-        self._block_handles: dict[str, RemovableHandle] = {}
-        self._factors = MaskFactors()
-        self._cleared: list[_Cleared] = []
+        self.grouping, self.attachments = grouping, list(attachments)
+        self._writer = ViewWriter(grouping) if writer is None else writer
+        self._keep_G = torch.ones(grouping.size, dtype=torch.bool, device=self._writer.device)
+        self.kept_by_set = [one.size for one in grouping.sets]  # groups of each set that are not masked
         self._keep_on: dict[torch.device, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self.active = False  # whether anything is masked
+
+    @classmethod
+    def coupled(cls, model: torch.nn.Module, found: ChannelGroups, spared: frozenset[str] = frozenset()) -> Masks:
+        """Masks of coupled groups; buffers are never masked, so that a norm's statistics survive.
+
+        Args:
+            model: the model.
+            found: its groups, with the norms and blocks that have to know.
+            spared: tensors that are not masked: those that an exported graph divides by.
+        """
+        grouping = found.grouping.without_role("buffer").without_tensors(spared)
+        attachments = (NormHooks(model, found.norms), BlockHooks(model, found.blocks))
+        return cls(grouping, FactorWriter(grouping), attachments)
 
     @property
-    def active(self) -> bool:
-        """Whether anything is masked."""
-        return bool(self._factors)
+    def keep_G(self) -> Tensor:
+        """For each group, whether it is kept; where the writer wants it: on the CPU, or with the first weight."""
+        if self._keep_G.device != self._writer.device:
+            self._keep_G = self._keep_G.to(self._writer.device)
+        return self._keep_G
 
     def keep_on(self, device: torch.device) -> Tensor:
         """``keep_G`` on a device, copied there once after every change."""
@@ -72,149 +114,89 @@ class Masks:
 
     def set(self, keep_G: Tensor) -> None:
         """Take new masks (True = keep) and zero what they switch off."""
-        self.keep_G = keep_G.detach().cpu().bool().clone()
+        self._unhook()
+        self._keep_G = keep_G.detach().to(self._writer.device, torch.bool, copy=True)
         self._keep_on = {}
-        self._build_factors()
+        self.kept_by_set = counts_of(self.keep_G, [one.size for one in self.grouping.sets])
+        self.active = sum(self.kept_by_set) < self.grouping.size
+        self._writer.build(self.keep_G, self.kept_by_set)
         self._hook_gradients()
-        self._hook_norms()
-        self._hook_blocks()
+        masked = self._writer.parameters()
+        device = masked[0].device if masked else torch.device("cpu")
+        for one in self.attachments:
+            one.mask(self.keep_on(torch.device("cpu")), device)
         self.apply()
 
     def clear(self) -> None:
         """Forget the masks and take the hooks out; the weights stay as they are."""
-        self.keep_G = torch.ones_like(self.keep_G)
-        self._keep_on, self._factors, self._cleared = {}, MaskFactors(), []
-        self._hook_gradients()
-        self._hook_blocks()
-        self._unhook()
+        self.set(torch.ones_like(self._keep_G))
+        for one in self.attachments:
+            one.release()
 
-    def _build_factors(self) -> None:
-        self._factors, self._cleared = MaskFactors(), []
-        if bool(self.keep_G.all()):
-            return
-        parameters, factors = [], []
-        for member, keep_W in self.grouping.expand(self.keep_G.float(), outside=1.0):
-            if bool((keep_W == 0).any()):
-                parameters.append(member.parameter)
-                factors.append(_for_multiplication(member, keep_W))
-        self._factors = MaskFactors(parameters, factors)
-        on_the_cpu = all(one.device.type == "cpu" and not is_sharded(one) for one in parameters)
-        if on_the_cpu and fused.kernels() is not None:
-            self._cleared = _cleared(parameters, factors)
+    def on(self, grouping: Grouping) -> Masks:
+        """The same masks on the same groups of other tensors, whose slots are consecutive."""
+        other, keep_G, active = Masks(grouping), self.keep_G, self.active
+        self.clear()
+        if active:
+            other.set(keep_G)
+        return other
 
     @torch.no_grad()
     def apply(self) -> None:
         """Set masked weights to exactly 0."""
-        if not self._factors:
-            return
-        kernels = fused.kernels()
-        if kernels is not None and self._cleared and all(fused.fits(one.parameter) for one in self._cleared):
-            for one in self._cleared:
-                kernels.clear(fused.as_matrix(one.parameter.detach()), one.cleared_O, one.columns)
-                torch.autograd.graph.increment_version(one.parameter)
-            return
-        self._factors.multiply()
+        if self.active:
+            self._writer.clear_weights()
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Set the gradients of masked weights to 0, so that they enter no norm and no moving average."""
-        self._factors.multiply_gradients()
+        if self.active:
+            self._writer.clear_gradients()
 
     @torch.no_grad()
     def apply_to_state(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Set the optimizers' state of masked weights (momenta, averages) to 0."""
-        mask_state(optimizers, self._factors.parameters, self._factors.factors)
+        known = list(optimizers)
+        if known and self.active:
+            for parameter, keep_W in self._writer.factors():
+                mask_state(known, [parameter], [keep_W])
+
+    def settle(self) -> None:
+        """Gradients are about to be used: mask those of which that has been left for later."""
+        self._writer.settle()
 
     def _hook_gradients(self) -> None:
         """Mask gradients as they are accumulated, so that a norm taken between backward and step has none of them.
 
         Only parameters with masked entries are hooked, and only while they have some.
         """
-        for handle in self._gradient_handles:
-            handle.remove()
-        self._gradient_handles = []
-        for parameter in {id(one): one for one in self._factors.parameters}.values():
+        for parameter in self._writer.parameters():
             if parameter.requires_grad:
-                handle = parameter.register_post_accumulate_grad_hook(self._mask_gradient)  # type: ignore[no-untyped-call]
-                self._gradient_handles.append(handle)
+                handle = parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
 
     @torch.no_grad()
-    def _mask_gradient(self, parameter: Tensor) -> None:
-        self._factors.accumulated(parameter)
-
-    def settle(self) -> None:
-        """Gradients are about to be used: mask those of which that has been left for later."""
-        self._factors.settle()
-
-    def _hook_norms(self) -> None:
-        """Let norms over channels know which are kept: all of them, once one has to.
-
-        A hook that is there is only told, so that nothing has to be compiled anew.
-        """
-        keep_G1 = torch.cat([self.keep_G, torch.ones(1, dtype=torch.bool)])
-        modules = dict(self.model.named_modules())
-        keep_of = {name: keep_G1[groups_C] for name, groups_C in self.norms.items() if kept_norm_of(modules[name])}
-        if not self._norm_hooks and not all(bool(keep_C.all()) for keep_C in keep_of.values()):
-            device = next((one.device for one in self._factors.parameters), torch.device("cpu"))
-            for name in keep_of:
-                make = kept_norm_of(modules[name])
-                assert make is not None
-                self._norm_hooks[name] = hook = make(modules[name], device)
-                self._handles.append(modules[name].register_forward_hook(hook))
-            forget_compiled()
-        for name, hook in self._norm_hooks.items():
-            hook.keep_C.copy_(keep_of[name])
-
-    def _hook_blocks(self) -> None:
-        """Let masked blocks hand on their input, and no others."""
-        masked = {name for name, one in self.blocks.items() if not bool(self.keep_G[one.group])}
-        if masked == self._block_handles.keys():
-            return
-        for name in self._block_handles.keys() - masked:
-            self._block_handles.pop(name).remove()
-        modules = dict(self.model.named_modules())
-        for name in masked - self._block_handles.keys():
-            hook = Bypass(self.blocks[name].outputs)
-            self._block_handles[name] = modules[name].register_forward_hook(hook, with_kwargs=True)
-        forget_compiled()
+    def _accumulated(self, parameter: Tensor) -> None:
+        self._writer.accumulated(parameter)
 
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._norm_hooks = [], {}
+        self._handles = []
 
+    # --- what is masked -----------------------------------------------------------------------------------------
 
-@dataclass(frozen=True, eq=False)
-class _Cleared:
-    """The rows and columns of a parameter that are masked, as numpy arrays."""
+    def masked_weights(self) -> int:
+        """How many weights are masked."""
+        return self._writer.masked_weights() if self.active else 0
 
-    parameter: Tensor
-    cleared_O: Any
-    columns: Any
+    def kept_of_members(self) -> list[int]:
+        """For each member with consecutive slots, how many of its groups are kept; counted once where each is a set."""
+        return kept_of_members(self.grouping, self.keep_G, self.kept_by_set)
 
-
-def _cleared(parameters: list[Tensor], factors: list[Tensor]) -> list[_Cleared]:
-    """What to set to 0, one entry for each parameter; nothing if some mask is not one of rows or columns."""
-    found: dict[int, tuple[Tensor, Tensor, list[Tensor]]] = {}
-    for parameter, factor in zip(parameters, factors, strict=True):
-        rows, columns = torch.zeros(len(parameter), dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
-        masked = (factor == 0).cpu()
-        if masked.numel() == len(parameter) == len(masked):
-            rows = masked.reshape(-1)
-        elif len(masked) == 1 and masked.numel() * len(parameter) == parameter.numel():
-            columns = torch.nonzero(masked.reshape(-1)).flatten()
-        else:
-            return []
-        _, known_rows, known_columns = found.setdefault(id(parameter), (parameter, torch.zeros_like(rows), []))
-        known_rows |= rows
-        known_columns.append(columns)
-    return [_Cleared(one, rows.numpy(), torch.cat(columns).numpy()) for one, rows, columns in found.values()]
-
-
-def _for_multiplication(member: Member, keep_W: Tensor) -> Tensor:
-    """The mask in the weight's dtype, shaped so that the multiplication's inner loops are long."""
-    shape = list(keep_W.shape)
-    if len(shape) > 2 and shape[0] == 1:  # input columns of a convolution: spell out the kernel
-        shape[2:] = member.parameter.shape[2:]
-    keep_W = keep_W.to(member.parameter.device, member.parameter.dtype).expand(shape)
-    return part_of(member.parameter, keep_W).contiguous()
+    def by_parameter(self) -> dict[str, Tensor]:
+        """Name of each weight with consecutive slots -> keep mask of its groups, on the CPU."""
+        return {
+            member.name: self.keep_G[member.offset : member.offset + member.n_slots].detach().cpu().clone()
+            for member in self.grouping.members
+        }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -95,6 +95,8 @@ class GrowingL2:
         mac_strength: added to lambda in proportion to the MACs that the channel costs (1 at the mean).
     """
 
+    acts: ClassVar[str] = "gradients"
+
     strength: float = 5e-4
     alpha: float = 4.0
     gamma: float = 1.0
@@ -134,6 +136,8 @@ class GroupLasso:
         mac_strength: added to lambda in proportion to the MACs that the group costs (1 at the mean).
     """
 
+    acts: ClassVar[str] = "gradients"
+
     strength: float = 1e-4
     mac_strength: float = 0.0
 
@@ -156,6 +160,8 @@ class NormScaleLasso:
     Args:
         strength: lambda.
     """
+
+    acts: ClassVar[str] = "gradients"
 
     strength: float = 1e-4
 

@@ -9,10 +9,11 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
+from pruningawaretraining.config.options import WEIGHTS, Support
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.patterns.elements import (
@@ -49,6 +50,8 @@ class Block:
         types: parts of the names of the layers' classes.
         spare_last: leave out the last linear layer where no layers are named.
     """
+
+    support: ClassVar[Support] = WEIGHTS
 
     rows: int = 4
     columns: int = 1
@@ -108,6 +111,8 @@ class Unstructured:
         spare_last: leave out the last linear layer where no layers are named.
     """
 
+    support: ClassVar[Support] = WEIGHTS
+
     types: tuple[str, ...] = LAYER_TYPES
     spare_last: bool = False
 
@@ -131,6 +136,8 @@ class NofM:
         types: parts of the names of the layers' classes.
         spare_last: leave out the last linear layer where no layers are named.
     """
+
+    support: ClassVar[Support] = WEIGHTS
 
     drop: int = 2
     of: int = 4

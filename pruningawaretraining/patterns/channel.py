@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
+from pruningawaretraining.config.options import COUPLED, Support
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.models.calling import ForwardFn
@@ -32,7 +33,6 @@ NO_PATH = (
 )
 
 
-@runtime_checkable
 class StructuredPattern(Protocol):
     """A pattern whose groups can be removed physically."""
 
@@ -55,6 +55,8 @@ class Channel:
     Args:
         heads: attention heads too, in the same ranking and towards the same target.
     """
+
+    support: ClassVar[Support] = COUPLED
 
     heads: bool = False
 

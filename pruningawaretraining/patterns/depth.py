@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pruningawaretraining.config.options import BLOCKS, Support, support_of
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluating
@@ -34,6 +35,8 @@ ADDITIONS = (torch.ops.aten.add, torch.ops.aten.add_, torch.ops.aten.addcmul, to
 @dataclass(frozen=True)
 class Depth:
     """Whole residual blocks, all in one ranking; they can be removed physically. Blocks that change the shape stay."""
+
+    support: ClassVar[Support] = BLOCKS
 
     def chosen(
         self, model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] = (), key: str = ""
@@ -238,47 +241,10 @@ def check_alone(patterns: Sequence[tuple[str, Any]]) -> None:
     Raises:
         ConfigError: it names both.
     """
-    depth = next((key for key, pattern in patterns if isinstance(pattern, Depth)), None)
+    depth = next((key for key, pattern in patterns if support_of(pattern).kind == "block"), None)
     other = next((key for key, _ in patterns if key != depth), None)
     if depth is not None and other is not None:
         raise ConfigError(
             f"{depth}.pattern: 'depth' removes whole blocks, and {other} would prune in them. Allowed: one after the "
             "other, each in a Pruning of its own"
         )
-
-
-def check_rule(key: str, pattern: Any, rule: Any, criterion: Any) -> None:
-    """Refuse what has no meaning for whole blocks, and criteria that are about whole blocks elsewhere.
-
-    Raises:
-        ConfigError: it names the key, the value and what is allowed.
-    """
-    prefix, about_blocks = f"{key}." if key else "", _flag(criterion, "for_blocks")
-    if not isinstance(pattern, Depth):
-        if about_blocks:
-            raise ConfigError(f"{prefix}criterion: {rule.criterion!r} scores whole blocks. Allowed: with 'depth'")
-        return
-    if _flag(criterion, "not_for_blocks"):
-        raise ConfigError(
-            f"{prefix}criterion: {rule.criterion!r} compares channels, or looks at what reads them, and a block is "
-            "neither. Allowed with 'depth': 'block_change', 'magnitude', 'taylor' and others"
-        )
-    target = {f"target.{name}": getattr(rule.target, name) for name in ("latency", "latency_ms", "peak_memory")}
-    given = {name: value for name, value in target.items() if value is not None}
-    if given:
-        name, value = next(iter(given.items()))
-        raise ConfigError(
-            f"{prefix}{name}: {value!r} is for channels. Allowed with 'depth': sparsity, macs, parameters"
-        )
-    if rule.allocation not in (None, "ranking"):
-        raise ConfigError(f"{prefix}allocation: {rule.allocation!r} is for channels. Allowed with 'depth': 'ranking'")
-    if rule.multiple != 1:
-        raise ConfigError(f"{prefix}multiple: {rule.multiple!r} is for channels. Allowed with 'depth': 1")
-    if rule.compensation != "none":
-        raise ConfigError(f"{prefix}compensation: {rule.compensation!r} is for channels. Allowed with 'depth': 'none'")
-
-
-def _flag(criterion: Any, name: str) -> bool:
-    """What a criterion, or the one that it weighs, says of itself."""
-    base = getattr(criterion, "base", None)
-    return bool(getattr(criterion, name, False) or (base is not None and _flag(base, name)))

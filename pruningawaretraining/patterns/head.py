@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.config.options import COUPLED, Support
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.patterns.attention import Attention, attention_blocks, scaled_attributes
@@ -60,6 +62,8 @@ class Head:
         unit: what goes together where query heads share keys and values: "group" (a key-value head with its query
             heads) or "query" (one query head of each).
     """
+
+    support: ClassVar[Support] = COUPLED
 
     unit: str = "group"
 

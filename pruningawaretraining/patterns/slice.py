@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.config.options import WEIGHTS, Support
 from pruningawaretraining.distributed.fsdp import full_of
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.views import fill_groups, slot_sums, slots_of
@@ -48,6 +50,8 @@ class Slice:
         first_tap: leave the first position of each kernel row (along the width) alone.
         types: parts of the names of the layers' classes; convolutions where no layers are named.
     """
+
+    support: ClassVar[Support] = replace(WEIGHTS, spares_pruned=True)
 
     block_size: int = 8
     depthwise_block_size: int = 2

@@ -1,4 +1,4 @@
-"""What users hand to the facade, looked at before anything is done with it."""
+"""Validate the arguments of users before anything is done with them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pruningawaretraining.distributed.fsdp import any_sharded, check_plan
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.models.calling import tensors_of
+from pruningawaretraining.models.exported_graph import is_exported
 
 
 def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:
@@ -93,3 +95,36 @@ def check_model(given: Any, key: str = "model") -> None:
     """
     if not isinstance(given, nn.Module):
         raise ModelError(f"{key}: {given!r} is a {type(given).__name__}. Allowed: a torch.nn.Module")
+
+
+def check_given(model: Any, teacher: Any, example_inputs: Any) -> None:
+    """Check the arguments of a new pruner.
+
+    Raises:
+        ModelError: a model or teacher that is none, or example inputs without a tensor.
+    """
+    if model is not None:
+        check_model(model)
+    if teacher is not None:
+        check_model(teacher, "teacher")
+    check_inputs(example_inputs)
+
+
+def check_prunable(model: Any) -> None:
+    """Refuse models in which nothing can be traced.
+
+    Raises:
+        ModelError: it is no module, an exported graph, or sharded already.
+    """
+    check_model(model)
+    if is_exported(model):
+        raise ModelError(
+            f"model: {type(model).__name__} is a graph that torch.export made; its layers are gone. Give the model "
+            "that it was exported from, and then the graph: pruner.follow(graph)"
+        )
+    if any_sharded(model):
+        check_plan(model)
+        raise ModelError(
+            f"model: fully_shard has spread the {type(model).__name__} already, and its channels cannot be traced. "
+            "Allowed: make the Pruning first, then fully_shard(model), then the optimizer"
+        )

@@ -6,7 +6,7 @@ Shape suffixes: ``_W`` the shape of a weight, ``_G`` groups, ``_N`` candidates o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.allocation.ranking import Allocator, Limits, limits_of
+from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
-from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.base import Statistics, check_kind
 from pruningawaretraining.criteria.second_order.channels import (
     compensate_readers,
     losing_readers,
     measure,
+    readers,
     recalibrate_norms,
 )
 from pruningawaretraining.criteria.second_order.criteria import Sampling
@@ -38,7 +40,6 @@ from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.calling import unwrap
 from pruningawaretraining.patterns.channel import StructuredPattern
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
-from pruningawaretraining.patterns.depth import Depth, check_rule
 from pruningawaretraining.registry import build, lookup
 from pruningawaretraining.session.arguments import check_model
 
@@ -88,17 +89,20 @@ def one_shot(
     wanted = _checked(sparsities, rule)
     pattern = build("pattern", rule.pattern, "pattern")
     criterion = build("criterion", rule.criterion, "criterion")
-    check_rule("", pattern, rule, criterion)
+    support = support_of(pattern)
+    check_kind(criterion, support.kind, "criterion", rule.criterion, rule.pattern)
     inner = unwrap(model)
     micro_batch = criterion.micro_batch if isinstance(criterion, Sampling) else None
     calibration = Calibration(inner, dataloader, loss_fn, micro_batch)
-    if isinstance(pattern, StructuredPattern):
+    if support.removable:
         if after.compensation == "none":
             after = replace(after, compensation=rule.compensation)
         return _one_shot_channels(calibration, rule, pattern, criterion, wanted, after)
-    if not wanted:
-        raise ConfigError(f"target: {rule.target.model_dump(exclude_none=True)} is for channels; give a sparsity")
-    _refuse_what_weights_lack(rule, after)
+    if after.compensation != "none":
+        raise ConfigError(
+            f"after.compensation: {after.compensation!r} is not supported by the pattern {rule.pattern!r}. "
+            "Allowed: 'none'"
+        )
     pruner = WeightPruner(calibration, rule, weight_pattern(pattern), criterion)
     models = {}
     for sparsity, weights in pruner.prune(wanted).items():
@@ -108,19 +112,6 @@ def one_shot(
             recalibrate_norms(pruned, on_model(calibration, pruned), after.norm_batches)
         models[sparsity] = pruned
     return models
-
-
-def _refuse_what_weights_lack(rule: Rule, after: AfterPruning) -> None:
-    """Refuse what only channels have, instead of passing over it."""
-    given = {
-        "multiple": (rule.multiple, 1),
-        "application": (rule.application, "mask"),
-        "after.compensation": (after.compensation, "none"),
-        "compensation": (rule.compensation, "none"),
-    }
-    for key, (value, allowed) in given.items():
-        if value != allowed:
-            raise ConfigError(f"{key}: {value!r} is for channels. Allowed for {rule.pattern!r}: {allowed!r}")
 
 
 def _parsed(rule: Any, aimless: bool) -> Rule:
@@ -168,12 +159,12 @@ def _one_shot_channels(
     inputs = calibration.example()
     chosen = pattern.chosen(model, rule.layers, rule.exclude)
     units, multiples = pattern.head_units(model, chosen), dict.fromkeys(chosen, rule.multiple)
-    if isinstance(pattern, Depth):
+    if support_of(pattern).kind == "block":
         channels = removable_blocks(model, inputs, chosen)
     else:
         channels = removable_channels(model, inputs, chosen, multiples=multiples, units=units)
     grouping = channels.grouping
-    listener = StatisticsFeed("rule", criterion, model, channels, list(range(len(grouping.sets))))
+    listener = StatisticsFeed("rule", criterion, model, _scored(channels, criterion))
     scores_G = criterion.score(grouping, Statistics(tensors=listener.statistics(calibration)))
     keeps = _keeps(model, rule, channels, inputs, scores_G, sparsities)
     hooks = None
@@ -192,6 +183,16 @@ def _one_shot_channels(
             recalibrate_norms(pruned, on_model(calibration, pruned), after.norm_batches)
         models[sparsity] = pruned
     return models
+
+
+def _scored(channels: ChannelGroups, criterion: Any) -> Callable[[nn.Module], Grouping]:
+    """The groups as a criterion looks at them, on the model or on a copy of it."""
+
+    def grouping_on(model: nn.Module) -> Grouping:
+        grouping = channels.on(model).grouping
+        return readers(grouping) if isinstance(criterion, Sampling) else grouping
+
+    return grouping_on
 
 
 @dataclass(eq=False)

@@ -1,20 +1,146 @@
-"""The rows of a report: what each layer and each set of coupled layers has kept."""
+"""What a session has reached: phase, sparsity, MACs, masks, and the rows of a report.
+
+Shape suffixes: ``_G1`` groups and one more for "outside".
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from pruningawaretraining.costs.macs import macs_per_layer
-from pruningawaretraining.engine.channel_pruner import ChannelPruner, layer_widths
-from pruningawaretraining.models.calling import ForwardFn, tensors_of
+from pruningawaretraining.costs.macs import count_macs
+from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.models.widths import conv_linear_widths
+from pruningawaretraining.report.summary import Report
+from pruningawaretraining.session.session import Session
 
 
-def set_rows(engine: ChannelPruner) -> list[dict[str, Any]]:
-    """One row for each set of coupled layers."""
-    keep = engine.keep_by_set()
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of one forward pass on the example inputs: of the dense model, and of what is kept."""
+
+    dense: int
+    kept: int
+
+    @property
+    def fraction(self) -> float:
+        return self.kept / self.dense if self.dense else 1.0
+
+
+def phase_of(session: Session) -> str:
+    """See :attr:`pruningawaretraining.Pruning.phase`."""
+    if session.ended:
+        return "done"
+    unknown = session.engine.coupled is None and (session.rules.coupled or not session.rules.weights)
+    if unknown and session.active and not session.loaded_pruned:
+        return "regularize"
+    if not session.engine.rules:
+        return "finetune"
+    return session.engine.phase
+
+
+def sparsity_of(session: Session) -> float:
+    """Fraction of all groups that are masked or removed; of those that a loaded file has lost as well."""
+    counts: list[tuple[int, float]] = []
+    for domain in session.engine.domains:
+        groups, masked = domain.groups
+        gone: float = masked
+        if domain is session.engine.coupled and session.record and not session.engine.coupled.removed:
+            gone = max(gone, float(session.record["sparsity"]) * groups)
+        counts.append((groups, gone))
+    total = sum(groups for groups, _ in counts)
+    return sum(gone for _, gone in counts) / total if total else 0.0
+
+
+def macs_of(session: Session) -> Macs:
+    """See :attr:`pruningawaretraining.Pruning.macs`."""
+    coupled = session.engine.coupled
+    if coupled is None:
+        counted = _plain_macs(session).get("", 0)
+        return Macs(counted, counted)
+    dense = int(session.record["macs"]) if session.record else int(coupled.macs_cost.dense)
+    if coupled.masks.active or not coupled.removed:
+        return Macs(dense, round(coupled.macs_cost(coupled.keep_D)))
+    with session.engine.paused():
+        return Macs(dense, count_macs(session.model, session.inputs, session.forward_fn))
+
+
+def _plain_macs(session: Session) -> dict[str, int]:
+    return session.counted.per_layer(session.model, session.inputs, session.forward_fn)
+
+
+def masks_of(session: Session) -> dict[str, Tensor]:
+    """See :attr:`pruningawaretraining.Pruning.masks`."""
+    return {name: keep_G for domain in session.engine.domains for name, keep_G in domain.keep_masks().items()}
+
+
+def norms_of(session: Session) -> dict[str, Tensor]:
+    """See :meth:`pruningawaretraining.Pruning.norms`."""
+    _need_coupled(session)
+    return {name: norms_G for domain in session.engine.domains for name, norms_G in domain.norms().items()}
+
+
+def _need_coupled(session: Session) -> None:
+    """Find the removable groups, unless all rules are inside layers."""
+    if session.rules.coupled or not session.rules.weights:
+        _ = session.coupled
+
+
+def sets_of(session: Session) -> list[dict[str, Any]]:
+    """See :meth:`pruningawaretraining.Pruning.describe_groups`."""
+    _need_coupled(session)
+    coupled, weights = session.engine.coupled, session.engine.weights
+    rows = [] if coupled is None else _set_rows(coupled)
+    rows += [] if weights is None else weights.describe_sets()
+    return [{"number": number, **row} for number, row in enumerate(rows, start=1)]
+
+
+def report_of(session: Session) -> Report:
+    """See :meth:`pruningawaretraining.Pruning.report`."""
+    _need_coupled(session)
+    macs, coupled, weights = macs_of(session), session.engine.coupled, session.engine.weights
+    dense_parameters = kept_parameters = sum(parameter.numel() for parameter in session.model.parameters())
+    if coupled is not None:
+        kept_parameters = round(coupled.parameters_cost(coupled.keep_D))
+        dense_parameters = int(session.record["parameters"]) if session.record else coupled.dense_parameters
+    if weights is not None:
+        kept_parameters -= sum(masks.masked_weights() for masks in weights.masks)
+    counts = {"dense": dense_parameters, "kept": kept_parameters}
+    return Report(
+        phase=phase_of(session),
+        sparsity=sparsity_of(session),
+        macs={"dense": macs.dense, "kept": macs.kept, "fraction": macs.fraction},
+        parameters={**counts, "fraction": kept_parameters / max(dense_parameters, 1)},
+        layers=_plain_rows(session.model, _plain_macs(session)) if coupled is None else _layer_rows(coupled),
+        groups=sets_of(session),
+    )
+
+
+def description_of(session: Session) -> dict[str, Any]:
+    """What ``save_pruned`` writes beside the tensors: phase, sparsity, MACs, parameters and widths."""
+    if not session.engine.domains:
+        return dict(session.record or {})
+    report = report_of(session)
+    return {
+        "phase": report.phase,
+        "sparsity": report.sparsity,
+        "macs": report.macs["dense"],
+        "kept_macs": report.macs["kept"],
+        "parameters": report.parameters["dense"],
+        "groups": {row["source"]: [row["size"], row["kept"]] for row in report.groups},
+        "elements": [] if session.engine.weights is None else session.engine.weights.finished,
+    }
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def _set_rows(coupled: CoupledGroups) -> list[dict[str, Any]]:
+    keep = coupled.keep_masks()
     return [
         {
             "source": one.name,
@@ -22,36 +148,12 @@ def set_rows(engine: ChannelPruner) -> list[dict[str, Any]]:
             "size": one.size * one.width,
             "kept": int(keep[one.name].sum()) * one.width,
         }
-        for one in engine.dense_sets
+        for one in coupled.dense_sets
     ]
 
 
-class CountedMacs:
-    """MACs of the modules of a model whose widths stay: it is run once, and again when its modules are others."""
-
-    def __init__(self) -> None:
-        self._counted_of: Any = None
-        self._macs: dict[str, int] = {}
-
-    def per_layer(self, model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> dict[str, int]:
-        """As :func:`~pruningawaretraining.costs.macs.macs_per_layer`; nothing is known without inputs."""
-        if inputs is None:
-            return {}
-        kinds = [(name, type(module).__name__) for name, module in model.named_modules()]
-        shapes = [tuple(one.shape) for one in (*model.parameters(), *tensors_of(inputs))]
-        if self._counted_of != (kinds, shapes):
-            self._macs = macs_per_layer(model, inputs, forward_fn)
-            self._counted_of = kinds, shapes
-        return self._macs
-
-
-def plain_rows(model: nn.Module, macs: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Rows of the layers of a model whose widths stay.
-
-    Args:
-        model: the model.
-        macs: of its modules by name, those that are known.
-    """
+def _plain_rows(model: nn.Module, macs: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Rows of the layers of a model whose widths stay; ``macs`` of its modules by name, those that are known."""
     modules = dict(model.named_modules())
     return [
         {
@@ -60,31 +162,30 @@ def plain_rows(model: nn.Module, macs: Mapping[str, int]) -> list[dict[str, Any]
             "set": None,
             "dense_out": outputs,
             "kept_out": outputs,
-            "dense_in": inputs_of,
-            "kept_in": inputs_of,
+            "dense_in": inputs,
+            "kept_in": inputs,
             "dense_macs": macs.get(name, 0),
             "kept_macs": macs.get(name, 0),
             "parameters": sum(parameter.numel() for parameter in modules[name].parameters(recurse=False)),
         }
-        for name, (outputs, inputs_of) in layer_widths(model).items()
+        for name, (outputs, inputs) in conv_linear_widths(model).items()
     ]
 
 
-def layer_rows(engine: ChannelPruner) -> list[dict[str, Any]]:
+def _layer_rows(coupled: CoupledGroups) -> list[dict[str, Any]]:
     """Rows of the layers of a model that loses channels; those in blocks that are gone included."""
-    kept_macs = dict(zip(engine.macs_cost.names, engine.macs_cost.layers(engine.keep_D).tolist(), strict=True))
-    modules = dict(engine.model.named_modules())
-    kept = engine.kept_widths()
+    kept_macs = dict(zip(coupled.macs_cost.names, coupled.macs_cost.layers(coupled.keep_D).tolist(), strict=True))
+    modules, kept, sets = dict(coupled.model.named_modules()), kept_widths(coupled), coupled.set_of_layer
     rows = []
-    for name, (dense_out, dense_in) in engine.dense_widths.items():
+    for name, (dense_out, dense_in) in coupled.dense_widths.items():
         module = modules.get(name)  # None in a block that is gone
         kept_out, kept_in = kept[name]
-        dense_macs = engine.dense_per_layer.get(name, 0)
+        dense_macs = coupled.dense_per_layer.get(name, 0)
         rows.append(
             {
                 "name": name,
-                "type": engine.dense_types[name] if module is None else type(module).__name__,
-                "set": engine.set_of_layer.get(name),
+                "type": coupled.dense_types[name] if module is None else type(module).__name__,
+                "set": sets.get(name),
                 "dense_out": dense_out,
                 "kept_out": kept_out,
                 "dense_in": dense_in,
@@ -95,3 +196,25 @@ def layer_rows(engine: ChannelPruner) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def kept_widths(coupled: CoupledGroups) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) that every convolution and linear layer keeps, masked channels not counted; 0 for layers in
+    blocks that are gone."""
+    widths = {**dict.fromkeys(coupled.dense_widths, (0, 0)), **conv_linear_widths(coupled.model)}
+    modules = dict(coupled.model.named_modules())
+    keep_G1 = torch.cat([coupled.keep_D[coupled.live_D], torch.ones(1, dtype=torch.bool)])
+    for member in coupled.found.grouping.of_role("out", "in").members:
+        name = member.name.removesuffix(".weight")
+        if name not in widths or member.slots is None:
+            continue
+        kept, groups = int(keep_G1[member.slots].sum()), getattr(modules[name], "groups", 1)
+        outputs, inputs = widths[name]
+        if member.role == "in":
+            widths[name] = (outputs, kept * groups)
+        elif groups == inputs > 1:  # depthwise
+            widths[name] = (kept, kept * inputs // outputs)
+        else:
+            widths[name] = (kept, inputs)
+    masked = tuple(f"{name}." for name, one in coupled.found.blocks.items() if not bool(keep_G1[one.group]))
+    return {name: (0, 0) if name.startswith(masked) else pair for name, pair in widths.items()}

@@ -87,7 +87,7 @@ def check_version(state: Any) -> None:
 
 @contextmanager
 def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[list[Callable[[], None]]]:
-    """What fails inside the block is undone and raised as a CheckpointError.
+    """Undo everything if the block fails, an interrupt included; damage is raised as a CheckpointError.
 
     Args:
         modules: their parameters' and buffers' values are put back.
@@ -100,13 +100,13 @@ def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[list[Callable[[], N
     undo: list[Callable[[], None]] = []
     try:
         yield undo
-    except DAMAGE as error:
+    except BaseException as error:
         for step in reversed(undo):
             step()
         with torch.no_grad():
             for tensor, values in backup:
                 tensor.copy_(values)
-        if isinstance(error, CheckpointError):
+        if isinstance(error, CheckpointError) or not isinstance(error, DAMAGE):
             raise
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
         raise CheckpointError(f"state: it is damaged, or of another run: {' '.join(what.split())}") from error

@@ -76,7 +76,7 @@ class Sampling:
         recomputation_schedule: how it rises: a registered schedule.
     """
 
-    not_for_blocks: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("channel", "weight")
     adds_up: ClassVar[bool] = True
 
     num_grads: int = 1024

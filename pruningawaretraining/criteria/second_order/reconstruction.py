@@ -51,8 +51,7 @@ class Reconstruction:
         num_batches: batches of the given data that are run.
     """
 
-    not_for_blocks: ClassVar[bool] = True
-    for_channels: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("channel",)
     adds_up: ClassVar[bool] = True
 
     num_batches: int = 16

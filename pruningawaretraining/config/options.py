@@ -1,0 +1,98 @@
+"""Options of a rule that only some patterns support: declared by the pattern, refused here for all others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pruningawaretraining.config.targets import COSTS, Target
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.registry import lookup, names, spelled
+
+IN_PLACE = frozenset({"mode", "keep_zeros", "release", "progressive"})
+REMOVED = frozenset({"application", "final_sparsity", "max_sparsity_from", "target.macs", "target.parameters"})
+BY_WIDTH = REMOVED | {
+    "allocation", "compensation", "multiple", "target.latency", "target.latency_ms", "target.peak_memory"
+}  # fmt: skip
+NEUTRAL = {"allocation": (None, "ranking")}
+"""Values that any pattern may have, where these are more than the default."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """Declares what a pattern supports; a pattern has it as its class attribute ``support``.
+
+    Args:
+        kind: what criteria know its groups as: "channel", "block" (of layers) or "weight".
+        removable: whether its groups can be removed physically.
+        options: options of a rule beyond those that every pattern has; "target.macs" and the like for targets.
+        penalties: where a regulariser may act: on "gradients", in the "loss", or on "weights" after a step.
+        spares_pruned: whether groups in channels that are zero already are left out of every count.
+    """
+
+    kind: str = "weight"
+    removable: bool = False
+    options: frozenset[str] = IN_PLACE
+    penalties: frozenset[str] = frozenset({"loss", "weights"})
+    spares_pruned: bool = False
+
+
+WEIGHTS = Support()
+COUPLED = Support("channel", True, BY_WIDTH, frozenset({"gradients"}))
+BLOCKS = Support("block", True, REMOVED - {"max_sparsity_from"}, frozenset({"gradients"}))
+OPTIONS = tuple(sorted(one for one in IN_PLACE | BY_WIDTH if not one.startswith("target.")))
+
+
+class RuleOptions(Protocol):
+    """The fields of a rule that are looked at."""
+
+    pattern: str | dict[str, Any]
+    regularizer: str | dict[str, Any] | None
+    target: Target
+
+
+def support_of(pattern: Any) -> Support:
+    """What a pattern (or its class) declares; by default, that of patterns inside layers."""
+    found: Support = getattr(pattern, "support", WEIGHTS)
+    return found
+
+
+def type_of(kind: str, spec: str | Mapping[str, Any]) -> str:
+    """The registered name in a config value: "block" of "4x1" or of ``{type: block, rows: 4}``."""
+    if isinstance(spec, str):
+        spec = spelled(kind, spec) or {"type": spec}
+    return str(spec["type"])
+
+
+def check_supported(rule: RuleOptions, defaults: Mapping[str, Any]) -> None:
+    """Refuse options that the rule's pattern does not support.
+
+    Args:
+        rule: a rule of a config.
+        defaults: option -> the value that it has where it is not given.
+
+    Raises:
+        ConfigError: it names the option, its value, and patterns that support it.
+    """
+    support = support_of(lookup("pattern", type_of("pattern", rule.pattern)))
+    for option in OPTIONS:
+        value, neutral = getattr(rule, option), NEUTRAL.get(option, (defaults[option],))
+        if option not in support.options and value not in neutral:
+            raise ConfigError(_refusal(rule, option, value, repr(defaults[option])))
+    for name in COSTS:
+        value = getattr(rule.target, name)
+        if value is not None and f"target.{name}" not in support.options:
+            allowed = [f"target.{one}" for one in ("sparsity", *COSTS) if f"target.{one}" in support.options]
+            raise ConfigError(_refusal(rule, f"target.{name}", value, ", ".join(["target.sparsity", *allowed])))
+    if rule.regularizer is not None:
+        acts = lookup("regularizer", type_of("regularizer", rule.regularizer)).acts
+        if acts not in support.penalties:
+            fitting = [one for one in names("regularizer") if lookup("regularizer", one).acts in support.penalties]
+            raise ConfigError(_refusal(rule, "regularizer", rule.regularizer, ", ".join(fitting)))
+
+
+def _refusal(rule: RuleOptions, option: str, value: Any, allowed: str) -> str:
+    others = [one for one in names("pattern") if option in support_of(lookup("pattern", one)).options]
+    with_others = f"; or a pattern that supports it: {', '.join(others)}" if others else ""
+    return f"{option}: {value!r} is not supported by the pattern {rule.pattern!r}. Allowed: {allowed}{with_others}"

@@ -1,0 +1,30 @@
+"""Everything beside the model that a mask or a removal has to reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pruningawaretraining.models.exported_graph import ExportedGraph
+
+
+@dataclass
+class RemovalContext:
+    """Follows the model: optimizers, averages, graphs.
+
+    Args:
+        optimizers: their parameters and states.
+        followers: moving averages of the model.
+        graphs: exported from the model.
+        before_removal: called when the model is masked as it will be removed.
+        after_removal: called once the model has been changed.
+    """
+
+    optimizers: Sequence[torch.optim.Optimizer] = ()
+    followers: Sequence[nn.Module] = ()
+    graphs: Sequence[ExportedGraph] = ()
+    before_removal: Callable[[], None] = lambda: None
+    after_removal: Callable[[], None] = lambda: None

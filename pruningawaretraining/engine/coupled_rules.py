@@ -1,0 +1,160 @@
+"""Rules of coupled groups: each with its share of the model's groups.
+
+Shape suffixes: ``_D`` groups of the dense model, ``_G`` groups of one rule that are still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.allocation.ranking import Limits, limits_of
+from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.costs.macs import LinearCost
+from pruningawaretraining.criteria.base import measures
+from pruningawaretraining.criteria.second_order import Calibration
+from pruningawaretraining.engine.rule import ActiveRule
+from pruningawaretraining.errors import ConfigError, unknown
+from pruningawaretraining.groups.grouping import Grouping, GroupSet
+
+
+@dataclass(eq=False)
+class CoupledRule(ActiveRule):
+    """A rule with its share of the model's groups.
+
+    Args:
+        sets: numbers of its sets.
+        groups_D: its groups, as indices of the dense model's groups.
+        grouping: the same groups alone (without members), renumbered.
+    """
+
+    sets: list[int]
+    groups_D: Tensor
+    grouping: Grouping
+
+    def limits(self) -> Limits:
+        """What every allocation respects."""
+        return limits_of(self.rule)
+
+
+class LiveCost:
+    """The dense model's cost seen from one rule's live groups, for criteria."""
+
+    def __init__(self, cost: LinearCost, keep_D: Tensor, groups_D: Tensor) -> None:
+        self.names, self.base_L = cost.names, cost.base_L
+        self._cost, self._keep_D, self._groups_D = cost, keep_D, groups_D
+
+    def _whole(self, keep_G: Tensor) -> Tensor:
+        whole_D = self._keep_D.clone()
+        whole_D[self._groups_D] = keep_G
+        return whole_D
+
+    def __call__(self, keep_G: Tensor) -> float:
+        return self._cost(self._whole(keep_G))
+
+    def saving_G(self, keep_G: Tensor) -> Tensor:
+        return self._cost.saving_G(self._whole(keep_G))[self._groups_D]
+
+
+def assign(grouping: Grouping, rules: Sequence[tuple[str, Rule, Any, Any, set[str]]]) -> list[CoupledRule]:
+    """Give every set to the rule that selects its source layer.
+
+    Raises:
+        ConfigError: two rules select one set.
+    """
+    owner: dict[int, str] = {}
+    assigned = []
+    for key, rule, pattern, criterion, layers in rules:
+        numbers = [number for number, one in enumerate(grouping.sets) if one.name in layers]
+        for number in numbers:
+            if number in owner:
+                raise ConfigError(
+                    f"{key}.layers: {grouping.sets[number].name!r} is pruned by {owner[number]} already; "
+                    "give the rules layers that do not overlap"
+                )
+            owner[number] = key
+        if not numbers:
+            raise ConfigError(f"{key}.layers: no prunable channel group among the layers that it selects")
+        groups_D, own = _share(grouping, numbers)
+        assigned.append(CoupledRule(key, rule, pattern, criterion, numbers, groups_D, own))
+    return assigned
+
+
+def _share(grouping: Grouping, numbers: list[int]) -> tuple[Tensor, Grouping]:
+    """The groups of some sets: as indices of all groups, and alone."""
+    sets: list[GroupSet] = []
+    start = 0
+    for number in numbers:
+        one = grouping.sets[number]
+        sets.append(GroupSet(one.name, start, start + one.size, one.width, one.signature, one.layers))
+        start += one.size
+    groups_D = torch.cat([torch.arange(grouping.sets[number].start, grouping.sets[number].stop) for number in numbers])
+    return groups_D, Grouping(grouping.name, (), tuple(sets))
+
+
+def set_of_layer(grouping: Grouping) -> dict[str, str]:
+    """Layer -> the set that its output channels belong to."""
+    found: dict[str, str] = {}
+    for member in grouping.of_role("out").members:
+        if member.slots is not None and bool((member.slots < grouping.size).any()):
+            number = int(grouping.set_ids[int(member.slots.min())])
+            found[member.name.removesuffix(".weight")] = grouping.sets[number].name
+    return found
+
+
+def check_caps(one: CoupledRule, model: nn.Module) -> None:
+    """Refuse caps of layers that the model does not have, and caps none of which is of this rule's sets.
+
+    Raises:
+        ConfigError: it names the layer, and the nearest of the rule's.
+    """
+    caps, modules = one.limits().caps, dict(model.named_modules())
+    own = [each.name for each in one.grouping.sets]
+    strange = next((name for name in caps if name not in modules), None)
+    if strange is None and caps and not set(caps) & set(own):
+        strange = next(iter(caps))
+    if strange is not None:
+        raise ConfigError(unknown(f"{one.key}.max_sparsity_from", strange, own))
+
+
+def check_data(one: CoupledRule, calibration: Calibration | None) -> None:
+    """Refuse a compensation without data at the first event to come, and not only at the event itself.
+
+    Raises:
+        ConfigError: it names the rule.
+    """
+    if not one.works or not one.compensates or calibration is not None:
+        return
+    if one.rule.at_init and one.rule.start <= 0:
+        raise ConfigError(
+            f"{one.key}.at_init: True prunes when the pruner is made, before it has the data that "
+            f"compensation: {one.rule.compensation!r} needs. Allowed: False, or start: 1 or later"
+        )
+    raise ConfigError(
+        f"{one.key}.compensation: {one.rule.compensation!r} needs data, and none was given. Allowed: "
+        "pruner.calibrate_with(dataloader, loss_fn) before the first prune(); or 'none'"
+    )
+
+
+def check_sharded(one: CoupledRule, calibration: Calibration | None) -> None:
+    """Refuse rules that need whole layers, once ``fully_shard`` has spread them.
+
+    Raises:
+        ConfigError: it names the option.
+    """
+    if one.rule.application == "remove":
+        raise ConfigError(f"{one.key}.application: 'remove' at every event cannot follow fully_shard. Allowed: mask")
+    if one.compensates:
+        raise ConfigError(
+            f"{one.key}.compensation: {one.rule.compensation!r} needs whole layers, and fully_shard has spread "
+            "them. Allowed: 'none', or DistributedDataParallel"
+        )
+    if calibration is not None and measures(one.criterion):
+        raise ConfigError(
+            f"{one.key}.criterion: {one.rule.criterion!r} with data of its own needs whole layers, and "
+            "fully_shard has spread them. Allowed: DistributedDataParallel"
+        )

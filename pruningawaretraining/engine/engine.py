@@ -1,0 +1,306 @@
+"""The engine: at every event of every rule, statistics -> scores -> masks -> agreement -> compensation -> removal.
+
+Shape suffixes: ``_G`` groups of one rule.
+
+An event of a rule takes place in an epoch's ``prune`` or at a step, once each. Where its criterion needs gradients or
+activations and none has been seen, it waits for the first ones, which come before the weights move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.criteria.second_order import Calibration
+from pruningawaretraining.distributed.collectives import agreed
+from pruningawaretraining.engine.context import RemovalContext
+from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.engine.domain import Domain
+from pruningawaretraining.engine.parts import advance, complete, settle
+from pruningawaretraining.engine.penalties import ActivePenalties
+from pruningawaretraining.engine.removal import remove_masked
+from pruningawaretraining.engine.rule import PHASES, ActiveRule
+from pruningawaretraining.engine.weights import WeightGroups
+from pruningawaretraining.masks.masks import Masks
+from pruningawaretraining.masks.penalties import Regularizer
+from pruningawaretraining.models.calling import full_precision
+
+
+class Engine:
+    """Drives all rules of one model.
+
+    Args:
+        model: the model.
+        coupled: groups that can be removed, or None.
+        weights: groups inside layers, or None.
+        context: gives what has to follow a mask or a removal.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        coupled: CoupledGroups | None,
+        weights: WeightGroups | None,
+        context: Callable[[], RemovalContext],
+    ) -> None:
+        self.model, self.coupled, self.weights = model, coupled, weights
+        self.calibration: Calibration | None = None  # data that criteria and compensation may look at
+        self._context, self._listens, self._observed = context, False, False
+        self.penalties = ActivePenalties(model)
+
+    @property
+    def domains(self) -> list[Domain]:
+        """Removable groups first: what is inside layers follows what is left of them."""
+        return [one for one in (self.coupled, self.weights) if one is not None]
+
+    @property
+    def rules(self) -> list[ActiveRule]:
+        """All rules, in the order in which they have their events."""
+        return [one for _, one in self._owned()]
+
+    def _owned(self) -> list[tuple[Domain, ActiveRule]]:
+        return [(domain, one) for domain in self.domains for one in domain.rules]
+
+    @property
+    def masks(self) -> list[Masks]:
+        """Every mask that acts in a step."""
+        own = [] if self.weights is None else self.weights.masks
+        return own if self.coupled is None else [self.coupled.masks, *own]
+
+    @property
+    def phase(self) -> str:
+        """The earliest phase of any rule."""
+        return min((one.state.phase for one in self.rules), key=PHASES.index, default="done")
+
+    # --- statistics ---------------------------------------------------------------------------------------------
+
+    def listen(self) -> None:
+        """Let criteria that need it follow the training, as long as their rules have events to come."""
+        self._listens = True
+        self.follow_phases()
+
+    def follow_phases(self) -> None:
+        """Let each criterion follow the training while its rule needs it."""
+        for one in self.rules if self._listens else ():
+            if one.gathers:
+                one.feed.begin(self.calibration)
+            else:
+                one.feed.end()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is observed inside the block: what runs there is not training."""
+        self.release()
+        try:
+            yield
+        finally:
+            self.follow_phases()
+
+    def release(self) -> None:
+        """Take the hooks of every criterion out; masks stay."""
+        for one in self.rules:
+            one.feed.end()
+
+    def calibrate(self, calibration: Calibration) -> None:
+        """Give criteria and compensation data of their own; events that waited for gradients take place.
+
+        Raises:
+            ConfigError: a criterion cannot prune its pattern with data of its own.
+        """
+        self._check(calibration)
+        self.calibration = calibration
+        self.follow_phases()
+        self._fire_waiting()
+
+    # --- events -------------------------------------------------------------------------------------------------
+
+    def at_init(self) -> list[str]:
+        """Let rules that begin with the pruner have their one event."""
+        return self._each(lambda one: one.rule.at_init and one.rule.start <= 0 and one.due(one.rule.start), None)
+
+    def prune(self, epoch: int) -> list[str]:
+        """Let every rule that counts epochs have the event or part that is due.
+
+        Returns:
+            One line for each thing that happened.
+        """
+        self._check(self.calibration)
+        return self.tick("epoch", epoch)
+
+    def tick(self, unit: str, now: int, last: bool = False) -> list[str]:
+        """Let every rule that counts in ``unit`` ("epoch" or "step") have the event or part that is due.
+
+        Args:
+            unit: what ``now`` counts.
+            now: the epoch, or how many real steps there have been.
+            last: only the last event of a schedule, which no further step may follow.
+        """
+        if last:
+            return self._each(lambda one: one.rule.unit == unit and now == one.rule.last_event and one.due(now), now)
+        return self._each(lambda one: one.rule.unit == unit, now)
+
+    def _each(self, chosen: Callable[[ActiveRule], bool], now: int | None) -> list[str]:
+        """Events of the chosen rules; a removal in one domain may give the next one other rules."""
+        lines: list[str] = []
+        for domain in self.domains:
+            for number in range(len(domain.rules)):
+                one = domain.rules[number]
+                if chosen(one):
+                    at = one.rule.start if now is None else now
+                    advance(domain, one, at, self._context)
+                    lines += self._fire(domain, one, at) if one.due(at) else []
+        return lines
+
+    def _check(self, calibration: Calibration | None) -> None:
+        for domain in self.domains:
+            domain.check(calibration)
+
+    def asks(self, steps: range, last: bool = False) -> bool:
+        """Whether it matters for any event which of these is the number of real steps."""
+        return any(one.asks(steps, last) for one in self.rules)
+
+    def _fire_waiting(self) -> list[str]:
+        lines: list[str] = []
+        for domain, one in self._owned():
+            if (now := one.state.waiting) is not None:
+                lines += self._fire(domain, one, now)
+        return lines
+
+    def _fire(self, domain: Domain, one: ActiveRule, now: int) -> list[str]:
+        domain.check(self.calibration)
+        if not domain.ready(one, self.calibration):
+            one.state.waiting = now
+            return []
+        one.state.waiting = None
+        context = self._context()
+        with self.paused(), full_precision(self.model):
+            if one.state.event == 0:
+                domain.begin(one, context)
+            decision = domain.decide(one, now, self.calibration)
+            keep_G, met_1 = agreed(decision.keep_G, torch.tensor([decision.met]))
+            met = bool(met_1)
+            one.state.event, one.state.last = one.state.event + 1, now
+            one.state.phase = "prune"
+            if one.parts > 1 and decision.scores_G is not None:
+                one.next_G, one.scores_G, one.state.begun, one.state.part = keep_G, decision.scores_G, now, 0
+                advance(domain, one, now, self._context)
+            else:
+                settle(one)
+                domain.put(one, keep_G, context, self.calibration)
+            lines = [f"{one.key}: {one.rule.unit} {now}: {' '.join(domain.summary(one))}"]
+            lines += self._remove_at(domain, one, now, met, context)
+            if met and one.rule.release:
+                complete(domain, one, context)
+                domain.mask(one, torch.ones_like(keep_G), context.optimizers)
+                lines[0] += "; masks lifted"
+            one.state.phase = "finetune" if met else "prune"
+        return lines
+
+    def _remove_at(self, domain: Domain, one: ActiveRule, now: int, met: bool, context: RemovalContext) -> list[str]:
+        """Remove at an event what can be removed then."""
+        if not domain.removable or self.coupled is None:
+            return []
+        where = f"{one.key}: {one.rule.unit} {now}"
+        if self.coupled.sharded and met:
+            return [f"{where}: the target is met; gathered() removes what is masked"]
+        if not met and one.rule.application != "remove":
+            return []
+        self._remove(context)
+        return [f"{where}: removed, {domain.summary(one)[1]}"]
+
+    def remove(self) -> None:
+        """Remove what is masked now, whatever the schedule says; zeros inside a weight stay there.
+
+        Raises:
+            ModelError: the removed model does not compute what the masked one did; everything is put back first.
+        """
+        if self.coupled is not None:
+            with self.paused(), full_precision(self.model):
+                self._remove(self._context())
+
+    def _remove(self, context: RemovalContext) -> None:
+        assert self.coupled is not None
+        if remove_masked(self.coupled, context):
+            self.after_removal(context.optimizers)
+
+    def after_removal(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Groups have been removed: rules inside layers and regularisers follow."""
+        self.penalties.forget()
+        if self.weights is not None:
+            self.weights.rebuild(optimizers)
+            self.follow_phases()
+
+    # --- steps --------------------------------------------------------------------------------------------------
+
+    def on_round(self) -> list[tuple[Regularizer, Tensor]]:
+        """A real step begins: gradients are complete and no weight has moved.
+
+        Returns:
+            Each active regulariser of the gradients, with its factors at these weights.
+        """
+        self._observed = False
+        for one in self.masks:
+            one.settle()
+        return self.gradient_penalties()
+
+    def on_gradients(self, scale: Tensor | float) -> list[str]:
+        """Observe the gradients once in a real step; events that waited for them take place.
+
+        Args:
+            scale: what the gradients are still multiplied with.
+        """
+        if not self._observed:
+            for one in self.rules:
+                one.feed.observe(scale)
+            self._observed = True
+        return self._fire_waiting()
+
+    def on_stepped(self, fresh: Tensor | int, rates: Callable[[], Mapping[int, Tensor | float]]) -> None:
+        """Weights have moved: shrink blocks, and zero what is masked.
+
+        Args:
+            fresh: 1 if that makes a real step, else 0.
+            rates: gives learning rates by the ids of parameters.
+        """
+        if self.weights is not None:
+            self.penalties.shrink(self.weights, fresh, rates)
+        for one in self.masks:
+            one.apply()
+
+    def mask_gradients(self) -> None:
+        """Set the gradients of masked weights to 0."""
+        for one in self.masks:
+            one.apply_to_gradients()
+
+    def gradient_penalties(self) -> list[tuple[Regularizer, Tensor]]:
+        """Every active regulariser of the gradients with its factors at these weights."""
+        return [] if self.coupled is None else self.penalties.of_gradients(self.coupled)
+
+    def regularize(self, scale: Tensor | float = 1.0) -> None:
+        """Add every active regulariser to the gradients in place, in the gradients' own ``scale``."""
+        for ready, factor_G in self.gradient_penalties():
+            ready.add(factor_G * scale)
+
+    def loss_penalty(self) -> Tensor:
+        """The differentiable penalty of all rules that have one and are not done."""
+        return self.penalties.of_loss(self.weights)
+
+    def finish(self) -> None:
+        """Training ends: events in parts are completed, and nothing is observed any more."""
+        for domain, one in self._owned():
+            complete(domain, one, self._context())
+        self._listens = False
+        self.release()
+
+    def rebind(self) -> None:
+        """Take the model's parameters as they are now, by their names: ``fully_shard`` has exchanged them.
+
+        Raises:
+            ConfigError: a rule cannot follow.
+        """
+        for domain in self.domains:
+            domain.rebind(self.calibration)
+        self.penalties.forget()

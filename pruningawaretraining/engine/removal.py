@@ -1,0 +1,120 @@
+"""Removing what is masked from a model: all or nothing, and only if the removed model computes the same.
+
+Shape suffixes: ``_G`` groups that are still there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining.engine.context import RemovalContext
+from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.errors import ModelError
+from pruningawaretraining.masks.removal import remove
+from pruningawaretraining.models.comparison import Comparison, Outputs
+from pruningawaretraining.models.compiling import forget_compiled
+from pruningawaretraining.models.exported_graph import ExportedGraph
+from pruningawaretraining.models.masked_norms import kept_norm_of
+
+
+def remove_masked(coupled: CoupledGroups, context: RemovalContext) -> bool:
+    """Remove the groups that are masked now, physically.
+
+    Args:
+        coupled: the groups.
+        context: optimizers, averages and graphs that follow.
+
+    Returns:
+        Whether anything was removed.
+
+    Raises:
+        ModelError: the removed model does not compute what the masked one did; everything is put back first.
+    """
+    if coupled.sharded:
+        raise ModelError(
+            "removal: fully_shard has spread the parameters. Allowed: pruner = pruner.gathered(build_model()), "
+            "and fully_shard(pruner.model) again"
+        )
+    keep_G = coupled.keep_D[coupled.live_D]
+    if bool(keep_G.all()):
+        return False
+    context.before_removal()
+    comparison = Comparison(coupled.model, coupled.example.inputs, coupled.forward_fn, context.graphs)
+    before = comparison.outputs()
+    coupled.masks.clear()
+    try:
+        surgery = remove(coupled.model, coupled.found, keep_G, context.optimizers, context.followers, context.graphs)
+    except BaseException:
+        coupled.masks.set(keep_G)
+        raise
+    try:
+        _check(comparison, before)
+    except BaseException:
+        surgery.undo()
+        coupled.masks.set(keep_G)
+        raise
+    forget_compiled()
+    coupled.follow_removal(keep_G)
+    coupled.reset_optimizer = True
+    context.after_removal()
+    return True
+
+
+def _check(comparison: Comparison, before: Outputs) -> None:
+    try:
+        difference = comparison.verdict(before, comparison.outputs()).difference
+    except ModelError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ModelError(
+            f"removal: the removed model does not run: {reason}; the model is put back as it "
+            "was, masked. Some width is written into its code: leave those layers out with 'exclude'"
+        ) from error
+    if difference:
+        raise ModelError(
+            f"removal: the removed model's outputs differ from the masked model's by {difference:.2g} of their "
+            "scale; the model is put back as it was, masked. Some operation mixes channels in a way that is "
+            "not understood: leave its layers out with 'exclude'"
+        )
+
+
+def spare(coupled: CoupledGroups, graph: ExportedGraph) -> None:
+    """Let masks hold in a graph that was exported from the model.
+
+    A quantizer folds batch norms into layers and divides by their weights, so those of masked channels are 1, not
+    0; they have no influence, since everything that reads them is masked.
+
+    Args:
+        coupled: the groups.
+        graph: exported from their model.
+
+    Raises:
+        ModelError: a norm over channels, whose statistics cannot be restricted in a graph; or the graph does not
+            run on the example inputs.
+    """
+    if coupled.found.blocks:
+        raise ModelError(
+            "graph: 'depth' takes whole blocks out of the model, and in an exported graph they cannot be found. "
+            "Allowed: remove them before the export"
+        )
+    modules = dict(coupled.model.named_modules())
+    for name in coupled.found.norms:
+        if kept_norm_of(modules[name]) is not None:
+            raise ModelError(
+                f"graph: {name} ({type(modules[name]).__name__}) normalises over channels, of which some may be "
+                "masked, and in an exported graph that cannot be told. Allowed: remove the channels before the "
+                "export, or exclude the layers that it normalises"
+            )
+    graph.outputs(coupled.example.inputs, coupled.forward_fn)
+    keep_G, divisors = coupled.masks.keep_G, graph.divisors()
+    coupled.spared |= divisors
+    coupled.masks.clear()
+    coupled.mask_again(keep_G)
+    _set_divisors(coupled, keep_G, divisors)
+
+
+@torch.no_grad()
+def _set_divisors(coupled: CoupledGroups, keep_G: Tensor, divisors: frozenset[str]) -> None:
+    for member, keep_W in coupled.found.grouping.expand(keep_G.float(), outside=1.0):
+        if member.name in divisors:
+            member.parameter[(keep_W == 0).to(member.parameter.device)] = 1.0

@@ -1,0 +1,152 @@
+"""A rule at work: where it stands, and when it has its next event.
+
+Shape suffixes: ``_G`` groups of the rule.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.criteria.base import Criterion
+from pruningawaretraining.engine.statistics_feed import StatisticsFeed
+
+log = logging.getLogger(__name__)
+
+PHASES = ("regularize", "prune", "finetune", "done")
+WORKING = ("regularize", "prune")
+"""Phases in which a rule has events to come."""
+
+
+@dataclass
+class RuleState:
+    """Where one rule stands.
+
+    Args:
+        phase: one of ``PHASES``.
+        event: events so far.
+        last: the last epoch (or step) with an event.
+        waiting: an event that waits for gradients or activations.
+        begun: when the event began whose masks are still taken in parts.
+        part: parts of it that have been taken.
+        initial: sparsity when the first event began, where zeros count.
+        scale: what the first event divided the scores of each set by.
+        first: scores of all groups before that, at the first event. Later events divide by the same scale, corrected
+            for how the groups that are left have changed, so that those that are gone do not change how layers compare.
+        latencies: predicted and measured at every event of a latency target.
+    """
+
+    phase: str = "regularize"
+    event: int = 0
+    last: int | None = None
+    waiting: int | None = None
+    begun: int | None = None
+    part: int = 0
+    initial: float = 0.0
+    scale: list[float] | None = None
+    first: Tensor | None = None
+    latencies: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class ActiveRule:
+    """A rule of one model.
+
+    Args:
+        key: how messages call it.
+        rule: the configuration.
+        pattern: its pattern, built.
+        criterion: what scores its groups.
+        feed: gathers what the criterion needs.
+        state: where it stands.
+        next_G, scores_G: the masks that an event in parts leads to, and the scores that order it.
+    """
+
+    key: str
+    rule: Rule
+    pattern: Any
+    criterion: Criterion
+    feed: StatisticsFeed = field(init=False)
+    state: RuleState = field(default_factory=RuleState, init=False)
+    next_G: Tensor | None = field(default=None, init=False)
+    scores_G: Tensor | None = field(default=None, init=False)
+
+    @property
+    def works(self) -> bool:
+        """Whether the rule has events to come."""
+        return self.rule.enabled and self.state.phase in WORKING
+
+    @property
+    def gathers(self) -> bool:
+        """Whether an event to come needs scores."""
+        return self.works and self.rule.mode == "prune" and self.rule.target.given
+
+    @property
+    def compensates(self) -> bool:
+        """Whether layers that read what is masked are changed to make up for it."""
+        return self.rule.compensation != "none"
+
+    def due(self, now: int) -> bool:
+        """Whether an epoch or step has an event: at start and every ``every`` from there on, once each."""
+        aimless = self.rule.mode == "prune" and not self.rule.target.given
+        if not self.works or aimless or now < self.rule.start or self.state.waiting is not None:
+            return False
+        return (now - self.rule.start) % self.rule.every == 0 and (self.state.last is None or now > self.state.last)
+
+    def asks(self, steps: range, last: bool) -> bool:
+        """Whether it matters for an event, or a part of one, which of these is the number of real steps.
+
+        Args:
+            steps: what the number may be.
+            last: only the last event of the schedule counts.
+        """
+        if self.rule.unit != "step" or (last and self.rule.last_event not in steps):
+            return False
+        coming = steps[max(0, self.rule.start - steps.start) :]
+        return (self.next_G is not None and not last) or any(self.due(now) for now in coming)
+
+    def is_last(self, now: int) -> bool:
+        """Whether an event is the last of the schedule."""
+        return self.rule.at_init or (now - self.rule.start) // self.rule.every + 1 >= self.rule.events
+
+    def progress(self, now: int) -> float:
+        """How far the schedule has come with an event, in (0, 1]."""
+        if self.is_last(now):
+            return 1.0
+        return ((now - self.rule.start) // self.rule.every + 1) / self.rule.events
+
+    @property
+    def parts(self) -> int:
+        """In how many parts the masks of an event are taken."""
+        return min(self.rule.progressive, self.rule.every)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The masks that an event wants.
+
+    Args:
+        keep_G: the rule's new masks (True = keep).
+        met: whether its target is met with them.
+        scores_G: what the groups were ranked by, where parts of the event follow that order.
+    """
+
+    keep_G: Tensor
+    met: bool
+    scores_G: Tensor | None = None
+
+
+def warn_of_idle(rules: Iterable[ActiveRule]) -> None:
+    """Say which rules never had an event, most often because the loop does not count what they count."""
+    calls = {"epoch": "prune(model, epoch) counts epochs", "step": "the optimizer's steps are counted"}
+    for one in rules:
+        if one.rule.target.given and one.rule.mode == "prune" and one.state.event == 0:
+            log.warning(
+                "%s: it never pruned: its first event is in %s %d (%s)",
+                *(one.key, one.rule.unit, one.rule.start, calls[one.rule.unit]),
+            )

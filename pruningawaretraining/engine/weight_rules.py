@@ -1,0 +1,88 @@
+"""Rules inside layers: each with its groups and masks.
+
+Shape suffixes: ``_G`` groups of one rule.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pruningawaretraining.allocation.ranking import Limits, limits_of
+from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.engine.rule import ActiveRule
+from pruningawaretraining.errors import ConfigError, ModelError, TargetError
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.masks.masks import Masks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class WeightRule(ActiveRule):
+    """A rule with its groups and masks.
+
+    Args:
+        grouping, masks: its groups, and which of them are masked.
+        stacked: whether a rule for channels works on the same layers.
+    """
+
+    grouping: Grouping
+    masks: Masks
+    stacked: bool = False
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of its groups that are masked."""
+        return 1.0 - sum(self.masks.kept_by_set) / self.grouping.size if self.grouping.size else 0.0
+
+    def limits(self) -> Limits:
+        """What every allocation respects."""
+        return limits_of(self.rule)
+
+
+def grouping_of(model: nn.Module, key: str, rule: Rule, pattern: Any) -> Grouping:
+    """The groups of a rule's layers; errors name the rule."""
+    try:
+        grouping: Grouping = pattern.build(model, rule.layers, rule.exclude)
+    except (ConfigError, ModelError) as error:
+        raise type(error)(f"{key}.{error}") from error
+    return grouping
+
+
+def check_target(key: str, rule: Rule, pattern: Any) -> None:
+    """Refuse a sparsity that the rule's limits or pattern leave out of reach.
+
+    Raises:
+        TargetError: it says how far the rule can go.
+    """
+    target = rule.target.sparsity
+    if target is None or rule.mode != "prune":
+        return
+    if target > rule.max_sparsity + 1e-9:
+        raise TargetError(
+            f"{key}.target.sparsity: {target} is out of reach: at most {rule.max_sparsity} of a layer goes "
+            "(max_sparsity). Lower the target or raise max_sparsity"
+        )
+    window = getattr(pattern, "window", None)
+    if window is None:
+        return
+    most = window[0] / window[1]
+    if target > most + 1e-9:
+        raise TargetError(
+            f"{key}.target.sparsity: {target} is out of reach of {window[0]}:{window[1]}. Allowed: at most {most:g}"
+        )
+    if target < most - 1e-9:
+        log.warning(
+            "%s.target.sparsity: %s is below the %g of %s: only some of the windows will be %s",
+            *(key, target, most, rule.pattern, rule.pattern),
+        )
+
+
+def same_tensors(old: Grouping, new: Grouping) -> bool:
+    """Whether two groupings label the same tensors."""
+    before, after = old.members, new.members
+    return len(before) == len(after) and all(a.parameter is b.parameter for a, b in zip(before, after, strict=True))

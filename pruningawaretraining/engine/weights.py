@@ -1,0 +1,252 @@
+"""Rules that prune inside layers: slices, blocks, N:M and single weights. Their zeros stay in the tensors.
+
+Shape suffixes: ``_G`` groups of one rule.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.allocation.threshold import allocate, allocate_windows, classes_of, zero_groups
+from pruningawaretraining.config.options import support_of
+from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.criteria.base import Statistics, refined, scorable
+from pruningawaretraining.criteria.second_order import Calibration, Sampling
+from pruningawaretraining.engine.compensation import prune_by_curvature, weight_pattern
+from pruningawaretraining.engine.context import RemovalContext
+from pruningawaretraining.engine.rule import Decision
+from pruningawaretraining.engine.statistics_feed import StatisticsFeed
+from pruningawaretraining.engine.weight_rules import WeightRule, check_target, grouping_of, same_tensors
+from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.views import slot_sums
+from pruningawaretraining.masks.masks import Masks
+from pruningawaretraining.patterns.elements import input_dims
+from pruningawaretraining.patterns.slice import pruned_channels
+from pruningawaretraining.schedules import sparsity_at
+
+log = logging.getLogger(__name__)
+
+Optimizers = Sequence[torch.optim.Optimizer]
+DONE = {"prune": "pruned", "unprune": "masks lifted", "lock": "zeros locked"}
+
+
+class WeightGroups:
+    """The rules of one model that prune inside layers.
+
+    Args:
+        model: the model.
+        rules: (key, rule, built pattern, built criterion) of the rules that are enabled.
+        stacked: whether a rule for channels works on the same layers.
+    """
+
+    removable = False
+
+    def __init__(self, model: nn.Module, rules: Iterable[tuple[str, Rule, Any, Any]], stacked: bool = False) -> None:
+        self.model = model
+        self.rules = [self._rule(*one, stacked) for one in rules]
+        self._empty: set[tuple[str, str]] = set()  # (rule, layer) without any weight, as has been said
+
+    def _rule(self, key: str, rule: Rule, pattern: Any, criterion: Any, stacked: bool) -> WeightRule:
+        grouping = grouping_of(self.model, key, rule, pattern)
+        check_target(key, rule, pattern)
+        if grouping.skipped:
+            shown = "; ".join(grouping.skipped[:4]) + ("; ..." if len(grouping.skipped) > 4 else "")
+            log.warning("%s: %r leaves %d layers as they are: %s", key, rule.pattern, len(grouping.skipped), shown)
+        one = WeightRule(key, rule, pattern, criterion, grouping, Masks(grouping), stacked)
+
+        def grouping_on(model: nn.Module) -> Grouping:
+            return one.grouping if model is self.model else grouping_of(model, key, rule, pattern)
+
+        one.feed = StatisticsFeed(key, criterion, self.model, grouping_on)
+        return one
+
+    @property
+    def masks(self) -> list[Masks]:
+        """The masks of every rule."""
+        return [one.masks for one in self.rules]
+
+    def ready(self, one: WeightRule, calibration: Calibration | None) -> bool:
+        """Whether the rule's event can take place; it waits for the first gradients where it needs them."""
+        return one.rule.mode != "prune" or one.feed.ready(calibration)
+
+    def check(self, calibration: Calibration | None) -> None:
+        """Refuse rules of second order that cannot prune their pattern, once there is data for them.
+
+        Raises:
+            ConfigError: it names the rule and its pattern.
+        """
+        for one in self.rules:
+            if calibration is not None and isinstance(one.criterion, Sampling):
+                weight_pattern(one.pattern, f"{one.key}.pattern")
+
+    # --- events -------------------------------------------------------------------------------------------------
+
+    def begin(self, one: WeightRule, context: RemovalContext) -> None:
+        """The rule has its first event: zeros that are there already may count."""
+        if one.rule.keep_zeros or one.rule.mode == "lock":
+            keep_G = one.masks.keep_G & ~zero_groups(one.grouping).to(one.masks.keep_G.device)
+            self.mask(one, keep_G, context.optimizers)
+            one.state.initial = one.sparsity
+
+    def decide(self, one: WeightRule, now: int, calibration: Calibration | None) -> Decision:
+        """The rule's next masks; a rule of second order with data of its own moves the weights that stay as well."""
+        progress, last = one.progress(now), one.is_last(now)
+        if one.rule.mode != "prune":
+            return Decision(one.masks.keep_G if one.rule.mode == "lock" else torch.ones_like(one.masks.keep_G), True)
+        if calibration is not None and isinstance(one.criterion, Sampling):
+            sparsity = self._sparsity(one, progress)
+            return Decision(prune_by_curvature(calibration, one, one.grouping, one.masks.keep_G, sparsity), last)
+        statistics = Statistics(keep_G=one.masks.keep_G, tensors=one.feed.statistics(calibration))
+        scores_G = self.scores(one, statistics)
+        return Decision(self._allocated(one, scores_G, statistics, progress), last, scores_G)
+
+    def scores(self, one: WeightRule, statistics: Statistics) -> Tensor:
+        """Scores of the rule's groups.
+
+        Raises:
+            ModelError: there are NaN among them.
+        """
+        scores_G = one.criterion.score(scorable(one.grouping, one.criterion), statistics)
+        if bool(torch.isnan(scores_G).any()):
+            raise ModelError(f"{one.key}.criterion: {one.rule.criterion!r} gives NaN: the weights are not finite")
+        return scores_G.detach().to(one.masks.keep_G.device)
+
+    def _sparsity(self, one: WeightRule, progress: float) -> float:
+        target = one.rule.target.sparsity or 0.0
+        return sparsity_at(one.rule.schedule, progress, min(one.state.initial, target), target)
+
+    def _allocated(self, one: WeightRule, scores_G: Tensor, statistics: Statistics, progress: float) -> Tensor:
+        """The masks at a progress of the schedule, in (0, 1]; what is masked stays so."""
+        sparsity, limits = self._sparsity(one, progress), one.limits()
+        removed_G = ~one.masks.keep_G if one.masks.active else None
+        classes_S = classes_of(one.grouping, one.rule.scope)
+        window = getattr(one.pattern, "window", None)
+        if window is not None:
+            dims, key = input_dims(self.model, one.grouping), f"{one.key}.target.sparsity"
+            return allocate_windows(scores_G, one.grouping, window, sparsity, dims, limits, classes_S, removed_G, key)
+        exempt_G = None
+        if one.stacked or support_of(one.pattern).spares_pruned:
+            gone_G = pruned_channels(one.grouping, one.masks.keep_G)
+            exempt_G = gone_G if bool(gone_G.any()) else None
+        sizes = one.grouping.set_sizes.tolist()
+        keep_G = allocate(scores_G, sizes, sparsity, limits, classes_S, removed_G, exempt_G)
+        return refined(one.criterion, one.grouping, keep_G, statistics)
+
+    def put(self, one: WeightRule, keep_G: Tensor, context: RemovalContext, calibration: Calibration | None) -> None:
+        """Apply the masks of an event."""
+        self.mask(one, keep_G, context.optimizers)
+        for each, kept in zip(one.grouping.sets, one.masks.kept_by_set, strict=True):
+            if not kept and (one.key, each.name) not in self._empty:  # the model may be cut in two there
+                self._empty.add((one.key, each.name))
+                log.warning(
+                    "%s: no weight is left in %s; max_sparsity below 1 keeps some in every layer", one.key, each.name
+                )
+
+    def mask(self, one: WeightRule, keep_G: Tensor, optimizers: Optimizers) -> None:
+        """Mask weights, gradients and optimizer state."""
+        one.masks.set(keep_G)
+        one.masks.apply_to_gradients()
+        one.masks.apply_to_state(optimizers)
+
+    def keep_of(self, one: WeightRule) -> Tensor:
+        """The rule's masks."""
+        return one.masks.keep_G
+
+    def summary(self, one: WeightRule) -> tuple[str, str]:
+        """The verb of an event, and what has been reached, for the log."""
+        return f"{DONE[one.rule.mode]},", f"sparsity {one.sparsity:.4f}"
+
+    # --- what has been reached ----------------------------------------------------------------------------------
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """(groups, those that are masked) of all rules."""
+        sizes = [one.grouping.size for one in self.rules]
+        return sum(sizes), sum(sizes) - sum(sum(one.masks.kept_by_set) for one in self.rules)
+
+    @property
+    def finished(self) -> list[str]:
+        """Keys of the rules that have reached their target."""
+        return [one.key for one in self.rules if one.state.phase == "finetune"]
+
+    def norms(self) -> dict[str, Tensor]:
+        """L2 norms of all groups by the name of their weight, on the CPU."""
+        return {
+            member.name: slot_sums(member, member.parameter.detach().float().square()).sqrt().cpu()
+            for one in self.rules
+            for member in one.grouping.members
+        }
+
+    def keep_masks(self) -> dict[str, Tensor]:
+        """Name of each weight -> keep mask of its groups, on the CPU."""
+        return {name: keep_G for one in self.rules for name, keep_G in one.masks.by_parameter().items()}
+
+    def describe_sets(self) -> list[dict[str, Any]]:
+        """One dict for each layer of each rule: source, dependencies (none), size and kept groups."""
+        return [
+            {"source": member.name, "dependencies": [], "size": member.n_slots, "kept": kept}
+            for one in self.rules
+            for member, kept in zip(one.grouping.members, one.masks.kept_of_members(), strict=True)
+        ]
+
+    # --- changes of the model, and state ------------------------------------------------------------------------
+
+    def rebind(self, calibration: Calibration | None) -> None:
+        """Take the model's parameters as they are now, by their names: ``fully_shard`` has exchanged them.
+
+        Raises:
+            ConfigError: a rule by second order with data of its own.
+        """
+        for one in self.rules:
+            if calibration is not None and isinstance(one.criterion, Sampling):
+                raise ConfigError(
+                    f"{one.key}.criterion: {one.rule.criterion!r} compensates whole layers, and fully_shard has spread "
+                    "them. Allowed: DistributedDataParallel, or pruning before fully_shard"
+                )
+        for one in self.rules:
+            members = tuple(replace(m, parameter=self.model.get_parameter(m.name)) for m in one.grouping.members)
+            one.grouping = replace(one.grouping, members=members, _cache={})
+            one.masks = one.masks.on(one.grouping)
+            one.feed.rebind()
+
+    def rebuild(self, optimizers: Optimizers) -> None:
+        """Label the weights again after channels have been removed; rules that had begun keep their sparsity."""
+        for one in self.relabel():
+            if not one.state.event or (one.rule.release and one.state.phase == "finetune"):
+                continue
+            if one.rule.mode == "prune":
+                progress = 1.0 if one.state.phase == "finetune" else one.state.event / one.rule.events
+                statistics = Statistics(keep_G=one.masks.keep_G, tensors=one.feed.statistics(None, required=False))
+                keep_G = self._allocated(one, self.scores(one, statistics), statistics, progress)
+                self.mask(one, keep_G, optimizers)
+            elif one.rule.mode == "lock":
+                self.mask(one, ~zero_groups(one.grouping), optimizers)
+
+    def relabel(self) -> list[WeightRule]:
+        """New rules, without masks, for those whose weights are others than before; returns the new ones."""
+        renewed = []
+        for number, old in enumerate(self.rules):
+            if same_tensors(old.grouping, grouping_of(self.model, old.key, old.rule, old.pattern)):
+                continue  # nothing of it has gone: what it has gathered stays
+            old.masks.clear()
+            old.feed.end()
+            new = self._rule(old.key, old.rule, old.pattern, old.criterion, old.stacked)
+            new.state = replace(old.state, begun=None, part=0)
+            self.rules[number] = new
+            renewed.append(new)
+        return renewed
+
+    def adopt(self, keys: Iterable[str]) -> None:
+        """Rules that a loaded file has seen through: the zeros of its weights are their masks."""
+        finished = set(keys)
+        for one in self.rules:
+            if one.key in finished:
+                one.masks.set(~zero_groups(one.grouping))
+                one.state.phase, one.state.event = "finetune", one.rule.events

@@ -1,0 +1,121 @@
+"""Masks of slices, blocks, N:M and single weights: one byte a group, written through views of the weights.
+
+Shape suffixes: ``_G`` groups, ``_S`` slots of one member, ``_W`` any weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining.distributed.fsdp import is_sharded, local_member, local_of
+from pruningawaretraining.groups.grouping import Grouping, Member
+from pruningawaretraining.groups.lowest import counts_of
+from pruningawaretraining.groups.reductions import device_of
+from pruningawaretraining.groups.views import fill_groups, fold_of, slot_counts, slots_of
+
+
+class ViewWriter:
+    """Writes zeros over the chosen slots of members that have consecutive slots.
+
+    Args:
+        grouping: the groups.
+    """
+
+    def __init__(self, grouping: Grouping) -> None:
+        self.grouping = grouping
+        self._drops: list[tuple[Member, Tensor]] = []  # members with anything masked, and which of their slots
+        self._of: dict[int, list[int]] = {}  # indices of these by the id of the parameter
+        self._entries: dict[tuple[int, bool], Tensor] = {}  # the same entry by entry, where labels are irregular
+
+    @property
+    def device(self) -> torch.device:
+        """Masks lie where the first weight does."""
+        return device_of(self.grouping)
+
+    def build(self, keep_G: Tensor, kept_by_set: list[int]) -> None:
+        """See :class:`~pruningawaretraining.masks.masks.Writer`."""
+        self._drops, self._entries, self._of = [], {}, {}
+        kept = kept_of_members(self.grouping, keep_G, kept_by_set)
+        for member, left in zip(self.grouping.members, kept, strict=True):
+            if left < member.n_slots:
+                self._of.setdefault(id(member.parameter), []).append(len(self._drops))
+                drop_S = ~slots_of(self.grouping, member, keep_G)
+                self._drops.append((member, drop_S.to(member.parameter.device)))
+
+    def parameters(self) -> list[Tensor]:
+        """See :class:`~pruningawaretraining.masks.masks.Writer`."""
+        return list({id(member.parameter): member.parameter for member, _ in self._drops}.values())
+
+    def clear_weights(self) -> None:
+        """See :class:`~pruningawaretraining.masks.masks.Writer`."""
+        for index, (member, _) in enumerate(self._drops):
+            self._fill(index, member.parameter)
+
+    def clear_gradients(self) -> None:
+        """See :class:`~pruningawaretraining.masks.masks.Writer`."""
+        for index, (member, _) in enumerate(self._drops):
+            self._fill_gradient(index, member.parameter)
+
+    def accumulated(self, parameter: Tensor) -> None:
+        """See :class:`~pruningawaretraining.masks.masks.Writer`."""
+        for index in self._of.get(id(parameter), ()):
+            self._fill_gradient(index, parameter)
+
+    def settle(self) -> None:
+        """Nothing is left for later here."""
+
+    def factors(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """See :class:`~pruningawaretraining.masks.masks.Writer`; one mask of a whole weight at a time is held."""
+        for index, (member, _) in enumerate(self._drops):
+            keep_W = torch.ones_like(local_of(member.parameter), dtype=torch.bool)
+            self._fill(index, keep_W, is_sharded(member.parameter))
+            yield member.parameter, keep_W
+
+    def _fill_gradient(self, index: int, parameter: Tensor) -> None:
+        if parameter.grad is not None and parameter.grad.layout is torch.strided:
+            self._fill(index, parameter.grad)
+
+    def _fill(self, index: int, values_W: Tensor, part: bool = False) -> None:
+        """Write 0 over the masked entries; the masks follow a model that has been moved to another device.
+
+        Args:
+            index: of the member.
+            values_W: shaped like it; a DTensor's local part is written, or what is said to be that ``part``.
+        """
+        member, drop_S = self._drops[index]
+        if drop_S.device != values_W.device:
+            drop_S = drop_S.to(values_W.device)
+            self._drops[index] = member, drop_S
+        here = local_member(member) if part or is_sharded(values_W) else member
+        if fold_of(here) is not None:
+            fill_groups(here, local_of(values_W), drop_S, 0.0)
+            return
+        known = self._entries.get((index, here is member))
+        if known is None or known.device != values_W.device:
+            known = self._entries[index, here is member] = here.spread(drop_S, outside=0.0).bool()
+        local_of(values_W).masked_fill_(known, 0.0)
+
+    def masked_weights(self) -> int:
+        """See :class:`~pruningawaretraining.masks.masks.Writer`."""
+        total = 0
+        for member, drop_S in self._drops:
+            counts = slot_counts(member)
+            if counts.numel() == 1:
+                total += counts_of(drop_S, [member.n_slots])[0] * int(counts)
+                continue
+            alike = [dim for dim, length in enumerate(counts.shape) if length == 1]
+            gone = drop_S.view(member.sizes)
+            gone = gone.sum(dim=alike, keepdim=True) if alike else gone.long()
+            total += int((gone * counts.to(gone)).sum())
+        return total
+
+
+def kept_of_members(grouping: Grouping, keep_G: Tensor, kept_by_set: list[int]) -> list[int]:
+    """How many groups of each member with consecutive slots are kept; not counted again where each is a set."""
+    runs = [(member.offset, member.n_slots) for member in grouping.members]
+    if runs == [(one.start, one.size) for one in grouping.sets]:
+        return kept_by_set
+    return [counts_of(keep_G[start : start + size], [size])[0] for start, size in runs]

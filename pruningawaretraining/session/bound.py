@@ -1,0 +1,48 @@
+"""The base of the facade: it is bound to a session once it has a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from pruningawaretraining.errors import ModelError
+from pruningawaretraining.models.calling import unwrap
+from pruningawaretraining.session.arguments import check_model
+from pruningawaretraining.session.optimizer_hooks import Steps
+from pruningawaretraining.session.session import Session
+
+
+@dataclass
+class NoChannels:
+    """What ``channel_pruner`` is where no rule prunes channels: loops that read the flag of a removal go on."""
+
+    reset_optimizer: bool = False
+
+
+class Bound:
+    """Holds the session of a pruner."""
+
+    def __init__(self) -> None:
+        self._known: Session | None = None
+        self._says_before = False  # whether the loop calls on_before_optimizer_step
+
+    @property
+    def _session(self) -> Session:
+        if self._known is None:
+            raise ModelError("model: the pruner was made without one; assign it first: pruner.model = model")
+        return self._known
+
+    @property
+    def _steps(self) -> Steps:
+        return self._session.steps
+
+    def _check_same(self, model: nn.Module | None) -> None:
+        own = self._session.model
+        if model is None:
+            return
+        check_model(model)
+        if unwrap(model) is not own:
+            raise ModelError(
+                f"model: this {type(model).__name__} is not the {type(own).__name__} that the pruner was made for"
+            )

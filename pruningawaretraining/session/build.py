@@ -1,0 +1,147 @@
+"""From a config to an engine: which rules there are, and the groups that they find in a model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruningawaretraining.config.options import support_of
+from pruningawaretraining.config.schema import PruningConfig, Rule
+from pruningawaretraining.criteria.base import check_kind
+from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.engine.weights import WeightGroups
+from pruningawaretraining.masks.dry_run import removable_blocks, removable_channels
+from pruningawaretraining.models.calling import ForwardFn, from_shapes
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.patterns.channel_labels import producer_names
+from pruningawaretraining.patterns.depth import check_alone
+from pruningawaretraining.patterns.stacking import check_stacking
+from pruningawaretraining.registry import build
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BuiltRule:
+    """A rule that is enabled, with its pattern and criterion built."""
+
+    key: str
+    rule: Rule
+    pattern: Any
+    criterion: Any
+
+    @property
+    def parts(self) -> tuple[str, Rule, Any, Any]:
+        """(key, rule, pattern, criterion)."""
+        return self.key, self.rule, self.pattern, self.criterion
+
+    def chosen(self, model: nn.Module) -> set[str]:
+        """The layers or blocks that a rule of removable groups selects."""
+        found: set[str] = self.pattern.chosen(model, self.rule.layers, self.rule.exclude, self.key)
+        return found
+
+
+@dataclass(frozen=True)
+class BuiltRules:
+    """The rules that are enabled: those whose groups can be removed, and those inside layers."""
+
+    coupled: tuple[BuiltRule, ...] = ()
+    weights: tuple[BuiltRule, ...] = ()
+
+
+def built_rules(config: PruningConfig) -> BuiltRules:
+    """Build the patterns and criteria of a config.
+
+    Raises:
+        ConfigError: options that do not go together.
+    """
+    built = []
+    for number, rule in enumerate(config.rules):
+        key = rule.name or f"rules[{number}]"
+        pattern = build("pattern", rule.pattern, f"{key}.pattern")
+        criterion = build("criterion", rule.criterion, f"{key}.criterion")
+        if rule.enabled:
+            kind = support_of(pattern).kind
+            check_kind(criterion, kind, f"{key}.criterion", rule.criterion, rule.pattern)
+            built.append(BuiltRule(key, rule, pattern, criterion))
+    check_alone([(one.key, one.pattern) for one in built])
+    removable = [support_of(one.pattern).removable for one in built]
+    coupled = tuple(one for one, can_go in zip(built, removable, strict=True) if can_go)
+    weights = tuple(one for one, can_go in zip(built, removable, strict=True) if not can_go)
+    return BuiltRules(coupled, weights)
+
+
+def build_weights(model: nn.Module, rules: BuiltRules) -> WeightGroups | None:
+    """Label the weights of the rules inside layers; None without any.
+
+    Raises:
+        ConfigError, ModelError, TargetError: a layer, pattern or target that cannot be used.
+    """
+    if not rules.weights:
+        return None
+    weights = WeightGroups(model, [one.parts for one in rules.weights], stacked=bool(rules.coupled))
+    producers = set(producer_names(model))
+    claims = [(one.key, "channel", sorted(one.chosen(model) & producers)) for one in rules.coupled]
+    claims += [(one.key, one.grouping.name, [layer.name for layer in one.grouping.sets]) for one in weights.rules]
+    check_stacking(claims)
+    return weights
+
+
+def build_coupled(
+    model: nn.Module,
+    rules: Iterable[BuiltRule],
+    inputs: Any,
+    forward_fn: ForwardFn | None,
+    trace_limit: float,
+) -> CoupledGroups:
+    """Trace a model and find the groups that can be removed from it.
+
+    Args:
+        model: dense.
+        rules: those of removable groups.
+        inputs, forward_fn: how to run the model.
+        trace_limit: seconds that the search for coupled channels may take.
+
+    Raises:
+        ModelError: the inputs are rejected, or nothing can be pruned.
+    """
+    chosen = [(one, one.chosen(model)) for one in rules]
+    union = set().union(*(layers for _, layers in chosen))
+    if any(support_of(one.pattern).kind == "block" for one, _ in chosen):
+        found = removable_blocks(model, inputs, union, forward_fn)
+    else:
+        found = _channels(model, chosen, union, inputs, forward_fn, trace_limit)
+    for name, reason in found.skipped.items():
+        log.info("%s stays as it is: %s", name, reason)
+    return CoupledGroups(model, found, [(*one.parts, layers) for one, layers in chosen], inputs, forward_fn)
+
+
+def _channels(
+    model: nn.Module,
+    chosen: list[tuple[BuiltRule, set[str]]],
+    union: set[str],
+    inputs: Any,
+    forward_fn: ForwardFn | None,
+    trace_limit: float,
+) -> ChannelGroups:
+    units: dict[str, str] = {}
+    for one, layers in chosen:
+        units |= one.pattern.head_units(model, layers)
+    multiples = {name: one.rule.multiple for one, layers in chosen for name in layers}
+    return removable_channels(model, inputs, union, forward_fn, multiples, units, trace_limit)
+
+
+def inputs_of(config: PruningConfig, model: nn.Module) -> Any:
+    """Example inputs of the shapes that a config gives, in the model's dtype; None without any."""
+    if config.example_inputs is None:
+        return None
+    spec = config.example_inputs
+    dtype = getattr(torch, spec.dtype)
+    if dtype.is_floating_point:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype)
+    return from_shapes(spec.shape, spec.container, dtype)

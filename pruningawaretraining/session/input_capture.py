@@ -1,0 +1,47 @@
+"""Example inputs: given, or those of the model's first forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from pruningawaretraining.models.calling import tensors_of
+from pruningawaretraining.models.example_inputs import Example, as_inputs, one_example
+
+
+class InputCapture:
+    """Holds the example inputs of a model, or waits for some.
+
+    Args:
+        model: the model.
+        inputs: example inputs, or None.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self.model = model
+        self._handle: RemovableHandle | None = None
+        self.captured = False  # whether the model itself is to show the inputs, or has shown them
+        self.set(inputs)
+
+    @property
+    def inputs(self) -> Any:
+        """The example inputs, or None until the model has shown some."""
+        return self._example.inputs
+
+    def set(self, inputs: Any) -> None:
+        """Take other inputs."""
+        self._example = Example(inputs, self.model)
+
+    def watch(self) -> None:
+        """Remember one example of the inputs of the next forward pass."""
+        if self._handle is None:
+            self.captured = True
+            self._handle = self.model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.inputs is None and any(True for _ in tensors_of((args, kwargs))):
+            self.set(one_example(as_inputs(module, args, kwargs)))
+            if self._handle is not None:
+                self._handle.remove()

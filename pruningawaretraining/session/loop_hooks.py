@@ -1,0 +1,137 @@
+"""The part of the facade that a training loop calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from pruningawaretraining.criteria.second_order.gradients import LossFn
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.session.arguments import epoch_of
+from pruningawaretraining.session.bound import Bound
+from pruningawaretraining.session.reporting import sparsity_of
+
+log = logging.getLogger(__name__)
+
+Log = Callable[[str], None] | logging.Logger
+
+
+class LoopHooks(Bound):
+    """The hooks of a training loop."""
+
+    def on_train_begin(self, dataloader: Any = None) -> None:
+        """Before the first epoch: from here on, settings stay as they are."""
+        self._session.begun = True
+
+    def calibrate_with(self, dataloader: Iterable[Any], loss_fn: LossFn) -> None:
+        """Give second-order criteria data of their own: every event of theirs then measures curvature on it and moves
+        the weights that stay to where the loss rises least (OBS, CAP, FastCAP, SparseGPT; see docs/second_order.md).
+        A rule's ``compensation`` is fitted on it, too.
+
+        Args:
+            dataloader: batches ``(inputs, targets)``, or mappings of keyword inputs with "labels"; the loader of the
+                training, with its augmentation, as the norms are measured on it.
+            loss_fn: ``(outputs, targets) -> loss``.
+
+        Raises:
+            ConfigError: the loss is no function.
+        """
+        if not callable(loss_fn):
+            raise ConfigError(f"loss_fn: {loss_fn!r} is no function. Allowed: a function of (outputs, targets)")
+        self._session.calibrate_with(dataloader, loss_fn)
+
+    def on_epoch_begin(self, epoch: int = 0) -> None:
+        """At the start of an epoch (counted from 0)."""
+
+    def on_step_begin(self, step: int = 0) -> None:
+        """At the start of a step: rules that count steps have the event that is due.
+
+        Args:
+            step: not used: loops count anew in every epoch, and the pruner counts the optimizer's real steps itself.
+        """
+        self._session.on_step_begin()
+
+    def on_before_optimizer_step(self) -> None:
+        """After backward, before clipping and the optimizer's step: regularise, and mask the gradients."""
+        self._says_before = True
+        self.channel_regularize()
+        self._session.engine.mask_gradients()
+
+    def on_after_optimizer_step(self) -> None:
+        """After the optimizer's step: masked weights are set to 0 again."""
+        if not self._steps.optimizers and (self._steps.by_hand or not self._says_before):
+            self._steps.stepped_by_hand()  # else the optimizer's own hooks have done it, or an earlier call
+
+    def on_step_end(self) -> None:
+        """At the end of a step; nothing is done then."""
+
+    def on_epoch_end(self, epoch: int = 0) -> None:
+        """At the end of an epoch."""
+
+    def on_train_end(self) -> None:
+        """After the last epoch: nothing prunes or regularises any more; masks stay."""
+        self._session.end()
+        log.info("training ended: sparsity %.4f", sparsity_of(self._session))
+
+    def channel_regularize(self, model: nn.Module | None = None) -> None:
+        """Add the channel regularisers to ``.grad``, in place; call it after ``loss.backward()``.
+
+        With an optimizer attached this happens in the optimizer's step, after a gradient scaler has divided its scale
+        out and once for any number of accumulated backward passes; the call then changes nothing.
+        """
+        self._check_same(model)
+        self._steps.look_around()
+        if not self._steps.optimizers and not (self._says_before and self._steps.by_hand):
+            self._steps.gradients_by_hand()
+
+    def slice_regularize(self, model: nn.Module | None = None) -> Tensor:
+        """The penalty of the slice rules, to be added to the loss: 0 without any."""
+        self._check_same(model)
+        session = self._session
+        return session.no_penalty() if session.ended else session.engine.loss_penalty()
+
+    def distill_loss(self, outputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The teacher's part of the loss, to be added to the task's: ``loss + pruner.distill_loss(outputs, inputs)``.
+
+        Args:
+            outputs: the model's for these inputs, of its last forward pass: logits, or what holds them as ``.logits``.
+            args, kwargs: the inputs, for the teacher.
+
+        Returns:
+            ``weight * (logits + feature_weight * features)``; 0 without ``distillation`` or a teacher.
+
+        Raises:
+            ModelError: outputs without logits, or of another shape than the teacher's.
+        """
+        distiller = self._session.distiller
+        return self._session.no_penalty() if distiller is None else distiller.loss(outputs, *args, **kwargs)
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The teacher of :meth:`distill_loss`, or None."""
+        distiller = None if self._known is None else self._known.distiller
+        return None if distiller is None else distiller.teacher
+
+    def prune(self, model: nn.Module | None = None, epoch: int = 0, log: Log | None = None) -> str | None:
+        """Do what this epoch asks for: nothing, mask, or mask and remove.
+
+        Args:
+            model: the model given at construction (or its wrapper).
+            epoch: counted from 0; an epoch fires at most once.
+            log: a logger or a function of one line; told what happened.
+
+        Returns:
+            "removed", "masked", or None where nothing has happened.
+
+        Raises:
+            ValueError: another model, no example inputs, or a removal that would change the model's outputs.
+        """
+        self._check_same(model)
+        return self._session.prune(epoch_of(epoch), log)
+
+    def remove(self) -> None:
+        """Physically remove what is masked now, whatever the schedule says; zeros inside a weight stay there."""
+        self._session.remove()

@@ -1,0 +1,74 @@
+"""The state of a run beside the weights: written, read, and all or nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from pruningawaretraining.engine.state import load_into, state_of
+from pruningawaretraining.session.session import Session
+from pruningawaretraining.session.state import (
+    VERSION,
+    all_or_nothing,
+    check_version,
+    plain_or_none,
+    rng_state,
+    set_rng_state,
+)
+
+log = logging.getLogger(__name__)
+
+
+def session_state(session: Session) -> dict[str, Any]:
+    """See :meth:`pruningawaretraining.Pruning.state_dict`."""
+    return {
+        "version": VERSION,
+        "config": session.config.model_dump(mode="json"),
+        "steps": session.steps.count,
+        "ended": session.ended,
+        **state_of(session.engine),
+        "inputs": plain_or_none(session.inputs) if session.capture.captured else None,
+        "distillation": None if session.distiller is None else session.distiller.state_dict(),
+        "rng": rng_state(),
+    }
+
+
+def load_session(session: Session, state: Mapping[str, Any]) -> None:
+    """See :meth:`pruningawaretraining.Pruning.load_state_dict`."""
+    check_version(state)
+    _warn_of_another_config(session, state.get("config"))
+    with all_or_nothing([session.model, *session.followers]) as undo:
+        steps, ended = int(state["steps"]), bool(state["ended"])
+        if session.inputs is None and state["inputs"] is not None:
+            session.capture.set(state["inputs"])
+        if state["channels"] is not None:
+            _find_coupled(session)
+        load_into(session.engine, state, session.context(), undo)
+        if session.distiller is not None and state.get("distillation") is not None:
+            undo.append(partial(session.distiller.load_state_dict, session.distiller.state_dict()))
+            session.distiller.load_state_dict(state["distillation"])
+        set_rng_state(state["rng"])
+    session.steps.count, session.ended = steps, ended
+    session.begun = session.begun or steps > 0
+
+
+def _find_coupled(session: Session) -> None:
+    """The groups of the dense model; of a model for inference too, for the architecture: nothing acts on them."""
+    known = session.engine.coupled is not None or session.inputs is None
+    if session.config.infer and session.rules.coupled and not known:
+        session.engine.coupled = session.trace()
+    else:
+        _ = session.coupled
+
+
+def _warn_of_another_config(session: Session, before: Any) -> None:
+    """Rules may be changed between runs, but not by mistake."""
+    now = session.config.model_dump(mode="json")
+    for number, (mine, saved) in enumerate(zip(now["rules"], (before or now)["rules"], strict=False)):
+        different = [
+            f"{key} was {saved.get(key)!r} and is {mine[key]!r}" for key in mine if saved.get(key) != mine[key]
+        ]
+        if different:
+            log.warning("state: it was saved with another rules[%d]: %s", number, "; ".join(different))

@@ -1,0 +1,303 @@
+"""A pruning session: one model with its engine, and what happens to them in the steps and epochs of a training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.checkpoint.records import record_of
+from pruningawaretraining.config.schema import Distillation, PruningConfig
+from pruningawaretraining.criteria.second_order import Calibration
+from pruningawaretraining.criteria.second_order.gradients import LossFn
+from pruningawaretraining.distributed.fsdp import any_sharded, check_plan, reshard
+from pruningawaretraining.engine.context import RemovalContext
+from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.engine.engine import Engine
+from pruningawaretraining.engine.rule import warn_of_idle
+from pruningawaretraining.errors import ModelError
+from pruningawaretraining.masks.penalties import Regularizer
+from pruningawaretraining.models.calling import ForwardFn, beside
+from pruningawaretraining.models.exported_graph import ExportedGraph
+from pruningawaretraining.models.optimizer_state import clear_state
+from pruningawaretraining.session.build import BuiltRules, build_coupled, build_weights, built_rules, inputs_of
+from pruningawaretraining.session.counted_macs import CountedMacs
+from pruningawaretraining.session.distillation import Distiller
+from pruningawaretraining.session.input_capture import InputCapture
+from pruningawaretraining.session.optimizer_hooks import Steps
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """Connects an engine with the model, the optimizers and everything else that a training has.
+
+    Args:
+        model: the model, without wrappers.
+        config: the config.
+        forward_fn: how to run the model, if not as ``model(*inputs)``.
+        inputs: example inputs, or None until the model shows some.
+        followers: moving averages.
+        teacher: for distillation.
+        before_removal: called when the model is masked as it will be removed.
+        changed: called after every event.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PruningConfig,
+        forward_fn: ForwardFn | None,
+        inputs: Any,
+        followers: list[nn.Module],
+        teacher: nn.Module | None,
+        before_removal: Callable[[], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self.model, self.config, self.forward_fn, self.followers = model, config, forward_fn, followers
+        self.graphs: list[ExportedGraph] = []
+        self.steps = Steps(model, self)
+        self.record: dict[str, Any] | None = record_of(model)
+        self.capture = InputCapture(model, inputs_of(config, model) if inputs is None else inputs)
+        self.teacher = teacher
+        self.distiller: Distiller | None = None
+        self.counted = CountedMacs()  # of a model whose widths stay
+        self.rules = BuiltRules()
+        self.engine = Engine(model, None, None, self.context)
+        self.begun = self.ended = self.sharded = self.by_calls = False
+        self._before_removal, self._changed, self._sought_shards = before_removal, changed, False
+        self._penalties: list[tuple[Regularizer, Tensor]] = []
+        self._calibration: tuple[Iterable[Any], LossFn] | None = None
+        self.distill()
+        self.prepare()
+
+    # --- construction -------------------------------------------------------------------------------------------
+
+    def distill(self) -> None:
+        """Make a teacher, where the config asks for distillation or one was given: a copy of the model as it is."""
+        if self.distiller is not None:
+            self.distiller.close()
+            self.distiller = None
+        options = self.config.distillation or (None if self.teacher is None else Distillation())
+        if options is not None and not self.config.infer:
+            self.distiller = Distiller(self.model, self.teacher, **options.model_dump())
+
+    def prepare(self) -> None:
+        """Build what the rules ask for: removable groups once there are inputs to trace with."""
+        self.engine.release()
+        for masks in self.engine.masks:
+            masks.clear()
+        self.rules = built_rules(self.config)
+        weights = None if self.config.infer else build_weights(self.model, self.rules)
+        self.engine = Engine(self.model, None, weights, self.context)
+        self._hand_calibration()
+        if weights is not None:
+            weights.adopt((self.record or {}).get("elements", ()))
+        self.engine.listen()
+        if self.inputs is not None:
+            self.find_coupled()
+        else:
+            self.capture.watch()
+        self.engine.at_init()
+
+    def change_config(self, config: PruningConfig, distill: bool) -> None:
+        """Begin anew with another config, before training; ``distill`` says whether the teacher changes."""
+        self.config = config
+        if distill:
+            self.distill()
+        self.prepare()
+
+    @property
+    def inputs(self) -> Any:
+        """The example inputs, or None until the model has shown some."""
+        return self.capture.inputs
+
+    def find_coupled(self) -> None:
+        """Find the groups that can be removed, with the inputs that are known."""
+        self.capture.set(beside(self.model, self.inputs))
+        if not self.rules.coupled or self.config.infer:
+            return
+        coupled = self.trace()
+        if self.loaded_pruned:
+            for one in coupled.rules:
+                one.state.phase = "finetune"
+        else:
+            coupled.check_targets()
+        self.engine.coupled = coupled
+        self._hand_calibration()
+        self.engine.follow_phases()
+        self.engine.at_init()
+
+    def trace(self) -> CoupledGroups:
+        """The groups that can be removed from the model as it is; nothing acts on them yet."""
+        return build_coupled(self.model, self.rules.coupled, self.inputs, self.forward_fn, self.config.trace_limit)
+
+    @property
+    def coupled(self) -> CoupledGroups:
+        """The groups that can be removed, found now if they have not been yet.
+
+        Raises:
+            ModelError: there are none: nothing is enabled, or no inputs have been seen yet.
+        """
+        if self.engine.coupled is None and self.inputs is not None and not self.config.infer:
+            self.find_coupled()
+        if self.engine.coupled is None:
+            idle = "no rule is enabled, or the model is loaded for inference"
+            why = "the model has not been run yet; pass example_inputs=" if self.active else idle
+            raise ModelError(f"pruner: there are no channel groups: {why}")
+        return self.engine.coupled
+
+    @property
+    def loaded_pruned(self) -> bool:
+        """Whether the model came from a file of a run that had met its target."""
+        return self.record is not None and self.record.get("phase") in ("finetune", "done")
+
+    @property
+    def active(self) -> bool:
+        """Whether any rule is enabled, and the model is trained."""
+        return not self.config.infer and any(rule.enabled for rule in self.config.rules)
+
+    @property
+    def prunes_coupled(self) -> bool:
+        """Whether an active rule prunes groups that can be removed."""
+        return bool(self.rules.coupled) and self.active
+
+    def context(self) -> RemovalContext:
+        """Everything that follows a mask or a removal."""
+        self.steps.look_around(again=self.steps.counts.stop <= 1)  # an optimizer may not have stepped yet
+        return RemovalContext(
+            self.steps.optimizers, self.followers, self.graphs, self._before_removal, self._after_removal
+        )
+
+    def _after_removal(self) -> None:
+        if self.config.reset_optimizer:
+            for optimizer in self.steps.optimizers:
+                clear_state(optimizer)
+
+    def calibrate_with(self, dataloader: Iterable[Any], loss_fn: LossFn) -> None:
+        """Remember data for criteria and compensation, and hand it to the engine."""
+        self._calibration = (dataloader, loss_fn)
+        self._hand_calibration()
+
+    def _hand_calibration(self) -> None:
+        if self._calibration is not None:
+            self.engine.calibrate(Calibration(self.model, *self._calibration))
+
+    # --- steps: see OptimizerEvents -----------------------------------------------------------------------------
+
+    @property
+    def _acts(self) -> bool:
+        return self.active and not self.ended
+
+    def on_round(self) -> None:
+        """A real step begins; see :mod:`pruningawaretraining.session.optimizer_hooks`."""
+        if not self._sought_shards:
+            self.follow_shards()
+            self._sought_shards = True
+        if self._acts and self.rules.coupled and self.inputs is not None:
+            _ = self.coupled
+        penalties = self.engine.on_round()
+        self._penalties = penalties if self._acts else []
+
+    def on_gradients(self, scale: Tensor | float, only: set[int] | None) -> None:
+        """Add the regularisers to gradients that are about to be used; scores are of the loss alone, so before them."""
+        if self._acts:
+            lines = self.engine.on_gradients(scale)
+            self.tell(lines)
+            if self.tick() or lines:
+                self._penalties = self.engine.gradient_penalties()
+        for ready, factor_G in self._penalties:
+            ready.add(factor_G * scale, only)
+        if self.sharded:  # such gradients are not accumulated where they could be masked before
+            self.engine.mask_gradients()
+
+    def on_stepped(self) -> None:
+        """Weights have moved: masked ones go back to 0."""
+        self.engine.on_stepped(self.steps.fresh, self.steps.rates)
+        if self._acts:
+            self.tick(last=True)
+
+    def on_step_begin(self) -> None:
+        """Rules that count steps have the event that is due."""
+        self.begun = True
+        if self._acts:
+            self.steps.look_around()
+            self.tick()
+
+    def tick(self, last: bool = False) -> bool:
+        """Let rules that count steps have what is due before the next step; true if something was. How many steps
+        there have been is only asked where it matters, since the device may have to be waited for.
+
+        Args:
+            last: only the last event of a schedule, which no further step may follow.
+        """
+        if not self.engine.asks(self.steps.counts, last):
+            return False
+        lines = self.engine.tick("step", self.steps.count, last)
+        self.tell(lines)
+        return bool(lines)
+
+    def tell(self, lines: list[str], target: Any = None) -> None:
+        """Log what has happened, and hand it to a logger or a function of one line."""
+        for line in lines:
+            log.info(line)
+            if target is not None:
+                (target.info if isinstance(target, logging.Logger) else target)(line)
+        if lines:
+            self.begun = True
+            self._changed()
+
+    # --- epochs -------------------------------------------------------------------------------------------------
+
+    def prune(self, epoch: int, target: Any = None) -> str | None:
+        """The events of an epoch; see :meth:`pruningawaretraining.Pruning.prune`."""
+        if not self._acts:
+            return None
+        self.begun = True
+        self.follow_shards()
+        if self.sharded:
+            reshard(self.model)
+        if self.rules.coupled:
+            _ = self.coupled
+        before = self._live()
+        lines = self.engine.prune(epoch)
+        self.tell(lines, target)
+        self.steps.end_round()
+        if self._live() < before:
+            return "removed"
+        return "masked" if lines else None
+
+    def _live(self) -> int:
+        return 0 if self.engine.coupled is None else len(self.engine.coupled.live_D)
+
+    def remove(self) -> None:
+        """Remove what is masked now, whatever the schedule says."""
+        if self.rules.coupled or not self.rules.weights:
+            _ = self.coupled
+            self.engine.remove()
+            self._changed()
+        self.steps.end_round()
+
+    def end(self) -> None:
+        """Nothing prunes or regularises any more; masks stay."""
+        if not self.ended:
+            warn_of_idle(self.engine.rules)
+            self.engine.finish()
+        self.ended = True
+
+    def follow_shards(self) -> None:
+        """Notice that ``fully_shard`` has exchanged the parameters."""
+        if self.sharded or not any_sharded(self.model):
+            return
+        check_plan(self.model)
+        if self.prunes_coupled:
+            _ = self.coupled
+        self.engine.rebind()
+        self.sharded = True
+
+    def no_penalty(self) -> Tensor:
+        """Zero, where the model is."""
+        return torch.zeros((), device=next((one.device for one in self.model.parameters()), torch.device("cpu")))

@@ -1,0 +1,50 @@
+"""Which pruner is at work on a model: there is one at a time."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Protocol
+
+from torch import nn
+
+from pruningawaretraining.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+
+class AtWork(Protocol):
+    """A pruner, as far as it matters to another one."""
+
+    @property
+    def phase(self) -> str: ...
+
+    @property
+    def has_begun(self) -> bool: ...
+
+    @property
+    def is_active(self) -> bool: ...
+
+    def on_train_end(self) -> None: ...
+
+
+_PRUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AtWork]] = weakref.WeakKeyDictionary()
+
+
+def take_over(model: nn.Module, pruner: AtWork) -> None:
+    """Be the pruner of a model: an earlier one that has not begun yet retires, as after a notebook's second run.
+
+    Raises:
+        ModelError: the earlier one is at work.
+    """
+    known = _PRUNERS.get(model)
+    earlier = known() if known is not None else None
+    if earlier is not None and earlier.is_active and earlier.phase in ("regularize", "prune"):
+        if earlier.has_begun:
+            raise ModelError(
+                f"model: another Pruning is at work on this {type(model).__name__}, phase {earlier.phase!r}. "
+                "Allowed: all rules in one config, or first end the other: on_train_end()"
+            )
+        earlier.on_train_end()
+        log.warning("model: a Pruning that was made for it before is retired: it had not begun")
+    _PRUNERS[model] = weakref.ref(pruner)
