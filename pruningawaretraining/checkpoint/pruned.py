@@ -25,7 +25,7 @@ from pruningawaretraining.models.skipped_blocks import PassThrough, pass_through
 from pruningawaretraining.models.surgery import Surgery, successor
 from pruningawaretraining.version import __version__
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def _widths(module: nn.Module) -> dict[str, Any]:

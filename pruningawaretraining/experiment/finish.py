@@ -30,7 +30,7 @@ from pruningawaretraining.runtimes.timing import compare_latency
 from pruningawaretraining.session.pruning import Pruning
 from pruningawaretraining.version import __version__
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 VERIFIED_IMAGES = 64
 ONNX_TEST_MACS = 1e12  # above this, the ONNX file is not run over the whole test set

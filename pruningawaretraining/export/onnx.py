@@ -28,7 +28,7 @@ from pruningawaretraining.runtimes.exporters import export_graph, opsets
 from pruningawaretraining.runtimes.flat_model import Graph, batch_of, build_graph
 from pruningawaretraining.runtimes.ort import require
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.25}
 """Largest difference by precision, as a fraction of the largest output."""
 OWN = ("producer", "model", "parameters", "batch", "exporter", "torch", "precision", "pruning")
@@ -145,7 +145,7 @@ def export_onnx(
             if part.exists():
                 os.replace(part, path.with_name(part.name))
     relative = difference / max(scale, 1e-12)
-    _LOG.info("%s: opset %d, largest difference %.3g (%.2g of the output)", path, version, difference, relative)
+    logger.info("%s: opset %d, largest difference %.3g (%.2g of the output)", path, version, difference, relative)
     names = (graph.input_names, graph.output_names)
     return ExportResult(path, difference, exporter, version, *names, relative, sizes, precision)
 

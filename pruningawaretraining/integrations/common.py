@@ -22,7 +22,7 @@ from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.models.calling import ForwardFn, unwrap
 from pruningawaretraining.session.pruning import Pruning, Source
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 STATE = "pruner.pt"
 """Name of the pruner's state in a checkpoint's folder."""
@@ -110,7 +110,7 @@ class Attached:
                 "all rules in its config"
             )
         if pruner.phase == "done" and self.state is None:
-            log.warning(
+            logger.warning(
                 "callback: the pruner of this %s has ended with an earlier training; nothing is pruned any more. "
                 "Allowed: another PruningCallback, or another model",
                 type(pruner.model).__name__,

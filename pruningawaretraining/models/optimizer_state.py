@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pruningawaretraining.distributed.fsdp import local_of
 from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Exchanged = Mapping[Tensor, tuple[nn.Parameter, Keep]]
 """Old parameter -> the one in its place, and what was kept of it."""
@@ -70,7 +70,7 @@ def _sliced(optimizer: torch.optim.Optimizer, old: Tensor, keep: Keep) -> dict[s
     try:
         return {key: _slice_state(key, value, old, keep) for key, value in state.items()}
     except _UnknownShape as error:
-        log.warning(
+        logger.warning(
             "%s: its state %s belongs to a parameter of shape %s in no known way; the parameter starts afresh",
             type(optimizer).__name__, error, tuple(old.shape),
         )  # fmt: skip

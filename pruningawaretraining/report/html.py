@@ -15,7 +15,7 @@ from pruningawaretraining.report.numbers import write, write_numbers
 from pruningawaretraining.report.run import REPORT, Phase, Run, load_run
 from pruningawaretraining.report.summary import arrow, fraction, percent, si
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -37,7 +37,7 @@ def write_report(run_dir: str | Path) -> Path:
     text = render_report(run)
     write(path, text)
     write_numbers(run, Path(run_dir))
-    _LOG.info("%s: %.0f kB", path, len(text) / 1e3)
+    logger.info("%s: %.0f kB", path, len(text) / 1e3)
     return path
 
 

@@ -23,7 +23,7 @@ from pruningawaretraining.distributed.collectives import gathered_rows, world_si
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.registry import lookup, register
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 GATE_DAMP = 1e-2
 LEAST_SQUARES_DAMP = 1e-3
@@ -160,7 +160,7 @@ def compensate_readers(found: list[Reader], hooks: InputHessians, compensate: Co
     """
     unseen = [reader.name for reader in found if reader.name not in hooks.sums]
     if unseen:
-        log.warning(
+        logger.warning(
             "compensation: not of %s, run as no module of its own (in nn.MultiheadAttention)", ", ".join(unseen)
         )
     for reader in found:

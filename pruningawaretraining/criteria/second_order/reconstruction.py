@@ -30,7 +30,7 @@ from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.registry import register
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 TOGETHER, TOGETHER_ELSEWHERE = {"cpu": 2**28}, 2**31
 """Bytes of inverses that are worked on at once, by kind of device: off the CPU many small kernels cost time."""
@@ -97,7 +97,7 @@ class Reconstruction:
                 "nn.MultiheadAttention runs its output projection as no module of its own. Allowed: another criterion"
             )
         if unread:
-            log.warning("reconstruction: no layer that can be fitted reads %s; pruned last", ", ".join(unread[:8]))
+            logger.warning("reconstruction: no layer that can be fitted reads %s; pruned last", ", ".join(unread[:8]))
         scores_G = torch.full((grouping.size,), torch.inf, dtype=torch.float64)
         for batch in _batches([one for one in readings if one.members]):
             for one, scores_N in zip(batch, _scores(batch), strict=True):

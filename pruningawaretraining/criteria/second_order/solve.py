@@ -22,7 +22,7 @@ from pruningawaretraining.criteria.second_order.weights import PrunableWeight
 from pruningawaretraining.distributed.ranks import Ranks
 from pruningawaretraining.errors import TargetError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class BlockSolver:
         """The weights at each sparsity (fraction of the tiles that may go; see :func:`share_of`)."""
         passes = plan_passes(self.weights, self.budget, self.ranks)
         if len(passes) > 1:
-            log.info("the Fisher does not fit in max_memory: %d passes over the gradients, twice", len(passes))
+            logger.info("the Fisher does not fit in max_memory: %d passes over the gradients, twice", len(passes))
         tables = [_empty_table(weight) for weight in self.weights]
         bank: Bank | None = None
         for spans in passes:
