@@ -17,7 +17,7 @@ from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.fake_quant import follow_weights
-from pruningawaretraining.models.optimizer_state import follow
+from pruningawaretraining.models.optimizer_state import follow, mark_replaced
 from pruningawaretraining.models.pruned_attention import Kept, shrink_heads
 from pruningawaretraining.models.skipped_blocks import remove_blocks
 from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor, successor
@@ -102,6 +102,7 @@ def remove(
             graph.slice(model, kept, surgery)
         for optimizer in optimizers:
             follow(optimizer, exchanged, surgery, lost)
+        mark_replaced(optimizers, exchanged, lost, surgery)
     except BaseException:
         surgery.undo()
         raise
