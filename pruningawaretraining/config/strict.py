@@ -5,17 +5,12 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable
 from numbers import Real
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining.errors import ConfigError, unknown
-
-if TYPE_CHECKING:
-    from pydantic._internal._model_construction import ModelMetaclass
-else:
-    ModelMetaclass = type(BaseModel)
 
 _EXPECTED = {
     "bool_type": "true or false",
@@ -47,19 +42,7 @@ Whole = Annotated[int, within("a whole number", float.is_integer)]
 Count = Annotated[int, Field(ge=1), within("a whole number of 1 or more", lambda n: n >= 1 and n.is_integer())]
 
 
-class _OneLiners(ModelMetaclass):
-    """Makes ``Model(...)`` raise a ConfigError; models nested in it are still validated as part of the whole."""
-
-    if not TYPE_CHECKING:
-
-        def __call__(cls, *args: Any, **values: Any) -> Any:
-            try:
-                return super().__call__(*args, **values)
-            except ValidationError as error:
-                raise config_error(error, cls) from error
-
-
-class Strict(BaseModel, metaclass=_OneLiners):
+class Strict(BaseModel):
     """Base of every config model: frozen, no unknown keys, and a ConfigError where pydantic has a ValidationError.
 
     A validator that raises a ConfigError names the key relative to its model ("end: ..."); one that raises another
@@ -67,6 +50,12 @@ class Strict(BaseModel, metaclass=_OneLiners):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise config_error(error, type(self)) from error
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
@@ -91,12 +80,11 @@ def _line(problem: Any, model: type[BaseModel]) -> str:
     loc, kind, value, context = problem["loc"], problem["type"], problem["input"], problem.get("ctx", {})
     key = dotted(loc)
     if kind == "extra_forbidden":
-        owner = _model_at(model, loc[:-1])
-        return unknown(key, str(loc[-1]), owner.model_fields) if owner else f"{key}: not known"
+        return unknown(key, str(loc[-1]), model.model_fields)
     if kind == "missing":
         return f"{key}: missing, but needed"
     if kind == "literal_error":
-        return unknown(key, value, _choices(model, loc) or [context["expected"]])
+        return unknown(key, value, _literals(model.model_fields[loc[0]].annotation) or [context["expected"]])
     if kind == "value_error":
         return _own_message(loc, context["error"])
     if kind in _EXPECTED:
@@ -105,16 +93,16 @@ def _line(problem: Any, model: type[BaseModel]) -> str:
 
 
 def _own_message(loc: tuple[int | str, ...], error: Exception) -> str:
-    """The message of one of our validators, its key completed to the full dotted one."""
-    message = str(error)
+    """The message of a validator or a nested model, the key of each line completed to the full dotted one."""
     if not isinstance(error, ConfigError):
-        return f"{dotted(loc) or 'config'}: {message}"
-    relative = loc[:-1] if loc and isinstance(loc[-1], str) and _starts_with_key(message, loc[-1]) else loc
-    return f"{dotted(relative)}.{message}" if relative else message
+        return f"{dotted(loc) or 'config'}: {error}"
+    return "\n".join(_completed(loc, line) for line in str(error).splitlines())
 
 
-def _starts_with_key(message: str, key: str) -> bool:
-    return message.startswith(key) and message[len(key) :][:1] in (":", ".", "[")
+def _completed(loc: tuple[int | str, ...], line: str) -> str:
+    own = bool(loc) and isinstance(loc[-1], str) and line.startswith(tuple(f"{loc[-1]}{mark}" for mark in ":.["))
+    before = dotted(loc[:-1] if own else loc)
+    return f"{before}.{line}" if before else line
 
 
 def dotted(loc: tuple[int | str, ...]) -> str:
@@ -123,34 +111,8 @@ def dotted(loc: tuple[int | str, ...]) -> str:
     return text.removeprefix(".")
 
 
-def _model_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """The model that the location ``loc`` inside ``model`` is validated with."""
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part)
-        inner = _inner_model(field.annotation) if field else None
-        if inner is None:
-            return None
-        model = inner
-    return model
-
-
-def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = (_inner_model(argument) for argument in typing.get_args(annotation))
-    return next((model for model in found if model), None)
-
-
-def _choices(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """What the Literal field at ``loc`` allows."""
-    owner = _model_at(model, loc[:-1])
-    field = owner.model_fields.get(str(loc[-1])) if owner else None
-    return _literals(field.annotation) if field else []
-
-
 def _literals(annotation: Any) -> list[str]:
+    """The values that the Literals of an annotation allow."""
     if typing.get_origin(annotation) is typing.Literal:
         return [str(value) for value in typing.get_args(annotation)]
     return [value for argument in typing.get_args(annotation) for value in _literals(argument)]
