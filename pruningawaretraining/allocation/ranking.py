@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +69,9 @@ class Limits:
 
 def limits_of(rule: Rule) -> Limits:
     """The limits that a rule of a config sets."""
-    return Limits(rule.min_sparsity, rule.max_sparsity, rule.multiple, rule.max_sparsity_from or {})
+    caps = rule.max_sparsity_from or {}
+    assert not isinstance(caps, str)  # a path has been read with the config
+    return Limits(rule.min_sparsity, rule.max_sparsity, rule.multiple, caps)
 
 
 class Allocator:
