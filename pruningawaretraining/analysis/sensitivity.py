@@ -27,9 +27,9 @@ from pruningawaretraining.experiment.run import find_device
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.train import scores_of
 from pruningawaretraining.experiment.verify import accuracy_of
+from pruningawaretraining.files import write_text
 from pruningawaretraining.models.calling import evaluating
 from pruningawaretraining.report.html import render_template
-from pruningawaretraining.report.numbers import write
 from pruningawaretraining.session.pruning import Pruning
 from pruningawaretraining.version import __version__
 
@@ -202,8 +202,8 @@ def write_sensitivity(found: Mapping[str, Any], path: Path) -> list[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     html = path.with_suffix(".html")
-    write(path, json.dumps(found, indent=1) + "\n")
-    write(html, render_template("sensitivity.html.j2", page(found)))
+    write_text(path, json.dumps(found, indent=1) + "\n")
+    write_text(html, render_template("sensitivity.html.j2", page(found)))
     return [path, html]
 
 

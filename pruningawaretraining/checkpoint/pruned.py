@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.checkpoint.files import ATTRIBUTES, KEY, read_file, write_atomically, write_file
+from pruningawaretraining.checkpoint.files import ATTRIBUTES, KEY, read_file, write_file
 from pruningawaretraining.checkpoint.records import remember, summary_of
 from pruningawaretraining.distributed.fsdp import any_sharded
 from pruningawaretraining.errors import CheckpointError, nearest
+from pruningawaretraining.files import write_atomically
 from pruningawaretraining.models.calling import unwrap
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.pruned_attention import with_fewer_heads

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
+from pruningawaretraining.config.extent import check_extent, dotted
 from pruningawaretraining.errors import ConfigError, unknown
 
 _EXPECTED = {
@@ -27,11 +28,20 @@ def within(allowed: str, accepts: Callable[[float], bool]) -> BeforeValidator:
     """A check that refuses what is not a number (text and true/false too) or what ``accepts`` turns down."""
 
     def check(value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, Real) or not accepts(float(value)):
-            raise ValueError(f"{value!r} is not allowed. Allowed: {allowed}")
+        if isinstance(value, bool) or not isinstance(value, Real) or not accepts(_as_float(value)):
+            shown = value if not isinstance(value, int) or value.bit_length() <= 64 else float("inf")
+            raise ValueError(f"{shown!r} is not allowed. Allowed: {allowed}")
         return value
 
     return BeforeValidator(check)
+
+
+def _as_float(value: Real) -> float:
+    """A number, infinite where it has hundreds of digits."""
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")
 
 
 Fraction = Annotated[float, Field(gt=0, le=1), within("a number in (0, 1]", lambda value: 0 < value <= 1)]
@@ -64,6 +74,7 @@ class Strict(BaseModel):
         Raises:
             ConfigError: one line for each problem.
         """
+        check_extent(obj)
         try:
             return super().model_validate(obj, **options)
         except ValidationError as error:
@@ -100,15 +111,11 @@ def _own_message(loc: tuple[int | str, ...], error: Exception) -> str:
 
 
 def _completed(loc: tuple[int | str, ...], line: str) -> str:
+    if line.startswith("... and "):  # of a message that was capped
+        return line
     own = bool(loc) and isinstance(loc[-1], str) and line.startswith(tuple(f"{loc[-1]}{mark}" for mark in ":.["))
     before = dotted(loc[:-1] if own else loc)
     return f"{before}.{line}" if before else line
-
-
-def dotted(loc: tuple[int | str, ...]) -> str:
-    """``("rules", 0, "start")`` as ``rules[0].start``."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
-    return text.removeprefix(".")
 
 
 def _literals(annotation: Any) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.inspection import Inspected, load_inspected
 from pruningawaretraining.experiment.shipped import shipped_configs
+from pruningawaretraining.files import read_object
 from pruningawaretraining.report.summary import percent, si
 from pruningawaretraining.runtimes.timing import Model, compare_latency
 
@@ -112,7 +112,7 @@ def _of_run(folder: Path, input_shape: Sequence[int] | None) -> list[Candidate]:
     summary_file = folder / record.SUMMARY
     if not summary_file.is_file():
         raise ConfigError(f"{folder}: holds no {record.SUMMARY}. Allowed: folders of finished runs")
-    summary: Mapping[str, Any] = json.loads(summary_file.read_text(encoding="utf-8"))
+    summary: Mapping[str, Any] = read_object(summary_file)
     seen = load_inspected(str(folder / record.CONFIG), input_shape)
     found = []
     for kind, file in (("dense", record.DENSE), ("pruned", record.PRUNED)):

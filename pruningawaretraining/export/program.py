@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.checkpoint.files import write_atomically
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.export.onnx import export_onnx
+from pruningawaretraining.files import write_atomically
 from pruningawaretraining.models.calling import evaluating
 from pruningawaretraining.models.precision import strict_float32
 from pruningawaretraining.runtimes import exporters

@@ -9,9 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pruningawaretraining.files import write_text
 from pruningawaretraining.report import coupling, figures, tables
 from pruningawaretraining.report.nouns import Units, units_of
-from pruningawaretraining.report.numbers import write, write_numbers
+from pruningawaretraining.report.numbers import write_numbers
 from pruningawaretraining.report.run import REPORT, Phase, Run, load_run
 from pruningawaretraining.report.summary import arrow, fraction, percent, si
 
@@ -35,7 +36,7 @@ def write_report(run_dir: str | Path) -> Path:
     path = Path(run_dir) / REPORT
     run = load_run(run_dir)
     text = render_report(run)
-    write(path, text)
+    write_text(path, text)
     write_numbers(run, Path(run_dir))
     logger.info("%s: %.0f kB", path, len(text) / 1e3)
     return path
