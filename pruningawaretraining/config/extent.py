@@ -9,7 +9,7 @@ from pruningawaretraining.errors import ConfigError, on_one_line
 
 MOST_BYTES = 2**20
 """Of a file."""
-MOST_VALUES, MOST_CHARACTERS, DEEPEST = 100_000, 2_000_000, 40
+MOST_VALUES, MOST_CHARACTERS, DEEPEST = 50_000, 2_000_000, 40
 """Values, characters in all texts together, and levels of nesting, with every alias expanded."""
 MOST_BITS = 63
 """Of a whole number."""

@@ -13,6 +13,8 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 from pruningawaretraining.config.extent import check_extent, dotted
 from pruningawaretraining.errors import ConfigError, unknown
 
+SHOWN = 30
+"""How many problems are worded: a message has no room for more."""
 _EXPECTED = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
@@ -84,7 +86,9 @@ class Strict(BaseModel):
 def config_error(error: ValidationError, model: type[BaseModel]) -> ConfigError:
     """The ConfigError for a pydantic error of ``model``: a line per problem, each with dotted key, value and what is
     allowed; an unknown key comes with the nearest one."""
-    return ConfigError("\n".join(_line(problem, model) for problem in error.errors(include_url=False)))
+    problems = error.errors(include_url=False)
+    lines = [_line(problem, model) for problem in problems[:SHOWN]]
+    return ConfigError("\n".join([*lines, *[""] * (len(problems) - len(lines))]))  # the rest is only counted
 
 
 def _line(problem: Any, model: type[BaseModel]) -> str:
