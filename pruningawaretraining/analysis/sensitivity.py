@@ -90,14 +90,8 @@ def measure(config: ExperimentConfig, options: SensitivityOptions, track: Track 
     pruner.calibrate_with(TrainingBatches(pipeline, data.train, config.batch_size, device), loss_of)
     engine = pruner.engine
     dense = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    scores = {}
-    for rule in engine.rules:
-        scores_R = engine.scores(rule)
-        for one in rule.grouping.sets:
-            scores[one.name] = scores_R[one.start : one.stop]
-    sets = {}
-    for name in track(list(scores)):
-        sets[name] = _of_set(engine, name, scores[name], batches, options, dense)
+    scores = _scores_by_set(engine)
+    sets = {name: _of_set(engine, name, scores[name], batches, options, dense) for name in track(list(scores))}
     accuracy = _accuracy(model, batches)
     for found in sets.values():
         found["max_sparsity"] = cap([(row["sparsity"], row["accuracy"]) for row in found["rows"]], accuracy, options)
@@ -109,6 +103,15 @@ def measure(config: ExperimentConfig, options: SensitivityOptions, track: Track 
         "tolerance": options.tolerance,
         "sets": sets,
     }
+
+
+def _scores_by_set(engine: ChannelPruner) -> dict[str, Tensor]:
+    """The scores of each set's groups, by its rule's criterion."""
+    found = {}
+    for rule in engine.rules:
+        scores_R = engine.scores(rule)
+        found.update({one.name: scores_R[one.start : one.stop] for one in rule.grouping.sets})
+    return found
 
 
 def check_channels(config: ExperimentConfig) -> None:

@@ -175,27 +175,17 @@ def timed(
     for one in found:
         took = latencies[one.name]
         base = first.setdefault(one.family, took.median_ms)
-        macs = parameters = peak = None
-        if isinstance(one.model, nn.Module):
-            inputs = pairs[one.name][1]
-            macs, peak = count_macs(one.model, inputs), peak_activation_bytes(one.model, inputs)
-            parameters = sum(parameter.numel() for parameter in one.model.parameters())
-        rows.append(
-            Timed(
-                one.name,
-                one.family,
-                took.median_ms,
-                took.p10,
-                took.p90,
-                took.median_ms / base,
-                macs,
-                parameters,
-                peak,
-                one.bytes,
-                one.accuracy,
-            )
-        )
+        times = (took.median_ms, took.p10, took.p90, took.median_ms / base)
+        rows.append(Timed(one.name, one.family, *times, *_costs(*pairs[one.name]), one.bytes, one.accuracy))
     return rows
+
+
+def _costs(model: Any, inputs: Any) -> tuple[int | None, int | None, int | None]:
+    """MACs, parameters and peak activation bytes; unknown for a file."""
+    if not isinstance(model, nn.Module):
+        return None, None, None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return count_macs(model, inputs), parameters, peak_activation_bytes(model, inputs)
 
 
 def timing_tables(rows: Sequence[Timed], title: str, width: int) -> list[Table]:

@@ -64,10 +64,9 @@ def to_semi_structured(
 ) -> Converted:
     """Put semi-structured sparse tensors in the place of the weights of linear layers, for inference.
 
-    Each layer is measured dense, with cuSPARSELt and with CUTLASS; it becomes sparse in the fastest way, and stays
-    dense, with a warning, where none is faster. Outputs stay the same up to rounding. Parameters that are converted are
-    frozen and masks no longer act on them: do this last, on a model in half precision that is on its GPU, and save the
-    dense weights.
+    Each layer is timed dense, with cuSPARSELt and with CUTLASS, and takes the fastest form; layers that stay dense are
+    logged. Outputs change by rounding only. Converted parameters are frozen and out of reach of masks: convert last, in
+    half precision on the GPU, and save the dense weights.
 
     Args:
         model: changed in place.
@@ -94,9 +93,8 @@ def to_semi_structured(
     chosen = _chosen(model, layers)
     for name, one in chosen.items():
         check_device(one.weight, name)
-    if example_inputs is None:
-        rows_of = dict.fromkeys(chosen, rows)
-    else:
+    rows_of = dict.fromkeys(chosen, rows)
+    if example_inputs is not None:
         shapes = layer_shapes(model, example_inputs, list(chosen), forward_fn)
         rows_of = {name: shape.rows for name, shape in shapes.items()}
     return convert(chosen, rows_of, GpuBench(), only_faster)
