@@ -23,20 +23,7 @@ FLAT, FILE, CLASS, FUNCTION = 6, 300, 250, 45
 """Most modules beside the packages, and most lines of a file, a class and a function."""
 LONG_FILES = {"engine.channel_pruner", "engine.element_pruner", "session.pruning"}
 LONG_CLASSES = {"ChannelPruner", "ElementPruner", "Pruning"}
-LONG_FUNCTIONS = {
-    "allocation.threshold.allocate_windows",
-    "analysis.sensitivity.measure",
-    "checkpoint.pruned.save_pruned",
-    "cli.latency.latency",
-    "engine.element_rules._check_options",
-    "experiment.timing.timed",
-    "export.onnx.export_onnx",
-    "export.program.export_program",
-    "export.semi_structured.to_semi_structured",
-    "masks.removal.remove",
-    "runtimes.flat_model.build_graph",
-    "session.pruning.__init__",
-}
+LONG_FUNCTIONS = {"engine.element_rules._check_options", "session.pruning.__init__"}
 """What is longer, still: these lists only get shorter."""
 CONFIG_MAY_IMPORT = ("config", "errors", "files", "registry", "schedules")
 
