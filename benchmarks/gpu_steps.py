@@ -70,7 +70,7 @@ def _steps_of(name: str, setting: Setting, size: int, count: int) -> list[dict[s
     times = interleaved({"bare": setting.waited(bare), "ours": setting.waited(step)}, rounds, warmup=rounds // 5 + 1)
     engine = pruner.channel_pruner
     parts = {
-        "regulariser_ms": setting.milliseconds(engine.regularize),
+        "regulariser_ms": setting.milliseconds(pruner.engine.regularize),
         "masks_ms": setting.milliseconds(engine.masks.apply),
         "Torch-Pruning's_regulariser_ms": _peer(name, setting, example),
     }

@@ -77,7 +77,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         model(inputs).sum().backward()
 
     forward_backward()
-    engine = pruner.channel_pruner
+    engine = pruner.engine
     difference = largest_difference(model, engine.regularize, lambda: theirs.regularize(model))
     dense = interleaved(
         {"step": forward_backward, "ours": engine.regularize, "theirs": lambda: theirs.regularize(model)},
@@ -86,7 +86,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     )
     pruner.prune(model, 0)  # 30% of the channels are masked from here on
     masked = interleaved(
-        {"step": forward_backward, "regulariser": engine.regularize, "masks": engine.masks.apply},
+        {"step": forward_backward, "regulariser": engine.regularize, "masks": pruner.channel_pruner.masks.apply},
         rounds,
         clock=time.process_time,
     )

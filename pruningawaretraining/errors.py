@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+LONGEST = 500
+"""Most characters of a message: what it echoes may come from a stranger."""
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class PruningError(ValueError):
-    """Base of everything this library raises on bad input."""
+    """Base of everything this library raises on bad input.
+
+    A message has at most :data:`LONGEST` characters and no control characters, which a terminal would act on.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(capped(str(message)))
 
 
 class ConfigError(PruningError):
@@ -26,9 +37,47 @@ class CheckpointError(PruningError):
     """A file that is not a checkpoint of ours, is truncated, or does not fit the model."""
 
 
+def capped(message: str, most: int = LONGEST) -> str:
+    """A message without control characters, shortened to ``most`` characters.
+
+    A long line loses its middle, so that it still ends with what is allowed; of many lines the first ones stay.
+    """
+    lines = [_escaped(_without_middle(line, most)) for line in message.split("\n")]
+    if sum(len(line) + 1 for line in lines) - 1 <= most:
+        return "\n".join(lines)
+    if len(lines) == 1:
+        return _without_middle(lines[0], most)
+    kept: list[str] = []
+    room = most - len(f"\n... and {len(lines)} more")
+    for line in lines:
+        short = _without_middle(line, most // 2)
+        room -= len(short) + 1
+        if room < 0:
+            break
+        kept.append(short)
+    return "\n".join([*kept, f"... and {len(lines) - len(kept)} more"])
+
+
+def _escaped(line: str) -> str:
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
+
+
+def _without_middle(line: str, most: int) -> str:
+    if len(line) <= most:
+        return line
+    allowed = line.rfind("Allowed:")
+    tail = line[allowed if len(line) - most // 2 <= allowed else len(line) - most // 3 :]
+    return f"{line[: most - len(tail) - 5]} ... {tail}"
+
+
+def on_one_line(text: str) -> str:
+    r"""A text with its line breaks written as ``\n``: a key or name of the user's inside a message."""
+    return text.replace("\n", "\\n")
+
+
 def nearest(value: str, allowed: Iterable[str]) -> str | None:
     """The allowed name that is closest to ``value``, or None when nothing is close."""
-    matches = difflib.get_close_matches(str(value), [str(name) for name in allowed], n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(str(value)[:LONGEST], [str(name) for name in allowed], n=1, cutoff=0.5)
     return matches[0] if matches else None
 
 
@@ -38,4 +87,4 @@ def unknown(key: str, value: object, allowed: Iterable[str], most: int = 12) -> 
     close = nearest(str(value), names)
     hint = f"; did you mean {close!r}?" if close else ""
     shown = ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
-    return f"{key}: {value!r} is not known{hint or '.'} Allowed: {shown}"
+    return f"{on_one_line(key)}: {value!r} is not known{hint or '.'} Allowed: {shown}"

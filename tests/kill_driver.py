@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from pruningawaretraining.checkpoint import pruned as checkpoint
+from pruningawaretraining import files
 from pruningawaretraining.cli import main as cli
 from pruningawaretraining.engine import removal as transaction
 from pruningawaretraining.experiment import data, datasets, finish, run, runner  # noqa: F401  (imported once, here)
@@ -81,8 +81,8 @@ PRECISE: dict[str, Sabotage] = {
     "removal, optimizer half followed": in_the_removal(at_call(surgery.Surgery, "rename_key", 3)),
     "removed, not saved": at_call(runner, "difference", 1),
     "checkpoint half written": at_call(torch, "save", 4, half_a_file),
-    "checkpoint written, not synced": at_call(checkpoint.os, "fsync", 9),
-    "checkpoint synced, not renamed": at_call(checkpoint.os, "replace", 12),
+    "checkpoint written, not synced": at_call(files.os, "fsync", 9),
+    "checkpoint synced, not renamed": at_call(files.os, "replace", 12),
     "last checkpoint half written": at_call(torch, "save", 12, half_a_file),
 }
 

@@ -274,7 +274,7 @@ def test_precisions_that_cannot_be(tmp_path: Path) -> None:
         export_onnx(cnn(), torch.randn(1, 3, 8, 8), tmp_path / "m.onnx", precision="flot16")
     with pytest.raises(ConfigError, match="dynamic_axes: input: 'inputs' is not known; did you mean 'input'"):
         export_onnx(cnn(), torch.randn(1, 3, 8, 8), tmp_path / "m.onnx", dynamic_axes={"inputs": {2: "height"}})
-    with pytest.raises(ConfigError, match="dynamic_axes.input: 7 is no dimension of it. Allowed: 0 to 3"):
+    with pytest.raises(ConfigError, match="dynamic_axes.input: 7 is not a dimension. Allowed: 0 to 3"):
         export_onnx(cnn(), torch.randn(1, 3, 8, 8), tmp_path / "m.onnx", dynamic_axes={"input": {7: "height"}})
     assert list(tmp_path.iterdir()) == []
 

@@ -21,11 +21,11 @@ from test_depth import Stack
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning
+from pruningawaretraining.config.options import support_of
 from pruningawaretraining.criteria.base import collector_of
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.masks.penalties import prepare
-from pruningawaretraining.patterns.channel import StructuredPattern
 from pruningawaretraining.registry import build, names
 
 Built = tuple[nn.Module, Tensor]
@@ -61,7 +61,7 @@ WITHOUT_WEIGHTS = {("bn_scale", "channel of every shape"), ("bn_scale", "head")}
 
 
 def is_structured(pattern: str) -> bool:
-    return isinstance(build("pattern", PATTERNS[pattern][1]), StructuredPattern)
+    return support_of(build("pattern", PATTERNS[pattern][1])).removable
 
 
 @dataclass
@@ -256,9 +256,11 @@ def test_a_loss_scale_and_skipped_steps_stay_on_the_gpu(pattern: str) -> None:
         run.optimizer.param_groups[0]["lr"] = torch.empty((), device=CUDA)  # as capturable optimizers may have it
         with Watch():
             run.gradients()
-            run.pruner.on_round()
-            run.pruner.on_gradients(run.optimizer.grad_scale, None)
-            run.pruner.on_stepped()
+            session = run.pruner._session
+            session.on_round()
+            session.on_gradients(run.optimizer.grad_scale, None)
+            session.on_moved()
+            session.on_stepped()
 
 
 def test_several_optimizers_share_a_step_and_nothing_waits() -> None:

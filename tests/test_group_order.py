@@ -15,7 +15,7 @@ from pruningawaretraining.criteria.second_order import reconstruction
 from pruningawaretraining.criteria.second_order.group_order import (
     POOL,
     STEPS,
-    Reader,
+    IndexedReader,
     ReadSet,
     cheapest_first,
     diagonal_blocks,
@@ -43,7 +43,7 @@ def parts(groups: int, sizes: tuple[int, ...], seed: int = 0) -> Parts:
 
 
 def opened(readers: Parts, groups: int) -> ReadSet:
-    return ReadSet([Reader(weight.clone(), inverse.clone(), size) for weight, inverse, size in readers], groups)
+    return ReadSet([IndexedReader(weight.clone(), inverse.clone(), size) for weight, inverse, size in readers], groups)
 
 
 def one_by_one(readers: Parts, groups: int) -> tuple[list[int], list[float]]:
@@ -116,7 +116,7 @@ def test_on_a_gpu_all_stays_there_and_nothing_is_asked(groups: int) -> None:
             sets = [
                 ReadSet(
                     [
-                        Reader(torch.ones(9, count * size).double(), torch.eye(count * size).double(), size)
+                        IndexedReader(torch.ones(9, count * size).double(), torch.eye(count * size).double(), size)
                         for size in sizes
                     ],
                     count,

@@ -24,7 +24,7 @@ from fake_device import Watch, fake_cuda, move_to_cuda, put_gradients
 from torch import nn
 from zoo import images
 
-from pruningawaretraining.masks.mask_factors import MaskFactors
+from pruningawaretraining.masks.factor_writer import MaskFactors
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.penalties import prepare
 from pruningawaretraining.patterns.channel import Channel

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.proximal import PruneOptimizer, element_plans, pools, stages
-from pruningawaretraining.proximal.groupers import Block, Dim0Grouper, KElementGrouper
+from pruningawaretraining.proximal.groupers import Dim0Grouper, GroupView, KElementGrouper
 from pruningawaretraining.proximal.maps import removed_count
 from pruningawaretraining.proximal.options import read_options
 from pruningawaretraining.proximal.pools import Form
@@ -128,7 +128,10 @@ def test_large_weights_stay_alone_and_pools_are_bounded(
 
 def test_pools_hold_no_more_than_their_capacity() -> None:
     weights = [(torch.randn(size), torch.empty(size)) for size in (10, 30, 20, 25, 200)]
-    jobs = [pools.Job.of(index, pair, [(Block(pair[0], ()), Block(pair[1], ()))]) for index, pair in enumerate(weights)]
+    jobs = [
+        pools.Job.of(index, pair, [(GroupView(pair[0], ()), GroupView(pair[1], ()))])
+        for index, pair in enumerate(weights)
+    ]
     first = pools.pooled(jobs, 100, 50, several=False)
     assert [pool.indices for pool in first] == [[0, 2]]
     several = pools.pooled(jobs, 100, 50, several=True)

@@ -377,7 +377,7 @@ class Unprunable(nn.Module):
         ({"mode": "unprune"}, "mode: 'unprune' is not supported by the pattern 'channel'"),
         (
             {"regularizer": "block_lasso"},
-            "regularizer: 'block_lasso' is not supported by the pattern 'channel'.*Allowed: bn_scale, group_lasso, growing_l2",
+            "regularizer: 'block_lasso' is not supported by .*Allowed: bn_scale, group_lasso, growing_l2",
         ),
         ({"progressive": 4}, "progressive: 4 is not supported by the pattern 'channel'"),
         ({"start": 5, "end": 2}, "end: 2 is before start"),

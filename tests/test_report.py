@@ -144,9 +144,9 @@ def test_no_baseline_and_links_that_were_not_run(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("summary.json", None, "holds no summary.json"),
-        ("summary.json", "{", "summary.json: not JSON"),
+        ("summary.json", "{", "summary.json' cannot be read: not JSON"),
         ("metrics.jsonl", "[]\n", "metrics.jsonl: list where"),
-        ("norms.json", "", "norms.json: not JSON"),
+        ("norms.json", "", "norms.json' cannot be read: not JSON"),
     ],
 )
 def test_damaged_runs(tmp_path: Path, name: str, content: str | None, message: str) -> None:

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pruningawaretraining.criteria.second_order.bank import Bank, Budget, plan_passes
-from pruningawaretraining.criteria.second_order.channels import Reader, compensate_readers, gate_scores, least_squares
+from pruningawaretraining.criteria.second_order.channels import (
+    LosingReader,
+    compensate_readers,
+    gate_scores,
+    least_squares,
+)
 from pruningawaretraining.criteria.second_order.fisher import GramFisher, Storage, inverse_by_triangles, inverse_of
 from pruningawaretraining.criteria.second_order.layer_inputs import InputHessians
 from pruningawaretraining.criteria.second_order.layerwise import FastCapSolver, SparseGptSolver
@@ -185,7 +190,7 @@ def test_one_solve_a_layer_makes_up_for_channels() -> None:
                 layer(torch.empty(2, width, 4, 4, device="cuda"))
             hooks.remove()
             lost = torch.zeros(width, dtype=torch.bool)
-            found = [Reader(str(number), layer, lost) for number, layer in enumerate(layers)]
+            found = [LosingReader(str(number), layer, lost) for number, layer in enumerate(layers)]
             meter.start()
             compensate_readers(found, hooks, least_squares)
             assert {one.weight.device.type for one in layers} == {"cuda"}

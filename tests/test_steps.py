@@ -128,12 +128,12 @@ def test_steps_that_overflow_are_no_steps(name: str, how: str, overflow: tuple[i
     assert pruner.steps == STEPS - len(overflow)
 
 
-def test_a_loop_without_any_optimizer_gets_the_penalty_at_the_call() -> None:
+def test_a_loop_without_any_optimizer_gets_the_penalty_at_the_call_from_its_second_step_on() -> None:
     model, expected = small(), small()
     pruner = Pruning(model, {"rules": [RULE]}, example_inputs=batch(0))
     add = by_hand(expected)
-    for step in range(2):
-        for one, regularize in ((model, pruner.channel_regularize), (expected, add)):
+    for step in range(3):
+        for one, regularize in ((model, pruner.channel_regularize), (expected, add if step else lambda: None)):
             one.zero_grad()
             loss_of(one, step).backward()
             regularize()
@@ -142,7 +142,35 @@ def test_a_loop_without_any_optimizer_gets_the_penalty_at_the_call() -> None:
                     parameter -= 0.1 * parameter.grad
         pruner.on_after_optimizer_step()
     assert_same(model, expected)
-    assert pruner.steps == 2
+    assert pruner.steps == 3
+
+
+def test_an_optimizer_met_after_removals_follows_them() -> None:
+    def started(attached: bool) -> tuple[nn.Module, torch.optim.Optimizer, list[int], Pruning]:
+        model = small()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        loss_of(model, 0).backward()
+        optimizer.step()  # momentum of the dense shapes, before there is a pruner
+        rule = {"target": {"sparsity": 0.5}, "start": 0, "end": 1, "application": "remove"}
+        given = optimizer if attached else None
+        pruner = Pruning(model, {"rules": [rule]}, example_inputs=batch(0), optimizer=given)
+        widths = []
+        for epoch in range(2):
+            pruner.prune(model, epoch)
+            pruner.remove()
+            widths.append(sum(one.numel() for one in model.parameters()))
+        return model, optimizer, widths, pruner
+
+    (model, met, widths, _pruner), (expected, known, _, _other) = started(False), started(True)
+    assert widths[0] > widths[1]
+    for one, optimizer in ((model, met), (expected, known)):
+        optimizer.zero_grad()
+        for step in range(2):
+            loss_of(one, step).backward()
+            optimizer.step()
+    assert_same(model, expected)
+    assert [id(one) for one in met.param_groups[0]["params"]] == [id(one) for one in model.parameters()]
+    assert [one["momentum_buffer"].shape for one in met.state.values()] == [one.shape for one in met.state]
 
 
 @pytest.mark.parametrize("scale", [None, 2.0**10])

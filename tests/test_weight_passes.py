@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pruningawaretraining.groups import weight_stores
 from pruningawaretraining.groups.weight_passes import WeightPasses
 from pruningawaretraining.groups.weight_stores import Sided
-from pruningawaretraining.masks.mask_factors import MaskFactors
+from pruningawaretraining.masks.factor_writer import MaskFactors
 
 KINDS = {
     "float": (torch.float32, False, 1e-5),

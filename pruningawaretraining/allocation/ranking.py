@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.errors import TargetError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.registry import lookup, register
@@ -67,18 +67,11 @@ class Limits:
         return torch.tensor(most, dtype=torch.float64)
 
 
-class HasLimits(Protocol):
-    """What of a rule limits an allocation."""
-
-    min_sparsity: float
-    max_sparsity: float
-    multiple: int
-    max_sparsity_from: Any
-
-
-def limits_of(rule: HasLimits) -> Limits:
+def limits_of(rule: Rule) -> Limits:
     """The limits that a rule of a config sets."""
-    return Limits(rule.min_sparsity, rule.max_sparsity, rule.multiple, rule.max_sparsity_from or {})
+    caps = rule.max_sparsity_from or {}
+    assert not isinstance(caps, str)  # a path has been read with the config
+    return Limits(rule.min_sparsity, rule.max_sparsity, rule.multiple, caps)
 
 
 class Allocator:

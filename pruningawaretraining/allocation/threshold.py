@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -136,50 +136,62 @@ def allocate_windows(
     removed_G: Tensor | None = None,
     key: str = "target",
 ) -> Tensor:
-    """N:M: the weights that stay at a sparsity, N of M going from a window or none.
+    """Allocate N:M: prune the N lowest weights of a window, or none.
 
-    The lowest N of every window are its candidates; ``floor(sparsity / (N / M) * windows)`` of the windows of each
-    ranking class are pruned, those whose candidates score least in sum first. At the end N of every window are gone.
+    ``floor(sparsity / (N / M) * windows)`` windows of each ranking class are pruned, by ascending sum of those scores.
 
     Args:
         scores_G: importance of single weights.
         grouping: groups that are single weights, one member for each set.
         window: (N, M).
-        sparsity: fraction of the weights that go, at most N / M.
-        dims: for each member, the dimension of its input channels, along which windows lie.
+        sparsity: fraction of the weights to prune, at most N / M.
+        dims: for each member, the dimension along which windows lie: its input channels.
         limits: bounds on the fraction of each set's weights.
         classes_S: the ranking class of each set; None for one class.
         removed_G: weights that are masked already (True): they stay so.
         key: the key of the config, for messages.
 
     Returns:
-        Keep mask (bool vector of groups) on the scores' device.
+        Keep mask (bool, groups) on the scores' device.
 
     Raises:
-        TargetError: a sparsity above N / M.
+        TargetError: sparsity above N / M.
     """
     most = window[0] / window[1]
     if sparsity > most + SLACK:
         raise TargetError(f"{key}: {sparsity} is out of reach of {window[0]}:{window[1]}. Allowed: at most {most:g}")
     if min(sparsity, limits.max_sparsity) >= most - SLACK:  # all windows: no ranking among them
-        keep_G = torch.ones_like(scores_G, dtype=torch.bool)
-        for member, dim, (_, candidates_RM) in zip(
-            grouping.members, dims, _candidates(scores_G, grouping, window, dims, removed_G), strict=True
-        ):
-            _put_windows(keep_G, member, dim, candidates_RM.logical_not_())
-        return keep_G if removed_G is None else keep_G.masked_fill_(removed_G.to(keep_G.device), False)
+        found = _candidates(scores_G, grouping, window, dims, removed_G)
+        parts: Iterable[tuple[Tensor, Tensor | None]] = ((lowest_RM, None) for _, lowest_RM in found)
+    else:
+        parts = _ranked_windows(scores_G, grouping, window, sparsity, dims, limits, classes_S, removed_G)
+    keep_G = torch.ones_like(scores_G, dtype=torch.bool)
+    for member, dim, (candidates_RM, intact_R) in zip(grouping.members, dims, parts, strict=True):
+        keep_RM = candidates_RM.logical_not_()
+        _put_windows(keep_G, member, dim, keep_RM if intact_R is None else keep_RM.logical_or_(intact_R))
+    return keep_G if removed_G is None else keep_G.masked_fill_(removed_G.to(keep_G.device), False)
+
+
+def _ranked_windows(
+    scores_G: Tensor,
+    grouping: Grouping,
+    window: tuple[int, int],
+    sparsity: float,
+    dims: Sequence[int],
+    limits: Limits,
+    classes_S: Tensor | None,
+    removed_G: Tensor | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each member its candidates, and which of its windows stay intact (with a last dimension of 1)."""
+    most = window[0] / window[1]
     parts = list(_windows(scores_G, grouping, window, dims, removed_G))
     windows = [totals.numel() for _, totals, _ in parts]
     scaled = Limits(min(1.0, limits.min_sparsity / most), min(1.0, limits.max_sparsity / most))
     totals_N = torch.cat([totals.flatten() for _, totals, _ in parts])
     started_N = torch.cat([started.flatten() for _, _, started in parts])
     intact_N = allocate(totals_N, windows, min(1.0, sparsity / most), scaled, classes_S, started_N)
-    keep_G = torch.ones_like(scores_G, dtype=torch.bool)
-    for member, dim, (candidates_RM, totals, _), intact in zip(
-        grouping.members, dims, parts, torch.split(intact_N, windows), strict=True
-    ):
-        _put_windows(keep_G, member, dim, ~candidates_RM | intact.view(totals.shape).unsqueeze(-1))
-    return keep_G if removed_G is None else keep_G.masked_fill_(removed_G.to(keep_G.device), False)
+    for (candidates_RM, totals, _), intact in zip(parts, torch.split(intact_N, windows), strict=True):
+        yield candidates_RM, intact.view(totals.shape).unsqueeze(-1)
 
 
 def _put_windows(keep_G: Tensor, member: Member, dim: int, keep_RM: Tensor) -> None:

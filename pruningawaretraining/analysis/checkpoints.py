@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.files import read_safetensors, read_torch
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ckpt", ".bin", ".tar")
-BROKEN = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
-    AssertionError,
-    struct.error,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
-"""What readers raise at files that are damaged, or of another kind: the unpickler acts on any byte."""
 NESTS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "ema", "training")
 """Keys under which trainers keep the state dict of the model; "training" is what our own runs write."""
 
@@ -73,34 +53,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file cannot be read, or holds no state dict.
     """
-    try:
-        values = load_file(path) if path.suffix == ".safetensors" else _load(path)
-    except BROKEN as error:
-        raise CheckpointError(
-            f"{str(path)!r} cannot be read: {_why(error)}. Allowed: whole files of torch.save or safetensors"
-        ) from error
+    allowed = "whole files of torch.save or safetensors"
+    whole = path.suffix == ".safetensors"
+    values = read_safetensors(path, "", allowed)[0] if whole else read_torch(path, "", allowed, mapped=True)
     found = _inside(values)
     if found is None:
         raise CheckpointError(f"{str(path)!r} holds no state dict. Allowed: tensors by name, or under {NESTS}")
     return _masked(found)
-
-
-def _why(error: BaseException) -> str:
-    """The reader's reason in a line, without torch's advice to read files of strangers unchecked."""
-    text = str(error)
-    found = re.search(r"WeightsUnpickler error: (.+)", text)
-    if found or "weights_only" in text:
-        return found[1].strip().rstrip(".") if found else "it is no file of plain tensors, or damaged"
-    return (text.splitlines() or [type(error).__name__])[0].strip().rstrip(".")
-
-
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # of the format before torch 1.6
 
 
 def _inside(values: Any) -> dict[str, Tensor] | None:

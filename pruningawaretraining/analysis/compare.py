@@ -19,8 +19,9 @@ from pruningawaretraining.analysis.gap_threshold import (
     one_file,
     share,
 )
+from pruningawaretraining.files import write_text
 from pruningawaretraining.report.html import render_template
-from pruningawaretraining.report.numbers import as_csv, write
+from pruningawaretraining.report.numbers import as_csv
 from pruningawaretraining.report.run import Run
 from pruningawaretraining.version import __version__
 
@@ -37,9 +38,9 @@ def write_comparison(runs: Sequence[Compared], path: Path, title: str) -> list[P
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     others = [path.with_suffix(suffix) for suffix in (".json", ".csv")]
-    write(path, render_template("compare.html.j2", page(runs, title)))
-    write(others[0], json.dumps([numbers(one) for one in runs], indent=1) + "\n")
-    write(others[1], as_csv([row for one in runs for row in rows_of(one)]))
+    write_text(path, render_template("compare.html.j2", page(runs, title)))
+    write_text(others[0], json.dumps([numbers(one) for one in runs], indent=1) + "\n")
+    write_text(others[1], as_csv([row for one in runs for row in rows_of(one)]))
     return [path, *others]
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
-
-import yaml
 
 from pruningawaretraining.analysis.gap_threshold import (
     Choice,
@@ -16,8 +15,9 @@ from pruningawaretraining.analysis.gap_threshold import (
     share,
     with_removed,
 )
+from pruningawaretraining.config.load import parse_mapping
 from pruningawaretraining.report.figures import Figure, chosen_moments, shown_bins, total
-from pruningawaretraining.report.run import Run
+from pruningawaretraining.report.run import CONFIG, Run
 from pruningawaretraining.report.svg import LineChart, Ridge, Series, line_chart, ridge_chart
 
 COLOURS = 8
@@ -52,7 +52,7 @@ def strength_of(run: Run) -> float | None:
     """The strength of the first regulariser in a run's config; None where there is none."""
     config: Any = run.summary.get("config")
     if not isinstance(config, Mapping):
-        config = yaml.safe_load(run.config or "{}")
+        config = parse_mapping(run.config or "{}", Path(CONFIG))
     pruning = config.get("pruning") if isinstance(config, Mapping) else None
     rules = pruning.get("rules", []) if isinstance(pruning, Mapping) else []
     for rule in rules:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
@@ -27,9 +28,9 @@ from pruningawaretraining.experiment.run import find_device
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.train import scores_of
 from pruningawaretraining.experiment.verify import accuracy_of
+from pruningawaretraining.files import write_text
 from pruningawaretraining.models.calling import evaluating
 from pruningawaretraining.report.html import render_template
-from pruningawaretraining.report.numbers import write
 from pruningawaretraining.session.pruning import Pruning
 from pruningawaretraining.version import __version__
 
@@ -91,14 +92,8 @@ def measure(config: ExperimentConfig, options: SensitivityOptions, track: Track 
     coupled = pruner.engine.coupled
     assert coupled is not None  # a rule is for channels
     dense = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    scores = {}
-    for rule in coupled.rules:
-        scores_R = coupled.scores(rule, pruner.engine.calibration)
-        for one in rule.grouping.sets:
-            scores[one.name] = scores_R[one.start : one.stop]
-    sets = {}
-    for name in track(list(scores)):
-        sets[name] = _of_set(coupled, name, scores[name], batches, options, dense)
+    scores = _scores_by_set(coupled, pruner.engine.calibration)
+    sets = {name: _of_set(coupled, name, scores[name], batches, options, dense) for name in track(list(scores))}
     accuracy = _accuracy(model, batches)
     for found in sets.values():
         found["max_sparsity"] = cap([(row["sparsity"], row["accuracy"]) for row in found["rows"]], accuracy, options)
@@ -110,6 +105,15 @@ def measure(config: ExperimentConfig, options: SensitivityOptions, track: Track 
         "tolerance": options.tolerance,
         "sets": sets,
     }
+
+
+def _scores_by_set(coupled: CoupledGroups, calibration: Calibration | None) -> dict[str, Tensor]:
+    """The scores of each set's groups, by its rule's criterion."""
+    found = {}
+    for rule in coupled.rules:
+        scores_R = coupled.scores(rule, calibration)
+        found.update({one.name: scores_R[one.start : one.stop] for one in rule.grouping.sets})
+    return found
 
 
 def check_channels(config: ExperimentConfig) -> None:
@@ -203,8 +207,8 @@ def write_sensitivity(found: Mapping[str, Any], path: Path) -> list[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     html = path.with_suffix(".html")
-    write(path, json.dumps(found, indent=1) + "\n")
-    write(html, render_template("sensitivity.html.j2", page(found)))
+    write_text(path, json.dumps(found, indent=1) + "\n")
+    write_text(html, render_template("sensitivity.html.j2", page(found)))
     return [path, html]
 
 

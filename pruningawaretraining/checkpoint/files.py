@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.files import parse_json, read_safetensors
 from pruningawaretraining.patterns.projections import HEADS, KEY_VALUE_HEADS, REPETITIONS, WIDTHS
 
 KEY = "pruningawaretraining"
@@ -25,36 +22,6 @@ ATTRIBUTES = (
 """Attributes of layers that follow a removal."""
 
 PYTORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
-
-
-def write_atomically(path: str | Path, write: Callable[[str], None]) -> Path:
-    """Write a file so that at any moment either the old one or the whole new one is there.
-
-    Args:
-        path: where to; its folder is made.
-        write: writes to the temporary path that it is given.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return target
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def write_file(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
@@ -88,22 +55,17 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"path: there is no file {str(path)!r}")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        if path.suffix in PYTORCH_SUFFIXES:
-            raise CheckpointError(
-                f"path: {str(path)!r} was not written by save_pruned; for a state dict of torch.save use "
-                "load_state_dict_pruned(model, torch.load(path, weights_only=True))"
-            ) from error
-        raise CheckpointError(f"path: {str(path)!r} is truncated or no safetensors file: {error}") from error
+        tensors, metadata = read_safetensors(path, "path", "a whole file of save_pruned")
+    except CheckpointError as error:
+        if path.suffix not in PYTORCH_SUFFIXES:
+            raise
+        raise CheckpointError(
+            f"path: {str(path)!r} was not written by save_pruned; for a state dict of torch.save use "
+            "load_state_dict_pruned(model, torch.load(path, weights_only=True))"
+        ) from error
     if KEY not in metadata:
         raise CheckpointError(f"path: {str(path)!r} was not written by save_pruned; use load_state_dict_pruned for it")
-    try:
-        description = json.loads(metadata[KEY])
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"path: the description in {str(path)!r} is damaged: {error}") from error
+    description = parse_json(metadata[KEY], path, "path: its description")
     try:
         tensors.update({alias: tensors[name] for alias, name in description["aliases"].items()})
         for attributes in description["modules"].values():

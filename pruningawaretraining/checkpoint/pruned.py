@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.checkpoint.files import ATTRIBUTES, KEY, read_file, write_atomically, write_file
+from pruningawaretraining.checkpoint.files import ATTRIBUTES, KEY, read_file, write_file
 from pruningawaretraining.checkpoint.records import remember, summary_of
 from pruningawaretraining.distributed.fsdp import any_sharded
 from pruningawaretraining.errors import CheckpointError, nearest
+from pruningawaretraining.files import write_atomically
 from pruningawaretraining.models.calling import unwrap
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.pruned_attention import with_fewer_heads
@@ -25,7 +27,7 @@ from pruningawaretraining.models.skipped_blocks import PassThrough, pass_through
 from pruningawaretraining.models.surgery import Surgery, successor
 from pruningawaretraining.version import __version__
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def _widths(module: nn.Module) -> dict[str, Any]:
@@ -52,16 +54,38 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
     Raises:
         CheckpointError: it is no model, its weights are integers already, or the path is that of a folder.
     """
-    model = unwrap(_module(model))
-    if any_sharded(model):
-        raise CheckpointError(
-            "model: fully_shard has spread its parameters. Allowed: pruner.gathered(build_model()), or save_sharded"
-        )
+    model = _savable(model)
     if Path(path).is_dir():
         raise CheckpointError(f"path: {str(path)!r} is a folder. Allowed: the path of a file")
     passed = passed_blocks(model)
     gone = tuple(f"{name}." for name in passed)
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(gone)}
+    tensors, aliases = _without_copies(state)
+    widths = {name: _widths(one) for name, one in model.named_modules() if not name.startswith(gone)}
+    description = {
+        "version": __version__,
+        "class": type(model).__qualname__,
+        "modules": {name: found for name, found in widths.items() if found},
+        "aliases": aliases,
+        "passed": passed,
+        "record": summary_of(model),
+    }
+    metadata = {KEY: json.dumps(description), "format": "pt"}
+    return write_atomically(path, lambda temporary: write_file(tensors, temporary, metadata))
+
+
+def _savable(model: Any) -> nn.Module:
+    """The model without its wrappers, if its tensors are all here."""
+    inner = unwrap(_module(model))
+    if any_sharded(inner):
+        raise CheckpointError(
+            "model: fully_shard has spread its parameters. Allowed: pruner.gathered(build_model()), or save_sharded"
+        )
+    return inner
+
+
+def _without_copies(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a state_dict, each once and on the CPU, and alias -> name of those that share memory."""
     seen: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -79,18 +103,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
             continue
         seen[identity] = name
         tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()  # a GPU may have no room for a second one
-    description = {
-        "version": __version__,
-        "class": type(model).__qualname__,
-        "modules": {
-            name: _widths(one) for name, one in model.named_modules() if not name.startswith(gone) and _widths(one)
-        },
-        "aliases": aliases,
-        "passed": passed,
-        "record": summary_of(model),
-    }
-    metadata = {KEY: json.dumps(description), "format": "pt"}
-    return write_atomically(path, lambda temporary: write_file(tensors, temporary, metadata))
+    return tensors, aliases
 
 
 def _module(model: Any) -> nn.Module:

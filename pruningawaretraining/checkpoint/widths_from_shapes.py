@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.errors import CheckpointError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Conv = nn.modules.conv._ConvNd
 Widths = dict[str, Any]
@@ -207,7 +207,7 @@ def _group_norm(layer: Layer, context: Context) -> Widths:
             raise layer.ambiguous(f"{width} channels cannot be shared by {module.num_groups} groups")
         return {"num_channels": width, "num_groups": fewer}
     if fewer not in (None, module.num_groups):
-        log.warning(
+        logger.warning(
             "%s: %d channels are read as %d groups; %d groups of %d would have the same shapes: %s",
             layer.name, width, module.num_groups, fewer, size, ADVICE,
         )  # fmt: skip

@@ -10,29 +10,30 @@ from rich.console import Console
 
 from pruningawaretraining.cli.common import check_out, reported, shape_of
 
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL_OR_CHECKPOINT...",
+        help="Folders of runs, pruned checkpoints (.safetensors), ONNX files, models or experiments by name.",
+    ),
+]
+DenseModel = Annotated[
+    str | None, typer.Option(help="Of checkpoints: the dense model by name, or an experiment config.")
+]
+Rows = Annotated[Path | None, typer.Option(help="Write the rows to this JSON file; its folder must be there.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw accuracy against latency into this file (.svg).")]
+
 
 def latency(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL_OR_CHECKPOINT...",
-            help="Folders of runs, pruned checkpoints (.safetensors), ONNX files, models or experiments by name.",
-        ),
-    ],
-    model: Annotated[
-        str | None, typer.Option(help="Of checkpoints: the dense model by name, or an experiment config.")
-    ] = None,
+    sources: Sources,
+    model: DenseModel = None,
     input_shape: Annotated[str | None, typer.Option(help="Shape of the example input, e.g. 1,3,224,224.")] = None,
     runtime: Annotated[str, typer.Option(help="onnxruntime, torch, torch_compile, cuda or tensorrt.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
     batch: Annotated[int, typer.Option(help="Rows of the example inputs.")] = 1,
     repeats: Annotated[int, typer.Option(help="Timed runs of each model; the median counts.")] = 50,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the rows to this JSON file; its folder must be there.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw accuracy against latency into this file (.png, .svg).")
-    ] = None,
+    out: Rows = None,
+    plot: Plot = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the library's log.")] = False,
 ) -> None:
     """Time dense and pruned models side by side, in turns, with MACs, parameters, memory and size on disk."""

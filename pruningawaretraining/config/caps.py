@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.files import read_json, reading
 
 KEY = "max_sparsity_from"
 
@@ -18,10 +19,8 @@ def read_caps(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, or it holds something else.
     """
-    try:
-        values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{KEY}: {path!r} cannot be read: {error}. Allowed: a file of pat sensitivity") from error
+    with reading(path, KEY, "a file of pat sensitivity", ConfigError):
+        values = read_json(Path(os.path.expanduser(path)), KEY, ConfigError)
     sets = values.get("sets", values) if isinstance(values, Mapping) else None
     if not isinstance(sets, Mapping) or not sets:
         raise ConfigError(f"{KEY}: {path!r} holds no sets. Allowed: a file of pat sensitivity, or layer: fraction")
@@ -38,4 +37,4 @@ def anchored_caps(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _anchored(rule: Any, folder: Path) -> Any:
     given = rule.get(KEY) if isinstance(rule, Mapping) else None
-    return {**rule, KEY: str(folder / Path(given).expanduser())} if isinstance(given, str) else rule
+    return {**rule, KEY: str(folder / Path(os.path.expanduser(given)))} if isinstance(given, str) else rule

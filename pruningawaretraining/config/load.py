@@ -14,9 +14,11 @@ import yaml
 from pruningawaretraining.config import dialects  # noqa: F401  (importing it registers the dialects)
 from pruningawaretraining.config.caps import anchored_caps
 from pruningawaretraining.config.dialects.base import Dialect
+from pruningawaretraining.config.extent import MOST_BYTES, check_extent
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.config.yaml_form import loader_for
 from pruningawaretraining.errors import ConfigError, nearest
+from pruningawaretraining.files import BROKEN, read_text, reading, reason
 from pruningawaretraining.registry import build, names
 
 FILE_NAMES = ("pruning_config.json", "pruning_config.yaml", "pruning_config.yml")
@@ -39,7 +41,7 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | PruningConf
         return translate(source)
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(f"config: {source!r} is neither a path, a mapping nor a PruningConfig")
-    path = find_file(Path(source).expanduser())
+    path = find_file(source)
     mapping = anchored_caps(read_mapping(path), path.parent)
     try:
         return translate(mapping)
@@ -53,6 +55,7 @@ def translate(mapping: Mapping[str, Any]) -> PruningConfig:
     Raises:
         ConfigError: no form is recognised, or a key or value is not allowed.
     """
+    check_extent(mapping)
     mapping = copy.deepcopy(dict(mapping))
     if "rules" in mapping:
         return PruningConfig.model_validate(mapping)
@@ -76,12 +79,17 @@ def _unrecognised(mapping: Mapping[str, Any], known: Mapping[str, Dialect]) -> s
     return f"config: no form has the keys {shown}{hint} Allowed: 'rules', or another form ({', '.join(known)})"
 
 
-def find_file(path: Path) -> Path:
-    """The file itself, or the one in a folder.
+def find_file(path: str | os.PathLike[str]) -> Path:
+    """The file itself, or the one in a folder; ``~`` is the user's home.
 
     Raises:
-        ConfigError: there is none, there is more than one, or it has another extension.
+        ConfigError: there is none, there is more than one, it has another extension, or it may not be looked at.
     """
+    with reading(os.fspath(path), "config", kind=ConfigError):
+        return _find_file(Path(os.path.expanduser(path)))
+
+
+def _find_file(path: Path) -> Path:
     if path.is_dir():
         found = [path / name for name in FILE_NAMES if (path / name).is_file()]
         if len(found) == 1:
@@ -103,11 +111,23 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read or parsed (with line and column), or is no mapping.
     """
+    return parse_mapping(read_text(path, "config", ConfigError, MOST_BYTES), path)
+
+
+def parse_mapping(text: str, path: Path) -> dict[str, Any]:
+    """What a text in JSON or YAML holds; the extension of its file says which.
+
+    Raises:
+        ConfigError: it cannot be parsed (with line and column), is no mapping, or is too large; see
+            :mod:`pruningawaretraining.config.extent`.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    values = PARSERS[path.suffix.lower()](text, path)
+        values = PARSERS[path.suffix.lower()](text)
+        check_extent(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except BROKEN as error:
+        raise ConfigError(f"{path}: it cannot be parsed: {reason(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: it holds {_shown(values)}. Allowed: a mapping of keys to values")
     return values
@@ -117,13 +137,11 @@ def _shown(values: Any) -> str:
     return "nothing" if values is None else f"a {type(values).__name__}"
 
 
-def _parse_json(text: str, path: Path) -> Any:
+def _parse_json(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_without_duplicates) if text.strip() else None
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"line {error.lineno}, column {error.colno}: {error.msg}") from error
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,16 +153,16 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return seen
 
 
-def _parse_yaml(text: str, path: Path) -> Any:
+def _parse_yaml(text: str) -> Any:
     tags = {tag for name in names("dialect") for tag in build("dialect", name).yaml_tags}
     try:
         return yaml.load(text, Loader=loader_for(tags))  # noqa: S506  (a SafeLoader with the dialects' tags)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{path}: {where}{error.problem}") from error
+        raise ConfigError(f"{where}{error.problem}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
-PARSERS: dict[str, Callable[[str, Path], Any]] = {".json": _parse_json, ".yaml": _parse_yaml, ".yml": _parse_yaml}
+PARSERS: dict[str, Callable[[str], Any]] = {".json": _parse_json, ".yaml": _parse_yaml, ".yml": _parse_yaml}

@@ -47,9 +47,14 @@ OPTIONS = tuple(sorted(one for one in IN_PLACE | BY_WIDTH if not one.startswith(
 class RuleOptions(Protocol):
     """The fields of a rule that are looked at."""
 
-    pattern: str | dict[str, Any]
-    regularizer: str | dict[str, Any] | None
-    target: Target
+    @property
+    def pattern(self) -> str | Mapping[str, Any]: ...
+
+    @property
+    def regularizer(self) -> str | Mapping[str, Any] | None: ...
+
+    @property
+    def target(self) -> Target: ...
 
 
 def support_of(pattern: Any) -> Support:

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pruningawaretraining.config.dialects.sparseml import SparseMl, modifiers_of
@@ -103,8 +102,8 @@ class Recipe:
 
 def is_recipe(source: Any) -> bool:
     """Whether a mapping, or the YAML file at a path, is a SparseML-style recipe."""
-    if isinstance(source, str) and source.lower().endswith((".yaml", ".yml")) and Path(source).expanduser().is_file():
-        source = read_mapping(Path(source).expanduser())
+    if isinstance(source, str) and source.lower().endswith((".yaml", ".yml")):
+        source = read_mapping(find_file(source))
     return isinstance(source, Mapping) and SparseMl().recognises(source)
 
 
@@ -117,7 +116,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: it is no such recipe, or has a modifier, key or value that is not allowed.
     """
-    mapping = source if isinstance(source, Mapping) else read_mapping(find_file(Path(source).expanduser()))
+    mapping = source if isinstance(source, Mapping) else read_mapping(find_file(source))
     if not SparseMl().recognises(mapping):
         raise ConfigError(
             f"recipe: no list of modifiers among {sorted(mapping)}. Allowed: 'modifiers', or '..._modifiers'"

@@ -5,18 +5,16 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable
 from numbers import Real
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
+from pruningawaretraining.config.extent import check_extent, dotted
 from pruningawaretraining.errors import ConfigError, unknown
 
-if TYPE_CHECKING:
-    from pydantic._internal._model_construction import ModelMetaclass
-else:
-    ModelMetaclass = type(BaseModel)
-
+SHOWN = 30
+"""How many problems are worded: a message has no room for more."""
 _EXPECTED = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
@@ -32,11 +30,20 @@ def within(allowed: str, accepts: Callable[[float], bool]) -> BeforeValidator:
     """A check that refuses what is not a number (text and true/false too) or what ``accepts`` turns down."""
 
     def check(value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, Real) or not accepts(float(value)):
-            raise ValueError(f"{value!r} is not allowed. Allowed: {allowed}")
+        if isinstance(value, bool) or not isinstance(value, Real) or not accepts(_as_float(value)):
+            shown = value if not isinstance(value, int) or value.bit_length() <= 64 else float("inf")
+            raise ValueError(f"{shown!r} is not allowed. Allowed: {allowed}")
         return value
 
     return BeforeValidator(check)
+
+
+def _as_float(value: Real) -> float:
+    """A number, infinite where it has hundreds of digits."""
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")
 
 
 Fraction = Annotated[float, Field(gt=0, le=1), within("a number in (0, 1]", lambda value: 0 < value <= 1)]
@@ -47,19 +54,7 @@ Whole = Annotated[int, within("a whole number", float.is_integer)]
 Count = Annotated[int, Field(ge=1), within("a whole number of 1 or more", lambda n: n >= 1 and n.is_integer())]
 
 
-class _OneLiners(ModelMetaclass):
-    """Makes ``Model(...)`` raise a ConfigError; models nested in it are still validated as part of the whole."""
-
-    if not TYPE_CHECKING:
-
-        def __call__(cls, *args: Any, **values: Any) -> Any:
-            try:
-                return super().__call__(*args, **values)
-            except ValidationError as error:
-                raise config_error(error, cls) from error
-
-
-class Strict(BaseModel, metaclass=_OneLiners):
+class Strict(BaseModel):
     """Base of every config model: frozen, no unknown keys, and a ConfigError where pydantic has a ValidationError.
 
     A validator that raises a ConfigError names the key relative to its model ("end: ..."); one that raises another
@@ -68,6 +63,12 @@ class Strict(BaseModel, metaclass=_OneLiners):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise config_error(error, type(self)) from error
+
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
         """Validate a mapping; see :meth:`pydantic.BaseModel.model_validate`.
@@ -75,6 +76,7 @@ class Strict(BaseModel, metaclass=_OneLiners):
         Raises:
             ConfigError: one line for each problem.
         """
+        check_extent(obj)
         try:
             return super().model_validate(obj, **options)
         except ValidationError as error:
@@ -84,19 +86,20 @@ class Strict(BaseModel, metaclass=_OneLiners):
 def config_error(error: ValidationError, model: type[BaseModel]) -> ConfigError:
     """The ConfigError for a pydantic error of ``model``: a line per problem, each with dotted key, value and what is
     allowed; an unknown key comes with the nearest one."""
-    return ConfigError("\n".join(_line(problem, model) for problem in error.errors(include_url=False)))
+    problems = error.errors(include_url=False)
+    lines = [_line(problem, model) for problem in problems[:SHOWN]]
+    return ConfigError("\n".join([*lines, *[""] * (len(problems) - len(lines))]))  # the rest is only counted
 
 
 def _line(problem: Any, model: type[BaseModel]) -> str:
     loc, kind, value, context = problem["loc"], problem["type"], problem["input"], problem.get("ctx", {})
     key = dotted(loc)
     if kind == "extra_forbidden":
-        owner = _model_at(model, loc[:-1])
-        return unknown(key, str(loc[-1]), owner.model_fields) if owner else f"{key}: not known"
+        return unknown(key, str(loc[-1]), model.model_fields)
     if kind == "missing":
         return f"{key}: missing, but needed"
     if kind == "literal_error":
-        return unknown(key, value, _choices(model, loc) or [context["expected"]])
+        return unknown(key, value, _literals(model.model_fields[loc[0]].annotation) or [context["expected"]])
     if kind == "value_error":
         return _own_message(loc, context["error"])
     if kind in _EXPECTED:
@@ -105,52 +108,22 @@ def _line(problem: Any, model: type[BaseModel]) -> str:
 
 
 def _own_message(loc: tuple[int | str, ...], error: Exception) -> str:
-    """The message of one of our validators, its key completed to the full dotted one."""
-    message = str(error)
+    """The message of a validator or a nested model, the key of each line completed to the full dotted one."""
     if not isinstance(error, ConfigError):
-        return f"{dotted(loc) or 'config'}: {message}"
-    relative = loc[:-1] if loc and isinstance(loc[-1], str) and _starts_with_key(message, loc[-1]) else loc
-    return f"{dotted(relative)}.{message}" if relative else message
+        return f"{dotted(loc) or 'config'}: {error}"
+    return "\n".join(_completed(loc, line) for line in str(error).splitlines())
 
 
-def _starts_with_key(message: str, key: str) -> bool:
-    return message.startswith(key) and message[len(key) :][:1] in (":", ".", "[")
-
-
-def dotted(loc: tuple[int | str, ...]) -> str:
-    """``("rules", 0, "start")`` as ``rules[0].start``."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
-    return text.removeprefix(".")
-
-
-def _model_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """The model that the location ``loc`` inside ``model`` is validated with."""
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part)
-        inner = _inner_model(field.annotation) if field else None
-        if inner is None:
-            return None
-        model = inner
-    return model
-
-
-def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = (_inner_model(argument) for argument in typing.get_args(annotation))
-    return next((model for model in found if model), None)
-
-
-def _choices(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """What the Literal field at ``loc`` allows."""
-    owner = _model_at(model, loc[:-1])
-    field = owner.model_fields.get(str(loc[-1])) if owner else None
-    return _literals(field.annotation) if field else []
+def _completed(loc: tuple[int | str, ...], line: str) -> str:
+    if line.startswith("... and "):  # of a message that was capped
+        return line
+    own = bool(loc) and isinstance(loc[-1], str) and line.startswith(tuple(f"{loc[-1]}{mark}" for mark in ":.["))
+    before = dotted(loc[:-1] if own else loc)
+    return f"{before}.{line}" if before else line
 
 
 def _literals(annotation: Any) -> list[str]:
+    """The values that the Literals of an annotation allow."""
     if typing.get_origin(annotation) is typing.Literal:
         return [str(value) for value in typing.get_args(annotation)]
     return [value for argument in typing.get_args(annotation) for value in _literals(argument)]

@@ -19,7 +19,7 @@ from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.reductions import Reduction, reduce_sum
 from pruningawaretraining.registry import lookup, register
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 WEIGHTS = ("out", "in", "element")
 
@@ -50,11 +50,11 @@ def _factors(grouping: Grouping, statistics: Statistics, key: str, who: object) 
     names = [member.name for member in grouping.members if member.role in WEIGHTS]
     found = {name: statistics.tensors[f"{key}.{name}"] for name in names if f"{key}.{name}" in statistics.tensors}
     if not found:
-        log.warning("%s: no activation has been seen yet; weights are ranked by size", type(who).__name__)
+        logger.warning("%s: no activation has been seen yet; weights are ranked by size", type(who).__name__)
         return {name: torch.ones(()) for name in names}
     missing = sorted(set(names) - set(found))
     if missing:
-        log.info("no activation ever reached %s; they are pruned first", ", ".join(missing))
+        logger.info("no activation ever reached %s; they are pruned first", ", ".join(missing))
     return found
 
 

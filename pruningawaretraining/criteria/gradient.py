@@ -24,7 +24,7 @@ from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.reductions import Reduction, reduce_sum
 from pruningawaretraining.registry import lookup, register
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @register("criterion", "weight", "abs")
@@ -101,7 +101,7 @@ class _FromGradients:
         """See :class:`~pruningawaretraining.criteria.base.Criterion`."""
         known = statistics.tensors
         if STEPS not in known or int(known[STEPS]) == 0:
-            log.warning("%s: no gradient has been seen yet; weights are ranked by size", type(self).__name__)
+            logger.warning("%s: no gradient has been seen yet; weights are ranked by size", type(self).__name__)
             return Weight(reduction=self.reduction, half=self.half).score(grouping, statistics)
         if SCORE in known:
             scores_G = known[SCORE]
@@ -115,7 +115,7 @@ def _unseen_last(scores_G: Tensor, grouping: Grouping, known: dict[str, Tensor])
     unseen = [member.name for member in grouping.members if f"{SEEN}.{member.name}" not in known]
     if not unseen:
         return scores_G
-    log.info("no gradient ever reached %s; they are pruned last", ", ".join(dict.fromkeys(unseen)))
+    logger.info("no gradient ever reached %s; they are pruned last", ", ".join(dict.fromkeys(unseen)))
 
     def seen(member: Member) -> Tensor | None:
         return None if f"{SEEN}.{member.name}" not in known else torch.ones_like(member.parameter)

@@ -18,7 +18,7 @@ from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.groups.reductions import device_of, members_per_set, reduce_sum
 from pruningawaretraining.registry import lookup, register
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 WEIGHTS = ("out", "in", "norm", "element")
 
@@ -168,7 +168,7 @@ class NormScale:
         count_S = members_per_set(norms)
         if bool((count_S == 0).any()):
             without = [one.name for one, count in zip(grouping.sets, count_S.tolist(), strict=True) if count == 0]
-            log.info("bn_scale: no norm layer in %s; these are pruned last", ", ".join(without))
+            logger.info("bn_scale: no norm layer in %s; these are pruned last", ", ".join(without))
         count_G = count_S[grouping.set_ids].to(sums_G)
         return torch.where(count_G > 0, sums_G / count_G.clamp(min=1), torch.inf)
 

@@ -21,7 +21,7 @@ from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.groups.reductions import device_of
 from pruningawaretraining.registry import register
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @register("criterion", "retrain_free")
@@ -52,7 +52,7 @@ class RetrainFree:
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
         """See :class:`~pruningawaretraining.criteria.base.Criterion`."""
         if "mask_gradient_squares" not in statistics.tensors:
-            log.warning("retrain_free: no gradient has been seen yet; weights are ranked by size")
+            logger.warning("retrain_free: no gradient has been seen yet; weights are ranked by size")
             return Weight(reduction="sum").score(grouping, statistics)
         return statistics.tensors["mask_gradient_squares"].to(device_of(grouping))
 

@@ -59,10 +59,7 @@ class Engine:
     @property
     def rules(self) -> list[ActiveRule]:
         """All rules, in the order in which they have their events."""
-        return [one for _, one in self._owned()]
-
-    def _owned(self) -> list[tuple[Domain, ActiveRule]]:
-        return [(domain, one) for domain in self.domains for one in domain.rules]
+        return [one for domain in self.domains for one in domain.rules]
 
     @property
     def masks(self) -> list[Masks]:
@@ -110,7 +107,8 @@ class Engine:
         Raises:
             ConfigError: a criterion cannot prune its pattern with data of its own.
         """
-        self._check(calibration)
+        for domain in self.domains:
+            domain.check(calibration)
         self.calibration = calibration
         self.follow_phases()
         self._fire_waiting()
@@ -127,7 +125,8 @@ class Engine:
         Returns:
             One line for each thing that happened.
         """
-        self._check(self.calibration)
+        for domain in self.domains:
+            domain.check(self.calibration)
         return self.tick("epoch", epoch)
 
     def tick(self, unit: str, now: int, last: bool = False) -> list[str]:
@@ -154,19 +153,16 @@ class Engine:
                     lines += self._fire(domain, one, at) if one.due(at) else []
         return lines
 
-    def _check(self, calibration: Calibration | None) -> None:
-        for domain in self.domains:
-            domain.check(calibration)
-
     def asks(self, steps: range, last: bool = False) -> bool:
         """Whether it matters for any event which of these is the number of real steps."""
         return any(one.asks(steps, last) for one in self.rules)
 
     def _fire_waiting(self) -> list[str]:
         lines: list[str] = []
-        for domain, one in self._owned():
-            if (now := one.state.waiting) is not None:
-                lines += self._fire(domain, one, now)
+        for domain in self.domains:
+            for number in range(len(domain.rules)):
+                if (now := domain.rules[number].state.waiting) is not None:
+                    lines += self._fire(domain, domain.rules[number], now)
         return lines
 
     def _fire(self, domain: Domain, one: ActiveRule, now: int) -> list[str]:
@@ -238,8 +234,7 @@ class Engine:
     def on_round(self) -> list[tuple[Regularizer, Tensor]]:
         """A real step begins: gradients are complete and no weight has moved.
 
-        Returns:
-            Each active regulariser of the gradients, with its factors at these weights.
+        Returns: each active regulariser of the gradients, with its factors at these weights.
         """
         self._observed = False
         for one in self.masks:
@@ -258,8 +253,8 @@ class Engine:
             self._observed = True
         return self._fire_waiting()
 
-    def on_stepped(self, fresh: Tensor | int, rates: Callable[[], Mapping[int, Tensor | float]]) -> None:
-        """Weights have moved: shrink blocks, and zero what is masked.
+    def shrink(self, fresh: Tensor | int, rates: Callable[[], Mapping[int, Tensor | float]]) -> None:
+        """Weights have moved: regularisers that act on them do so.
 
         Args:
             fresh: 1 if that makes a real step, else 0.
@@ -267,8 +262,6 @@ class Engine:
         """
         if self.weights is not None:
             self.penalties.shrink(self.weights, fresh, rates)
-        for one in self.masks:
-            one.apply()
 
     def mask_gradients(self) -> None:
         """Set the gradients of masked weights to 0."""
@@ -284,14 +277,15 @@ class Engine:
         for ready, factor_G in self.gradient_penalties():
             ready.add(factor_G * scale)
 
-    def loss_penalty(self) -> Tensor:
-        """The differentiable penalty of all rules that have one and are not done."""
-        return self.penalties.of_loss(self.weights)
+    def loss_penalty(self, ended: bool = False) -> Tensor:
+        """The differentiable penalty of all rules that have one and are not done; 0 once training has ended."""
+        return self.penalties.of_loss(None if ended else self.weights)
 
     def finish(self) -> None:
         """Training ends: events in parts are completed, and nothing is observed any more."""
-        for domain, one in self._owned():
-            complete(domain, one, self._context())
+        for domain in self.domains:
+            for one in domain.rules:
+                complete(domain, one, self._context())
         self._listens = False
         self.release()
 

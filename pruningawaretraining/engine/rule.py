@@ -16,7 +16,7 @@ from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.criteria.base import Criterion
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PHASES = ("regularize", "prune", "finetune", "done")
 WORKING = ("regularize", "prune")
@@ -146,7 +146,7 @@ def warn_of_idle(rules: Iterable[ActiveRule]) -> None:
     calls = {"epoch": "prune(model, epoch) counts epochs", "step": "the optimizer's steps are counted"}
     for one in rules:
         if one.rule.target.given and one.rule.mode == "prune" and one.state.event == 0:
-            log.warning(
+            logger.warning(
                 "%s: it never pruned: its first event is in %s %d (%s)",
                 *(one.key, one.rule.unit, one.rule.start, calls[one.rule.unit]),
             )

@@ -32,7 +32,7 @@ from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import lookup
 from pruningawaretraining.schedules import sparsity_at
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.01  # a latency target holds when it is measured within this fraction
 UNUSED = 0.03  # of the budget that may be left when channels could still be given back
@@ -247,7 +247,7 @@ class Targets:
             keep_R = again_R
         if best is not None:
             return best[0], met, best[1]
-        log.warning(MISSED + "%s", timed.key, reached.measured_ms, timed.budget, missed)
+        logger.warning(MISSED + "%s", timed.key, reached.measured_ms, timed.budget, missed)
         return keep_R, met, reached
 
     def _on_the_way(

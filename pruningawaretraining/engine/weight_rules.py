@@ -18,7 +18,7 @@ from pruningawaretraining.errors import ConfigError, ModelError, TargetError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.masks import Masks
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -76,7 +76,7 @@ def check_target(key: str, rule: Rule, pattern: Any) -> None:
             f"{key}.target.sparsity: {target} is out of reach of {window[0]}:{window[1]}. Allowed: at most {most:g}"
         )
     if target < most - 1e-9:
-        log.warning(
+        logger.warning(
             "%s.target.sparsity: %s is below the %g of %s: only some of the windows will be %s",
             *(key, target, most, rule.pattern, rule.pattern),
         )

@@ -31,7 +31,7 @@ from pruningawaretraining.patterns.elements import input_dims
 from pruningawaretraining.patterns.slice import pruned_channels
 from pruningawaretraining.schedules import sparsity_at
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Optimizers = Sequence[torch.optim.Optimizer]
 DONE = {"prune": "pruned", "unprune": "masks lifted", "lock": "zeros locked"}
@@ -58,7 +58,7 @@ class WeightGroups:
         check_target(key, rule, pattern)
         if grouping.skipped:
             shown = "; ".join(grouping.skipped[:4]) + ("; ..." if len(grouping.skipped) > 4 else "")
-            log.warning("%s: %r leaves %d layers as they are: %s", key, rule.pattern, len(grouping.skipped), shown)
+            logger.warning("%s: %r leaves %d layers as they are: %s", key, rule.pattern, len(grouping.skipped), shown)
         one = WeightRule(key, rule, pattern, criterion, grouping, Masks(grouping), stacked)
 
         def grouping_on(model: nn.Module) -> Grouping:
@@ -145,7 +145,7 @@ class WeightGroups:
         for each, kept in zip(one.grouping.sets, one.masks.kept_by_set, strict=True):
             if not kept and (one.key, each.name) not in self._empty:  # the model may be cut in two there
                 self._empty.add((one.key, each.name))
-                log.warning(
+                logger.warning(
                     "%s: no weight is left in %s; max_sparsity below 1 keeps some in every layer", one.key, each.name
                 )
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import pickle
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import CheckpointError, ConfigError, nearest, unknown
 from pruningawaretraining.experiment.schema import ModelConfig
+from pruningawaretraining.files import read_safetensors, read_torch
 
 _CHANNEL_KEYS = ("in_channels", "in_chans")
 
@@ -127,7 +125,7 @@ def load_weights(model: nn.Module, path: str) -> None:
     Raises:
         CheckpointError: no such file, not a state dict, or it does not fit the model.
     """
-    state = _state_dict(Path(path).expanduser())
+    state = _state_dict(Path(os.path.expanduser(path)))
     state = {key.removeprefix("module."): value for key, value in state.items()}
     own = model.state_dict()
     missing = {key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked")}
@@ -145,12 +143,9 @@ def load_weights(model: nn.Module, path: str) -> None:
 def _state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"model.weights: there is no {str(path)!r}")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise CheckpointError(f"model.weights: {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, "model.weights")[0]
+    loaded = read_torch(path, "model.weights")
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -130,7 +131,7 @@ def npz(config: DataConfig) -> DataSet:
 def _npz_path(config: DataConfig) -> Path:
     if config.root is None:
         raise ConfigError("data.root: missing, but needed for 'npz'. Allowed: the path of an .npz file")
-    path = Path(config.root).expanduser()
+    path = Path(os.path.expanduser(config.root))
     if path.is_dir():
         found = sorted(path.glob("*.npz"))
         if len(found) != 1:
@@ -181,7 +182,7 @@ def imagefolder(config: DataConfig) -> DataSet:
 def _split_folders(config: DataConfig) -> tuple[Path, Path]:
     if config.root is None:
         raise ConfigError("data.root: missing, but needed for 'imagefolder'. Allowed: a folder with train/ and val/")
-    root = Path(config.root).expanduser()
+    root = Path(os.path.expanduser(config.root))
     test = next((root / name for name in ("val", "test", "valid", "validation") if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test is None:
         what = "there is no" if not root.is_dir() else "no train/ and val/ (or test/) in"

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def epoch_text(row: Mapping[str, Any]) -> str:
@@ -87,7 +87,7 @@ class Display:
     def say(self, text: str) -> None:
         """One line."""
         if self.console is None:
-            LOG.info(text)
+            logger.info(text)
         else:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 

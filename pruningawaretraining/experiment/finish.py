@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pruningawaretraining.checkpoint.files import write_atomically
 from pruningawaretraining.checkpoint.pruned import load_pruned, save_pruned
 from pruningawaretraining.costs.macs import count_macs
 from pruningawaretraining.experiment import record
@@ -24,13 +23,14 @@ from pruningawaretraining.experiment.display import Display
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.verify import OnnxModel, accuracy_of, difference, scores
 from pruningawaretraining.export.onnx import export_onnx
+from pruningawaretraining.files import write_atomically
 from pruningawaretraining.report.html import write_report
 from pruningawaretraining.runtimes.runtime import on_device
 from pruningawaretraining.runtimes.timing import compare_latency
 from pruningawaretraining.session.pruning import Pruning
 from pruningawaretraining.version import __version__
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 VERIFIED_IMAGES = 64
 ONNX_TEST_MACS = 1e12  # above this, the ONNX file is not run over the whole test set

@@ -31,7 +31,7 @@ from pruningawaretraining.experiment.tracking import tracked
 from pruningawaretraining.registry import build
 from pruningawaretraining.session.one_shot import AfterPruning, accuracy, one_shot
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 TEST_BATCH = 500
 DENSE = 0.0
 RESULTS = "oneshot.json"
@@ -80,7 +80,7 @@ def run_one_shot(config: ExperimentConfig, options: OneShotOptions) -> list[dict
     data = load_data(config.data)
     model = build_model(config.model, len(data.classes), data.shape[0]).to(device).eval()
     if config.model.weights is None:
-        LOG.warning("model.weights: none are given; what is pruned is as the model's name builds it")
+        logger.warning("model.weights: none are given; what is pruned is as the model's name builds it")
     pipeline = Pipeline(data.mean, data.std, channels_last=config.channels_last)
     train = TrainingBatches(pipeline, data.train, config.batch_size, device)
     test = SourceBatches(pipeline, data.test, TEST_BATCH, device)

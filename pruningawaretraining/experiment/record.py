@@ -71,8 +71,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from pruningawaretraining.checkpoint.files import write_atomically
 from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.files import as_object, parse_json, read_object, read_text, write_text
 from pruningawaretraining.report import numbers
 
 CONFIG, METRICS, NORMS, SUMMARY = "config.yaml", "metrics.jsonl", "norms.json", "summary.json"
@@ -94,15 +94,6 @@ def clear_temporary(folder: Path) -> None:
     for name in FILES:
         for left in folder.glob(f".{name}.*.tmp"):
             left.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
-
-    def write(temporary: str) -> None:
-        Path(temporary).write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
@@ -165,15 +156,8 @@ class Recorder:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    return [as_object(parse_json(line, path), path) for line in read_text(path).splitlines() if line.strip()]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    return found
+    return read_object(path) if path.is_file() else {}

@@ -35,7 +35,7 @@ from pruningawaretraining.experiment.verify import difference, masked_scores, sc
 from pruningawaretraining.models.calling import checked_call, evaluating
 from pruningawaretraining.session.pruning import Pruning
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 EPOCH_SEEDS = 1_000_003  # distance of the data seeds of neighbouring run seeds: more than any run has epochs
 VERIFIED_IMAGES = 64
 TEST_BATCH = 500

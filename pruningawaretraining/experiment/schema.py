@@ -212,7 +212,7 @@ def load_experiment(source: str | os.PathLike[str] | Mapping[str, Any] | Experim
         return source
     if isinstance(source, Mapping):
         return ExperimentConfig.model_validate(_with_recipe(source))
-    path = find_file(Path(source).expanduser())
+    path = find_file(source)
     _refuse_pruning_alone(path)
     values = _with_recipe(_anchored(read_mapping(path), path.parent))
     if isinstance(values.get("pruning"), str):
@@ -255,13 +255,13 @@ def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The mapping with the relative paths in it taken from ``folder``."""
     values = dict(values)
     if isinstance(values.get("pruning"), str):
-        values["pruning"] = str(folder / Path(values["pruning"]).expanduser())
+        values["pruning"] = str(folder / Path(os.path.expanduser(values["pruning"])))
     if isinstance(values.get("pruning"), Mapping):
         values["pruning"] = anchored_caps(values["pruning"], folder)
     for section, key in (("data", "root"), ("model", "weights")):
         inner = values.get(section)
         if isinstance(inner, Mapping) and isinstance(inner.get(key), str):
-            values[section] = {**inner, key: str(folder / Path(inner[key]).expanduser())}
+            values[section] = {**inner, key: str(folder / Path(os.path.expanduser(inner[key])))}
     return values
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruningawaretraining.checkpoint.files import write_atomically
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.experiment.record import CHECKPOINT
+from pruningawaretraining.files import read_torch, write_atomically
 
 FORMAT = 1
 MAY_CHANGE = ("name", "out", "device", "threads", "latency", "onnx", "data.root", "data.workers", "data.memory_gib")
@@ -70,10 +69,7 @@ def load_state(folder: Path, config: Mapping[str, Any]) -> RunState:
         raise CheckpointError(
             f"--resume: {str(folder)!r} holds no {CHECKPOINT}. Allowed: the folder of a run in progress"
         )
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"--resume: {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    values = read_torch(path, "--resume", "--overwrite, or another --out")
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise CheckpointError(f"--resume: {str(path)!r} is no checkpoint of this version")
     state = RunState(**values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.inspection import Inspected, load_inspected
 from pruningawaretraining.experiment.shipped import shipped_configs
+from pruningawaretraining.files import read_object
 from pruningawaretraining.report.summary import percent, si
 from pruningawaretraining.runtimes.timing import Model, compare_latency
 
@@ -112,7 +112,7 @@ def _of_run(folder: Path, input_shape: Sequence[int] | None) -> list[Candidate]:
     summary_file = folder / record.SUMMARY
     if not summary_file.is_file():
         raise ConfigError(f"{folder}: holds no {record.SUMMARY}. Allowed: folders of finished runs")
-    summary: Mapping[str, Any] = json.loads(summary_file.read_text(encoding="utf-8"))
+    summary: Mapping[str, Any] = read_object(summary_file)
     seen = load_inspected(str(folder / record.CONFIG), input_shape)
     found = []
     for kind, file in (("dense", record.DENSE), ("pruned", record.PRUNED)):
@@ -175,27 +175,17 @@ def timed(
     for one in found:
         took = latencies[one.name]
         base = first.setdefault(one.family, took.median_ms)
-        macs = parameters = peak = None
-        if isinstance(one.model, nn.Module):
-            inputs = pairs[one.name][1]
-            macs, peak = count_macs(one.model, inputs), peak_activation_bytes(one.model, inputs)
-            parameters = sum(parameter.numel() for parameter in one.model.parameters())
-        rows.append(
-            Timed(
-                one.name,
-                one.family,
-                took.median_ms,
-                took.p10,
-                took.p90,
-                took.median_ms / base,
-                macs,
-                parameters,
-                peak,
-                one.bytes,
-                one.accuracy,
-            )
-        )
+        times = (took.median_ms, took.p10, took.p90, took.median_ms / base)
+        rows.append(Timed(one.name, one.family, *times, *_costs(*pairs[one.name]), one.bytes, one.accuracy))
     return rows
+
+
+def _costs(model: Any, inputs: Any) -> tuple[int | None, int | None, int | None]:
+    """MACs, parameters and peak activation bytes; unknown for a file."""
+    if not isinstance(model, nn.Module):
+        return None, None, None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return count_macs(model, inputs), parameters, peak_activation_bytes(model, inputs)
 
 
 def timing_tables(rows: Sequence[Timed], title: str, width: int) -> list[Table]:

@@ -12,12 +12,12 @@ from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.calling import evaluating
 from pruningawaretraining.models.precision import strict_float32
 from pruningawaretraining.runtimes import exporters, ort
-from pruningawaretraining.runtimes.flat_model import Graph, resize_batch
+from pruningawaretraining.runtimes.flat_model import FlatGraph, resize_batch
 from pruningawaretraining.runtimes.ort import open_session
 
 
 def compare(
-    graph: Graph, path: Path, given: Sequence[tuple[Tensor, ...]] | None = None
+    graph: FlatGraph, path: Path, given: Sequence[tuple[Tensor, ...]] | None = None
 ) -> tuple[float, float, tuple[int, ...]]:
     """Largest absolute difference, largest absolute output and batch sizes over the example and random batches, or
     over those that are given."""
@@ -40,7 +40,7 @@ def compare(
     return difference, scale, sizes
 
 
-def _reference(graph: Graph, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _reference(graph: FlatGraph, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The model's own outputs in eval mode."""
     try:
         with torch.no_grad(), evaluating(graph.module), strict_float32(), exporters.without_attention_fastpath():
@@ -54,7 +54,7 @@ def _reference(graph: Graph, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _random_batch(graph: Graph, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+def _random_batch(graph: FlatGraph, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Inputs of ``rows`` rows: normal with the example's mean and deviation; of integers, the example's own values."""
 
     def one(tensor: Tensor, batched: bool) -> Tensor:

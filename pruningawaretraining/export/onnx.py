@@ -9,13 +9,13 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pruningawaretraining.checkpoint.records import summary_of
 from pruningawaretraining.errors import ConfigError, ModelError
@@ -25,10 +25,10 @@ from pruningawaretraining.models.calling import move, unwrap
 from pruningawaretraining.registry import canonical, lookup
 from pruningawaretraining.runtimes.exporter_choice import AUTO, chosen_exporter
 from pruningawaretraining.runtimes.exporters import export_graph, opsets
-from pruningawaretraining.runtimes.flat_model import Graph, batch_of, build_graph
+from pruningawaretraining.runtimes.flat_model import FlatGraph, batch_of, build_graph
 from pruningawaretraining.runtimes.ort import require
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.25}
 """Largest difference by precision, as a fraction of the largest output."""
 OWN = ("producer", "model", "parameters", "batch", "exporter", "torch", "precision", "pruning")
@@ -78,76 +78,100 @@ def export_onnx(
 ) -> ExportResult:
     """Export a model to ONNX in eval mode and check the file in onnxruntime.
 
-    The file is compared with the model on the example batch and, if the batch is dynamic, on other batch sizes with
-    random data. Only a file that passes replaces what is at ``path``. Modes of the model's modules are as before.
+    The file is compared on the example batch and, if the batch is dynamic, on other batch sizes with random data. Only
+    a file that passes replaces the one at ``path``. The modules' modes are restored.
 
     Args:
-        model: the model; one on another device is copied to the CPU first.
+        model: the model; a copy on the CPU is exported if it is on another device.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         path: the file to write; its folder is created.
-        exporter: "dynamo" (torch.export), "torchscript" (tracing), or "auto", PyTorch's own choice: the first from 2.9
-            on.
+        exporter: "dynamo" (torch.export), "torchscript" (tracing), or "auto": PyTorch's choice, dynamo from 2.9 on.
         dynamic_batch: leave the batch dimension of inputs and outputs free.
-        opset: version of the ONNX operator set; None is the exporter's own choice. Exporters do not know every one.
-        tolerance: largest difference allowed, as a fraction of the largest absolute output; None is 1e-4 for float32,
-            2e-2 for float16, 0.25 for int8.
-        precision: "float32"; "float16", whose inputs and outputs stay float32; or "int8", onnxruntime's static
-            quantization of weights (by channel) and activations.
-        calibration: for int8: batches in the form of ``example_inputs``, for the ranges of activations; what comes
-            after the model's inputs, such as labels, is left out. The file is compared on the first few of them.
+        opset: version of the ONNX operator set; None for the exporter's choice.
+        tolerance: largest difference as a fraction of the largest output; None for :data:`TOLERANCES`.
+        precision: "float32"; "float16" (inputs and outputs stay float32); "int8" (onnxruntime's static quantization).
+        calibration: batches like ``example_inputs`` for int8; surplus entries, such as labels, are ignored.
         dynamic_axes: more free dimensions: input -> dimension -> name.
-        metadata: written to the file's metadata as text, beside this library's own entries and, of a pruned model, its
-            pruning.
+        metadata: entries added to the file's metadata.
 
     Raises:
-        ConfigError: unknown exporter, precision or axis, int8 without calibration, a tolerance that is not positive, a
-            folder as path, an entry of this library in ``metadata``, or a package is missing.
-        ModelError: the model rejects the inputs or cannot be exported, batches of ``calibration`` do not fit it, or the
-            file disagrees with it.
+        ConfigError: a bad option, or a missing package.
+        ModelError: the inputs or ``calibration`` do not fit, the export fails, or the file disagrees with the model.
     """
+    settings = _settings(Path(path), exporter, opset, tolerance, precision)
+    properties = {"precision": settings.precision, **_pruning(model), **_allowed(metadata or {})}
+    graph = build_graph(model, example_inputs, dynamic_batch, dynamic_axes)
+    cpu = torch.device("cpu")
+    moved = [(f"calibration[{number}]", move(one, cpu)) for number, one in enumerate(calibration)]
+    batches = [batch_of(graph, example_inputs, one, key) for key, one in moved]
+    return _export(graph, settings, batches, _properties(graph, settings.exporter, properties), _half(model))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Checked options of an export; see :func:`export_onnx`."""
+
+    path: Path
+    exporter: str
+    opset: int | None
+    tolerance: float
+    precision: str
+
+
+def _settings(path: Path, exporter: str, opset: int | None, tolerance: float | None, precision: str) -> _Settings:
     precision = canonical("precision", precision, "precision")
     tolerance = TOLERANCES.get(precision, 1e-4) if tolerance is None else tolerance
     if not tolerance > 0:
         raise ConfigError(f"tolerance: {tolerance!r} is not a positive number")
-    path, exporter = Path(path), chosen_exporter(exporter)
+    exporter = chosen_exporter(exporter)
     if path.is_dir():
         raise ConfigError(
             f"path: {str(path)!r} is a folder. Allowed: a file in it, such as {str(path / 'model.onnx')!r}"
         )
-    own = next((key for key in metadata or {} if key in OWN), None)
+    return _Settings(path, exporter, opset, tolerance, precision)
+
+
+def _allowed(metadata: Mapping[str, object]) -> Mapping[str, object]:
+    """A user's metadata, unless it would overwrite an entry of this library."""
+    own = next((key for key in metadata if key in OWN), None)
     if own is not None:
         raise ConfigError(f"metadata: {own!r} is an entry of this library. Allowed: any but {', '.join(OWN)}")
-    graph = build_graph(model, example_inputs, dynamic_batch, dynamic_axes)
-    cpu = torch.device("cpu")
-    batches = [
-        batch_of(graph, example_inputs, move(one, cpu), f"calibration[{number}]")
-        for number, one in enumerate(calibration)
-    ]
-    convert: Convert = lookup("precision", precision)
-    properties = _properties(graph, exporter, {"precision": precision, **_pruning(model), **(metadata or {})})
+    return metadata
+
+
+def _export(
+    graph: FlatGraph,
+    settings: _Settings,
+    batches: Sequence[tuple[Tensor, ...]],
+    properties: Mapping[str, str],
+    hint: str,
+) -> ExportResult:
+    """Write the file beside its place, check it there, and move it."""
+    path, opset = settings.path, settings.opset
+    convert: Convert = lookup("precision", settings.precision)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
         written, final = Path(folder) / "exported.onnx", Path(folder) / path.name
-        export_graph(graph, written, exporter, opset)
+        export_graph(graph, written, settings.exporter, opset)
         version = _finish(convert(written, graph, batches), final, properties)
         if opset not in (None, version):
             raise ConfigError(
-                f"opset: {opset!r} is not what the exporter {exporter!r} wrote, which is {version}. Allowed: that, "
-                f"None for the exporter's own choice, or another exporter ({opsets()}). Nothing was written"
+                f"opset: {opset!r} is not what the exporter {settings.exporter!r} wrote, which is {version}. Allowed: "
+                f"that, None for the exporter's own choice, or another exporter ({opsets()}). Nothing was written"
             )
-        difference, scale, sizes = compare(graph, final, batches[:4] if precision == "int8" else None)
-        if not difference <= tolerance * max(scale, 1e-12):
+        difference, scale, sizes = compare(graph, final, batches[:4] if settings.precision == "int8" else None)
+        relative = difference / max(scale, 1e-12)
+        if not relative <= settings.tolerance:
             raise ModelError(
                 f"{path.name}: onnxruntime differs from the model by {difference:.3g} where outputs reach {scale:.3g}; "
-                f"allowed is tolerance={tolerance:g} of that. Nothing was written{_half(model)}"
+                f"allowed is tolerance={settings.tolerance:g} of that. Nothing was written{hint}"
             )
         for part in (final.with_name(final.name + ".data"), final):
             if part.exists():
                 os.replace(part, path.with_name(part.name))
-    relative = difference / max(scale, 1e-12)
-    _LOG.info("%s: opset %d, largest difference %.3g (%.2g of the output)", path, version, difference, relative)
+    logger.info("%s: opset %d, largest difference %.3g (%.2g of the output)", path, version, difference, relative)
     names = (graph.input_names, graph.output_names)
-    return ExportResult(path, difference, exporter, version, *names, relative, sizes, precision)
+    return ExportResult(path, difference, settings.exporter, version, *names, relative, sizes, settings.precision)
 
 
 def _half(model: nn.Module) -> str:
@@ -180,7 +204,7 @@ def check_opset(exporter: str, opset: int, key: str = "opset") -> None:
             raise ConfigError(f"{key}: {opset} is refused. {error}") from error
 
 
-def _properties(graph: Graph, exporter: str, metadata: Mapping[str, object] | None) -> dict[str, str]:
+def _properties(graph: FlatGraph, exporter: str, metadata: Mapping[str, object] | None) -> dict[str, str]:
     """The text entries of the file's metadata."""
     own = {
         "producer": "pruningawaretraining",

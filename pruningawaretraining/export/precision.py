@@ -12,22 +12,22 @@ from torch import Tensor
 
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import register
-from pruningawaretraining.runtimes.flat_model import Graph
+from pruningawaretraining.runtimes.flat_model import FlatGraph
 from pruningawaretraining.runtimes.ort import require
 
 SINGLE_FILE_BYTES = 1_900_000_000  # protobuf holds at most 2 GiB; above this the weights go to <name>.data
 
-Convert = Callable[[Path, Graph, Sequence[tuple[Tensor, ...]]], Path]
+Convert = Callable[[Path, FlatGraph, Sequence[tuple[Tensor, ...]]], Path]
 
 
 @register("precision", "float32", "fp32")
-def keep_precision(written: Path, graph: Graph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
+def keep_precision(written: Path, graph: FlatGraph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
     """The file as it is."""
     return written
 
 
 @register("precision", "float16", "fp16", "half")
-def to_float16(written: Path, graph: Graph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
+def to_float16(written: Path, graph: FlatGraph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
     """Weights and operators in half precision; inputs and outputs stay as they are."""
     onnx, half = require("onnx"), require("onnxruntime.transformers.float16")
     converted = half.convert_float_to_float16(onnx.load(str(written)), keep_io_types=True)
@@ -37,7 +37,7 @@ def to_float16(written: Path, graph: Graph, batches: Sequence[tuple[Tensor, ...]
 
 
 @register("precision", "int8")
-def to_int8(written: Path, graph: Graph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
+def to_int8(written: Path, graph: FlatGraph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
     """onnxruntime's static quantization, with quantize and dequantize nodes around operators.
 
     Raises:
@@ -61,7 +61,7 @@ def to_int8(written: Path, graph: Graph, batches: Sequence[tuple[Tensor, ...]]) 
 class _Reader:
     """Batches as onnxruntime reads them: one after the other, then None."""
 
-    def __init__(self, graph: Graph, batches: Sequence[tuple[Tensor, ...]]) -> None:
+    def __init__(self, graph: FlatGraph, batches: Sequence[tuple[Tensor, ...]]) -> None:
         self._names, self._left = graph.input_names, iter(batches)
 
     def get_next(self) -> dict[str, Any] | None:

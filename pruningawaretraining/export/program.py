@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.checkpoint.files import write_atomically
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.export.onnx import export_onnx
+from pruningawaretraining.files import write_atomically
 from pruningawaretraining.models.calling import evaluating
 from pruningawaretraining.models.precision import strict_float32
 from pruningawaretraining.runtimes import exporters
 from pruningawaretraining.runtimes.exporters import dynamic_shapes
-from pruningawaretraining.runtimes.flat_model import Graph, build_graph
+from pruningawaretraining.runtimes.flat_model import FlatGraph, build_graph
 from pruningawaretraining.runtimes.ort import require
 
 
@@ -47,17 +47,7 @@ def export_program(
         ModelError: the model cannot be exported, or the program disagrees with it.
     """
     graph = build_graph(model, example_inputs, dynamic_batch)
-    try:
-        with torch.no_grad(), evaluating(graph.module), exporters.without_attention_fastpath():
-            with strict_float32():
-                expected = graph.module(*graph.inputs)
-            shapes = dynamic_shapes(graph)
-            program = torch.export.export(graph.module, graph.inputs, dynamic_shapes=shapes, strict=False)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"torch.export cannot export {type(model).__name__}: {reason}. Or dynamic_batch=False"
-        ) from error
+    program, expected = _exported(graph, type(model).__name__)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "program.pt2"
         torch.export.save(program, written)
@@ -70,6 +60,19 @@ def export_program(
 
         write_atomically(path, place)
     return difference
+
+
+def _exported(graph: FlatGraph, name: str) -> tuple[torch.export.ExportedProgram, tuple[Tensor, ...]]:
+    """The program of a flat model, and the model's own outputs on the example inputs."""
+    try:
+        with torch.no_grad(), evaluating(graph.module), exporters.without_attention_fastpath():
+            with strict_float32():
+                expected = graph.module(*graph.inputs)
+            shapes = dynamic_shapes(graph)
+            return torch.export.export(graph.module, graph.inputs, dynamic_shapes=shapes, strict=False), expected
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"torch.export cannot export {name}: {reason}. Or dynamic_batch=False") from error
 
 
 def export_openvino(
@@ -108,7 +111,7 @@ def export_openvino(
 
 
 def _checked(
-    graph: Graph, expected: tuple[Tensor, ...], found: tuple[Tensor, ...], tolerance: float, name: str
+    graph: FlatGraph, expected: tuple[Tensor, ...], found: tuple[Tensor, ...], tolerance: float, name: str
 ) -> float:
     largest = 0.0
     for output, left, right in zip(graph.output_names, expected, found, strict=True):

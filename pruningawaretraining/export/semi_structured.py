@@ -18,7 +18,7 @@ from pruningawaretraining.errors import ConfigError, ModelError, unknown
 from pruningawaretraining.export.semi_structured_choice import Bench, GpuBench, LayerSpeed, measure_layer
 from pruningawaretraining.models.calling import ForwardFn
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CAPABILITY = (8, 0)
 """The first CUDA devices with sparse matrix products (Ampere)."""
@@ -64,10 +64,9 @@ def to_semi_structured(
 ) -> Converted:
     """Put semi-structured sparse tensors in the place of the weights of linear layers, for inference.
 
-    Each layer is measured dense, with cuSPARSELt and with CUTLASS; it becomes sparse in the fastest way, and stays
-    dense, with a warning, where none is faster. Outputs stay the same up to rounding. Parameters that are converted are
-    frozen and masks no longer act on them: do this last, on a model in half precision that is on its GPU, and save the
-    dense weights.
+    Each layer is timed dense, with cuSPARSELt and with CUTLASS, and takes the fastest form; layers that stay dense are
+    logged. Outputs change by rounding only. Converted parameters are frozen and out of reach of masks: convert last, in
+    half precision on the GPU, and save the dense weights.
 
     Args:
         model: changed in place.
@@ -94,9 +93,8 @@ def to_semi_structured(
     chosen = _chosen(model, layers)
     for name, one in chosen.items():
         check_device(one.weight, name)
-    if example_inputs is None:
-        rows_of = dict.fromkeys(chosen, rows)
-    else:
+    rows_of = dict.fromkeys(chosen, rows)
+    if example_inputs is not None:
         shapes = layer_shapes(model, example_inputs, list(chosen), forward_fn)
         rows_of = {name: shape.rows for name, shape in shapes.items()}
     return convert(chosen, rows_of, GpuBench(), only_faster)
@@ -115,17 +113,19 @@ def convert(layers: Mapping[str, nn.Linear], rows_of: Mapping[str, int], bench: 
     sparse: dict[str, Tensor] = {}
     for name, layer in layers.items():
         if name not in rows_of:
-            log.warning("%s stays dense: the example inputs do not reach it", name)
+            logger.warning("%s stays dense: the example inputs do not reach it", name)
             continue
         speed, weight_OI = measure_layer(name, layer, rows_of[name], bench, only_faster)
         found.append(speed)
-        log.log(logging.INFO if speed.converted else logging.WARNING, "%s", speed)
+        logger.log(logging.INFO if speed.converted else logging.WARNING, "%s", speed)
         if weight_OI is not None:
             sparse[name] = weight_OI
     for name, weight_OI in sparse.items():
         layers[name].weight = nn.Parameter(weight_OI, requires_grad=False)
     converted = Converted(found)
-    log.info("%d of %d layers are sparse: %.2f times as fast together", len(converted), len(found), converted.speedup)
+    logger.info(
+        "%d of %d layers are sparse: %.2f times as fast together", len(converted), len(found), converted.speedup
+    )
     return converted
 
 
@@ -150,7 +150,7 @@ def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Line
         name, reason = next(iter(unfit.items()))
         raise ModelError(f"{name}.weight: {reason}")
     for name, reason in unfit.items():
-        log.info("%s stays dense: %s", name, reason)
+        logger.info("%s stays dense: %s", name, reason)
     if len(unfit) == len(reasons):
         found = "; ".join(f"{name}: {reason}" for name, reason in list(unfit.items())[:3]) or "there is no nn.Linear"
         raise ModelError(f"model: no linear layer can become semi-structured. {found}")

@@ -20,7 +20,7 @@ from torch.nn import functional
 from pruningawaretraining.models.calling import first_line
 from pruningawaretraining.models.comparison import gap_of
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 GAIN = 1.02
 """How many times as fast a sparse layer has to be: less is within the spread of the measurement."""
@@ -143,11 +143,11 @@ def measure_layer(
             sparse = bench.pack(weight_OI, setting)
             gap, largest = gap_of(expected_NO, functional.linear(given_NI, sparse, bias))
         except FAILS as error:
-            log.debug("%s: %s cannot compute it: %s", name, setting, first_line(error))
+            logger.debug("%s: %s cannot compute it: %s", name, setting, first_line(error))
             continue
         if gap > TOLERANCES.get(weight_OI.dtype, 2e-3) * largest:
             apart = gap / max(largest, 1e-300)
-            log.warning("%s: %s is %.2g of the output off, and is left out", name, setting, apart)
+            logger.warning("%s: %s is %.2g of the output off, and is left out", name, setting, apart)
         else:
             packed[setting] = sparse
     weights = [weight_OI, *packed.values()]

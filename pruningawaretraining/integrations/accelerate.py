@@ -14,7 +14,7 @@ from pruningawaretraining.integrations.common import Attached, imported, read_st
 from pruningawaretraining.models.calling import ForwardFn, unwrap
 from pruningawaretraining.session.pruning import Pruning, Source
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _LAST: weakref.WeakKeyDictionary[Any, weakref.ref[PruningCallback]] = weakref.WeakKeyDictionary()
 
 
@@ -57,7 +57,7 @@ class PruningCallback:
         self.pruner: Pruning = attached.make(model)
         attached.release()  # the state comes before the weights
         if last is not None:
-            log.warning("accelerator: its checkpoints hold the pruner of the %s from here on", type(model).__name__)
+            logger.warning("accelerator: its checkpoints hold the pruner of the %s from here on", type(model).__name__)
             for handle in last._handles:
                 handle.remove()
         self._handles: list[Any] = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
-import pickle
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruningawaretraining.checkpoint.files import write_atomically
 from pruningawaretraining.config.load import load_config
 from pruningawaretraining.distributed.collectives import rank, world_size
 from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.errors import CheckpointError, ConfigError
+from pruningawaretraining.files import read_torch_mapping, write_atomically
 from pruningawaretraining.models.calling import ForwardFn, unwrap
 from pruningawaretraining.session.pruning import Pruning, Source
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 STATE = "pruner.pt"
 """Name of the pruner's state in a checkpoint's folder."""
@@ -110,7 +109,7 @@ class Attached:
                 "all rules in its config"
             )
         if pruner.phase == "done" and self.state is None:
-            log.warning(
+            logger.warning(
                 "callback: the pruner of this %s has ended with an earlier training; nothing is pruned any more. "
                 "Allowed: another PruningCallback, or another model",
                 type(pruner.model).__name__,
@@ -172,11 +171,7 @@ def read_state(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"resume_from: {str(folder)!r} holds no {STATE}. Allowed: a checkpoint of such a training"
         )
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"resume_from: {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
-    return state
+    return read_torch_mapping(path, "resume_from")
 
 
 def wrappers_of(model: nn.Module) -> list[nn.Module]:

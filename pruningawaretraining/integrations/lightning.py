@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.errors import CheckpointError, ConfigError, unknown
+from pruningawaretraining.files import read_torch
 from pruningawaretraining.integrations.common import Attached, imported
 from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.registry import build
@@ -152,11 +151,9 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
 
 def _state_in(path: str | Path, key: str) -> Mapping[str, Any]:
     """The callback's state in a checkpoint of the Trainer."""
+    checkpoint = read_torch(path, "resume_from")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found: Mapping[str, Any] = checkpoint["callbacks"][key]
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"resume_from: {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, IndexError) as error:
         raise CheckpointError(f"resume_from: {str(path)!r} holds no {key}. Allowed: one of such a training") from error
     return found

@@ -15,7 +15,7 @@ from pruningawaretraining.integrations.common import STATE, Attached, imported, 
 from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.session.pruning import Pruning, Source
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _TrainerCallback: Any = imported("transformers", "transformers").TrainerCallback
 
@@ -93,7 +93,7 @@ class PruningCallback(_TrainerCallback):  # type: ignore[misc]
                     f"resume_from: the training goes on from step {step}, and the callback has no state. Allowed: "
                     f"PruningCallback(..., resume_from={str(where)!r})"
                 )
-            log.warning("resume_from: the training goes on from step %d, the pruner begins anew", step)
+            logger.warning("resume_from: the training goes on from step %d, the pruner begins anew", step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.pruner.on_step_begin(state.global_step)

@@ -31,7 +31,7 @@ from pruningawaretraining.patterns.coupling import TRACE_LIMIT
 from pruningawaretraining.patterns.depth import find_blocks
 from pruningawaretraining.patterns.head import is_of_heads
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 MISREAD = "removed, some of it would leave another model than masked: an operation that is not understood"
@@ -186,7 +186,7 @@ def removable_channels(
     reasons = {number: _why(found, number, reason) for number, reason in sorted(rehearsal.reasons.items())}
     left = found.without(reasons)
     for number, reason in reasons.items():
-        log.warning("%s stays as it is: %s", found.grouping.sets[number].name, reason)
+        logger.warning("%s stays as it is: %s", found.grouping.sets[number].name, reason)
     if left.grouping.size == 0:
         shown = "; ".join(f"{name}: {reason}" for name, reason in list(left.skipped.items())[:4])
         raise ModelError(f"model: {type(model).__name__} has no prunable channel group. {shown}")
@@ -209,7 +209,7 @@ def removable_blocks(
     found = find_blocks(model, inputs, chosen, forward_fn)
     reasons = _needed(_Rehearsal(model, found, inputs, forward_fn, {}), list(found.blocks))
     for name, reason in reasons.items():
-        log.warning("%s stays: %s", name, reason)
+        logger.warning("%s stays: %s", name, reason)
     if len(reasons) == len(found.blocks):
         shown = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4])
         raise ModelError(f"model: {type(model).__name__} has no residual block that could go. {shown}")
@@ -218,7 +218,7 @@ def removable_blocks(
         found = replace(left, skipped={**found.skipped, **reasons})
     if found.grouping.size == 1:
         name = found.grouping.sets[0].name
-        log.warning("%s stays: of the residual blocks that were selected it alone could go, and one stays", name)
+        logger.warning("%s stays: of the residual blocks that were selected it alone could go, and one stays", name)
     return found
 
 

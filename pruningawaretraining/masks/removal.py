@@ -17,9 +17,9 @@ from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.fake_quant import follow_weights
-from pruningawaretraining.models.optimizer_state import follow
+from pruningawaretraining.models.optimizer_state import Exchanged, follow, mark_replaced
 from pruningawaretraining.models.pruned_attention import Kept, shrink_heads
-from pruningawaretraining.models.skipped_blocks import remove_blocks
+from pruningawaretraining.models.skipped_blocks import Block, remove_blocks
 from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor, successor
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.head import Heads
@@ -66,46 +66,49 @@ def remove(
     followers: Iterable[nn.Module] = (),
     graphs: Iterable[ExportedGraph] = (),
 ) -> Surgery:
-    """Remove the groups that are not kept from a model, physically.
+    """Remove groups physically; the changes returned can still be undone.
 
     Args:
-        model: changed in place: its parameters and buffers are replaced by sliced ones, widths are updated.
-        found: the model's channel groups, and its heads.
+        model: changed in place.
+        found: the model's channel groups.
         keep_G: True for groups that stay.
-        optimizers: their parameters are exchanged, their state sliced as the parameter was.
-        followers: moving averages or other copies of the model, sliced likewise (``AveragedModel`` included).
+        optimizers: get the new parameters; their state is sliced likewise.
+        followers: moving averages or other copies of the model, sliced likewise.
         graphs: exported from the model; they get its new parameters, and their fake quantizers follow.
 
-    Returns:
-        The changes made, which can still be undone.
-
     Raises:
-        ModelError: nothing would be left of a layer, or a follower is no copy of the model.
+        ModelError: a layer would be empty, or a follower is not a copy of the model.
     """
-    blocks = {name: one for name, one in found.blocks.items() if not bool(keep_G[one.group])}
-    prefixes = tuple(f"{name}." for name in blocks)
-    gone = {member.name for member in found.grouping.members if member.name.startswith(prefixes)}
+    blocks, gone = _removed_blocks(found, keep_G)
     kept = kept_indices(found.grouping, keep_G, gone)
-    bare = _bare_norm_widths(model, found.norms, keep_G)
-    heads = _kept_heads(found.heads, keep_G)
+    bare, heads = _bare_norm_widths(model, found.norms, keep_G), _kept_heads(found.heads, keep_G)
     surgery = Surgery()
+
+    def shrink(module: nn.Module) -> tuple[Exchanged, list[nn.Parameter]]:
+        exchanged = _slice_module(module, kept, bare, surgery)
+        shrink_heads(module, heads, surgery)
+        return exchanged, remove_blocks(module, blocks, surgery)
+
     try:
-        exchanged = _slice_module(model, kept, bare, surgery)
-        shrink_heads(model, heads, surgery)
-        lost = remove_blocks(model, blocks, surgery)
+        exchanged, lost = shrink(model)
         for follower in followers:
-            inner = _inner(follower, kept.keys() | gone)
-            _slice_module(inner, kept, bare, surgery)
-            shrink_heads(inner, heads, surgery)
-            remove_blocks(inner, blocks, surgery)
+            shrink(_inner(follower, kept.keys() | gone))
         for graph in graphs:
             graph.slice(model, kept, surgery)
         for optimizer in optimizers:
             follow(optimizer, exchanged, surgery, lost)
+        mark_replaced(optimizers, exchanged, lost, surgery)
     except BaseException:
         surgery.undo()
         raise
     return surgery
+
+
+def _removed_blocks(found: ChannelGroups, keep_G: Tensor) -> tuple[dict[str, Block], set[str]]:
+    """The blocks that go, by name, and the names of their tensors."""
+    blocks = {name: one for name, one in found.blocks.items() if not bool(keep_G[one.group])}
+    prefixes = tuple(f"{name}." for name in blocks)
+    return blocks, {member.name for member in found.grouping.members if member.name.startswith(prefixes)}
 
 
 def _bare_norm_widths(model: nn.Module, norms: Mapping[str, Tensor], keep_G: Tensor) -> dict[str, int]:

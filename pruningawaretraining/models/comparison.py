@@ -39,7 +39,7 @@ from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.fake_quant import resting
 from pruningawaretraining.models.precision import Rounding, in_float64, inputs_in_float64, strict_float32
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 EXACT = 1e-12
 """Difference in float64, as a fraction of the largest output, that needs no explanation."""
@@ -128,7 +128,9 @@ class Comparison:
             informative |= mistaken or limit < scale / 2
             worst = max(worst, gap / max(scale, 1e-300)) if mistaken else worst
         if not informative:
-            log.warning("the outputs on the example inputs move by chance or rounding alone: nothing can be compared")
+            logger.warning(
+                "the outputs on the example inputs move by chance or rounding alone: nothing can be compared"
+            )
         return Verdict(worst, informative)
 
     def _movement(self) -> list[float]:
@@ -159,7 +161,7 @@ class Comparison:
                 return found
         own = self._own(within)  # raises if it was not float64 that the model could not do
         if self.exact:
-            log.debug("compared in the model's own dtype, not in float64: %s", reason)
+            logger.debug("compared in the model's own dtype, not in float64: %s", reason)
         self.exact = False
         return own
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def forget_compiled() -> None:
@@ -20,7 +20,7 @@ def forget_compiled() -> None:
     """
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"]:
-        log.debug("compiled graphs are dropped: the model has changed")
+        logger.debug("compiled graphs are dropped: the model has changed")
         torch.compiler.reset()
 
 

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from pruningawaretraining.distributed.fsdp import local_of
 from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Exchanged = Mapping[Tensor, tuple[nn.Parameter, Keep]]
 """Old parameter -> the one in its place, and what was kept of it."""
+_REPLACED = "_pruning_replaced_by"
+"""Attribute of a parameter that removal took out of its model: the one in its place (or None), and what was kept."""
 
 
 def follow(
@@ -43,9 +45,53 @@ def follow(
                 surgery.set_item(group["params"], index, exchanged[old][0])
     for old, (new, keep) in exchanged.items():
         if old in optimizer.state:
-            surgery.rename_key(optimizer.state, old, new, _sliced(optimizer, old, keep))
+            surgery.rename_key(optimizer.state, old, new, _sliced(optimizer, old, new, keep))
     if gone:
         _drop(optimizer, lost, gone, surgery)
+
+
+def mark_replaced(
+    optimizers: Iterable[torch.optim.Optimizer], exchanged: Exchanged, lost: Sequence[Tensor], surgery: Surgery
+) -> None:
+    """Let the parameters that leave a model lead to those in their place, for optimizers met later.
+
+    A gradient is dropped if no known optimizer has its parameter: ``zero_grad`` would not reach it.
+    """
+    known = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
+    for new, _ in exchanged.values():
+        if id(new) not in known and new.grad is not None:
+            surgery.set_attribute(new, "grad", None)
+    for old, (new, keep) in exchanged.items():
+        _mark(old, (new, keep), surgery)
+    for old in lost:
+        _mark(old, (None, {}), surgery)
+
+
+def _mark(old: Tensor, replaced: tuple[nn.Parameter | None, Keep], surgery: Surgery) -> None:
+    setattr(old, _REPLACED, replaced)
+    surgery.when_undone(lambda: delattr(old, _REPLACED))
+
+
+def latest(parameter: Tensor) -> Tensor | None:
+    """Return the parameter that is in the model after all removals, or None if it went with its block."""
+    current: Tensor | None = parameter
+    while current is not None and hasattr(current, _REPLACED):
+        current = getattr(current, _REPLACED)[0]
+    return current
+
+
+def catch_up(optimizer: torch.optim.Optimizer) -> None:
+    """Exchange the parameters, and slice the state, of an optimizer that was not known when channels were removed.
+
+    State that fits the new parameter, from the checkpoint of a pruned model, is kept as it is.
+    """
+    while True:
+        held = [one for group in optimizer.param_groups for one in group["params"] if hasattr(one, _REPLACED)]
+        if not held:
+            return
+        replaced = {old: getattr(old, _REPLACED) for old in held}
+        exchanged = {old: (new, keep) for old, (new, keep) in replaced.items() if new is not None}
+        follow(optimizer, exchanged, Surgery(), [old for old in held if old not in exchanged])
 
 
 def _drop(optimizer: torch.optim.Optimizer, lost: Sequence[Tensor], gone: set[int], surgery: Surgery) -> None:
@@ -63,14 +109,16 @@ def _drop(optimizer: torch.optim.Optimizer, lost: Sequence[Tensor], gone: set[in
             surgery.drop_key(optimizer.state, parameter)
 
 
-def _sliced(optimizer: torch.optim.Optimizer, old: Tensor, keep: Keep) -> dict[str, Any]:
+def _sliced(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, keep: Keep) -> dict[str, Any]:
     state = optimizer.state[old]
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if isinstance(optimizer, torch.optim.LBFGS) or any(
+        getattr(one, "shape", None) == new.shape for one in state.values()
+    ):
         return dict(state)
     try:
         return {key: _slice_state(key, value, old, keep) for key, value in state.items()}
     except _UnknownShape as error:
-        log.warning(
+        logger.warning(
             "%s: its state %s belongs to a parameter of shape %s in no known way; the parameter starts afresh",
             type(optimizer).__name__, error, tuple(old.shape),
         )  # fmt: skip

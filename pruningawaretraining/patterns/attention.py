@@ -31,7 +31,7 @@ from pruningawaretraining.patterns.projections import (
     REPETITIONS,
     VALUE,
     WIDTHS,
-    Part,
+    HeadTensor,
     Pieces,
     Projection,
     is_projection,
@@ -59,7 +59,7 @@ class Attention:
     heads: int
     key_value_heads: int
     head_dim: int
-    parts: tuple[Part, ...]
+    parts: tuple[HeadTensor, ...]
     layers: tuple[str, ...]
     tie: str = ""
 
@@ -98,7 +98,7 @@ def _multihead(name: str, module: nn.MultiheadAttention) -> Attention | str:
     if any(nn.utils.parametrize.is_parametrized(one) for one in (module, module.out_proj)):
         return "its weight is parametrized"
     rows = spread(heads, width)
-    parts: list[Part] = []
+    parts: list[HeadTensor] = []
     for attribute, dim, heads_D, role in (
         ("in_proj_weight", 0, rows.repeat(3), "out"),
         ("q_proj_weight", 0, rows, "out"),
@@ -110,8 +110,8 @@ def _multihead(name: str, module: nn.MultiheadAttention) -> Attention | str:
     ):
         tensor = getattr(module, attribute)
         if tensor is not None:
-            parts.append(Part(f"{prefix}{attribute}", tensor, dim, heads_D, False, role))
-    parts.append(Part(f"{prefix}out_proj.weight", module.out_proj.weight, 1, rows, False, "in"))
+            parts.append(HeadTensor(f"{prefix}{attribute}", tensor, dim, heads_D, False, role))
+    parts.append(HeadTensor(f"{prefix}out_proj.weight", module.out_proj.weight, 1, rows, False, "in"))
     return Attention(name, module, heads, heads, width, tuple(parts), (name, f"{prefix}out_proj"))
 
 
@@ -181,11 +181,11 @@ def _rows(inputs: list[Projection], heads: int, shared: int, width: int, interle
     return [[(query, False), (key, True), (key, True)]]
 
 
-def _along_inputs(output: Projection, heads_D: Tensor) -> list[Part]:
-    return [Part(f"{output.name}.weight", output.weight, 1 - output.out_dim, heads_D, False, "in")]
+def _along_inputs(output: Projection, heads_D: Tensor) -> list[HeadTensor]:
+    return [HeadTensor(f"{output.name}.weight", output.weight, 1 - output.out_dim, heads_D, False, "in")]
 
 
-def _own_tensors(name: str, module: nn.Module, heads: int, width: int, known: set[str]) -> Iterator[Part]:
+def _own_tensors(name: str, module: nn.Module, heads: int, width: int, known: set[str]) -> Iterator[HeadTensor]:
     """Gates, biases of relative positions, temperatures: what else has one entry, or a head's width, for every head."""
     gate = projection_in(name, module, GATE)
     if gate is not None and gate.outputs == heads * width:
@@ -196,7 +196,7 @@ def _own_tensors(name: str, module: nn.Module, heads: int, width: int, known: se
             yield from _raw(f"{prefix}{attribute}", tensor, heads, width)
     for attribute, child in module.named_children():
         if isinstance(child, nn.Embedding) and child.embedding_dim == heads:
-            yield Part(f"{prefix}{attribute}.weight", child.weight, 1, torch.arange(heads), False, "raw")
+            yield HeadTensor(f"{prefix}{attribute}.weight", child.weight, 1, torch.arange(heads), False, "raw")
         elif (
             isinstance(child, nn.Sequential)
             and len(child)
@@ -211,7 +211,7 @@ def _own_tensors(name: str, module: nn.Module, heads: int, width: int, known: se
                     yield from _raw(f"{prefix}{attribute}.{own}", tensor, heads, width)
 
 
-def _raw(name: str, tensor: Tensor, heads: int, width: int) -> Iterator[Part]:
+def _raw(name: str, tensor: Tensor, heads: int, width: int) -> Iterator[HeadTensor]:
     learned = isinstance(tensor, nn.Parameter)
     sizes = {heads * width: spread(heads, width)}
     if learned:
@@ -220,7 +220,7 @@ def _raw(name: str, tensor: Tensor, heads: int, width: int) -> Iterator[Part]:
         dims = [dim for dim, length in enumerate(tensor.shape) if length == size]
         if len(dims) == 1:
             role = "raw" if learned else "buffer"
-            yield Part(name, tensor, dims[0], heads_D, False, role)
+            yield HeadTensor(name, tensor, dims[0], heads_D, False, role)
             return
 
 

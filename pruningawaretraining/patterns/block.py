@@ -28,7 +28,7 @@ from pruningawaretraining.patterns.elements import (
 )
 from pruningawaretraining.registry import register, spelling
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def _check_whole(key: str, value: object, least: int) -> None:
@@ -78,7 +78,9 @@ class Block:
         padded = [weight.name for weight in weights if self._is_padded(weight)]
         if padded:
             shown = ", ".join(padded[:8]) + (", ..." if len(padded) > 8 else "")
-            log.info("%dx%d: the last blocks are padded in %d layers: %s", self.rows, self.columns, len(padded), shown)
+            logger.info(
+                "%dx%d: the last blocks are padded in %d layers: %s", self.rows, self.columns, len(padded), shown
+            )
         return build_grouping("block", weights, self._labels)
 
     def _is_padded(self, weight: LayerWeight) -> bool:
@@ -165,7 +167,9 @@ class NofM:
         if inputs <= self.of - self.drop:
             return f"its {inputs} inputs are no more than the {self.of - self.drop} that a window keeps"
         if inputs % self.of:
-            log.info("%s: its %d inputs do not divide by %d; the last window is padded", weight.name, inputs, self.of)
+            logger.info(
+                "%s: its %d inputs do not divide by %d; the last window is padded", weight.name, inputs, self.of
+            )
         return _each_weight(weight)
 
 

@@ -25,7 +25,7 @@ from pruningawaretraining.patterns.head import chosen_heads, find_heads, is_of_h
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.registry import register
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 NO_PATH = (
     "None of them is seen to reach a floating point output: the outputs are integers (argmax), or detached. Allowed: "

@@ -16,7 +16,7 @@ from pruningawaretraining.errors import ConfigError, ModelError, unknown
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member, concat
 from pruningawaretraining.patterns.selection import select
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Conv = nn.modules.conv._ConvNd
 LAYERS = (Conv, nn.Linear)
@@ -103,7 +103,7 @@ def _has_plain_weight(name: str, module: nn.Module) -> bool:
         raise ModelError(f"layers: {name!r} has no weight yet; run the model once before pruning it")
     if isinstance(module.weight, nn.Parameter):
         return True
-    log.info("%s stays as it is: its weight is parametrized", name)
+    logger.info("%s stays as it is: its weight is parametrized", name)
     return False
 
 
@@ -131,7 +131,7 @@ def build_grouping(
     for weight in weights:
         labels = label(weight)
         if isinstance(labels, str):
-            log.info("%s stays as it is: %s", weight.name, labels)
+            logger.info("%s stays as it is: %s", weight.name, labels)
             skipped.append(f"{weight.name}: {labels}")
         else:
             parts.append(_one_layer(name, weight, labels))

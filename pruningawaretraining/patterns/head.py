@@ -20,20 +20,20 @@ from pruningawaretraining.config.options import COUPLED, Support
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.patterns.attention import Attention, attention_blocks, scaled_attributes
-from pruningawaretraining.patterns.projections import Part
+from pruningawaretraining.patterns.projections import HeadTensor
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.registry import lookup, register
 
-Unit = Callable[[Attention], tuple[int, Callable[[Part], Tensor | None]]]
+Unit = Callable[[Attention], tuple[int, Callable[[HeadTensor], Tensor | None]]]
 """Of a block: how many groups, and the group of every entry of a part (None where the part stays)."""
 
 
 @register("head_unit", "group")
-def whole_groups(block: Attention) -> tuple[int, Callable[[Part], Tensor | None]]:
+def whole_groups(block: Attention) -> tuple[int, Callable[[HeadTensor], Tensor | None]]:
     """A group is a key-value head and all query heads that use it; without sharing, simply a head."""
     repetitions = block.heads // block.key_value_heads
 
-    def of(part: Part) -> Tensor:
+    def of(part: HeadTensor) -> Tensor:
         heads_D = part.heads_D
         return heads_D if part.shared else torch.where(heads_D < 0, heads_D, heads_D // repetitions)
 
@@ -41,13 +41,13 @@ def whole_groups(block: Attention) -> tuple[int, Callable[[Part], Tensor | None]
 
 
 @register("head_unit", "query")
-def query_heads(block: Attention) -> tuple[int, Callable[[Part], Tensor | None]]:
+def query_heads(block: Attention) -> tuple[int, Callable[[HeadTensor], Tensor | None]]:
     """A group is one query head of every key-value head; key and value heads stay."""
     repetitions = block.heads // block.key_value_heads
     if repetitions == 1:
         return whole_groups(block)
 
-    def of(part: Part) -> Tensor | None:
+    def of(part: HeadTensor) -> Tensor | None:
         return None if part.shared else torch.where(part.heads_D < 0, part.heads_D, part.heads_D % repetitions)
 
     return repetitions, of
@@ -161,7 +161,7 @@ def find_heads(model: nn.Module, units: Mapping[str, str]) -> tuple[Grouping, di
     return Grouping("head", tuple(members), tuple(sets)), heads, skipped
 
 
-def _unit(block: Attention, units: Mapping[str, str]) -> tuple[int, Callable[[Part], Tensor | None]]:
+def _unit(block: Attention, units: Mapping[str, str]) -> tuple[int, Callable[[HeadTensor], Tensor | None]]:
     unit: Unit = lookup("head_unit", units[block.name])
     return unit(block)
 
@@ -184,7 +184,7 @@ def _whole_runs(
 def _members(block: Attention, units: Mapping[str, str], start: int, total: int) -> list[Member]:
     """The block's tensors; a fused projection is one member, though parts of it may hold fewer heads than others."""
     _, of = _unit(block, units)
-    labelled: dict[tuple[str, int], tuple[Part, Tensor]] = {}
+    labelled: dict[tuple[str, int], tuple[HeadTensor, Tensor]] = {}
     for part in block.parts:
         group_D = of(part)
         if group_D is not None:

@@ -30,7 +30,7 @@ WIDTHS = ("all_head_size", "all_head_dim", "inner_dim", "attn_dim", "split_size"
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class HeadTensor:
     """A tensor that has something of every head along one dimension.
 
     Args:
@@ -106,13 +106,13 @@ def projection_in(name: str, module: nn.Module, names: Iterable[str]) -> Project
 Pieces = list[tuple[Tensor, bool]]  # heads of a run of outputs, and whether they are key and value heads
 
 
-def projected(one: Projection, pieces: Pieces) -> Iterator[Part]:
+def projected(one: Projection, pieces: Pieces) -> Iterator[HeadTensor]:
     """The outputs of a projection; runs of query heads and of key and value heads are parts of their own."""
     bias = getattr(one.module, "bias", None)
     for shared in (False, True):
         if not any(kind is shared for _, kind in pieces):
             continue
         heads_D = torch.cat([heads if kind is shared else torch.full_like(heads, -1) for heads, kind in pieces])
-        yield Part(f"{one.name}.weight", one.weight, one.out_dim, heads_D, shared, "out")
+        yield HeadTensor(f"{one.name}.weight", one.weight, one.out_dim, heads_D, shared, "out")
         if isinstance(bias, Tensor):
-            yield Part(f"{one.name}.bias", bias, 0, heads_D, shared, "bias")
+            yield HeadTensor(f"{one.name}.bias", bias, 0, heads_D, shared, "bias")

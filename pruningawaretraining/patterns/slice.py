@@ -21,7 +21,7 @@ from pruningawaretraining.groups.views import fill_groups, slot_sums, slots_of
 from pruningawaretraining.patterns.elements import LAYER_TYPES, Labels, LayerWeight, build_grouping, each, layer_weights
 from pruningawaretraining.registry import lookup, register
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @register("slice_order", "interleaved")
@@ -100,8 +100,8 @@ class Slice:
         label_O = torch.full((filters,), count, dtype=torch.int64)
         label_O[: count * width] = order(torch.arange(count * width), count, width)
         if filters > count * width:
-            log.info("%s: the last %d of %d filters fill no block of %d and stay whole", name, filters - count * width,
-                     filters, width)  # fmt: skip
+            rest = filters - count * width
+            logger.info("%s: the last %d of %d filters fill no block of %d and stay whole", name, rest, filters, width)
         return label_O, count
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluating
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Mode = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -49,7 +49,7 @@ def mode_to_trace(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = 
     try:
         woken = idle & _seen(model, layers, inputs, forward_fn, as_in_training)
     except ModelError as error:
-        log.warning(
+        logger.warning(
             "%s: not run in eval mode, and the example inputs do not suit training; if they read channels in training, "
             "exclude the layers before them (%s)",
             ", ".join(sorted(layers[module] for module in idle)[:4]),

@@ -4,12 +4,12 @@ from pruningawaretraining.proximal.attention import AttentionHeadGrouperDim0, At
 from pruningawaretraining.proximal.controller import LambdaController
 from pruningawaretraining.proximal.coupled import CoupledChannelGrouper, CoupledGrouper
 from pruningawaretraining.proximal.groupers import (
-    Block,
     ConvFilterGrouper,
     Dim0Grouper,
     Dim1Grouper,
     ElemGrouper,
     Grouper,
+    GroupView,
     KElementGrouper,
     LayerGrouper,
 )
@@ -28,7 +28,6 @@ from pruningawaretraining.proximal.optimizer import PruneOptimizer
 __all__ = [
     "AttentionHeadGrouperDim0",
     "AttentionHeadGrouperDim1",
-    "Block",
     "ConvFilterGrouper",
     "CoupledChannelGrouper",
     "CoupledGrouper",
@@ -37,6 +36,7 @@ __all__ = [
     "ElemGrouper",
     "Factors",
     "GlobalMinSparsityConstraint",
+    "GroupView",
     "Grouper",
     "KElementGrouper",
     "LambdaController",

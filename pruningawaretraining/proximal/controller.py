@@ -28,7 +28,7 @@ from pruningawaretraining.proximal.options import number, whole
 from pruningawaretraining.proximal.wrapper import NEVER
 from pruningawaretraining.schedules import sparsity_at
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class LambdaController:
             self.optimizer.reproject(self.grouper)
         reached = self.cost(self._keep(ratio_G, reg_lambda * gamma)) / self.dense
         self.path.append(PathPoint(now, reg_lambda, self.threshold, reached, budget))
-        log.info("step %d: lambda %.4g, %.4f of the cost, %.4f allowed", now, reg_lambda, reached, budget)
+        logger.info("step %d: lambda %.4g, %.4f of the cost, %.4f allowed", now, reg_lambda, reached, budget)
 
     def _keep(self, ratio_G: Tensor, threshold: float) -> Tensor:
         """Which groups stay at a threshold."""

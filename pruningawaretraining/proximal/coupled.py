@@ -28,7 +28,7 @@ from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.proximal.maps import SLACK
 from pruningawaretraining.registry import register
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PRODUCING = ("out", "norm", "bias", "raw", "element")
 
@@ -213,7 +213,7 @@ class CoupledChannelGrouper(CoupledGrouper):
         try:
             self.channels = self._trace()
         except ModelError as error:
-            log.info("no channel is left to be chosen from: %s", error)
+            logger.info("no channel is left to be chosen from: %s", error)
             self.channels = ChannelGroups(Grouping("channel", (), ()))
         self._take(self.channels.grouping)
         others = (parameter for parameter in self.model.parameters() if id(parameter) not in self.members)

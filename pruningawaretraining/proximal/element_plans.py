@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pruningawaretraining.distributed.shards import Shards, check_whole_groups, local, local_labels
 from pruningawaretraining.groups.grouping import Member
-from pruningawaretraining.proximal.groupers import Block, ElemGrouper, Grouper
+from pruningawaretraining.proximal.groupers import ElemGrouper, Grouper, GroupView
 from pruningawaretraining.proximal.low_rank import thresholds
 from pruningawaretraining.proximal.maps import ElementMap, NMSparseConstraint, Scale
 from pruningawaretraining.proximal.pools import ALONE, PASSING, Job, Pool, pooled
-from pruningawaretraining.proximal.weight_pairs import HALF, Part, accumulation_dtype
+from pruningawaretraining.proximal.weight_pairs import HALF, WeightPair, accumulation_dtype
 
 PAIRWISE = 8
 """Groups of up to so many elements are ranked by comparing all pairs, larger ones by sorting."""
@@ -35,7 +35,7 @@ class LassoPlan:
         pool: whether small weights are worked on together.
     """
 
-    def __init__(self, grouper: Grouper, parts: Sequence[Part], slope: float, pool: bool) -> None:
+    def __init__(self, grouper: Grouper, parts: Sequence[WeightPair], slope: float, pool: bool) -> None:
         whole, found = ElemGrouper(), []
         for index, part in enumerate(parts):
             weights = local(part.source), local(part.target)
@@ -68,7 +68,7 @@ def shrink(source_W: Tensor, target_W: Tensor, slope_W: Tensor | None, scale: Sc
     target_W.copy_(wide - wide.clamp(-limit, limit))
 
 
-def _slope_of(grouper: Grouper, part: Part, slope: float) -> Tensor:
+def _slope_of(grouper: Grouper, part: WeightPair, slope: float) -> Tensor:
     """The multiplier of each element's threshold, broadcastable to the (local) weight."""
     source = local(part.source)
     wide = source.new_empty(0, dtype=accumulation_dtype(source.dtype))
@@ -87,7 +87,7 @@ class RankedPlan:
         pool: whether small weights are worked on together, and groups are ranked by few operations.
     """
 
-    def __init__(self, prox: NMSparseConstraint, grouper: Grouper, parts: Sequence[Part], pool: bool) -> None:
+    def __init__(self, prox: NMSparseConstraint, grouper: Grouper, parts: Sequence[WeightPair], pool: bool) -> None:
         self.kept = prox.n_nonzero
         self.pools: list[Pool] = []
         found, pairs = [], []
@@ -116,18 +116,18 @@ class RankedPlan:
             keep_largest(source, target, self.kept, self.earlier_KK.get(_window(source)))
 
 
-def _window(block: Block) -> tuple[torch.device, int]:
+def _window(block: GroupView) -> tuple[torch.device, int]:
     """Where a block is, and how many elements a group of it has."""
     return block.view.device, math.prod(block.view.shape[dim] for dim in block.dims)
 
 
-def _earlier(block: Block) -> Tensor:
+def _earlier(block: GroupView) -> Tensor:
     """For each element of a group, True for those before it."""
     device, size = _window(block)
     return torch.ones(size, size, dtype=torch.bool, device=device).tril_(-1)
 
 
-def keep_largest(source: Block, target: Block, kept: int, earlier_KK: Tensor | None = None) -> None:
+def keep_largest(source: GroupView, target: GroupView, kept: int, earlier_KK: Tensor | None = None) -> None:
     """Copy a block with all but the ``kept`` elements of largest magnitude of each group set to 0.
 
     Args:
@@ -190,7 +190,7 @@ def _at_most_one(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def element_plan(
-    prox: ElementMap, grouper: Grouper, parts: Sequence[Part], slope: float, pool: bool
+    prox: ElementMap, grouper: Grouper, parts: Sequence[WeightPair], slope: float, pool: bool
 ) -> LassoPlan | RankedPlan:
     """A plan for a map of single elements."""
     if isinstance(prox, NMSparseConstraint):

@@ -28,7 +28,7 @@ Labels: TypeAlias = tuple[tuple[Tensor | None, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class GroupView:
     """A part of a weight that is grouped in one go.
 
     Args:
@@ -69,7 +69,7 @@ class Grouper(ABC):
         """Elements of one group, padding included."""
 
     @abstractmethod
-    def blocks(self, weight_W: Tensor) -> list[Block]:
+    def blocks(self, weight_W: Tensor) -> list[GroupView]:
         """Views that cover the weight."""
 
     @abstractmethod
@@ -136,8 +136,8 @@ class _DimGrouper(Grouper):
     def group_size(self, shape: Sequence[int]) -> int:
         return math.prod(shape) // max(1, shape[self.dim])
 
-    def blocks(self, weight_W: Tensor) -> list[Block]:
-        return [Block(weight_W, others(weight_W.dim(), self.dim))]
+    def blocks(self, weight_W: Tensor) -> list[GroupView]:
+        return [GroupView(weight_W, others(weight_W.dim(), self.dim))]
 
     def labels(self, shape: Sequence[int]) -> Labels:
         return along(shape, self.dim, torch.arange(shape[self.dim]), shape[self.dim])
@@ -173,8 +173,8 @@ class ElemGrouper(Grouper):
     def group_size(self, shape: Sequence[int]) -> int:
         return 1
 
-    def blocks(self, weight_W: Tensor) -> list[Block]:
-        return [Block(weight_W, ())]
+    def blocks(self, weight_W: Tensor) -> list[GroupView]:
+        return [GroupView(weight_W, ())]
 
     def labels(self, shape: Sequence[int]) -> Labels:
         return tuple(torch.arange(size) for size in shape), tuple(shape)
@@ -194,8 +194,8 @@ class LayerGrouper(Grouper):
     def group_size(self, shape: Sequence[int]) -> int:
         return math.prod(shape)
 
-    def blocks(self, weight_W: Tensor) -> list[Block]:
-        return [Block(weight_W, others(weight_W.dim()))]
+    def blocks(self, weight_W: Tensor) -> list[GroupView]:
+        return [GroupView(weight_W, others(weight_W.dim()))]
 
     def labels(self, shape: Sequence[int]) -> Labels:
         return tuple(None for _ in shape), tuple(1 for _ in shape)
@@ -231,17 +231,17 @@ class KElementGrouper(Grouper):
     def group_size(self, shape: Sequence[int]) -> int:
         return self.k
 
-    def blocks(self, weight_W: Tensor) -> list[Block]:
+    def blocks(self, weight_W: Tensor) -> list[GroupView]:
         axis = _axis(weight_W.shape)
         whole, rest = divmod(weight_W.shape[axis], self.k)
         every = (slice(None),) * axis
         found = []
         if whole:
             view = split_dim(weight_W.narrow(axis, 0, whole * self.k), axis, (whole, self.k))
-            found.append(Block(view, (axis + 1,), (*every, slice(0, whole)) if rest else ()))
+            found.append(GroupView(view, (axis + 1,), (*every, slice(0, whole)) if rest else ()))
         if rest:
             view = split_dim(weight_W.narrow(axis, whole * self.k, rest), axis, (1, rest))
-            found.append(Block(view, (axis + 1,), (*every, slice(whole, whole + 1))))
+            found.append(GroupView(view, (axis + 1,), (*every, slice(whole, whole + 1))))
         return found
 
     def labels(self, shape: Sequence[int]) -> Labels:
@@ -269,8 +269,8 @@ class ConvFilterGrouper(Grouper):
     def group_size(self, shape: Sequence[int]) -> int:
         return math.prod(shape[2:])
 
-    def blocks(self, weight_W: Tensor) -> list[Block]:
-        return [Block(weight_W, others(weight_W.dim(), 0, 1))]
+    def blocks(self, weight_W: Tensor) -> list[GroupView]:
+        return [GroupView(weight_W, others(weight_W.dim(), 0, 1))]
 
     def labels(self, shape: Sequence[int]) -> Labels:
         rest = len(shape) - 2

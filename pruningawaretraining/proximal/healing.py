@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pruningawaretraining.proximal.latent import Place
+from pruningawaretraining.proximal.latent import ParamSlot
 from pruningawaretraining.proximal.prox_groups import Unit
 from pruningawaretraining.proximal.spectral_plan import SpectralPlan
 
@@ -44,7 +44,7 @@ def mask_weights(weights: Sequence[Tensor], masks: Sequence[Tensor | None]) -> N
         torch._foreach_mul_([weight for weight, _ in pairs], [mask for _, mask in pairs])
 
 
-def hold_ranks(unit: Unit, places: Sequence[Place], state: Mapping[Tensor, Any]) -> None:
+def hold_ranks(unit: Unit, places: Sequence[ParamSlot], state: Mapping[Tensor, Any]) -> None:
     """Cut low-rank weights back to the ranks that they had when healing began."""
     places = [place for place in places if "rank" in state[place.weight]]
     if places:

@@ -24,7 +24,7 @@ OWN_KEYS = ("latent", "mask", "rank")
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class ParamSlot:
     """A weight in the param groups of an optimizer.
 
     Args:
@@ -40,7 +40,7 @@ class Place:
     name: str
 
 
-def latents_of(state: dict[Tensor, Any], places: Sequence[Place]) -> list[Tensor]:
+def latents_of(state: dict[Tensor, Any], places: Sequence[ParamSlot]) -> list[Tensor]:
     """The weights' latents; one that is missing begins as the weight itself, and one of a weight that was moved or cast
     follows it."""
     found = []
@@ -56,7 +56,7 @@ def latents_of(state: dict[Tensor, Any], places: Sequence[Place]) -> list[Tensor
     return found
 
 
-class Way(Protocol):
+class LatentBinding(Protocol):
     """Brings latents before the base optimizer, and takes them away again."""
 
     def enter(self) -> None:
@@ -93,7 +93,7 @@ class Redirect:
         latents: their latents.
     """
 
-    def __init__(self, base: Optimizer, places: Sequence[Place], latents: Sequence[Tensor]) -> None:
+    def __init__(self, base: Optimizer, places: Sequence[ParamSlot], latents: Sequence[Tensor]) -> None:
         self.base, self.places, self.latents = base, places, latents
         self.own: list[dict[str, Any]] = []
 
@@ -128,7 +128,7 @@ class CopyIn:
         latents: their latents.
     """
 
-    def __init__(self, base: Optimizer, places: Sequence[Place], latents: Sequence[Tensor]) -> None:
+    def __init__(self, base: Optimizer, places: Sequence[ParamSlot], latents: Sequence[Tensor]) -> None:
         self.base, self.latents = base, list(latents)
         self.weights = [place.weight for place in places]
         self.own: list[dict[str, Any]] = []

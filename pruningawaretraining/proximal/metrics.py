@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.distributed.shards import Shards, all_reduce_, local
-from pruningawaretraining.proximal.latent import Place
+from pruningawaretraining.proximal.latent import ParamSlot
 from pruningawaretraining.proximal.low_rank import Factors, SpectralGrouper
 from pruningawaretraining.proximal.prox_groups import ParamGroup, Unit
 from pruningawaretraining.proximal.spectral_plan import SpectralPlan
@@ -79,7 +79,7 @@ def _matrix_shape(grouper: SpectralGrouper, weight_W: Tensor) -> tuple[int, int]
 
 
 def weight_factors(
-    unit: Unit, place: Place, own: Mapping[str, Any], groups: Sequence[ParamGroup], fraction: float
+    unit: Unit, place: ParamSlot, own: Mapping[str, Any], groups: Sequence[ParamGroup], fraction: float
 ) -> list[Factors]:
     """The factors of a low-rank weight.
 

@@ -18,7 +18,16 @@ from torch.optim import Optimizer
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.proximal.coupled import CoupledGrouper
 from pruningawaretraining.proximal.healing import hold_ranks, mask_gradients, mask_of, mask_weights
-from pruningawaretraining.proximal.latent import CopyIn, Place, Redirect, Way, copy_all, give_own, latents_of, take_own
+from pruningawaretraining.proximal.latent import (
+    CopyIn,
+    LatentBinding,
+    ParamSlot,
+    Redirect,
+    copy_all,
+    give_own,
+    latents_of,
+    take_own,
+)
 from pruningawaretraining.proximal.low_rank import Factors, SpectralGrouper
 from pruningawaretraining.proximal.metrics import Reached, measure, weight_factors, weight_sparsity
 from pruningawaretraining.proximal.plans import NormPlan
@@ -27,7 +36,7 @@ from pruningawaretraining.proximal.spectral_plan import SpectralPlan
 from pruningawaretraining.proximal.wrapper import Wrapper
 
 Closure = Callable[[], Any]
-Work: TypeAlias = tuple[Unit, list[Place], list[Tensor]]
+Work: TypeAlias = tuple[Unit, list[ParamSlot], list[Tensor]]
 """A unit with the weights that take part in a step, and their latents."""
 
 
@@ -112,7 +121,7 @@ class PruneOptimizer(Wrapper):
             self._prox(unit, found, own)
         return loss if result is None else result
 
-    def _reevaluation(self, closure: Closure, first: Any, way: Way, work: Sequence[Work]) -> Closure:
+    def _reevaluation(self, closure: Closure, first: Any, way: LatentBinding, work: Sequence[Work]) -> Closure:
         """What the base optimizer calls as its closure: the first time the loss is known, and after that (line search)
         the latents have moved and the model gets their image."""
         calls = 0
@@ -133,15 +142,15 @@ class PruneOptimizer(Wrapper):
 
         return again
 
-    def _active(self, unit: Unit) -> tuple[list[Place], list[Tensor]]:
+    def _active(self, unit: Unit) -> tuple[list[ParamSlot], list[Tensor]]:
         """The weights that take part in this step, those with a gradient, and their latents."""
         places = self._with_gradient(unit)
         return places, latents_of(self.state, places)
 
-    def _with_gradient(self, unit: Unit) -> list[Place]:
+    def _with_gradient(self, unit: Unit) -> list[ParamSlot]:
         return [place for place in unit.places(self.param_groups) if place.weight.grad is not None]
 
-    def _prox(self, unit: Unit, places: Sequence[Place], latents: Sequence[Tensor]) -> None:
+    def _prox(self, unit: Unit, places: Sequence[ParamSlot], latents: Sequence[Tensor]) -> None:
         """Write the proximal image of the latents into the weights."""
         if not places:
             return
@@ -191,7 +200,7 @@ class PruneOptimizer(Wrapper):
         unit = self._unit_of(grouper)
         self._latent_plan(unit)[1].run(unit.scale(self.param_groups), self._fraction(unit))
 
-    def _latent_plan(self, unit: Unit) -> tuple[list[Place], Plan]:
+    def _latent_plan(self, unit: Unit) -> tuple[list[ParamSlot], Plan]:
         places = [place for place in unit.places(self.param_groups) if "latent" in self.state.get(place.weight, {})]
         if not places:
             raise ConfigError("grouper: its weights have no latents: no proximal step yet, or healing has begun")

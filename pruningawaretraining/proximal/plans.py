@@ -20,12 +20,12 @@ from pruningawaretraining.distributed.shards import Shards, local, local_labels
 from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.groups.grouping import Member
 from pruningawaretraining.proximal.coupled import Balance
-from pruningawaretraining.proximal.groupers import Block, Grouper, others
+from pruningawaretraining.proximal.groupers import Grouper, GroupView, others
 from pruningawaretraining.proximal.low_rank import thresholds
 from pruningawaretraining.proximal.maps import GroupMap, ProxGroupLasso, Scale
 from pruningawaretraining.proximal.runs import Runs
 from pruningawaretraining.proximal.stages import BlockStage, Entry, MatrixRows, build_stages
-from pruningawaretraining.proximal.weight_pairs import Part
+from pruningawaretraining.proximal.weight_pairs import WeightPair
 
 
 class NormPlan:
@@ -53,7 +53,7 @@ class NormPlan:
         runs: Sequence[slice] | None = None,
         balance: Balance | None = None,
         comm: bool = True,
-        loose: Sequence[Part] = (),
+        loose: Sequence[WeightPair] = (),
     ) -> None:
         self.prox, self.loose = prox, CopyPlan(loose)
         self.stages = build_stages(entries, comm, pool, in_order=slope != 0)
@@ -150,7 +150,7 @@ def _full(size: Tensor | int, rows: int) -> Tensor:
     return torch.full((rows,), size) if isinstance(size, int) else size
 
 
-def grouper_plan(prox: GroupMap, grouper: Grouper, parts: Sequence[Part], slope: float, pool: bool) -> NormPlan:
+def grouper_plan(prox: GroupMap, grouper: Grouper, parts: Sequence[WeightPair], slope: float, pool: bool) -> NormPlan:
     """A plan for weights that are grouped one by one."""
     entries: list[Entry] = []
     comm = prox.hard
@@ -175,8 +175,8 @@ def _own_groups(weight_W: Tensor, labels: Sequence[Tensor | None], sizes: Sequen
 
 def coupled_plan(
     prox: GroupMap,
-    members: Sequence[tuple[Part, Member]],
-    loose: Sequence[Part],
+    members: Sequence[tuple[WeightPair, Member]],
+    loose: Sequence[WeightPair],
     total: int,
     runs: Sequence[slice],
     slope: float,
@@ -206,7 +206,7 @@ def coupled_plan(
         sizes_S = member.slot_sums(ones)
         if plain:
             dims = others(part.source.dim(), labelled[0])
-            pair = (Block(local(part.source), dims), Block(local(part.target), dims))
+            pair = (GroupView(local(part.source), dims), GroupView(local(part.target), dims))
             entries.append(Entry(part, member.n_slots, sizes_S, (pair,), (member.n_slots,), slots=slots))
         else:
             labels, sizes = local_labels(part.source, member.labels, member.sizes)
@@ -220,7 +220,7 @@ def coupled_plan(
 class CopyPlan:
     """Weights that are in no group (any more): they are their latents."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[WeightPair]) -> None:
         self.targets, self.sources = [part.target for part in parts], [part.source for part in parts]
 
     def run(self, scale: Scale, fraction: float) -> None:

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pruningawaretraining.proximal.groupers import Block
+from pruningawaretraining.proximal.groupers import GroupView
 
 ALONE = 2**21
 """A weight of more elements than this is worth launches of its own."""
@@ -54,7 +54,7 @@ class Form:
     members_in_order: bool
 
     @classmethod
-    def of(cls, block: Block) -> Form | None:
+    def of(cls, block: GroupView) -> Form | None:
         """The form of a weight that is one block; None if it has gaps or overlaps."""
         view, within = block.view, set(block.dims)
         order = [dim for dim in range(view.dim()) if view.shape[dim] != 1]
@@ -99,7 +99,7 @@ class Job:
         cls,
         index: int,
         weights: tuple[Tensor, Tensor],
-        blocks: Sequence[tuple[Block, Block]],
+        blocks: Sequence[tuple[GroupView, GroupView]],
         groups_in_order: bool = False,
         members_in_order: bool = False,
     ) -> Job:
@@ -140,7 +140,7 @@ class Pool:
             classes.setdefault(job.key, []).append(job)
         self.buffer_N = buffer_N[: sum(job.source.numel() for job in jobs)]
         self.indices: list[int] = []
-        self.blocks: list[Block] = []
+        self.blocks: list[GroupView] = []
         self.sources: list[Tensor] = []
         self.targets: list[Tensor] = []
         self.slots: list[Tensor] = []
@@ -156,7 +156,7 @@ class Pool:
                 start += size
             forms = [job.form for job in alike if job.form is not None]
             shape = (sum(form.lead for form in forms), *forms[0].rest)
-            self.blocks.append(Block(self.buffer_N[first:start].view(shape), forms[0].dims))
+            self.blocks.append(GroupView(self.buffer_N[first:start].view(shape), forms[0].dims))
 
     def load(self) -> None:
         """Bring the latents in."""
@@ -167,7 +167,7 @@ class Pool:
         torch._foreach_copy_(self.targets, self.slots)
 
 
-def groups_in(block: Block) -> tuple[int, ...]:
+def groups_in(block: GroupView) -> tuple[int, ...]:
     """The shape of a tensor with one value for each group of a pool's block."""
     return tuple(size for dim, size in enumerate(block.view.shape) if dim not in block.dims)
 

@@ -14,7 +14,7 @@ from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.proximal.coupled import CoupledGrouper
 from pruningawaretraining.proximal.element_plans import LassoPlan, RankedPlan, element_plan
 from pruningawaretraining.proximal.groupers import ElemGrouper, Grouper
-from pruningawaretraining.proximal.latent import Place
+from pruningawaretraining.proximal.latent import ParamSlot
 from pruningawaretraining.proximal.low_rank import SpectralGrouper
 from pruningawaretraining.proximal.maps import (
     ElementMap,
@@ -28,7 +28,7 @@ from pruningawaretraining.proximal.options import WATCHED_KEYS, GroupOptions, ch
 from pruningawaretraining.proximal.plans import CopyPlan, NormPlan, coupled_plan, grouper_plan
 from pruningawaretraining.proximal.pools import pays
 from pruningawaretraining.proximal.spectral_plan import SpectralPlan
-from pruningawaretraining.proximal.weight_pairs import Part
+from pruningawaretraining.proximal.weight_pairs import WeightPair
 
 Plan: TypeAlias = NormPlan | CopyPlan | LassoPlan | RankedPlan | SpectralPlan
 ParamGroup: TypeAlias = dict[str, Any]
@@ -46,9 +46,9 @@ class Unit:
     def __init__(self, indices: Sequence[int], options: GroupOptions, pool: bool | None = None) -> None:
         self.indices, self.options, self.pool = tuple(indices), options, pool
         self._key: list[int] = []
-        self._planned: list[Place] = []
+        self._planned: list[ParamSlot] = []
         self._sharded = True
-        self._places: list[Place] = []
+        self._places: list[ParamSlot] = []
         self._seen: list[tuple[list[Tensor], list[Tensor]]] = []
         self._plan: Plan | None = None
 
@@ -58,7 +58,7 @@ class Unit:
         scale: Scale = first["reg_lambda"] * first["gamma"]
         return scale
 
-    def places(self, groups: Sequence[ParamGroup]) -> list[Place]:
+    def places(self, groups: Sequence[ParamGroup]) -> list[ParamSlot]:
         """All the weights of the unit; looked up again only when one of them has been replaced."""
         lists = [groups[number]["params"] for number in self.indices]
         same = len(self._seen) == len(lists) and all(
@@ -68,7 +68,7 @@ class Unit:
         if not same:
             self._seen = [(params, list(params)) for params in lists]
             self._places = [
-                Place(params, index, weight, weight_name(groups[number], number, index))
+                ParamSlot(params, index, weight, weight_name(groups[number], number, index))
                 for number, params in zip(self.indices, lists, strict=True)
                 for index, weight in enumerate(params)
             ]
@@ -96,7 +96,7 @@ class Unit:
                         f"{place.name}: n_nonzero={prox.n_nonzero} is more than the {size} elements of a group"
                     )
 
-    def _check_coupled(self, grouper: CoupledGrouper, places: Sequence[Place]) -> None:
+    def _check_coupled(self, grouper: CoupledGrouper, places: Sequence[ParamSlot]) -> None:
         if not all(grouper.knows(place.weight) for place in places):
             grouper.refresh()
         for place in places:
@@ -110,7 +110,7 @@ class Unit:
                     f"params: {names[id(parameter)]} belongs to {grouper!r}, but no param group with it has it"
                 )
 
-    def plan(self, places: Sequence[Place], sources: Sequence[Tensor]) -> Plan:
+    def plan(self, places: Sequence[ParamSlot], sources: Sequence[Tensor]) -> Plan:
         """The plan for these weights and sources; made once, and again when a tensor has been replaced or moved."""
         tensors = [*(place.weight for place in places), *sources]
         if self._sharded:
@@ -121,10 +121,10 @@ class Unit:
             self._plan, self._key, self._planned = self._make(places, sources), key, list(places)
         return self._plan
 
-    def _make(self, places: Sequence[Place], sources: Sequence[Tensor]) -> Plan:
+    def _make(self, places: Sequence[ParamSlot], sources: Sequence[Tensor]) -> Plan:
         options = self.options
         grouper, prox, slope = options.grouper, options.prox, options.gamma_index_slope
-        parts = [Part(s.detach(), p.weight.detach(), p.name) for p, s in zip(places, sources, strict=True)]
+        parts = [WeightPair(s.detach(), p.weight.detach(), p.name) for p, s in zip(places, sources, strict=True)]
         pool = pays(parts[0].source.device) if self.pool is None else self.pool
         if isinstance(grouper, CoupledGrouper):
             assert isinstance(prox, GroupMap)
@@ -140,7 +140,12 @@ class Unit:
         return grouper_plan(prox, grouper, parts, slope, pool)
 
     def _make_coupled(
-        self, grouper: CoupledGrouper, prox: GroupMap, places: Sequence[Place], parts: Sequence[Part], pool: bool
+        self,
+        grouper: CoupledGrouper,
+        prox: GroupMap,
+        places: Sequence[ParamSlot],
+        parts: Sequence[WeightPair],
+        pool: bool,
     ) -> Plan:
         if not all(grouper.knows(place.weight) for place in places):
             grouper.refresh()

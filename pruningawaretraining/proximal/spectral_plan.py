@@ -19,13 +19,13 @@ from pruningawaretraining.proximal.low_rank import (
     shrunk_values,
 )
 from pruningawaretraining.proximal.maps import Scale, SpectralMap
-from pruningawaretraining.proximal.weight_pairs import Part
+from pruningawaretraining.proximal.weight_pairs import WeightPair
 
 
 class SpectralPlan:
     """Singular values of every weight."""
 
-    def __init__(self, prox: SpectralMap, grouper: SpectralGrouper, parts: Sequence[Part], slope: float) -> None:
+    def __init__(self, prox: SpectralMap, grouper: SpectralGrouper, parts: Sequence[WeightPair], slope: float) -> None:
         self.prox, self.grouper, self.parts, self.slope = prox, grouper, tuple(parts), slope
         self.ranks: list[Tensor] = []
 
@@ -58,7 +58,7 @@ class SpectralPlan:
         kept = torch.arange(found.S.shape[-1], device=found.S.device) < rank_B.unsqueeze(-1)
         return factors_of(found, found.S * kept)
 
-    def _write(self, part: Part, full: Tensor, found: Decomposition, values_BK: Tensor) -> None:
+    def _write(self, part: WeightPair, full: Tensor, found: Decomposition, values_BK: Tensor) -> None:
         result = torch.empty_like(full, memory_format=torch.preserve_format)
         self.grouper.write(found.product(values_BK), result)
         if Shards.of(part.target) is not None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from pruningawaretraining.distributed.shards import Shards, all_reduce_, local
 from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.groups.grouping import Member
-from pruningawaretraining.proximal.groupers import Block
+from pruningawaretraining.proximal.groupers import GroupView
 from pruningawaretraining.proximal.pools import ALONE, CAPACITY, Job, Pool, groups_in, pooled
-from pruningawaretraining.proximal.weight_pairs import Part, accumulation_dtype
+from pruningawaretraining.proximal.weight_pairs import WeightPair, accumulation_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +35,10 @@ class Entry:
         slots: the group of every row; None where each row is a group of its own.
     """
 
-    part: Part
+    part: WeightPair
     rows: int
     sizes: Tensor | int
-    blocks: tuple[tuple[Block, Block], ...] = ()
+    blocks: tuple[tuple[GroupView, GroupView], ...] = ()
     shape: tuple[int, ...] = ()
     member: Member | None = None
     slots: Tensor | None = None
@@ -85,7 +85,7 @@ class BlockStage:
             for source, target in entry.blocks:
                 self._add(source, target, values_G)
 
-    def _add(self, source: Block, target: Block, values_G: Tensor) -> None:
+    def _add(self, source: GroupView, target: GroupView, values_G: Tensor) -> None:
         self.norms.append((source.view, source.dims, source.groups_of(values_G)))
         self.products.append((source.view, source.broadcast(values_G), target.view))
 

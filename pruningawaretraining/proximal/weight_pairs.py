@@ -11,7 +11,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class WeightPair:
     """One weight in a plan.
 
     Args:

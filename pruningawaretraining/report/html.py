@@ -9,13 +9,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pruningawaretraining.files import write_text
 from pruningawaretraining.report import coupling, figures, tables
 from pruningawaretraining.report.nouns import Units, units_of
-from pruningawaretraining.report.numbers import write, write_numbers
+from pruningawaretraining.report.numbers import write_numbers
 from pruningawaretraining.report.run import REPORT, Phase, Run, load_run
 from pruningawaretraining.report.summary import arrow, fraction, percent, si
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -35,9 +36,9 @@ def write_report(run_dir: str | Path) -> Path:
     path = Path(run_dir) / REPORT
     run = load_run(run_dir)
     text = render_report(run)
-    write(path, text)
+    write_text(path, text)
     write_numbers(run, Path(run_dir))
-    _LOG.info("%s: %.0f kB", path, len(text) / 1e3)
+    logger.info("%s: %.0f kB", path, len(text) / 1e3)
     return path
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pruningawaretraining.files import write_text
 from pruningawaretraining.report import tables
 from pruningawaretraining.report.run import Run
 
@@ -37,16 +37,9 @@ def numbers(run: Run) -> dict[str, Any]:
 def write_numbers(run: Run, folder: Path) -> None:
     """Write ``report.json``, ``epochs.csv``, ``layers.csv`` and ``groups.csv`` into a folder."""
     found = numbers(run)
-    write(folder / JSON, json.dumps(found, indent=1) + "\n")
+    write_text(folder / JSON, json.dumps(found, indent=1) + "\n")
     for name, key in ((EPOCHS, "epochs"), (LAYERS, "layers"), (GROUPS, "groups")):
-        write(folder / name, as_csv(found[key]))
-
-
-def write(path: Path, text: str) -> None:
-    """Put a text file in place whole."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        write_text(folder / name, as_csv(found[key]))
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.files import as_object, parse_json, read_object, read_text
 
 SUMMARY, METRICS, NORMS, CONFIG, REPORT = "summary.json", "metrics.jsonl", "norms.json", "config.yaml", "report.html"
 
@@ -75,23 +76,13 @@ def load_run(folder: str | Path, *, finished: bool = True) -> Run:
     if finished and not (folder / SUMMARY).is_file():
         raise CheckpointError(f"run: {str(folder)!r} holds no {SUMMARY}; give the folder of a finished run")
     ended = (folder / SUMMARY).is_file()
-    summary = _parse(folder / SUMMARY, (folder / SUMMARY).read_text(encoding="utf-8")) if ended else {}
+    summary = read_object(folder / SUMMARY) if ended else {}
     metrics, norms, config = folder / METRICS, folder / NORMS, folder / CONFIG
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    text = config.read_text(encoding="utf-8") if config.is_file() else json.dumps(summary.get("config", {}), indent=2)
+    lines = read_text(metrics).splitlines() if metrics.is_file() else []
+    text = read_text(config) if config.is_file() else json.dumps(summary.get("config", {}), indent=2)
     return Run(
         summary,
-        [_parse(metrics, line) for line in lines if line.strip()],
-        _parse(norms, norms.read_text(encoding="utf-8")) if norms.is_file() else {},
+        [as_object(parse_json(line, metrics), metrics) for line in lines if line.strip()],
+        read_object(norms) if norms.is_file() else {},
         text,
     )
-
-
-def _parse(path: Path, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: {type(value).__name__} where a JSON object is expected")
-    return value

@@ -15,7 +15,7 @@ from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.calling import evaluating
 from pruningawaretraining.registry import lookup, register
 from pruningawaretraining.runtimes.exporter_choice import AUTO, chosen_exporter
-from pruningawaretraining.runtimes.flat_model import BATCH, Graph
+from pruningawaretraining.runtimes.flat_model import BATCH, FlatGraph
 from pruningawaretraining.runtimes.ort import require
 
 _NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "onnxscript", "onnx_ir")
@@ -24,7 +24,7 @@ OPSETS = {"dynamo": (14, 26), "torchscript": (7, 23)}
 
 
 @register("exporter", "dynamo", "torch.export")
-def _export_dynamo(graph: Graph, path: Path, opset: int | None) -> None:
+def _export_dynamo(graph: FlatGraph, path: Path, opset: int | None) -> None:
     """The exporter on top of torch.export."""
     shapes = dynamic_shapes(graph)
     program = torch.onnx.export(
@@ -36,7 +36,7 @@ def _export_dynamo(graph: Graph, path: Path, opset: int | None) -> None:
     program.save(str(path), external_data=True)
 
 
-def dynamic_shapes(graph: Graph) -> tuple[Any, ...] | None:
+def dynamic_shapes(graph: FlatGraph) -> tuple[Any, ...] | None:
     """The free dimensions by place, as torch.export takes them, or None; names would be the graph's to PyTorch 2.6."""
     known = {name: torch.export.Dim(name) for axes in graph.axes.values() for name in axes.values()}
     if not known:
@@ -46,7 +46,7 @@ def dynamic_shapes(graph: Graph) -> tuple[Any, ...] | None:
 
 
 @register("exporter", "torchscript", "trace", "legacy")
-def _export_torchscript(graph: Graph, path: Path, opset: int | None) -> None:
+def _export_torchscript(graph: FlatGraph, path: Path, opset: int | None) -> None:
     """The older exporter: tracing."""
     axes: dict[str, Any] = {name: dict(named) for name, named in graph.axes.items()}
     if graph.dynamic:
@@ -57,7 +57,7 @@ def _export_torchscript(graph: Graph, path: Path, opset: int | None) -> None:
     )  # fmt: skip
 
 
-def export_graph(graph: Graph, path: Path, exporter: str = AUTO, opset: int | None = None) -> None:
+def export_graph(graph: FlatGraph, path: Path, exporter: str = AUTO, opset: int | None = None) -> None:
     """Write the graph with the exporter of this name, quietly; nothing is checked here.
 
     Raises:
@@ -65,7 +65,7 @@ def export_graph(graph: Graph, path: Path, exporter: str = AUTO, opset: int | No
         ModelError: the exporter cannot express the model.
     """
     name = chosen_exporter(exporter)
-    write: Callable[[Graph, Path, int | None], None] = lookup("exporter", name)
+    write: Callable[[FlatGraph, Path, int | None], None] = lookup("exporter", name)
     require("onnx")
     require("onnxscript")
     try:

@@ -24,7 +24,7 @@ BATCH = "batch"
 
 
 @dataclass(frozen=True)
-class Graph:
+class FlatGraph:
     """What an exporter is given: a module of flat tensors, their names, and which of them carry the batch.
 
     Attributes:
@@ -117,7 +117,7 @@ def build_graph(
     example_inputs: Any,
     dynamic_batch: bool = True,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
-) -> Graph:
+) -> FlatGraph:
     """Flatten a model and its example inputs for an exporter. A model that is not on the CPU is copied there.
 
     Args:
@@ -151,19 +151,28 @@ def build_graph(
         pairs = zip(tensors, batched, strict=True)
         tensors = [resize_batch(tensor, 2) if carries else tensor for tensor, carries in pairs]
     dynamic = dynamic_batch and batch > 0
-    axes = {name: {0: BATCH} for name, carries in zip(names, batched, strict=True) if carries} if dynamic else {}
-    for name, wanted in (dynamic_axes or {}).items():
-        if name not in names:
-            raise ConfigError(f"dynamic_axes: {unknown('input', name, names)}")
-        _check_axes(name, wanted)
-        least = tensors[names.index(name)].ndim
-        bad = [dim for dim in wanted if not (isinstance(dim, int) and 0 <= dim < least)]
-        if bad:
-            raise ConfigError(f"dynamic_axes.{name}: {bad[0]!r} is no dimension of it. Allowed: 0 to {least - 1}")
-        axes[name] = {**axes.get(name, {}), **wanted}
-    graph = Graph(_Flat(model, example_inputs), tuple(tensors), names, output_names, batched, dynamic, axes)
+    free = {name: {0: BATCH} for name, carries in zip(names, batched, strict=True) if carries} if dynamic else {}
+    axes = _with_free_axes(free, dynamic_axes or {}, dict(zip(names, tensors, strict=True)))
+    graph = FlatGraph(_Flat(model, example_inputs), tuple(tensors), names, output_names, batched, dynamic, axes)
     _check_sizes(graph, dynamic_axes or {})
     return graph
+
+
+def _with_free_axes(
+    axes: Mapping[str, Mapping[int, str]], wanted: Mapping[str, Mapping[int, str]], inputs: Mapping[str, Tensor]
+) -> dict[str, dict[int, str]]:
+    """Add the dimensions that a user wants free, after checking them."""
+    found = {name: dict(by_dim) for name, by_dim in axes.items()}
+    for name, by_dim in wanted.items():
+        if name not in inputs:
+            raise ConfigError(f"dynamic_axes: {unknown('input', name, inputs)}")
+        _check_axes(name, by_dim)
+        dims = inputs[name].ndim
+        bad = [dim for dim in by_dim if not (isinstance(dim, int) and 0 <= dim < dims)]
+        if bad:
+            raise ConfigError(f"dynamic_axes.{name}: {bad[0]!r} is not a dimension. Allowed: 0 to {dims - 1}")
+        found[name] = {**axes.get(name, {}), **by_dim}
+    return found
 
 
 def _check_axes(name: str, wanted: Any) -> None:
@@ -180,7 +189,7 @@ def _check_axes(name: str, wanted: Any) -> None:
             )
 
 
-def _check_sizes(graph: Graph, wanted: Mapping[str, Mapping[int, str]]) -> None:
+def _check_sizes(graph: FlatGraph, wanted: Mapping[str, Mapping[int, str]]) -> None:
     """Refuse free dimensions of which the model takes one size only: exporters pass over them."""
     for name, axes in wanted.items():
         for dim, axis in axes.items():
@@ -195,7 +204,7 @@ def _check_sizes(graph: Graph, wanted: Mapping[str, Mapping[int, str]]) -> None:
                 )
 
 
-def _takes(graph: Graph, axis: str, size: int) -> bool:
+def _takes(graph: FlatGraph, axis: str, size: int) -> bool:
     """Whether the model runs with another size of a free dimension."""
     tensors = list(graph.inputs)
     for number, name in enumerate(graph.input_names):
@@ -210,7 +219,7 @@ def _takes(graph: Graph, axis: str, size: int) -> bool:
     return True
 
 
-def batch_of(graph: Graph, example_inputs: Any, batch: Any, key: str) -> tuple[Tensor, ...]:
+def batch_of(graph: FlatGraph, example_inputs: Any, batch: Any, key: str) -> tuple[Tensor, ...]:
     """The tensors of a batch as the graph takes them; what comes after them, such as labels, is left out.
 
     Args:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from pruningawaretraining.distributed.fsdp import any_sharded, check_plan
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.models.calling import tensors_of
+from pruningawaretraining.models.calling import ForwardFn, tensors_of
 from pruningawaretraining.models.exported_graph import is_exported
 
 
@@ -128,3 +129,24 @@ def check_prunable(model: Any) -> None:
             f"model: fully_shard has spread the {type(model).__name__} already, and its channels cannot be traced. "
             "Allowed: make the Pruning first, then fully_shard(model), then the optimizer"
         )
+
+
+@dataclass(frozen=True)
+class Given:
+    """Arguments of a pruner beside its model and config.
+
+    Args:
+        forward_fn: how to run the model, if not as ``model(*inputs)``.
+        inputs: example inputs, or None until the model shows some.
+        followers: moving averages.
+        teacher: for distillation.
+        before_removal: called when the model is masked as it will be removed.
+        changed: called after every event.
+    """
+
+    forward_fn: ForwardFn | None
+    inputs: Any
+    followers: list[nn.Module]
+    teacher: nn.Module | None
+    before_removal: Callable[[], None]
+    changed: Callable[[], None]

@@ -23,7 +23,7 @@ from pruningawaretraining.patterns.depth import check_alone
 from pruningawaretraining.patterns.stacking import check_stacking
 from pruningawaretraining.registry import build
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def build_coupled(
     else:
         found = _channels(model, chosen, union, inputs, forward_fn, trace_limit)
     for name, reason in found.skipped.items():
-        log.info("%s stays as it is: %s", name, reason)
+        logger.info("%s stays as it is: %s", name, reason)
     return CoupledGroups(model, found, [(*one.parts, layers) for one, layers in chosen], inputs, forward_fn)
 
 

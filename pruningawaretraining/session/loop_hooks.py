@@ -14,7 +14,7 @@ from pruningawaretraining.session.arguments import epoch_of
 from pruningawaretraining.session.bound import Bound
 from pruningawaretraining.session.reporting import sparsity_of
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Log = Callable[[str], None] | logging.Logger
 
@@ -74,7 +74,7 @@ class LoopHooks(Bound):
     def on_train_end(self) -> None:
         """After the last epoch: nothing prunes or regularises any more; masks stay."""
         self._session.end()
-        log.info("training ended: sparsity %.4f", sparsity_of(self._session))
+        logger.info("training ended: sparsity %.4f", sparsity_of(self._session))
 
     def channel_regularize(self, model: nn.Module | None = None) -> None:
         """Add the channel regularisers to ``.grad``, in place; call it after ``loss.backward()``.
@@ -83,7 +83,6 @@ class LoopHooks(Bound):
         out and once for any number of accumulated backward passes; the call then changes nothing.
         """
         self._check_same(model)
-        self._steps.look_around()
         if not self._steps.optimizers and not (self._says_before and self._steps.by_hand):
             self._steps.gradients_by_hand()
 
@@ -91,7 +90,7 @@ class LoopHooks(Bound):
         """The penalty of the slice rules, to be added to the loss: 0 without any."""
         self._check_same(model)
         session = self._session
-        return session.no_penalty() if session.ended else session.engine.loss_penalty()
+        return session.engine.loss_penalty(ended=session.ended)
 
     def distill_loss(self, outputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The teacher's part of the loss, to be added to the task's: ``loss + pruner.distill_loss(outputs, inputs)``.
@@ -107,7 +106,11 @@ class LoopHooks(Bound):
             ModelError: outputs without logits, or of another shape than the teacher's.
         """
         distiller = self._session.distiller
-        return self._session.no_penalty() if distiller is None else distiller.loss(outputs, *args, **kwargs)
+        return (
+            self._session.engine.loss_penalty(ended=True)
+            if distiller is None
+            else distiller.loss(outputs, *args, **kwargs)
+        )
 
     @property
     def teacher(self) -> nn.Module | None:

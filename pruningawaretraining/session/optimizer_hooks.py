@@ -7,10 +7,8 @@ that the gradients have then. This module finds those moments through the optimi
 
 from __future__ import annotations
 
-import gc
-import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,9 +16,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-log = logging.getLogger(__name__)
+from pruningawaretraining.models.optimizer_state import catch_up, latest
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class HasApply(Protocol):
+    """Masks, as far as a step knows them."""
+
+    def apply(self) -> None:
+        """Set masked weights to 0."""
 
 
 class OptimizerEvents(Protocol):
@@ -37,8 +42,15 @@ class OptimizerEvents(Protocol):
             only: ids of the parameters that are meant; None for all.
         """
 
-    def on_stepped(self) -> None:
+    def on_moved(self) -> None:
         """Weights have moved."""
+
+    @property
+    def masks(self) -> Sequence[HasApply]:
+        """Masks to be applied now."""
+
+    def on_stepped(self) -> None:
+        """Weights have moved, and masks are applied."""
 
 
 _WATCHED: weakref.WeakSet[Steps] = weakref.WeakSet()
@@ -76,8 +88,10 @@ class Steps:
         self._listener = weakref.ref(listener)
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._strangers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._looked = False  # whether optimizers that exist already have been looked for
         self._by_hand = False  # whether this round's gradients have been dealt with by an explicit call
+        self._expected: list[int] | None = (
+            None  # versions of the weights when an explicit call first left a round to hooks
+        )
         self._round: set[int] = set()  # optimizers that have stepped in this round
         self._done: set[int] = set()  # parameters dealt with in this round
         self._all_done = False  # whether every parameter has been dealt with in this round
@@ -154,31 +168,29 @@ class Steps:
         optimizer.register_step_post_hook(after)
 
     def _meet(self, optimizer: torch.optim.Optimizer) -> None:
-        """Any optimizer is about to step: is it one of this model's?"""
+        """Attach an optimizer that is about to step if it has parameters of this model, or had before a removal."""
         if optimizer in self._strangers or any(known is optimizer for known in self.optimizers):
             return
         mine = {id(parameter) for parameter in self.model.parameters()}
-        if mine & _parameters_of(optimizer):
+        if any(id(latest(parameter)) in mine for group in optimizer.param_groups for parameter in group["params"]):
+            catch_up(optimizer)
             self.attach(optimizer)
         else:
             self._strangers.add(optimizer)
 
-    def look_around(self, again: bool = False) -> None:
-        """Find optimizers before their first step: once, or again, if the known ones leave parameters out."""
-        if self._looked and not again:
-            return
-        self._looked = True
-        known = set().union(*(_parameters_of(optimizer) for optimizer in self.optimizers))
-        if all(id(parameter) in known for parameter in self.model.parameters() if parameter.requires_grad):
-            return
-        for one in gc.get_objects():
-            if issubclass(type(one), torch.optim.Optimizer) and "_optimizer_step_pre_hooks" in vars(one):
-                self._meet(one)
-
     # --- steps --------------------------------------------------------------------------------------------------
 
     def gradients_by_hand(self) -> None:
-        """An explicit call after backward, for loops whose optimizer has no hooks."""
+        """An explicit call after backward, for loops whose optimizer has no hooks.
+
+        Whether there are hooks shows at the first step, so the first round is left to them. If the weights move and no
+        hook has been called, the calls do the work from then on.
+        """
+        versions = [parameter._version for parameter in self.model.parameters()]
+        if self._expected is None:
+            self._expected = versions
+        if self._expected == versions:
+            return
         listener = self._listener()
         assert listener is not None
         listener.on_round()
@@ -197,13 +209,12 @@ class Steps:
         self._by_hand = False
         self._rounds += 1
         self.fresh = 1
-        listener.on_stepped()
+        _moved(listener)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Any) -> Arguments | None:
         if self.paused:
             return None
         if not self._round or id(optimizer) in self._round:
-            self.look_around()
             self.end_round()
             self._rounds += 1
             if not self._by_hand:
@@ -236,11 +247,16 @@ class Steps:
             return
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler for fused optimizers
         only = None
-        if len(self.optimizers) > 1:
+        if len(self.optimizers) > 1 or not self._covered_by(optimizer):
             only = _parameters_of(optimizer) - self._done
             self._done |= only
         self._all_done = only is None
         listener.on_gradients(1.0 if scale is None else scale, only)
+
+    def _covered_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer has every trainable parameter, so that no other one can be still to come."""
+        mine = _parameters_of(optimizer)
+        return all(id(parameter) in mine for parameter in self.model.parameters() if parameter.requires_grad)
 
     def _after(self, optimizer: torch.optim.Optimizer) -> None:
         if self.paused:
@@ -253,7 +269,15 @@ class Steps:
         self._by_hand = False
         listener = self._listener()
         if listener is not None:
-            listener.on_stepped()
+            _moved(listener)
+
+
+def _moved(listener: OptimizerEvents) -> None:
+    """Weights have moved: apply masks before anything else looks at them."""
+    listener.on_moved()
+    for one in listener.masks:
+        one.apply()
+    listener.on_stepped()
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:

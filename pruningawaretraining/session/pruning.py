@@ -25,6 +25,7 @@ from pruningawaretraining.models.calling import ForwardFn, unwrap
 from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.fake_quant import without_zero
 from pruningawaretraining.session.arguments import (
+    Given,
     check_given,
     check_prunable,
     followers_of,
@@ -39,7 +40,7 @@ from pruningawaretraining.session.resume import load_session, session_state
 from pruningawaretraining.session.session import Session
 from pruningawaretraining.session.takeover import take_over
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Source = str | Path | Mapping[str, Any] | PruningConfig
 
@@ -90,7 +91,9 @@ class Pruning(LoopHooks, Results):
         check_given(model, teacher, example_inputs)
         optimizers = optimizers_of(optimizer)
         self._config = load_config(config)
-        self._given = forward_fn, example_inputs, followers_of(ema), teacher
+        this = weakref.ref(self)
+        before, changed = _calls(this, "_before_removal"), _calls(this, "_note")
+        self._given = Given(forward_fn, example_inputs, followers_of(ema), teacher, before, changed)
         super().__init__()
         self._described: dict[str, Any] = {}  # what save_pruned writes once this pruner is gone
         self._no_channels = NoChannels()
@@ -120,11 +123,9 @@ class Pruning(LoopHooks, Results):
         plain = unwrap(model)
         take_over(plain, self)
         this, last = weakref.ref(self), self._described
-        forward_fn, inputs, followers, teacher = self._given
-        before, changed = _calls(this, "_before_removal"), _calls(this, "_note")
-        self._known = Session(plain, self._config, forward_fn, inputs, followers, teacher, before, changed)
+        self._known = Session(plain, self._config, self._given)
         for name in without_zero(plain):
-            log.warning(
+            logger.warning(
                 "%s: its fake quantizer does not keep zeros: what is masked has an influence until it is removed", name
             )
         describe_with(plain, lambda: dict(last) if (pruner := this()) is None else pruner.describe())

@@ -18,7 +18,7 @@ from pruningawaretraining.session.state import (
     set_rng_state,
 )
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def session_state(session: Session) -> dict[str, Any]:
@@ -71,4 +71,4 @@ def _warn_of_another_config(session: Session, before: Any) -> None:
             f"{key} was {saved.get(key)!r} and is {mine[key]!r}" for key in mine if saved.get(key) != mine[key]
         ]
         if different:
-            log.warning("state: it was saved with another rules[%d]: %s", number, "; ".join(different))
+            logger.warning("state: it was saved with another rules[%d]: %s", number, "; ".join(different))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.checkpoint.records import record_of
@@ -19,17 +18,19 @@ from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.engine import Engine
 from pruningawaretraining.engine.rule import warn_of_idle
 from pruningawaretraining.errors import ModelError
+from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.penalties import Regularizer
-from pruningawaretraining.models.calling import ForwardFn, beside
+from pruningawaretraining.models.calling import beside
 from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.optimizer_state import clear_state
+from pruningawaretraining.session.arguments import Given
 from pruningawaretraining.session.build import BuiltRules, build_coupled, build_weights, built_rules, inputs_of
 from pruningawaretraining.session.counted_macs import CountedMacs
 from pruningawaretraining.session.distillation import Distiller
 from pruningawaretraining.session.input_capture import InputCapture
 from pruningawaretraining.session.optimizer_hooks import Steps
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -38,37 +39,22 @@ class Session:
     Args:
         model: the model, without wrappers.
         config: the config.
-        forward_fn: how to run the model, if not as ``model(*inputs)``.
-        inputs: example inputs, or None until the model shows some.
-        followers: moving averages.
-        teacher: for distillation.
-        before_removal: called when the model is masked as it will be removed.
-        changed: called after every event.
+        given: what the user has given beside them.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: PruningConfig,
-        forward_fn: ForwardFn | None,
-        inputs: Any,
-        followers: list[nn.Module],
-        teacher: nn.Module | None,
-        before_removal: Callable[[], None],
-        changed: Callable[[], None],
-    ) -> None:
-        self.model, self.config, self.forward_fn, self.followers = model, config, forward_fn, followers
+    def __init__(self, model: nn.Module, config: PruningConfig, given: Given) -> None:
+        self.model, self.config = model, config
+        self.forward_fn, self.followers, self.teacher = given.forward_fn, given.followers, given.teacher
         self.graphs: list[ExportedGraph] = []
         self.steps = Steps(model, self)
         self.record: dict[str, Any] | None = record_of(model)
-        self.capture = InputCapture(model, inputs_of(config, model) if inputs is None else inputs)
-        self.teacher = teacher
+        self.capture = InputCapture(model, inputs_of(config, model) if given.inputs is None else given.inputs)
         self.distiller: Distiller | None = None
         self.counted = CountedMacs()  # of a model whose widths stay
         self.rules = BuiltRules()
         self.engine = Engine(model, None, None, self.context)
         self.begun = self.ended = self.sharded = self.by_calls = False
-        self._before_removal, self._changed, self._sought_shards = before_removal, changed, False
+        self._given, self._sought_shards = given, False
         self._penalties: list[tuple[Regularizer, Tensor]] = []
         self._calibration: tuple[Iterable[Any], LossFn] | None = None
         self.distill()
@@ -167,9 +153,8 @@ class Session:
 
     def context(self) -> RemovalContext:
         """Everything that follows a mask or a removal."""
-        self.steps.look_around(again=self.steps.counts.stop <= 1)  # an optimizer may not have stepped yet
         return RemovalContext(
-            self.steps.optimizers, self.followers, self.graphs, self._before_removal, self._after_removal
+            self.steps.optimizers, self.followers, self.graphs, self._given.before_removal, self._after_removal
         )
 
     def _after_removal(self) -> None:
@@ -214,9 +199,17 @@ class Session:
         if self.sharded:  # such gradients are not accumulated where they could be masked before
             self.engine.mask_gradients()
 
+    @property
+    def masks(self) -> list[Masks]:
+        """Every mask that acts in a step."""
+        return self.engine.masks
+
+    def on_moved(self) -> None:
+        """Weights have moved, and masked ones may not be 0: shrink blocks."""
+        self.engine.shrink(self.steps.fresh, self.steps.rates)
+
     def on_stepped(self) -> None:
-        """Weights have moved: masked ones go back to 0."""
-        self.engine.on_stepped(self.steps.fresh, self.steps.rates)
+        """A step is over: rules that count steps may have their last event."""
         if self._acts:
             self.tick(last=True)
 
@@ -224,7 +217,6 @@ class Session:
         """Rules that count steps have the event that is due."""
         self.begun = True
         if self._acts:
-            self.steps.look_around()
             self.tick()
 
     def tick(self, last: bool = False) -> bool:
@@ -243,12 +235,12 @@ class Session:
     def tell(self, lines: list[str], target: Any = None) -> None:
         """Log what has happened, and hand it to a logger or a function of one line."""
         for line in lines:
-            log.info(line)
+            logger.info(line)
             if target is not None:
                 (target.info if isinstance(target, logging.Logger) else target)(line)
         if lines:
             self.begun = True
-            self._changed()
+            self._given.changed()
 
     # --- epochs -------------------------------------------------------------------------------------------------
 
@@ -278,7 +270,7 @@ class Session:
         if self.rules.coupled or not self.rules.weights:
             _ = self.coupled
             self.engine.remove()
-            self._changed()
+            self._given.changed()
         self.steps.end_round()
 
     def end(self) -> None:
@@ -297,7 +289,3 @@ class Session:
             _ = self.coupled
         self.engine.rebind()
         self.sharded = True
-
-    def no_penalty(self) -> Tensor:
-        """Zero, where the model is."""
-        return torch.zeros((), device=next((one.device for one in self.model.parameters()), torch.device("cpu")))

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruningawaretraining.checkpoint.files import write_atomically
 from pruningawaretraining.distributed.collectives import barrier, rank
 from pruningawaretraining.distributed.fsdp import reshard
 from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.files import read_torch_mapping, write_atomically
 from pruningawaretraining.session.pruning import Pruning
 
 PRUNER = "pruner.pt"
@@ -48,8 +48,7 @@ def read_pruner_state(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / PRUNER
     if not path.is_file():
         raise CheckpointError(f"folder: {str(folder)!r} holds no {PRUNER}. Allowed: a folder of save_sharded")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
+    return read_torch_mapping(path, "folder")
 
 
 def load_sharded(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruning) -> None:

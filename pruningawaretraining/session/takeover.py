@@ -10,7 +10,7 @@ from torch import nn
 
 from pruningawaretraining.errors import ModelError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class AtWork(Protocol):
@@ -46,5 +46,5 @@ def take_over(model: nn.Module, pruner: AtWork) -> None:
                 "Allowed: all rules in one config, or first end the other: on_train_end()"
             )
         earlier.on_train_end()
-        log.warning("model: a Pruning that was made for it before is retired: it had not begun")
+        logger.warning("model: a Pruning that was made for it before is retired: it had not begun")
     _PRUNERS[model] = weakref.ref(pruner)

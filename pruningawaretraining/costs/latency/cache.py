@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
@@ -71,7 +71,7 @@ class TimeCache:
                 json.dump({"what": text, "times": times}, file)
             os.replace(name, path)
         except OSError as error:
-            log.info("%s: times are not kept: %s", path, error)
+            logger.info("%s: times are not kept: %s", path, error)
 
     def _text(self, what: Mapping[str, Any]) -> str:
         return json.dumps({"where": dict(self.where), "what": dict(what)}, sort_keys=True)

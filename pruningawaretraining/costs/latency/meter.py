@@ -34,7 +34,7 @@ from pruningawaretraining.runtimes.runtime import (
 )
 from pruningawaretraining.runtimes.timing import time_in_turns
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FEWEST, MOST, SPENT_MS = 15, 100, 1500.0
 ONE_THREAD = ("onnxruntime", "torch", "torch_compile")
@@ -140,7 +140,7 @@ class RuntimeMeter:
         what = {"layer": vars(shape)}
         found = self.cache.get(what)
         if found is None:
-            log.info("measuring %s of %d x %d on %s", shape.kind, shape.outputs, shape.inputs, self.name)
+            logger.info("measuring %s of %d x %d on %s", shape.kind, shape.outputs, shape.inputs, self.name)
             found = measure_table(shape, self.runtime, self.name, self.threads).to_json()
             self.cache.put(what, found)
         return LayerTable.from_json(found)

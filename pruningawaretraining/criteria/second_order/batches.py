@@ -14,7 +14,7 @@ from pruningawaretraining.models.calling import (
     tensors_of,
 )
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LossFn = Callable[[Any, Any], Tensor]
 Statistic = tuple[Tensor, Tensor, Tensor]

@@ -23,7 +23,7 @@ from pruningawaretraining.distributed.collectives import gathered_rows, world_si
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.registry import lookup, register
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 GATE_DAMP = 1e-2
 LEAST_SQUARES_DAMP = 1e-3
@@ -80,7 +80,7 @@ def gate_scores(gradients_MG: Tensor, grouping: Grouping, damp: float = 0.0) -> 
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class LosingReader:
     """A layer that loses input channels.
 
     Args:
@@ -94,7 +94,7 @@ class Reader:
     lost_C: Tensor
 
 
-def losing_readers(model: nn.Module, grouping: Grouping, keep_G: Tensor) -> Iterator[Reader]:
+def losing_readers(model: nn.Module, grouping: Grouping, keep_G: Tensor) -> Iterator[LosingReader]:
     """Linear layers and one- and two-dimensional, ungrouped convolutions that read a channel that goes."""
     modules = dict(model.named_modules())
     keep_G1 = torch.cat([keep_G.cpu(), torch.ones(1, dtype=torch.bool)])
@@ -104,7 +104,7 @@ def losing_readers(model: nn.Module, grouping: Grouping, keep_G: Tensor) -> Iter
         if plain and module is not None and member.slots is not None:
             lost_C = ~keep_G1[member.slots.cpu()]
             if bool(lost_C.any()):
-                yield Reader(member.name.rpartition(".")[0], module, lost_C)
+                yield LosingReader(member.name.rpartition(".")[0], module, lost_C)
 
 
 Compensate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -153,14 +153,14 @@ def least_squares(weight_OD: Tensor, moments_XX: Tensor, lost_D: Tensor) -> tupl
 
 
 @torch.no_grad()
-def compensate_readers(found: list[Reader], hooks: InputHessians, compensate: Compensate) -> None:
+def compensate_readers(found: list[LosingReader], hooks: InputHessians, compensate: Compensate) -> None:
     """Change the layers that read what goes, in place; what they lose is 0 afterwards.
 
     A layer without a bias keeps none: a norm behind it is recalibrated, or the shift is lost.
     """
     unseen = [reader.name for reader in found if reader.name not in hooks.sums]
     if unseen:
-        log.warning(
+        logger.warning(
             "compensation: not of %s, run as no module of its own (in nn.MultiheadAttention)", ", ".join(unseen)
         )
     for reader in found:
@@ -190,7 +190,7 @@ def _without_constant(moments_XX: Tensor) -> Tensor:
     return about_XX
 
 
-def measure(readers_found: list[Reader], calibration: Calibration, count: int) -> InputHessians:
+def measure(readers_found: list[LosingReader], calibration: Calibration, count: int) -> InputHessians:
     """Moments of the inputs of layers, a constant 1 included, on the model as it is.
 
     Several processes each run their own batches, and know the moments of all afterwards.

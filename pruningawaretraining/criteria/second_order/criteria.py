@@ -31,7 +31,7 @@ from pruningawaretraining.criteria.second_order.weights import PrunableWeight
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.registry import lookup, register
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 GRADIENTS, SQUARES = "mask_gradients", "mask_gradient_squares"
 """Keys of :attr:`Statistics.tensors`: gradients by masks of groups, (gradients, groups), and sums of their squares."""
@@ -114,7 +114,7 @@ class Sampling:
             return gate_scores(known[GRADIENTS], grouping, getattr(self, "damp", 0.0))
         if SQUARES in known:
             return known[SQUARES] / 2
-        log.warning("%s: no gradient has been seen yet; weights are ranked by size", type(self).__name__)
+        logger.warning("%s: no gradient has been seen yet; weights are ranked by size", type(self).__name__)
         return magnitude_scores(grouping, 2.0)
 
     def collector(self) -> MaskGradientCollector:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pruningawaretraining.errors import ConfigError, ModelError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 WORKSPACE, WORKSPACE_ELSEWHERE = 32 * 2**20, 512 * 2**20
 """Bytes of float64 squares that are worked on at once, on the CPU and on other devices (where launching many small
@@ -225,7 +225,7 @@ def factor(square_BDD: Tensor, damp: float) -> Tensor:
         raised.diagonal(dim1=-2, dim2=-1).add_(extra)
         again, info = torch.linalg.cholesky_ex(raised)
         if not bool(info.any()):
-            log.warning("fisher: %d blocks were not positive definite; dampened by %.1g instead", len(bad), extra)
+            logger.warning("fisher: %d blocks were not positive definite; dampened by %.1g instead", len(bad), extra)
             lower[bad] = again
             return lower
     raise ModelError(f"damp: {damp!r} leaves {len(bad)} Fisher blocks indefinite; raise it")

@@ -30,7 +30,7 @@ from pruningawaretraining.models.calling import (
     shown,
 )
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LossFn = Callable[[Any, Any], Tensor]
 Statistic = tuple[Tensor, Tensor, Tensor]
@@ -161,7 +161,7 @@ class Calibration:
                 consume([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
                 done += 1
         if done < count:
-            log.warning("num_grads: %d were asked for, the data gave %d", count, done)
+            logger.warning("num_grads: %d were asked for, the data gave %d", count, done)
         return done
 
     def each_backward(self, count: int, consume: Callable[[], None]) -> None:

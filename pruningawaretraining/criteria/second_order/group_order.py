@@ -57,7 +57,7 @@ def diagonal_blocks(square_DD: Tensor, size: int) -> Tensor:
 
 
 @dataclass(eq=False)
-class Reader:
+class IndexedReader:
     """A layer, as far as it reads the groups of one set.
 
     Args:
@@ -123,7 +123,7 @@ class ReadSet:
         count: how many groups there are.
     """
 
-    readers: Sequence[Reader]
+    readers: Sequence[IndexedReader]
     count: int
     left: int = 0
     order: list[Tensor] = field(default_factory=list)

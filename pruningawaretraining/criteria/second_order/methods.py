@@ -13,28 +13,28 @@ from torch import Tensor
 
 from pruningawaretraining.criteria.second_order.greedy import greedy_order, obs_scores, obs_update
 from pruningawaretraining.criteria.second_order.layout import Layout
-from pruningawaretraining.criteria.second_order.solve import Blocks, Ranking, slots
+from pruningawaretraining.criteria.second_order.solve import FisherBlocks, Ranking, slots
 from pruningawaretraining.registry import lookup, register
 
-Compensate = Callable[[Blocks, Tensor], Tensor]
+Compensate = Callable[[FisherBlocks, Tensor], Tensor]
 Merge = Callable[[Tensor], Tensor]
 
 
 @register("compensation", "joint")
-def compensate_jointly(blocks: Blocks, prune_BT: Tensor) -> Tensor:
+def compensate_jointly(blocks: FisherBlocks, prune_BT: Tensor) -> Tensor:
     """The minimum of the quadratic loss with all pruned weights at 0 at once; what a greedy trace ends in."""
     prune_BD = blocks.layout.spread(prune_BT)
     return blocks.fisher.joint_update(blocks.part, blocks.weights_BD, prune_BD, blocks.alive_BD)
 
 
 @register("compensation", "independent", "obs")
-def compensate_independently(blocks: Blocks, prune_BT: Tensor) -> Tensor:
+def compensate_independently(blocks: FisherBlocks, prune_BT: Tensor) -> Tensor:
     """The sum of every pruned tile's own correction (OBS, oBERT)."""
     return obs_update(blocks.weights_BD, blocks.inverse(), prune_BT, blocks.layout.group)
 
 
 @register("compensation", "none")
-def compensate_nothing(blocks: Blocks, prune_BT: Tensor) -> Tensor:
+def compensate_nothing(blocks: FisherBlocks, prune_BT: Tensor) -> Tensor:
     """The rest stays as it is."""
     return torch.where(blocks.layout.spread(prune_BT), 0.0, blocks.weights_BD)
 
@@ -85,11 +85,11 @@ class ObsMethod:
 
     compensate: str = "independent"
 
-    def rank(self, blocks: Blocks) -> Ranking:
+    def rank(self, blocks: FisherBlocks) -> Ranking:
         scores_BT = obs_scores(blocks.weights_BD, blocks.inverse(), blocks.layout.group)
         return independent_ranking(scores_BT, blocks.open_BT, blocks.layout)
 
-    def update(self, blocks: Blocks, prune_BT: Tensor) -> Tensor:
+    def update(self, blocks: FisherBlocks, prune_BT: Tensor) -> Tensor:
         compensate: Compensate = lookup("compensation", self.compensate)
         return compensate(blocks, prune_BT)
 
@@ -104,7 +104,7 @@ class CapMethod:
 
     merge: str = "running_max"
 
-    def rank(self, blocks: Blocks) -> Ranking:
+    def rank(self, blocks: FisherBlocks) -> Ranking:
         tile = blocks.layout.tile
         most = tile.of - tile.keep
         weights_BD = blocks.weights_BD.clone()
@@ -112,5 +112,5 @@ class CapMethod:
         merge: Merge = lookup("merge", self.merge)
         return Ranking(merge(order.losses_BS.clamp(min=0)), order.tiles_BS)
 
-    def update(self, blocks: Blocks, prune_BT: Tensor) -> Tensor:
+    def update(self, blocks: FisherBlocks, prune_BT: Tensor) -> Tensor:
         return compensate_jointly(blocks, prune_BT)

@@ -24,13 +24,13 @@ from pruningawaretraining.criteria.base import Statistics
 from pruningawaretraining.criteria.second_order.channels import LEAST_SQUARES_DAMP, losing_readers, measure
 from pruningawaretraining.criteria.second_order.fisher import decoupled_, factor, workplace
 from pruningawaretraining.criteria.second_order.gradients import Calibration
-from pruningawaretraining.criteria.second_order.group_order import POOL, Reader, ReadSet, cheapest_first
+from pruningawaretraining.criteria.second_order.group_order import POOL, IndexedReader, ReadSet, cheapest_first
 from pruningawaretraining.criteria.second_order.listening import MOMENTS, InputMomentsCollector
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.registry import register
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 TOGETHER, TOGETHER_ELSEWHERE = {"cpu": 2**28}, 2**31
 """Bytes of inverses that are worked on at once, by kind of device: off the CPU many small kernels cost time."""
@@ -96,7 +96,7 @@ class Reconstruction:
                 "nn.MultiheadAttention runs its output projection as no module of its own. Allowed: another criterion"
             )
         if unread:
-            log.warning("reconstruction: no layer that can be fitted reads %s; pruned last", ", ".join(unread[:8]))
+            logger.warning("reconstruction: no layer that can be fitted reads %s; pruned last", ", ".join(unread[:8]))
         scores_G = torch.full((grouping.size,), torch.inf, dtype=torch.float64)
         for batch in _batches([one for one in readings if one.members]):
             for one, scores_N in zip(batch, _scores(batch), strict=True):
@@ -137,7 +137,7 @@ class _Reading:
         return ReadSet(readers, self.groups.size)
 
 
-def _reader(member: Member, one: GroupSet, moments_XX: Tensor, device: torch.device) -> Reader:
+def _reader(member: Member, one: GroupSet, moments_XX: Tensor, device: torch.device) -> IndexedReader:
     """A reader, with the covariance of its inputs inverted, and weights in units in which all of its outputs have
     variance 1."""
     weight_OD = member.parameter.detach().flatten(1).to(device, torch.float64)
@@ -152,14 +152,14 @@ def _reader(member: Member, one: GroupSet, moments_XX: Tensor, device: torch.dev
     inputs_NQ = _inputs_of(member, one, width)
     inputs_D, size = inputs_NQ.flatten(), inputs_NQ.shape[1]
     if torch.equal(inputs_D, torch.arange(width)):
-        return Reader(weight_OD, inverse_DD, size)
+        return IndexedReader(weight_OD, inverse_DD, size)
     missing_D = inputs_D == width  # groups that have fewer inputs than others: filled up with what nothing depends on
     places_D = inputs_D.clamp(max=width - 1).to(device)
     weight_OD, inverse_DD = weight_OD[:, places_D], inverse_DD[places_D][:, places_D]
     if bool(missing_D.any()):
         real_D = ~missing_D.to(device)
         weight_OD, inverse_DD = weight_OD * real_D, decoupled_(inverse_DD[None], real_D[None])[0]
-    return Reader(weight_OD, inverse_DD, size)
+    return IndexedReader(weight_OD, inverse_DD, size)
 
 
 def _inputs_of(member: Member, one: GroupSet, width: int) -> Tensor:

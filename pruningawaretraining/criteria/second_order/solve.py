@@ -22,7 +22,7 @@ from pruningawaretraining.criteria.second_order.weights import PrunableWeight
 from pruningawaretraining.distributed.ranks import Ranks
 from pruningawaretraining.errors import TargetError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class FisherBlocks:
     """Some blocks of one weight, ready to be ranked or updated (on the device of the Fisher).
 
     Args:
@@ -66,10 +66,10 @@ class Blocks:
 class BlockMethod(Protocol):
     """What OBS and CAP do with blocks."""
 
-    def rank(self, blocks: Blocks) -> Ranking:
+    def rank(self, blocks: FisherBlocks) -> Ranking:
         """Score every tile."""
 
-    def update(self, blocks: Blocks, prune_BT: Tensor) -> Tensor:
+    def update(self, blocks: FisherBlocks, prune_BT: Tensor) -> Tensor:
         """The weights once some tiles have gone, float64."""
 
 
@@ -141,7 +141,7 @@ class BlockSolver:
         """The weights at each sparsity (fraction of the tiles that may go; see :func:`share_of`)."""
         passes = plan_passes(self.weights, self.budget, self.ranks)
         if len(passes) > 1:
-            log.info("the Fisher does not fit in max_memory: %d passes over the gradients, twice", len(passes))
+            logger.info("the Fisher does not fit in max_memory: %d passes over the gradients, twice", len(passes))
         tables = [_empty_table(weight) for weight in self.weights]
         bank: Bank | None = None
         for spans in passes:
@@ -170,7 +170,7 @@ class BlockSolver:
         self.passes_made += 1
         return Bank(spans, self.weights, self.budget, self.ranks).collect(self.calibration)
 
-    def _parts(self, bank: Bank, span: Span) -> Iterator[tuple[slice, Blocks]]:
+    def _parts(self, bank: Bank, span: Span) -> Iterator[tuple[slice, FisherBlocks]]:
         """The owned blocks of a span, a few at a time: (where in the weight, the blocks)."""
         weight, fisher = self.weights[span.weight], bank.fishers[span]
         values_BD = weight.blocks()[span.blocks]
@@ -178,7 +178,7 @@ class BlockSolver:
         for part in parts(len(span), weight.layout.width, self.budget.in_parallel, device.type == "cpu"):
             where = slice(span.start + part.start, span.start + part.stop)
             tensors = values_BD[part].double(), weight.alive_BD[where], weight.open_BT[where]
-            yield where, Blocks(fisher, part, weight.layout, *(tensor.to(device) for tensor in tensors))
+            yield where, FisherBlocks(fisher, part, weight.layout, *(tensor.to(device) for tensor in tensors))
 
     def _rank(self, bank: Bank, span: Span, table: Table) -> None:
         if span.owner == self.ranks.rank:

@@ -17,7 +17,7 @@ from pruningawaretraining.models.calling import (
     full_precision,
 )
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LossFn = Callable[[Any, Any], Tensor]
 Statistic = tuple[Tensor, Tensor, Tensor]
