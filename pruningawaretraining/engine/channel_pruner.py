@@ -24,7 +24,14 @@ from pruningawaretraining.criteria.base import Statistics, scorable
 from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.criteria.second_order.channels import MAKE_UP_BATCHES, compensate, recalibrate_norms
 from pruningawaretraining.distributed.collectives import agreed, same_buffers
-from pruningawaretraining.engine.channel_rules import PHASES, ChannelRule, RuleState, assign, refuse_what_channels_lack
+from pruningawaretraining.engine.channel_rules import (
+    PHASES,
+    ChannelRule,
+    RuleState,
+    assign,
+    refuse_what_channels_lack,
+)
+from pruningawaretraining.engine.phases import tell_of_whole_epochs
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed, measures
 from pruningawaretraining.engine.targets import Targets
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, unknown
@@ -42,7 +49,6 @@ from pruningawaretraining.models.masked_norms import kept_norm_of
 from pruningawaretraining.models.surgery import Surgery
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import build
-from pruningawaretraining.schedules import sparsity_at
 
 log = logging.getLogger(__name__)
 
@@ -224,8 +230,8 @@ class ChannelPruner:
         self._check_data()
         lines = []
         for one in self.rules:
-            counted = one.rule.enabled and one.rule.unit == unit and one.rule.target.given
-            if last and now != one.rule.last_event:
+            counted = one.rule.enabled and one.times.counts == unit and one.rule.target.given
+            if last and now != one.times.last:
                 continue
             if counted and one.fires(now) and (unit == "epoch" or one.listener.ready(self.calibration)):
                 with full_precision(self.model):
@@ -235,20 +241,22 @@ class ChannelPruner:
     @property
     def counts_steps(self) -> bool:
         """Whether a rule that counts steps has events to come."""
-        return any(one.rule.unit == "step" and one.state.phase in ("regularize", "prune") for one in self.rules)
+        return any(one.times.counts == "step" and one.state.phase in ("regularize", "prune") for one in self.rules)
 
     def _fire(self, one: ChannelRule, now: int, surroundings: RemovalContext) -> list[str]:
+        if one.state.event == 0:
+            tell_of_whole_epochs(one.key, one.times)
         keep_R, met = self._agreed(*self._decide(one, now))
         one.state.event += 1
         one.state.last = now
         one.state.phase = "prune"
         self._adjusted(one, keep_R, surroundings)
-        lines = [f"{one.key}: {one.rule.unit} {now}: masked to {self._summary()}"]
+        lines = [f"{one.key}: {one.times.counts} {now}: masked to {self._summary()}"]
         if self.sharded and met:
-            lines.append(f"{one.key}: {one.rule.unit} {now}: the target is met; gathered() removes what is masked")
+            lines.append(f"{one.key}: {one.times.counts} {now}: the target is met; gathered() removes what is masked")
         elif met or one.rule.application == "remove":
             self.remove(surroundings)
-            lines.append(f"{one.key}: {one.rule.unit} {now}: removed, {self._summary()}")
+            lines.append(f"{one.key}: {one.times.counts} {now}: removed, {self._summary()}")
         if met:
             one.state.phase = "finetune"
             self._follow_phases()
@@ -294,18 +302,16 @@ class ChannelPruner:
     def _decide(self, one: ChannelRule, now: int) -> tuple[Tensor, bool]:
         """The rule's next masks, and whether its target is met with them."""
         rule = one.rule
-        step = (now - rule.start) // rule.every + 1
-        last = step >= one.rule.events or rule.at_init
-        progress = 1.0 if last else step / one.rule.events
         scores_R = self.scores(one)
         if rule.target.about_costs:
+            progress = one.times.progress(now)
             keep_R, met, reached = self.targets.decide(one, scores_R, self.keep_D, progress, self._copy_of)
             if reached is not None:
                 one.state.latencies = [*one.state.latencies, {"at": now, **vars(reached)}]
             return keep_R, met
         assert rule.target.sparsity is not None
         allocator = Allocator(one.grouping, scores_R, one.limits(), scope_of(one), ~self.keep_D[one.groups_D])
-        return allocator.at(sparsity_at(rule.schedule, progress, 0.0, rule.target.sparsity)), last
+        return allocator.at(one.times.sparsity(now)), now >= one.times.last
 
     def _copy_of(self, keep_D: Tensor) -> nn.Module:
         """A copy of the model as it is now, without the groups that these masks drop."""

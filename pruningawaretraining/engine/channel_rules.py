@@ -20,6 +20,7 @@ from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, GroupSet
 from pruningawaretraining.registry import build
+from pruningawaretraining.schedules import PRESENT, Timeline
 
 PHASES = ("regularize", "prune", "finetune", "done")
 
@@ -66,6 +67,10 @@ class ChannelRule:
     grouping: Grouping
     state: RuleState = field(default_factory=RuleState)
     listener: StatisticsFeed = field(init=False)
+    times: Timeline = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.times = self.rule.timeline()
 
     @cached_property
     def criterion(self) -> Criterion:
@@ -74,15 +79,15 @@ class ChannelRule:
 
     def fires(self, now: int) -> bool:
         """Whether an epoch (or step) prunes: at start and every ``every`` from there on, once each."""
-        if self.state.phase in ("finetune", "done") or now < self.rule.start:
+        if self.state.phase in ("finetune", "done"):
             return False
-        return (now - self.rule.start) % self.rule.every == 0 and (self.state.last is None or now > self.state.last)
+        return self.times.is_event(now) and (self.state.last is None or now > self.state.last)
 
     def asks(self, steps: range, last: bool) -> bool:
         """Whether it matters for an event (the last one alone) which of these is the number of real steps."""
-        if self.rule.unit != "step" or not self.rule.enabled or (last and self.rule.last_event not in steps):
+        if self.times.counts != "step" or not self.rule.enabled or (last and self.times.last not in steps):
             return False
-        return any(self.fires(now) for now in steps[max(0, self.rule.start - steps.start) :])
+        return any(self.fires(now) for now in steps[max(0, self.times.first - steps.start) :])
 
     def limits(self) -> Limits:
         return limits_of(self.rule)
@@ -136,6 +141,11 @@ def refuse_what_channels_lack(one: ChannelRule) -> None:
         )
     if one.rule.mode != "prune":
         raise ConfigError(f"{one.key}.mode: {one.rule.mode!r} is for slices, blocks and weights. Allowed: 'prune'")
+    if one.rule.initial == PRESENT or any(phase.layers for phase in one.rule.phases):
+        raise ConfigError(
+            f"{one.key}.initial: 'present', and phases with layers, are for slices, blocks and weights. Allowed: a "
+            "number, and phases without layers"
+        )
     for option in ("keep_zeros", "progressive"):
         value, default = getattr(one.rule, option), Rule.model_fields[option].default
         if value != default:

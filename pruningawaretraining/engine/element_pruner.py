@@ -30,11 +30,11 @@ from pruningawaretraining.engine.element_rules import (
     make_rule,
     scores_of,
 )
+from pruningawaretraining.engine.phases import tell_of_whole_epochs
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.groups.views import slot_maxima, slot_sums
 from pruningawaretraining.masks.element_penalties import BlockLasso, SlicePenalty
 from pruningawaretraining.registry import build
-from pruningawaretraining.schedules import sparsity_at
 
 PHASES = ("regularize", "prune", "finetune", "done")
 
@@ -119,7 +119,7 @@ class ElementPruner:
         """Let rules that begin with the pruner have their one event."""
         for one in self.rules:
             if one.rule.at_init and one.rule.start <= 0 and one.state.last is None:
-                self._fire(one, one.rule.start, optimizers)
+                self._fire(one, one.times.first, optimizers)
 
     def tick(self, unit: str, now: int, optimizers: Optimizers) -> list[str]:
         """Let every rule that counts in ``unit`` ("epoch" or "step") have the event or part that is due.
@@ -129,7 +129,7 @@ class ElementPruner:
         """
         lines: list[str] = []
         for one in self.rules:
-            if one.rule.unit == unit:
+            if one.times.counts == unit:
                 self._advance(one, now, optimizers)
                 lines += self._fire(one, now, optimizers) if one.due(now) else []
         return lines
@@ -171,7 +171,7 @@ class ElementPruner:
         """
         lines: list[str] = []
         for one in self.rules:
-            if one.rule.unit == "step" and count == one.rule.last_event and one.due(count):
+            if one.times.counts == "step" and count == one.times.last and one.due(count):
                 self._advance(one, count, optimizers)
                 lines += self._fire(one, count, optimizers)
         return lines
@@ -196,21 +196,23 @@ class ElementPruner:
             one.state.waiting = now
             return []
         one.state.waiting = None
+        if one.state.event == 0:
+            tell_of_whole_epochs(one.key, one.times)
         if one.state.event == 0 and (one.rule.keep_zeros or one.rule.mode == "lock"):
             self._mask(one, one.masks.keep_G & ~zero_groups(one.grouping).to(one.masks.keep_G.device), optimizers)
             one.state.initial = one.sparsity
         one.state.event += 1
         one.state.last = now
         if one.rule.mode == "prune":
-            last = one.rule.at_init or (now - one.rule.start) // one.rule.every + 1 >= one.rule.events
-            self._prune(one, now, last, optimizers)
+            last = now >= one.times.last
+            self._prune(one, now, optimizers)
         else:
             if one.rule.mode == "unprune":
                 one.masks.clear()
             last = True
         one.state.phase = "finetune" if last else "prune"
         self._warn_of_empty_layers(one)
-        line = f"{one.key}: {one.rule.unit} {now}: {DONE[one.rule.mode]}, sparsity {one.sparsity:.4f}"
+        line = f"{one.key}: {one.times.counts} {now}: {DONE[one.rule.mode]}, sparsity {one.sparsity:.4f}"
         if last and one.rule.release:
             if one.next_G is not None:
                 self._mask(one, one.next_G, optimizers)
@@ -234,28 +236,26 @@ class ElementPruner:
         """Whether the rule's events measure curvature and compensate what stays."""
         return self.calibration is not None and isinstance(one.criterion, Sampling)
 
-    def _prune(self, one: ElementRule, now: int, last: bool, optimizers: Optimizers) -> None:
+    def _prune(self, one: ElementRule, now: int, optimizers: Optimizers) -> None:
+        if one.times.sparsity(now, one.state.initial) == 0 and one.rule.min_sparsity == 0:
+            return
         if self.calibration is not None and self._by_curvature(one):
-            keep_G = prune_by_curvature(self.calibration, one, self._progress(one, now, last))
-            self._mask(one, keep_G, optimizers)
+            self._mask(one, prune_by_curvature(self.calibration, one, now), optimizers)
             return
         scores_G = scores_of(one, self.calibration)
-        (next_G,) = agreed(decide(self.model, one, scores_G, self._progress(one, now, last)))
+        (next_G,) = agreed(decide(self.model, one, scores_G, now))
         if min(one.rule.progressive, one.rule.every) > 1:
             one.next_G, one.scores_G, one.state.begun, one.state.part = next_G, scores_G, now, 0
             self._advance(one, now, optimizers)
         else:
             self._mask(one, next_G, optimizers)
 
-    def _progress(self, one: ElementRule, now: int, last: bool) -> float:
-        return 1.0 if last else ((now - one.rule.start) // one.rule.every + 1) / one.rule.events
-
     def _advance(self, one: ElementRule, now: int, optimizers: Optimizers) -> None:
         """Of an event in parts, mask the parts that are due by now."""
         if one.next_G is None or one.scores_G is None or one.state.begun is None:
             return
-        parts = min(one.rule.progressive, one.rule.every)
-        part = (now - one.state.begun) * parts // one.rule.every + 1
+        parts = int(min(one.rule.progressive, one.rule.every))
+        part = int((now - one.state.begun) * parts // one.rule.every) + 1
         if part >= parts:
             self._mask(one, one.next_G, optimizers)
             return
@@ -328,13 +328,13 @@ class ElementPruner:
             if old.collector is not None:
                 old.collector.detach()
             self.rules[number] = new
-            new.state = old.state
+            new.state, new.times = old.state, old.times
             new.state.begun, new.state.part = None, 0
             if not old.state.event or (old.rule.release and old.state.phase == "finetune"):
                 continue
-            if old.rule.mode == "prune":
-                progress = 1.0 if old.state.phase == "finetune" else old.state.event / old.rule.events
-                self._set(new, decide(self.model, new, scores_of(new), progress), optimizers)
+            if old.rule.mode == "prune" and old.state.last is not None:
+                for now in [*old.times.ends_before(old.state.last), old.state.last]:
+                    self._set(new, decide(self.model, new, scores_of(new), now), optimizers)
             elif old.rule.mode == "lock":
                 self._set(new, ~zero_groups(new.grouping), optimizers)
 
@@ -343,7 +343,7 @@ class ElementPruner:
         for one in self.rules:
             if one.key in set(keys):
                 one.masks.set(~zero_groups(one.grouping))
-                one.state.phase, one.state.event = "finetune", one.rule.events
+                one.state.phase, one.state.event = "finetune", 1
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, scores, and where each rule stands: tensors and plain data."""
@@ -393,32 +393,32 @@ def _load(one: ElementRule, values: Mapping[str, Any]) -> None:
         one.collector.load_state_dict(values["collector"])
 
 
-def prune_by_curvature(calibration: Calibration, one: ElementRule, progress: float) -> Tensor:
+def prune_by_curvature(calibration: Calibration, one: ElementRule, now: int) -> Tensor:
     """One event of a second-order rule: measure, decide, and move the weights that stay to where the loss rises least.
 
     Args:
         calibration: model, data and loss.
         one: the rule; the weights change in place.
-        progress: of its schedule.
+        now: the epoch or step of the event.
 
     Returns:
         Its new masks, those of single weights also where groups are larger.
     """
-    target = one.rule.target.sparsity or 0.0
-    sparsity = sparsity_at(one.rule.schedule, progress, min(one.state.initial, target), target)
-    pruner = WeightPruner(calibration, one.rule, weight_pattern(one.pattern, f"{one.key}.pattern"), one.criterion)
+    entries = one.times.at(now).layers
+    rule = one.rule if entries is None else one.rule.model_copy(update={"layers": list(entries)})
+    pruner = WeightPruner(calibration, rule, weight_pattern(one.pattern, f"{one.key}.pattern"), one.criterion)
     masks = {member.name: keep_W for member, keep_W in one.grouping.expand(one.masks.keep_G)}
     so_far = {
         group_set.name: masks[member.name].expand(member.parameter.shape).contiguous()
         for group_set, member in zip(one.grouping.sets, one.grouping.members, strict=True)
     }
-    pruned = pruner.event(sparsity, so_far)
+    pruned = pruner.event(one.times.sparsity(now, one.state.initial), so_far)
     put(calibration.model, pruned)
     device = one.masks.keep_G.device
     kept = [
         slot_maxima(member, pruned[group_set.name].keep_W.float()).to(device)
         if group_set.name in pruned
-        else torch.ones(member.n_slots, device=device)
+        else slot_maxima(member, so_far[group_set.name].float()).to(device)
         for group_set, member in zip(one.grouping.sets, one.grouping.members, strict=True)
     ]
     return torch.cat(kept) > 0

@@ -19,6 +19,7 @@ from pruningawaretraining.config.targets import COSTS
 from pruningawaretraining.criteria.base import Collector, Criterion, Statistics, collector_of, scorable
 from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.criteria.second_order.gathering import gathered
+from pruningawaretraining.engine.phases import outside_phase
 from pruningawaretraining.errors import ConfigError, ModelError, TargetError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.element_masks import ElementMasks
@@ -27,7 +28,7 @@ from pruningawaretraining.patterns.block import NofM
 from pruningawaretraining.patterns.elements import input_dims
 from pruningawaretraining.patterns.slice import Slice, pruned_channels
 from pruningawaretraining.registry import build, lookup
-from pruningawaretraining.schedules import sparsity_at
+from pruningawaretraining.schedules import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,10 @@ class ElementRule:
     state: ElementState = field(default_factory=ElementState)
     next_G: Tensor | None = None
     scores_G: Tensor | None = None
+    times: Timeline = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.times = self.rule.timeline()
 
     @property
     def window(self) -> tuple[int, int] | None:
@@ -107,15 +112,15 @@ class ElementRule:
     def due(self, now: int) -> bool:
         """Whether an epoch or step has an event that has not been yet."""
         aimless = self.rule.mode == "prune" and self.rule.target.sparsity is None
-        if not self.works or aimless or now < self.rule.start or self.state.waiting is not None:
+        if not self.works or aimless or self.state.waiting is not None:
             return False
-        return (now - self.rule.start) % self.rule.every == 0 and (self.state.last is None or now > self.state.last)
+        return self.times.is_event(now) and (self.state.last is None or now > self.state.last)
 
     def asks(self, steps: range) -> bool:
         """Whether it matters for an event, or a part of one, which of these is the number of real steps."""
-        if self.rule.unit != "step":
+        if self.times.counts != "step":
             return False
-        coming = steps[max(0, self.rule.start - steps.start) :]
+        coming = steps[max(0, self.times.first - steps.start) :]
         return self.next_G is not None or any(self.due(now) for now in coming)
 
     def limits(self) -> ElementLimits:
@@ -153,6 +158,8 @@ def make_rule(model: nn.Module, key: str, rule: Rule, pattern: ElementPattern, s
     if collector is not None:
         collector.attach(model, grouping)
     _tell_what_stays(key, rule, grouping)
+    for number, phase in enumerate(rule.phases):
+        outside_phase(model, grouping, phase.layers, f"{key}.phases[{number}].layers", torch.device("cpu"))
     return ElementRule(rule, key, pattern, stacked, grouping, ElementMasks(grouping), criterion, collector)
 
 
@@ -254,17 +261,21 @@ def _statistics(one: ElementRule) -> Statistics:
     return Statistics(keep_G=one.masks.keep_G, tensors=known)
 
 
-def decide(model: nn.Module, one: ElementRule, scores_G: Tensor, progress: float) -> Tensor:
-    """The masks that a rule wants at a progress of its schedule; what is masked stays so.
+def decide(model: nn.Module, one: ElementRule, scores_G: Tensor, now: int) -> Tensor:
+    """The masks that a rule wants at one of its events; what is masked stays so.
 
     Args:
         model: the model.
         one: the rule.
         scores_G: importance of its groups.
-        progress: of the schedule, in (0, 1].
+        now: the epoch or step of the event.
     """
-    target = one.rule.target.sparsity or 0.0
-    sparsity = sparsity_at(one.rule.schedule, progress, min(one.state.initial, target), target)
+    outside_G = outside_phase(model, one.grouping, one.times.at(now).layers, f"{one.key}.phases", scores_G.device)
+    keep_G = _decide(model, one, scores_G, one.times.sparsity(now, one.state.initial), outside_G)
+    return keep_G if outside_G is None else torch.where(outside_G, one.masks.keep_G, keep_G)
+
+
+def _decide(model: nn.Module, one: ElementRule, scores_G: Tensor, sparsity: float, outside_G: Tensor | None) -> Tensor:
     removed_G = ~one.masks.keep_G if one.masks.active else None
     classes_S = classes_of(one.grouping, one.rule.scope)
     if one.window is not None:
@@ -273,9 +284,10 @@ def decide(model: nn.Module, one: ElementRule, scores_G: Tensor, progress: float
         return allocate_windows(
             scores_G, one.grouping, one.window, sparsity, dims, one.limits(), classes_S, removed_G, key
         )
-    exempt_G = None
+    exempt_G = outside_G
     if one.stacked or isinstance(one.pattern, Slice):
         gone_G = pruned_channels(one.grouping, one.masks.keep_G)
+        gone_G = gone_G if outside_G is None else gone_G | outside_G
         exempt_G = gone_G if bool(gone_G.any()) else None
     sizes = one.grouping.set_sizes.tolist()
     keep_G = allocate(scores_G, sizes, sparsity, one.limits(), classes_S, removed_G, exempt_G)

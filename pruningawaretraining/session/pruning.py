@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -152,6 +152,7 @@ class Pruning:
         self._begun = self._ended = self._says_before = self._heard = False
         self._sharded = self._sought_shards = False
         self._no_channels = NoChannels()
+        self._steps_per_epoch: int | None = None
         if isinstance(model, nn.Module):
             self.model = model
         for one in optimizers:
@@ -325,11 +326,12 @@ class Pruning:
         else:
             channels.check_targets()
         self._channels = channels
+        self._count_epochs()
         self._hand_calibration()
         channels.listen()
         for one in self._channels.rules:
             if one.rule.at_init and one.rule.start <= 0 and one.state.phase == "regularize":
-                self._channels.prune(one.rule.start, self._surroundings())
+                self._channels.prune(one.times.first, self._surroundings())
 
     def _build_channels(self, rules: list[tuple[str, Rule]]) -> ChannelPruner:
         chosen = [
@@ -515,9 +517,21 @@ class Pruning:
     # --- hooks of a training loop -------------------------------------------------------------------------------
 
     def on_train_begin(self, dataloader: Any = None) -> None:
-        """Before the first epoch: from here on, settings stay as they are."""
+        """Before the first epoch: from here on, settings stay as they are.
+
+        Args:
+            dataloader: the loader of the training; how many batches it has matters where events are at fractions of
+                epochs.
+        """
         self._check_same(self.model)
         self._begun = True
+        self._steps_per_epoch = len(dataloader) if isinstance(dataloader, Sized) else None
+        self._count_epochs()
+
+    def _count_epochs(self) -> None:
+        """Let rules that count in fractions of epochs know how many steps an epoch has."""
+        for one in self._all_rules():
+            one.times = one.rule.timeline(self._steps_per_epoch)
 
     def calibrate_with(self, dataloader: Iterable[Any], loss_fn: LossFn) -> None:
         """Give second-order criteria data of their own: every event of theirs then measures curvature on it and moves
@@ -651,16 +665,18 @@ class Pruning:
 
     def _warn_of_idle_rules(self) -> None:
         """Say which rules never had an event, most often because the loop does not count what they count."""
-        rules: list[ChannelRule | ElementRule] = []
-        rules += [] if self._channels is None else self._channels.rules
-        rules += [] if self._elements is None else self._elements.rules
         calls = {"epoch": "prune(model, epoch) counts epochs", "step": "the optimizer's steps are counted"}
-        for one in rules:
+        for one in self._all_rules():
             if one.rule.target.given and one.rule.mode == "prune" and one.state.event == 0:
                 log.warning(
                     "%s: it never pruned: its first event is in %s %d (%s)",
-                    *(one.key, one.rule.unit, one.rule.start, calls[one.rule.unit]),
+                    *(one.key, one.times.counts, one.times.first, calls[one.times.counts]),
                 )
+
+    def _all_rules(self) -> list[ChannelRule | ElementRule]:
+        """The rules that are at work."""
+        channels = [] if self._channels is None else self._channels.rules
+        return [*channels, *([] if self._elements is None else self._elements.rules)]
 
     def channel_regularize(self, model: nn.Module | None = None) -> None:
         """Add the channel regularisers to ``.grad``, in place; call it after ``loss.backward()``.
