@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pruningawaretraining.config.dialects.sparseml_keys import Pruning, RateFunction, SecondOrderPruning, SetRate
-from pruningawaretraining.config.schema import Distillation, PruningConfig, Rule
+from pruningawaretraining.config.schema import Distillation, Phase, PruningConfig, Rule
 from pruningawaretraining.config.targets import ExampleInputs, Target
 from pruningawaretraining.experiment import schema as experiment
 from pruningawaretraining.registry import _ALIASES, lookup, names, spellings
@@ -32,6 +32,7 @@ SECTIONS = {
     "Target": "target",
     "ExampleInputs": "example_inputs",
     "Distillation": "distillation",
+    "Phase": "a-phase",
     "RateFunction": "rates",
     "SetRate": "rates",
 }
@@ -64,7 +65,8 @@ def allowed(schema: Mapping[str, Any]) -> str:
     if "const" in schema:
         return f"`{schema['const']}`"
     if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(allowed(one) for one in schema["anyOf"]))
+        words = list(dict.fromkeys(allowed(one) for one in schema["anyOf"]))
+        return " or ".join(word for word in words if not (word.startswith("whole number") and word[6:] in words))
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         heading = SECTIONS.get(name, name.removesuffix("Config").lower())
@@ -196,6 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "Target": lambda: keys_of(Target),
     "ExampleInputs": lambda: keys_of(ExampleInputs),
     "Distillation": lambda: keys_of(Distillation),
+    "Phase": lambda: keys_of(Phase),
     "ExperimentConfig": lambda: keys_of(experiment.ExperimentConfig),
     "ModelConfig": lambda: keys_of(experiment.ModelConfig),
     "DataConfig": lambda: keys_of(experiment.DataConfig),

@@ -1,13 +1,15 @@
 """Schedules: how much of the way to the final sparsity has been gone at progress t in [0, 1].
 
 A schedule is a function ``(t, start, final) -> sparsity`` with ``start <= final``; it returns ``start`` at t = 0 and
-exactly ``final`` at t = 1 (``one_shot`` returns ``final`` everywhere).
+exactly ``final`` at t = 1 (``one_shot`` returns ``final`` everywhere). A :class:`Timeline` says at which epochs or
+steps a rule has events, and which sparsity each asks for.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from pruningawaretraining.registry import lookup, register
 
@@ -88,3 +90,135 @@ def sparsity_at(name: str, t: float, start: float = 0.0, final: float = 1.0) -> 
     if t >= 1:
         return final
     return min(max(schedule(t, start, final), start), final)
+
+
+PRESENT = "present"
+"""``initial`` of a stretch that starts from the sparsity that the weights have."""
+ROUNDING = 1e-9
+"""Below this part of a tick, a moment lies on it: 0.1 epochs of 30 steps are 3 steps."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """One stretch of a schedule: events from ``start`` on, every ``every``, up to ``end``.
+
+    Args:
+        start, end, every: in epochs or steps; fractions of an epoch are allowed.
+        schedule: a registered schedule.
+        initial: sparsity of the event at ``start``; from there the schedule goes by the time that has passed, and
+            ``end`` has an event in any case. ``"present"``: the sparsity that is there. None: from what is there, the
+            first event taking its first part: event k of n is at progress k / n.
+        final: sparsity of the last event.
+        layers: entries of the layers that it prunes; None for all of the rule's.
+    """
+
+    start: float
+    end: float
+    every: float
+    schedule: str
+    initial: float | str | None
+    final: float
+    layers: tuple[str, ...] | None = None
+
+    def ticks(self, scale: int) -> tuple[int, int, int]:
+        """(first event, distance, last event) in ticks, ``scale`` of them to an epoch."""
+        first, distance = _tick(self.start * scale), max(1, _tick(self.every * scale))
+        end = max(first, _tick(self.end * scale))
+        return first, distance, end if self.initial is not None else end - (end - first) % distance
+
+    def progress(self, now: int, scale: int) -> float:
+        """How far the stretch has gone with the event at tick ``now``: 1 at its last event."""
+        first, distance, last = self.ticks(scale)
+        if now >= last:
+            return 1.0
+        if self.initial is None:
+            return ((now - first) // distance + 1) / ((last - first) // distance + 1)
+        return (now / scale - self.start) / (self.end - self.start)
+
+    def sparsity(self, now: int, scale: int, before: float) -> float:
+        """The sparsity that the event at tick ``now`` asks for, ``before`` being there at its first event."""
+        there = min(before, self.final)
+        initial = self.initial if isinstance(self.initial, (int, float)) else there
+        return sparsity_at(self.schedule, self.progress(now, scale), initial, self.final)
+
+
+def _tick(moment: float) -> int:
+    return math.ceil(moment - ROUNDING)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When a rule has its events, and how far each goes.
+
+    Args:
+        unit: what the stretches count, "epoch" or "step".
+        stretches: in the order of time, none before the end of the one before it.
+        steps: optimizer steps of an epoch, where that is known.
+    """
+
+    unit: str
+    stretches: tuple[Stretch, ...]
+    steps: int | None = None
+
+    @property
+    def fractional(self) -> bool:
+        """Whether it counts in fractions of epochs."""
+        moments = (moment for one in self.stretches for moment in (one.start, one.end, one.every))
+        return self.unit == "epoch" and any(moment != int(moment) for moment in moments)
+
+    @property
+    def counts(self) -> str:
+        """What its ticks are: "step" also for fractions of epochs, once the steps of an epoch are known; "epoch"."""
+        return "step" if self.fractional and self.steps else self.unit
+
+    @property
+    def scale(self) -> int:
+        """Ticks of one unit."""
+        return self.steps if self.fractional and self.steps else 1
+
+    @property
+    def first(self) -> int:
+        """The tick of the first event."""
+        return self.stretches[0].ticks(self.scale)[0]
+
+    @property
+    def last(self) -> int:
+        """The tick of the last event."""
+        return self.stretches[-1].ticks(self.scale)[2]
+
+    def is_event(self, now: int) -> bool:
+        """Whether a tick has an event; after the last one those that are still due go on in the same rhythm."""
+        if now < self.first:
+            return False
+        one = self.at(now)
+        first, distance, last = one.ticks(self.scale)
+        regular = (now - first) % distance == 0 and (now <= last or one is self.stretches[-1])
+        return regular or any(now == each.ticks(self.scale)[2] for each in self.stretches)
+
+    def at(self, now: int) -> Stretch:
+        """The stretch that decides at a tick: the last one that has begun."""
+        begun = [one for one in self.stretches if one.ticks(self.scale)[0] <= now]
+        return begun[-1] if begun else self.stretches[0]
+
+    def sparsity(self, now: int, before: float = 0.0) -> float:
+        """The sparsity that the event at a tick asks for.
+
+        Args:
+            now: the tick.
+            before: sparsity that is there at the first event.
+        """
+        one = self.at(now)
+        earlier = self.stretches[: self.stretches.index(one)]
+        return one.sparsity(now, self.scale, earlier[-1].final if earlier else before)
+
+    def ends_before(self, now: int) -> list[int]:
+        """The last ticks of the stretches that are over before the one that decides at a tick."""
+        return [one.ticks(self.scale)[2] for one in self.stretches[: self.stretches.index(self.at(now))]]
+
+    def progress(self, now: int) -> float:
+        """How far the stretch that decides at a tick has gone with the event there, 1 at its last event."""
+        return self.at(now).progress(now, self.scale)
+
+    def events(self) -> list[int]:
+        """The ticks of all events, in order."""
+        return [now for now in range(self.first, self.last + 1) if self.is_event(now)]

@@ -24,6 +24,7 @@ from pruningawaretraining.models import comparison, precision
 from pruningawaretraining.models.calling import outputs_of
 from pruningawaretraining.models.comparison import Comparison
 from pruningawaretraining.models.masked_norms import KeptLayerNorm
+from pruningawaretraining.models.probes import probes_of
 
 HALF = {"rules": [{"target": {"macs": 0.5}, "start": 0, "end": 0}]}
 DOZEN = (*zoo.NAMES, "resnet50", "efficientnet_b0", "vit_b_16", "resnet56")
@@ -177,7 +178,8 @@ def test_float64_is_lent_and_leaves_no_trace() -> None:
     model, inputs = Keeps(), torch.randn(3, 2, 4)
     before = {id(one): dict(vars(one)) for one in model.modules()}
     values = {name: (one, one.clone()) for name, one in model.state_dict(keep_vars=True).items()}
-    found = Comparison(model, inputs).outputs()
+    comparing = Comparison(model, inputs)
+    found = comparing.outputs()
     assert found.exact
     assert found.tensors[0].dtype is torch.float64
     for module in model.modules():
@@ -187,7 +189,7 @@ def test_float64_is_lent_and_leaves_no_trace() -> None:
         assert one is values[name][0]
         assert torch.equal(one, values[name][1])
     assert (model.cache, model.calls) == ({}, [])
-    assert torch.allclose(outputs_of(model, inputs)[0], found.tensors[0].float(), atol=1e-6)
+    assert torch.allclose(outputs_of(model, comparing.inputs)[0], found.tensors[0].float(), atol=1e-6)
 
 
 def test_it_is_given_back_when_the_model_fails() -> None:
@@ -229,11 +231,59 @@ class Chance(nn.Module):
         return self.f(nn.functional.dropout(self.a(x), 0.5, training=True))
 
 
-def test_chance_is_not_called_a_mistake(caplog: pytest.LogCaptureFixture) -> None:
+class OwnChance(Chance):
+    """Draws from a generator of its own, which no seed reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.f(x * torch.rand(x.shape, generator=self.generator, dtype=x.dtype))
+
+
+class Reparametrised(Chance):
+    """Noise on the input, and a hidden layer that is sampled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x + 0.1 * torch.randn_like(x))
+        return self.f(x + torch.randn(x.shape, dtype=x.dtype) * x.abs().sqrt())
+
+
+class MixesByChance(Chance):
+    """Draws random numbers, and weighs channels by their number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(self.a(x), 0.5, training=True)
+        return self.f(x * torch.arange(1, 1 + x.shape[1], dtype=x.dtype))
+
+
+@pytest.mark.parametrize(
+    ("kind", "left", "told"),
+    [
+        (Chance, {"f"}, False),
+        (Reparametrised, {"f"}, False),
+        (OwnChance, {"f"}, True),
+    ],
+)
+def test_chance_is_not_called_a_mistake(
+    kind: type[nn.Module], left: set[str], told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
+    model, inputs = kind(), torch.randn(4, 6)
     with caplog.at_level(logging.WARNING):
-        assert left_out(Chance(), torch.randn(4, 6)) == {"f"}
-    assert "nothing can be compared" in caplog.text
+        assert left_out(model, inputs) == left
+    assert ("nothing can be compared but shapes" in caplog.text) is told
+    pruner = Pruning(model, HALF, example_inputs=inputs)
+    pruner.prune(model, 0)
+    assert pruner.channel_pruner.removed and model.a.out_features == 8
+
+
+def test_a_mistake_beside_chance_is_found() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="a: removed, some of it would leave another model"):
+        Pruning(MixesByChance(), HALF, example_inputs=torch.randn(4, 6))
 
 
 def settings() -> dict[str, Any]:
@@ -327,6 +377,96 @@ def test_what_others_are_compared_with_is_computed_in_float32(tmp_path: Any) -> 
 )
 def test_gaps(expected: list[float], actual: list[float], gap: float, scale: float) -> None:
     assert comparison.gap_of(torch.tensor(expected), torch.tensor(actual)) == (gap, scale)
+
+
+class Limits(nn.Module):
+    """Weighs channels by their number, and puts minus infinity into one place of its output, as masks of scores do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.f = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = self.f(x * torch.arange(1, 1 + x.shape[1], dtype=x.dtype))
+        return torch.where(torch.arange(3) == 2, -torch.inf, x)
+
+
+def test_one_infinity_does_not_hide_a_mistake() -> None:
+    with pytest.raises(ModelError, match="a: removed, some of it would leave another model"):
+        Pruning(Limits(), HALF, example_inputs=torch.randn(4, 6))
+
+
+class Shuffles(nn.Module):
+    """Without biases, and with a channel shuffle written by hand: an example of zeros shows nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        same = {"kernel_size": 3, "padding": 1, "bias": False}
+        self.a, self.b = nn.Conv2d(3, 16, **same), nn.Conv2d(16, 16, **same)
+        self.c, self.o = nn.Conv2d(16, 16, groups=2, **same), nn.Conv2d(16, 3, **same)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu()).relu()
+        batch, channels, height, width = x.shape
+        x = x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(x.shape)
+        return self.o(self.c(x).relu())
+
+
+@pytest.mark.parametrize("example", [torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8), torch.rand(2, 3, 8, 8) * 1e-6])
+def test_examples_that_show_nothing_are_replaced(example: Tensor) -> None:
+    torch.manual_seed(0)
+    model, images = Shuffles(), torch.randn(4, 3, 8, 8)
+    pruner = Pruning(model, HALF, example_inputs=example)
+    seen: dict[str, Tensor] = {}
+    pruner.before_removal = lambda: seen.update(masked=outputs_of(model, images)[0])
+    pruner.prune(model, 0)
+    removed = outputs_of(model, images)[0]
+    assert pruner.channel_pruner.removed
+    assert float((seen["masked"] - removed).abs().max()) <= 1e-5 * float(removed.abs().max())
+
+
+def test_probes_keep_what_means_something() -> None:
+    numbers, switches = torch.arange(6), torch.tensor([0.0, 1.0, 1.0])
+    endless, single = torch.tensor([0.0, -torch.inf]), torch.tensor(0.5)
+    given = {"ids": numbers, "mask": (switches, endless), "time": single, "image": torch.rand(2, 3) * 4 - 1}
+    found = probes_of(given)
+    assert found["ids"] is numbers and found["mask"][0] is switches and found["mask"][1] is endless
+    assert found["time"] is single
+    image = found["image"]
+    assert image.shape == (2, 3) and not torch.equal(image, given["image"])
+    assert given["image"].min() <= image.min() and image.max() <= given["image"].max()
+    assert float(probes_of(torch.zeros(64)).std()) > 0.5
+    assert probes_of(torch.rand(4, dtype=torch.float16)).dtype is torch.float16
+
+
+class Picky(nn.Module):
+    """Takes no values but those of the example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.f = nn.Linear(6, 16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x != 2).any()):
+            raise ValueError("twos, please")
+        return self.f(self.a(x).relu())
+
+
+def test_a_model_that_rejects_random_inputs_gets_the_example() -> None:
+    model = Picky()
+    pruner = Pruning(model, HALF, example_inputs=torch.full((2, 6), 2.0))
+    pruner.prune(model, 0)
+    assert pruner.channel_pruner.removed
+
+
+def test_outputs_that_are_constant_are_said_to() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    with torch.no_grad():
+        model[1].weight.zero_()
+    comparing = Comparison(model, torch.randn(2, 4))
+    first = comparing.outputs()
+    assert comparing.verdict(first, comparing.outputs()) == comparison.Verdict(0.0, False)
 
 
 def test_outputs_that_tell_nothing_are_said_to() -> None:

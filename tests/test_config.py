@@ -97,6 +97,9 @@ CHANNELS = {
     "end": 50,
     "every": 5,
     "unit": "epoch",
+    "steps_per_epoch": None,
+    "initial": None,
+    "phases": [],
     "target": Target(macs=0.7).model_dump(),
     "final_sparsity": 1.0,
     "min_sparsity": 0.0,
@@ -392,8 +395,34 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"target": 0.5}, "rules[0].target: 0.5 is not a mapping"),
     ({"start": 9, "end": 3}, "rules[0].end: 3 is before start. Allowed: start (9) or later"),
     ({"end": -1}, "rules[0].end: -1 is before start"),
-    ({"start": 1.5}, "rules[0].start: 1.5 is not allowed. Allowed: a whole number"),
-    ({"every": 0}, "rules[0].every: 0 is not allowed. Allowed: a whole number of 1 or more"),
+    ({"start": "soon"}, "rules[0].start: 'soon' is not allowed. Allowed: a number"),
+    ({"start": 1.5, "end": 3, "unit": "step"}, "rules[0].start: 1.5 is not allowed. Allowed: a whole number of steps"),
+    ({"initial": 0.6}, "rules[0].initial: 0.6 is above the final sparsity. Allowed: at most 0.5"),
+    (
+        {"initial": 0.1, "target": {"macs": 0.5}},
+        "rules[0].initial: 0.1 goes with target.sparsity, and there is none. Allowed: leave it out",
+    ),
+    (
+        {"start": 2, "phases": [{"start": 0, "end": 2, "sparsity": 0.5}]},
+        "rules[0].start: 2 stands beside phases. Allowed: leave it out, each phase has its own",
+    ),
+    (
+        {"phases": [{"start": 0, "end": 4, "sparsity": 0.3}, {"start": 3, "end": 6, "sparsity": 0.5}]},
+        "rules[0].phases[1].start: 3 is before the end of the phase before, 4",
+    ),
+    (
+        {"phases": [{"start": 0, "end": 4, "sparsity": 0.3}]},
+        "rules[0].target.sparsity: 0.5 is not that of the last phase. Allowed: 0.3",
+    ),
+    (
+        {"phases": [{"start": 0, "end": 1, "every": 0, "sparsity": 0.5}]},
+        "rules[0].phases[0].every: 0 is not allowed. Allowed: a number above 0",
+    ),
+    (
+        {"phases": [{"start": 3, "end": 1, "sparsity": 0.5}]},
+        "rules[0].phases[0].end: 1 is before start. Allowed: start (3) or later",
+    ),
+    ({"every": 0}, "rules[0].every: 0 is not allowed. Allowed: a number above 0"),
     ({"multiple": 0}, "rules[0].multiple: 0 is not allowed. Allowed: a whole number of 1 or more"),
     ({"multiple": 2.5}, "rules[0].multiple: 2.5 is not allowed"),
     (

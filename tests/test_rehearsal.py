@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.nn import functional
 
 from pruningawaretraining import Pruning
 from pruningawaretraining.errors import ModelError
+from pruningawaretraining.masks import dry_run
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 
 CONFIG = {"rules": [{"target": {"sparsity": 0.5}, "start": 0, "end": 0}]}
 
@@ -139,3 +142,28 @@ def test_heads_that_only_training_runs_follow() -> None:
     model.train()
     sum(out.sum() for out in model(inputs)).backward()
     assert model.side[1].weight.grad is not None
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_processes_leave_out_what_the_first_did_not_find_in_time(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first has a limit and finds "trunk" alone; the others have none, and follow it."""
+    model, inputs, limits = Auxiliary(), torch.randn(4, 6), []
+    found = dry_run.find_channels
+    sent = torch.tensor([name == "trunk" for name in dry_run.producer_names(model)])
+
+    def agreed(mine: Tensor) -> tuple[Tensor]:
+        return (mine if number == 0 else sent,)
+
+    def found_by(*args: object) -> ChannelGroups:
+        limits.append(args[-1])
+        groups = found(*args[:-1], 60.0)
+        return groups if number else groups.without({1: "too late"})
+
+    monkeypatch.setattr(dry_run, "world_size", lambda: 2)
+    monkeypatch.setattr(dry_run, "rank", lambda: number)
+    monkeypatch.setattr(dry_run, "agreed", agreed)
+    monkeypatch.setattr(dry_run, "find_channels", found_by)
+    pruner = Pruning(model, {**CONFIG, "trace_limit": 5}, example_inputs=inputs)
+    assert set(pruner.masks) == {"trunk"}
+    assert limits == [5.0 if number == 0 else math.inf]
+    assert "side.1" in pruner.engine.found.skipped

@@ -19,10 +19,12 @@ from pruningawaretraining.config.checks import (
 )
 from pruningawaretraining.config.editor import complete_schema
 from pruningawaretraining.config.options import OPTIONS, check_supported
-from pruningawaretraining.config.strict import Amount, Count, Fraction, Positive, Strict, UnitInterval, Whole
+from pruningawaretraining.config.phases import OWN, Initial, Phase, check_initial, check_moments, check_phases
+from pruningawaretraining.config.strict import Amount, Count, Fraction, Moment, Pace, Positive, Strict, UnitInterval
 from pruningawaretraining.config.targets import ExampleInputs, Target
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import canonical, names
+from pruningawaretraining.schedules import Stretch, Timeline
 
 __all__ = [
     "Amount",
@@ -30,6 +32,7 @@ __all__ = [
     "Distillation",
     "ExampleInputs",
     "Fraction",
+    "Phase",
     "PruningConfig",
     "Rule",
     "UnitInterval",
@@ -63,10 +66,23 @@ class Rule(Strict):
         "parameters). Absent: latency where the target is about it, macs or parameters with a criterion whose scores "
         "add up (reconstruction, obs, cap), else ranking.",
     )
-    start: Whole = Field(0, description="First epoch (or step) at which to prune.")
-    end: Whole | None = Field(None, description="Epoch (or step) at which the target is due; absent: start, at once.")
-    every: Count = Field(1, description="Epochs (or steps) between one pruning event and the next, 1 or more.")
+    start: Moment = Field(0, description="First epoch (or step) at which to prune; epochs may be fractions.")
+    end: Moment | None = Field(None, description="Epoch (or step) at which the target is due; absent: start, at once.")
+    every: Pace = Field(1, description="Epochs (or steps) between one pruning event and the next, above 0.")
     unit: Literal["epoch", "step"] = Field("epoch", description="What start, end and every count.")
+    steps_per_epoch: Count | None = Field(
+        None,
+        description="Optimizer steps of an epoch, for events at fractions of epochs; absent: as many as the "
+        "dataloader of on_train_begin has batches.",
+    )
+    initial: Initial = Field(
+        None,
+        description="Sparsity of the event at start; the schedule goes from there to the target, by the time that has "
+        "passed. 'present': the sparsity that the weights have. Absent: the first event takes the first part.",
+    )
+    phases: list[Phase] = Field(
+        [], description="Several schedules, one after the other, instead of start, end, every, schedule and initial."
+    )
     target: Target = Field(Target(), description="What to reach.")
     final_sparsity: Fraction = Field(
         1.0,
@@ -107,15 +123,17 @@ class Rule(Strict):
         1, description="Parts in which an event's weights are zeroed, evenly until the next event, lowest scores first."
     )
 
-    @property
-    def events(self) -> int:
-        """How many events its schedule has."""
-        return ((self.start if self.end is None else self.end) - self.start) // self.every + 1
+    def timeline(self, steps: int | None = None) -> Timeline:
+        """When its events are, and how far each goes.
 
-    @property
-    def last_event(self) -> int:
-        """The epoch or step of the last event."""
-        return self.start + (self.events - 1) * self.every
+        Args:
+            steps: optimizer steps of an epoch, where they are known; steps_per_epoch goes first.
+        """
+        end = self.start if self.end is None or self.at_init else self.end
+        final = self.target.sparsity or self.final_sparsity
+        own = Stretch(self.start, end, self.every, self.schedule, self.initial, final)
+        stretches = tuple(phase.stretch() for phase in self.phases) or (own,)
+        return Timeline(self.unit, stretches, self.steps_per_epoch or steps)
 
     @field_validator("pattern", "criterion", "regularizer", "schedule", "scope", "allocation", mode="before")
     @classmethod
@@ -159,6 +177,16 @@ class Rule(Strict):
                 f"min_sparsity: {self.min_sparsity} is above max_sparsity. Allowed: at most {self.max_sparsity}"
             )
         sparsity = self.target.sparsity
+        moments = {"start": self.start, "end": self.start if self.end is None else self.end, "every": self.every}
+        check_moments(self.unit, moments)
+        final = None if self.target.about_costs else sparsity
+        check_initial(self.initial, final)
+        if self.phases:
+            defaults = {key: type(self).model_fields[key].default for key in OWN}
+            own = {key: getattr(self, key) for key in OWN if getattr(self, key) != defaults[key]}
+            check_phases(self.phases, own, final, self.unit)
+        if self.progressive > 1 and self.every != int(self.every):
+            raise ConfigError(f"progressive: {self.progressive} goes with whole epochs. Allowed: 1, or another 'every'")
         if self.enabled and sparsity is not None and self.min_sparsity > sparsity:
             raise ConfigError(
                 f"min_sparsity: {self.min_sparsity} is above target.sparsity. Allowed: at most {sparsity}"

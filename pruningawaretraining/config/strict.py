@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Callable
 from numbers import Real
@@ -51,6 +52,12 @@ UnitInterval = Annotated[float, Field(ge=0, le=1), within("a number in [0, 1]", 
 Amount = Annotated[float, Field(ge=0), within("a number of 0 or more", lambda value: 0 <= value < float("inf"))]
 Positive = Annotated[float, Field(gt=0), within("a number above 0", lambda value: 0 < value < float("inf"))]
 Whole = Annotated[int, within("a whole number", float.is_integer)]
+Moment = Annotated[
+    int | float,
+    within("a number", math.isfinite),
+    BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value),
+]
+Pace = Annotated[Moment, within("a number above 0", lambda value: 0 < value < math.inf)]
 Count = Annotated[int, Field(ge=1), within("a whole number of 1 or more", lambda n: n >= 1 and n.is_integer())]
 
 

@@ -165,7 +165,7 @@ def chooser(weights: Sequence[PrunableWeight], scope: str, limits: Limits) -> Ch
 
 
 def prune_by_curvature(
-    calibration: Calibration, one: ActiveRule, grouping: Grouping, keep_G: Tensor, sparsity: float
+    calibration: Calibration, one: ActiveRule, grouping: Grouping, keep_G: Tensor, now: int
 ) -> Tensor:
     """One event of a second-order rule: measure, decide, and move the weights that stay to where the loss rises least.
 
@@ -174,23 +174,25 @@ def prune_by_curvature(
         one: the rule; the weights change in place.
         grouping: its groups.
         keep_G: what is kept so far.
-        sparsity: the fraction of the groups that goes.
+        now: the epoch or step of the event.
 
     Returns:
         Its new masks, those of single weights also where groups are larger.
     """
-    pruner = WeightPruner(calibration, one.rule, weight_pattern(one.pattern, f"{one.key}.pattern"), one.criterion)
+    entries = one.times.at(now).layers
+    rule = one.rule if entries is None else one.rule.model_copy(update={"layers": list(entries)})
+    pruner = WeightPruner(calibration, rule, weight_pattern(one.pattern, f"{one.key}.pattern"), one.criterion)
     masks = {member.name: keep_W for member, keep_W in grouping.expand(keep_G)}
     so_far = {
         group_set.name: masks[member.name].expand(member.parameter.shape).contiguous()
         for group_set, member in zip(grouping.sets, grouping.members, strict=True)
     }
-    pruned = pruner.event(sparsity, so_far)
+    pruned = pruner.event(one.asked(now), so_far)
     put(calibration.model, pruned)
     kept = [
         slot_maxima(member, pruned[group_set.name].keep_W.float()).to(keep_G.device)
         if group_set.name in pruned
-        else torch.ones(member.n_slots, device=keep_G.device)
+        else slot_maxima(member, so_far[group_set.name].float()).to(keep_G.device)
         for group_set, member in zip(grouping.sets, grouping.members, strict=True)
     ]
     return torch.cat(kept) > 0

@@ -31,6 +31,7 @@ from pruningawaretraining.engine.coupled_rules import (
     check_sharded,
     set_of_layer,
 )
+from pruningawaretraining.engine.phases import tell_of_whole_epochs
 from pruningawaretraining.engine.rule import Decision
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.targets import Targets
@@ -42,7 +43,6 @@ from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.models.example_inputs import Example
 from pruningawaretraining.models.widths import conv_linear_widths
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
-from pruningawaretraining.schedules import sparsity_at
 
 
 class CoupledGroups:
@@ -149,25 +149,28 @@ class CoupledGroups:
 
     def ready(self, one: CoupledRule, calibration: Calibration | None) -> bool:
         """Whether the rule's event can take place; events of epochs say why they cannot, those of steps wait."""
-        return one.rule.unit == "epoch" or one.feed.ready(calibration)
+        return one.times.counts == "epoch" or one.feed.ready(calibration)
 
     # --- events -------------------------------------------------------------------------------------------------
 
     def begin(self, one: CoupledRule, context: RemovalContext) -> None:
         """The rule has its first event."""
+        tell_of_whole_epochs(one.key, one.times)
 
     def decide(self, one: CoupledRule, now: int, calibration: Calibration | None) -> Decision:
         """The rule's next masks, and whether its target is met with them."""
-        rule, progress = one.rule, one.progress(now)
+        rule = one.rule
         scores_R = self.scores(one, calibration)
         if rule.target.about_costs:
-            keep_R, met, reached = self.targets.decide(one, scores_R, self.keep_D, progress, self._copy_of)
+            keep_R, met, reached = self.targets.decide(
+                one, scores_R, self.keep_D, one.times.progress(now), self._copy_of
+            )
             if reached is not None:
                 one.state.latencies = [*one.state.latencies, {"at": now, **vars(reached)}]
             return Decision(keep_R, met)
         assert rule.target.sparsity is not None
         allocator = Allocator(one.grouping, scores_R, one.limits(), scope_of(one), ~self.keep_D[one.groups_D])
-        return Decision(allocator.at(sparsity_at(rule.schedule, progress, 0.0, rule.target.sparsity)), one.is_last(now))
+        return Decision(allocator.at(one.asked(now)), one.is_last(now))
 
     def _copy_of(self, keep_D: Tensor) -> nn.Module:
         """A copy of the model as it is now, without the groups that these masks drop."""

@@ -117,7 +117,7 @@ class Engine:
 
     def at_init(self) -> list[str]:
         """Let rules that begin with the pruner have their one event."""
-        return self._each(lambda one: one.rule.at_init and one.rule.start <= 0 and one.due(one.rule.start), None)
+        return self._each(lambda one: one.rule.at_init and one.rule.start <= 0 and one.due(one.times.first), None)
 
     def prune(self, epoch: int) -> list[str]:
         """Let every rule that counts epochs have the event or part that is due.
@@ -138,8 +138,8 @@ class Engine:
             last: only the last event of a schedule, which no further step may follow.
         """
         if last:
-            return self._each(lambda one: one.rule.unit == unit and now == one.rule.last_event and one.due(now), now)
-        return self._each(lambda one: one.rule.unit == unit, now)
+            return self._each(lambda one: one.times.counts == unit and now == one.times.last and one.due(now), now)
+        return self._each(lambda one: one.times.counts == unit, now)
 
     def _each(self, chosen: Callable[[ActiveRule], bool], now: int | None) -> list[str]:
         """Events of the chosen rules; a removal in one domain may give the next one other rules."""
@@ -148,7 +148,7 @@ class Engine:
             for number in range(len(domain.rules)):
                 one = domain.rules[number]
                 if chosen(one):
-                    at = one.rule.start if now is None else now
+                    at = one.times.first if now is None else now
                     advance(domain, one, at, self._context)
                     lines += self._fire(domain, one, at) if one.due(at) else []
         return lines
@@ -186,7 +186,7 @@ class Engine:
             else:
                 settle(one)
                 domain.put(one, keep_G, context, self.calibration)
-            lines = [f"{one.key}: {one.rule.unit} {now}: {' '.join(domain.summary(one))}"]
+            lines = [f"{one.key}: {one.times.counts} {now}: {' '.join(domain.summary(one))}"]
             lines += self._remove_at(domain, one, now, met, context)
             if met and one.rule.release:
                 complete(domain, one, context)
@@ -199,7 +199,7 @@ class Engine:
         """Remove at an event what can be removed then."""
         if not domain.removable or self.coupled is None:
             return []
-        where = f"{one.key}: {one.rule.unit} {now}"
+        where = f"{one.key}: {one.times.counts} {now}"
         if self.coupled.sharded and met:
             return [f"{where}: the target is met; gathered() removes what is masked"]
         if not met and one.rule.application != "remove":

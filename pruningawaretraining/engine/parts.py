@@ -24,7 +24,7 @@ def advance(domain: Domain, one: ActiveRule, now: int, context: Callable[[], Rem
     """
     if one.next_G is None or one.scores_G is None or one.state.begun is None:
         return
-    part = (now - one.state.begun) * one.parts // one.rule.every + 1
+    part = int((now - one.state.begun) * one.parts // one.rule.every) + 1
     if part >= one.parts:
         complete(domain, one, context())
     elif part > one.state.part:

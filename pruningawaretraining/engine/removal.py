@@ -5,17 +5,23 @@ Shape suffixes: ``_G`` groups that are still there.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.errors import ModelError
+from pruningawaretraining.masks.masks import Masks
+from pruningawaretraining.masks.partial_removal import removable_part
 from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.comparison import Comparison, Outputs
 from pruningawaretraining.models.compiling import forget_compiled
 from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.masked_norms import kept_norm_of
+
+logger = logging.getLogger(__name__)
 
 
 def remove_masked(coupled: CoupledGroups, context: RemovalContext) -> bool:
@@ -44,21 +50,60 @@ def remove_masked(coupled: CoupledGroups, context: RemovalContext) -> bool:
     before = comparison.outputs()
     coupled.masks.clear()
     try:
-        surgery = remove(coupled.model, coupled.found, keep_G, context.optimizers, context.followers, context.graphs)
+        part_G = _removed_part(coupled, keep_G, comparison, before, context)
     except BaseException:
-        coupled.masks.set(keep_G)
-        raise
-    try:
-        _check(comparison, before)
-    except BaseException:
-        surgery.undo()
         coupled.masks.set(keep_G)
         raise
     forget_compiled()
-    coupled.follow_removal(keep_G)
+    coupled.follow_removal(part_G)
+    coupled.masks.set(keep_G[part_G])
     coupled.reset_optimizer = True
     context.after_removal()
     return True
+
+
+def _removed_part(
+    coupled: CoupledGroups, keep_G: Tensor, comparison: Comparison, before: Outputs, context: RemovalContext
+) -> Tensor:
+    """Remove all masked groups, or those of the sets that can go, and say which cannot and why.
+
+    Raises:
+        ModelError: nothing can go; the model is as it was.
+    """
+    try:
+        _remove_checked(coupled, keep_G, keep_G, comparison, before, context)
+    except ModelError:
+        with torch.no_grad():
+            part_G, reasons = removable_part(coupled.model, coupled.found, keep_G, comparison, before, context.graphs)
+        if bool(part_G.all()):
+            raise
+        _remove_checked(coupled, part_G, keep_G, comparison, before, context)
+        for name, reason in reasons.items():
+            logger.warning("%s stays masked and is not removed: %s", name, reason)
+        return part_G
+    return keep_G
+
+
+def _remove_checked(
+    coupled: CoupledGroups,
+    part_G: Tensor,
+    keep_G: Tensor,
+    comparison: Comparison,
+    before: Outputs,
+    context: RemovalContext,
+) -> None:
+    """Remove some groups; if the model then computes something else, put everything back."""
+    surgery = remove(coupled.model, coupled.found, part_G, context.optimizers, context.followers, context.graphs)
+    try:
+        rest = Masks.coupled(coupled.model, coupled.found.restrict(coupled.model, part_G), coupled.spared)
+        rest.set(keep_G[part_G])
+        try:
+            _check(comparison, before)
+        finally:
+            rest.clear()
+    except BaseException:
+        surgery.undo()
+        raise
 
 
 def _check(comparison: Comparison, before: Outputs) -> None:

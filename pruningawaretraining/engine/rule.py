@@ -15,6 +15,7 @@ from torch import Tensor
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.criteria.base import Criterion
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
+from pruningawaretraining.schedules import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class ActiveRule:
         pattern: its pattern, built.
         criterion: what scores its groups.
         feed: gathers what the criterion needs.
+        times: when it has its events, and how far each goes.
         state: where it stands.
         next_G, scores_G: the masks that an event in parts leads to, and the scores that order it.
     """
@@ -71,10 +73,14 @@ class ActiveRule:
     rule: Rule
     pattern: Any
     criterion: Criterion
+    times: Timeline = field(init=False)
     feed: StatisticsFeed = field(init=False)
     state: RuleState = field(default_factory=RuleState, init=False)
     next_G: Tensor | None = field(default=None, init=False)
     scores_G: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.times = self.rule.timeline()
 
     @property
     def works(self) -> bool:
@@ -94,9 +100,9 @@ class ActiveRule:
     def due(self, now: int) -> bool:
         """Whether an epoch or step has an event: at start and every ``every`` from there on, once each."""
         aimless = self.rule.mode == "prune" and not self.rule.target.given
-        if not self.works or aimless or now < self.rule.start or self.state.waiting is not None:
+        if not self.works or aimless or self.state.waiting is not None:
             return False
-        return (now - self.rule.start) % self.rule.every == 0 and (self.state.last is None or now > self.state.last)
+        return self.times.is_event(now) and (self.state.last is None or now > self.state.last)
 
     def asks(self, steps: range, last: bool) -> bool:
         """Whether it matters for an event, or a part of one, which of these is the number of real steps.
@@ -105,25 +111,23 @@ class ActiveRule:
             steps: what the number may be.
             last: only the last event of the schedule counts.
         """
-        if self.rule.unit != "step" or (last and self.rule.last_event not in steps):
+        if self.times.counts != "step" or (last and self.times.last not in steps):
             return False
-        coming = steps[max(0, self.rule.start - steps.start) :]
+        coming = steps[max(0, self.times.first - steps.start) :]
         return (self.next_G is not None and not last) or any(self.due(now) for now in coming)
 
     def is_last(self, now: int) -> bool:
         """Whether an event is the last of the schedule."""
-        return self.rule.at_init or (now - self.rule.start) // self.rule.every + 1 >= self.rule.events
+        return now >= self.times.last
 
-    def progress(self, now: int) -> float:
-        """How far the schedule has come with an event, in (0, 1]."""
-        if self.is_last(now):
-            return 1.0
-        return ((now - self.rule.start) // self.rule.every + 1) / self.rule.events
+    def asked(self, now: int) -> float:
+        """The sparsity that the event at ``now`` asks for."""
+        return self.times.sparsity(now, self.state.initial)
 
     @property
     def parts(self) -> int:
         """In how many parts the masks of an event are taken."""
-        return min(self.rule.progressive, self.rule.every)
+        return int(min(self.rule.progressive, self.rule.every))
 
 
 @dataclass(frozen=True)
@@ -148,5 +152,5 @@ def warn_of_idle(rules: Iterable[ActiveRule]) -> None:
         if one.rule.target.given and one.rule.mode == "prune" and one.state.event == 0:
             logger.warning(
                 "%s: it never pruned: its first event is in %s %d (%s)",
-                *(one.key, one.rule.unit, one.rule.start, calls[one.rule.unit]),
+                *(one.key, one.times.counts, one.times.first, calls[one.times.counts]),
             )

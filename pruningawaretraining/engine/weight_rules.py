@@ -9,10 +9,12 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from pruningawaretraining.allocation.ranking import Limits, limits_of
 from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.engine.phases import outside_phase
 from pruningawaretraining.engine.rule import ActiveRule
 from pruningawaretraining.errors import ConfigError, ModelError, TargetError
 from pruningawaretraining.groups.grouping import Grouping
@@ -86,3 +88,13 @@ def same_tensors(old: Grouping, new: Grouping) -> bool:
     """Whether two groupings label the same tensors."""
     before, after = old.members, new.members
     return len(before) == len(after) and all(a.parameter is b.parameter for a, b in zip(before, after, strict=True))
+
+
+def check_phases(model: nn.Module, key: str, rule: Rule, grouping: Grouping) -> None:
+    """Refuse phases that name layers which are not the rule's.
+
+    Raises:
+        ConfigError: it names the phase.
+    """
+    for number, phase in enumerate(rule.phases):
+        outside_phase(model, grouping, phase.layers, f"{key}.phases[{number}].layers", torch.device("cpu"))

@@ -20,16 +20,16 @@ from pruningawaretraining.criteria.base import Statistics, refined, scorable
 from pruningawaretraining.criteria.second_order import Calibration, Sampling
 from pruningawaretraining.engine.compensation import prune_by_curvature, weight_pattern
 from pruningawaretraining.engine.context import RemovalContext
+from pruningawaretraining.engine.phases import outside_phase, tell_of_whole_epochs
 from pruningawaretraining.engine.rule import Decision
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
-from pruningawaretraining.engine.weight_rules import WeightRule, check_target, grouping_of, same_tensors
+from pruningawaretraining.engine.weight_rules import WeightRule, check_phases, check_target, grouping_of, same_tensors
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.groups.views import slot_sums
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.patterns.elements import input_dims
 from pruningawaretraining.patterns.slice import pruned_channels
-from pruningawaretraining.schedules import sparsity_at
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class WeightGroups:
     def _rule(self, key: str, rule: Rule, pattern: Any, criterion: Any, stacked: bool) -> WeightRule:
         grouping = grouping_of(self.model, key, rule, pattern)
         check_target(key, rule, pattern)
+        check_phases(self.model, key, rule, grouping)
         if grouping.skipped:
             shown = "; ".join(grouping.skipped[:4]) + ("; ..." if len(grouping.skipped) > 4 else "")
             logger.warning("%s: %r leaves %d layers as they are: %s", key, rule.pattern, len(grouping.skipped), shown)
@@ -90,6 +91,7 @@ class WeightGroups:
 
     def begin(self, one: WeightRule, context: RemovalContext) -> None:
         """The rule has its first event: zeros that are there already may count."""
+        tell_of_whole_epochs(one.key, one.times)
         if one.rule.keep_zeros or one.rule.mode == "lock":
             keep_G = one.masks.keep_G & ~zero_groups(one.grouping).to(one.masks.keep_G.device)
             self.mask(one, keep_G, context.optimizers)
@@ -97,15 +99,16 @@ class WeightGroups:
 
     def decide(self, one: WeightRule, now: int, calibration: Calibration | None) -> Decision:
         """The rule's next masks; a rule of second order with data of its own moves the weights that stay as well."""
-        progress, last = one.progress(now), one.is_last(now)
         if one.rule.mode != "prune":
             return Decision(one.masks.keep_G if one.rule.mode == "lock" else torch.ones_like(one.masks.keep_G), True)
+        last = one.is_last(now)
+        if one.asked(now) == 0 and one.rule.min_sparsity == 0:
+            return Decision(one.masks.keep_G, last)
         if calibration is not None and isinstance(one.criterion, Sampling):
-            sparsity = self._sparsity(one, progress)
-            return Decision(prune_by_curvature(calibration, one, one.grouping, one.masks.keep_G, sparsity), last)
+            return Decision(prune_by_curvature(calibration, one, one.grouping, one.masks.keep_G, now), last)
         statistics = Statistics(keep_G=one.masks.keep_G, tensors=one.feed.statistics(calibration))
         scores_G = self.scores(one, statistics)
-        return Decision(self._allocated(one, scores_G, statistics, progress), last, scores_G)
+        return Decision(self._allocated(one, scores_G, statistics, now), last, scores_G)
 
     def scores(self, one: WeightRule, statistics: Statistics) -> Tensor:
         """Scores of the rule's groups.
@@ -118,22 +121,27 @@ class WeightGroups:
             raise ModelError(f"{one.key}.criterion: {one.rule.criterion!r} gives NaN: the weights are not finite")
         return scores_G.detach().to(one.masks.keep_G.device)
 
-    def _sparsity(self, one: WeightRule, progress: float) -> float:
-        target = one.rule.target.sparsity or 0.0
-        return sparsity_at(one.rule.schedule, progress, min(one.state.initial, target), target)
+    def _allocated(self, one: WeightRule, scores_G: Tensor, statistics: Statistics, now: int) -> Tensor:
+        """The masks of the event at ``now``; what is masked stays so, and layers outside its phase are left alone."""
+        layers, key = one.times.at(now).layers, f"{one.key}.phases"
+        outside_G = outside_phase(self.model, one.grouping, layers, key, scores_G.device)
+        keep_G = self._chosen(one, scores_G, statistics, one.asked(now), outside_G)
+        return keep_G if outside_G is None else torch.where(outside_G, one.masks.keep_G, keep_G)
 
-    def _allocated(self, one: WeightRule, scores_G: Tensor, statistics: Statistics, progress: float) -> Tensor:
-        """The masks at a progress of the schedule, in (0, 1]; what is masked stays so."""
-        sparsity, limits = self._sparsity(one, progress), one.limits()
+    def _chosen(
+        self, one: WeightRule, scores_G: Tensor, statistics: Statistics, sparsity: float, outside_G: Tensor | None
+    ) -> Tensor:
+        limits = one.limits()
         removed_G = ~one.masks.keep_G if one.masks.active else None
         classes_S = classes_of(one.grouping, one.rule.scope)
         window = getattr(one.pattern, "window", None)
         if window is not None:
             dims, key = input_dims(self.model, one.grouping), f"{one.key}.target.sparsity"
             return allocate_windows(scores_G, one.grouping, window, sparsity, dims, limits, classes_S, removed_G, key)
-        exempt_G = None
+        exempt_G = outside_G
         if one.stacked or support_of(one.pattern).spares_pruned:
             gone_G = pruned_channels(one.grouping, one.masks.keep_G)
+            gone_G = gone_G if outside_G is None else gone_G | outside_G
             exempt_G = gone_G if bool(gone_G.any()) else None
         sizes = one.grouping.set_sizes.tolist()
         keep_G = allocate(scores_G, sizes, sparsity, limits, classes_S, removed_G, exempt_G)
@@ -221,11 +229,11 @@ class WeightGroups:
         for one in self.relabel():
             if not one.state.event or (one.rule.release and one.state.phase == "finetune"):
                 continue
-            if one.rule.mode == "prune":
-                progress = 1.0 if one.state.phase == "finetune" else one.state.event / one.rule.events
-                statistics = Statistics(keep_G=one.masks.keep_G, tensors=one.feed.statistics(None, required=False))
-                keep_G = self._allocated(one, self.scores(one, statistics), statistics, progress)
-                self.mask(one, keep_G, optimizers)
+            if one.rule.mode == "prune" and one.state.last is not None:
+                for now in [*one.times.ends_before(one.state.last), one.state.last]:
+                    statistics = Statistics(keep_G=one.masks.keep_G, tensors=one.feed.statistics(None, required=False))
+                    keep_G = self._allocated(one, self.scores(one, statistics), statistics, now)
+                    self.mask(one, keep_G, optimizers)
             elif one.rule.mode == "lock":
                 self.mask(one, ~zero_groups(one.grouping), optimizers)
 
@@ -238,7 +246,7 @@ class WeightGroups:
             old.masks.clear()
             old.feed.end()
             new = self._rule(old.key, old.rule, old.pattern, old.criterion, old.stacked)
-            new.state = replace(old.state, begun=None, part=0)
+            new.state, new.times = replace(old.state, begun=None, part=0), old.times
             self.rules[number] = new
             renewed.append(new)
         return renewed
@@ -249,4 +257,4 @@ class WeightGroups:
         for one in self.rules:
             if one.key in finished:
                 one.masks.set(~zero_groups(one.grouping))
-                one.state.phase, one.state.event = "finetune", one.rule.events
+                one.state.phase, one.state.event = "finetune", 1

@@ -4,6 +4,7 @@ Shape suffixes: ``_G`` groups.
 
 Models write widths into their code (a view, a constant that is added, attention heads). What a trace cannot see shows
 when a channel of every set is gone, or half of them, and the model runs on its example inputs; then all is put back.
+Meanwhile weights that start constant or tiny are random: a branch that starts at zero would hide what it does.
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.distributed.collectives import agreed, rank, world_size
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Member
+from pruningawaretraining.masks.bisection import working
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.calling import ForwardFn, outputs_of
 from pruningawaretraining.models.comparison import Comparison, Outputs
 from pruningawaretraining.models.fake_quant import resting
+from pruningawaretraining.models.probes import perturbed
 from pruningawaretraining.patterns.channel import find_channels
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.patterns.channel_labels import producer_names
 from pruningawaretraining.patterns.coupling import TRACE_LIMIT
 from pruningawaretraining.patterns.depth import find_blocks
 from pruningawaretraining.patterns.head import is_of_heads
@@ -35,6 +40,11 @@ logger = logging.getLogger(__name__)
 
 
 MISREAD = "removed, some of it would leave another model than masked: an operation that is not understood"
+LATE = "the first process did not find its coupled channels within trace_limit"
+NOTHING_TOLD = (
+    "%s: its outputs on random inputs like the example are constant or random, so that a removal can be checked by the "
+    "shapes of outputs alone. Pass example_inputs= that reach every output, or a forward_fn that returns more of them"
+)
 
 Left = Callable[[int, int], int]
 """(number of a set, its size) -> how many of its groups stay."""
@@ -87,6 +97,7 @@ class _Rehearsal:
         self.comparison = Comparison(model, inputs, forward_fn)
         self.multiples = multiples
         self.reasons: dict[int, str] = {}
+        self.told = True  # whether every comparison told something
 
     def problem_without(self, keep_G: Tensor) -> str:
         """Why the model cannot do with these groups alone; "" if it can."""
@@ -135,26 +146,13 @@ class _Rehearsal:
         if all(one.is_meta for one in removed.tensors):
             return ""
         with _masked(self.model, self.found, keep_G):
-            return MISREAD if self.comparison.verdict(self.comparison.outputs(), removed).difference else ""
+            verdict = self.comparison.verdict(self.comparison.outputs(), removed)
+        self.told &= verdict.informative
+        return MISREAD if verdict.difference else ""
 
-    def able(self, numbers: Sequence[int]) -> list[int]:
-        """The sets that can lose channels, together: halves are tried until the others are found."""
-        problem = self.problem(numbers)
-        if not problem:
-            return list(numbers)
-        if len(numbers) == 1:
-            self.reasons[numbers[0]] = problem
-            return []
-        middle = len(numbers) // 2
-        left, right = self.able(numbers[:middle]), self.able(numbers[middle:])
-        if len(left) + len(right) < len(numbers) and not self.problem([*left, *right]):
-            return [*left, *right]
-        for number in right:
-            problem = self.problem([*left, number])
-            if problem:
-                self.reasons[number] = problem
-            else:
-                left.append(number)
+    def able(self) -> list[int]:
+        """The sets that can lose channels, together."""
+        left, self.reasons = working(range(len(self.found.grouping.sets)), self.problem)
         return left
 
 
@@ -179,9 +177,13 @@ def removable_channels(
     Raises:
         ModelError: the inputs are rejected, or nothing can be removed.
     """
-    found = find_channels(model, inputs, chosen, forward_fn, units, limit)
+    found = _found_by_all(model, limit, lambda limit: find_channels(model, inputs, chosen, forward_fn, units, limit))
     rehearsal = _Rehearsal(model, found, inputs, forward_fn, multiples or {})
-    if len(rehearsal.able(range(len(found.grouping.sets)))) == len(found.grouping.sets):
+    with perturbed(model):
+        able = rehearsal.able()
+    if not rehearsal.told:
+        logger.warning(NOTHING_TOLD, type(model).__name__)
+    if len(able) == len(found.grouping.sets):
         return found
     reasons = {number: _why(found, number, reason) for number, reason in sorted(rehearsal.reasons.items())}
     left = found.without(reasons)
@@ -191,6 +193,24 @@ def removable_channels(
         shown = "; ".join(f"{name}: {reason}" for name, reason in list(left.skipped.items())[:4])
         raise ModelError(f"model: {type(model).__name__} has no prunable channel group. {shown}")
     return left
+
+
+def _found_by_all(model: nn.Module, limit: float, find: Callable[[float], ChannelGroups]) -> ChannelGroups:
+    """What the first process finds within the limit: clocks differ, so it alone has one and the others follow it."""
+    if world_size() == 1:
+        return find(limit)
+    names, found, problem = producer_names(model), None, None
+    try:
+        found = find(limit if rank() == 0 else math.inf)
+    except ModelError as error:
+        problem = error
+    mine = {one.name for one in found.grouping.sets} if found is not None else set()
+    (first,) = agreed(torch.tensor([name in mine for name in names]))
+    if found is None:
+        raise ModelError(str(problem)) from problem
+    missing = {name for name, there in zip(names, first.tolist(), strict=True) if not there}
+    late = {number: LATE for number, one in enumerate(found.grouping.sets) if one.name in missing}
+    return found.without(late) if late else found
 
 
 def removable_blocks(
@@ -207,7 +227,8 @@ def removable_blocks(
         ModelError: the inputs are rejected, or no block can go.
     """
     found = find_blocks(model, inputs, chosen, forward_fn)
-    reasons = _needed(_Rehearsal(model, found, inputs, forward_fn, {}), list(found.blocks))
+    with perturbed(model):
+        reasons = _needed(_Rehearsal(model, found, inputs, forward_fn, {}), list(found.blocks))
     for name, reason in reasons.items():
         logger.warning("%s stays: %s", name, reason)
     if len(reasons) == len(found.blocks):

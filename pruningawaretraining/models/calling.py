@@ -141,7 +141,7 @@ def shown(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, for messages; its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 

@@ -13,7 +13,12 @@ tolerance in the model's own dtype is both wide enough for rounding and narrow e
 3. Where outputs differ, it is measured on the same model how far rounding moves them: every operation sees its operands
    a little off (:class:`~pruningawaretraining.models.precision.Rounding`), for several seeds, and the model is run
    again as it is. A difference within ``MARGIN`` of the largest of these is rounding. Where rounding moves the outputs
-   by half of their size, or they are not finite or all 0, they say nothing.
+   by half of their size, or they are not finite, all 0 or constant, they say nothing.
+
+Inputs are random ones like the example (:func:`~pruningawaretraining.models.probes.probes_of`), so that an example of
+zeros hides nothing; a model that rejects these gets the example. Every pass starts from the same seeds, and a model
+that draws random numbers computes with constants in their place (:class:`~pruningawaretraining.models.chance.Still`).
+Where two passes of other seeds differ all the same, only shapes can be compared.
 """
 
 from __future__ import annotations
@@ -22,22 +27,19 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.models.calling import (
-    REJECTED,
-    ForwardFn,
-    full_precision,
-    generator_devices,
-    outputs_of,
-    same_generators,
-)
+from pruningawaretraining.errors import ModelError
+from pruningawaretraining.models.calling import REJECTED, ForwardFn, call_as_is, full_precision, outputs_of
+from pruningawaretraining.models.chance import Still, has_drawn, same_draws, seed
 from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.fake_quant import resting
 from pruningawaretraining.models.precision import Rounding, in_float64, inputs_in_float64, strict_float32
+from pruningawaretraining.models.probes import probes_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ class Verdict:
 
     Attributes:
         difference: the largest, as a fraction of the largest output; 0 where rounding explains it.
-        informative: whether any output told something: finite, not all 0, and not moved about by rounding or chance.
+        informative: whether any output told something: finite, not constant, and not moved about by rounding or chance.
     """
 
     difference: float
@@ -95,8 +97,11 @@ class Comparison:
         forward_fn: ForwardFn | None = None,
         graphs: Sequence[ExportedGraph] = (),
     ) -> None:
-        self.model, self.inputs, self.forward_fn, self.graphs = model, inputs, forward_fn, graphs
+        self.model, self.forward_fn, self.graphs = model, forward_fn, graphs
+        self.inputs, self._example = probes_of(inputs), inputs
         self.exact = True  # whether it can be computed in float64, as far as is known
+        self.draws = False  # whether a forward pass draws random numbers, as far as is known
+        self._has_run = False
         self._wide: bool | None = None  # whether that takes float64 as PyTorch's default dtype, once it is known
 
     def outputs(self) -> Outputs:
@@ -106,7 +111,15 @@ class Comparison:
             ModelError: it rejects the inputs.
         """
         with self._settings():
-            return self._outputs()
+            try:
+                found = self._outputs()
+            except ModelError:
+                if self._has_run or self.inputs is self._example:
+                    raise
+                self.inputs = self._example  # values other than these do not suit the model
+                found = self._outputs()
+            self._has_run = True
+            return found
 
     def verdict(self, expected: Outputs, actual: Outputs) -> Verdict:
         """Compare two states, of which the model is in one now (either).
@@ -118,48 +131,52 @@ class Comparison:
             return Verdict(float("inf"), True)
         gaps = [gap_of(one, other) for one, other in zip(expected.tensors, actual.tensors, strict=True)]
         allowed = EXACT if expected.exact and actual.exact else 0.0
-        informative = any(scale > 0 for _, scale in gaps)
+        told = [scale > 0 and not is_constant(one) for (_, scale), one in zip(gaps, expected.tensors, strict=True)]
         if all(gap <= allowed * scale for gap, scale in gaps):
-            return Verdict(0.0, informative)
+            return Verdict(0.0, any(told))
         worst, informative = 0.0, False
-        for (gap, scale), moved in zip(gaps, self._movement(), strict=True):
+        for (gap, scale), (moved, by_chance), tells in zip(gaps, self._movement(), told, strict=True):
             limit = max(MARGIN * moved, allowed * scale)
-            mistaken = gap > limit
-            informative |= mistaken or limit < scale / 2
+            chance = by_chance > limit and gap < float("inf")
+            mistaken = gap > limit and not chance
+            informative |= mistaken or (tells and not chance and limit < scale / 2)
             worst = max(worst, gap / max(scale, 1e-300)) if mistaken else worst
         if not informative:
             logger.warning(
-                "the outputs on the example inputs move by chance or rounding alone: nothing can be compared"
+                "the outputs on the example inputs move by chance or rounding alone: nothing can be compared but shapes"
             )
         return Verdict(worst, informative)
 
-    def _movement(self) -> list[float]:
-        """How far each output moves by rounding, and from one run to the next."""
+    def _movement(self) -> list[tuple[float, float]]:
+        """How far each output moves by rounding, and from one seed to another."""
         with self._settings():
             first = self._outputs().tensors
-            runs = [self._outputs().tensors]
-            for seed in range(SEEDS):
-                runs.append(self._outputs(Rounding(seed)).tensors)
-        return [max(gap_of(one, run[number])[0] for run in runs) for number, one in enumerate(first)]
+            runs = [self._outputs().tensors, *(self._outputs(Rounding(one)).tensors for one in range(SEEDS))]
+            other = self._outputs(number=1).tensors
+        return [
+            (max(movement_of(one, run[number]) for run in runs), movement_of(one, other[number]))
+            for number, one in enumerate(first)
+        ]
 
     @contextmanager
     def _settings(self) -> Iterator[None]:
         """What holds for every run, and random generators that are as before afterwards."""
-        with same_generators(self.model), full_precision(self.model), resting(self.model):
+        with same_draws(self.model), full_precision(self.model), resting(self.model):
             yield
 
-    def _outputs(self, within: Within = _AS_IT_IS) -> Outputs:
+    def _outputs(self, within: Within = _AS_IT_IS, number: int = 0) -> Outputs:
+        """Run the model once, within a mode, from the seeds of a number."""
         reason = ""
         for wide in self._widths():
             try:
                 with in_float64([self.model, *(one.graph for one in self.graphs)]), _default_float64(wide):
-                    found = Outputs(self._run(inputs_in_float64(self.inputs), within), True)
+                    found = Outputs(self._run(inputs_in_float64(self.inputs), within, number), True)
             except REJECTED as error:
                 reason = str(error)
             else:
                 self._wide = wide
                 return found
-        own = self._own(within)  # raises if it was not float64 that the model could not do
+        own = self._own(within, number)  # raises if it was not float64 that the model could not do
         if self.exact:
             logger.debug("compared in the model's own dtype, not in float64: %s", reason)
         self.exact = False
@@ -171,17 +188,28 @@ class Comparison:
             return ()
         return (False, True) if self._wide is None else (self._wide,)
 
-    def _own(self, within: Within) -> Outputs:
+    def _own(self, within: Within, number: int) -> Outputs:
         with strict_float32():
-            return Outputs(self._run(self.inputs, within), False)
+            return Outputs(self._run(self.inputs, within, number), False)
 
-    def _run(self, inputs: Any, within: Within) -> list[Tensor]:
-        for device in (torch.device("cpu"), *generator_devices(self.model)):
-            torch.rand((), device=device)  # each run draws other numbers: what moves by chance is to be seen
-        with within:
-            found = outputs_of(self.model, inputs, self.forward_fn)
+    def _run(self, inputs: Any, within: Within, number: int) -> list[Tensor]:
+        if not self.draws:
+            found = self._once(inputs, within, number)
+        if self.draws:
+            found = self._once(inputs, within, number, Still())  # type: ignore[no-untyped-call]
+        return found
+
+    def _once(self, inputs: Any, within: Within, number: int, still: Within = _AS_IT_IS) -> list[Tensor]:
+        seed(self.model, number)
+        with within, still:  # what a mode draws itself is not stilled
+            found = outputs_of(self.model, inputs, partial(self._called, number))
             for graph in self.graphs:
                 found += graph.outputs(inputs, self.forward_fn)
+        return found
+
+    def _called(self, number: int, model: nn.Module, inputs: Any) -> Any:
+        found = call_as_is(model, inputs, self.forward_fn)
+        self.draws = self.draws or has_drawn(model, number)
         return found
 
 
@@ -211,3 +239,18 @@ def gap_of(expected: Tensor, actual: Tensor) -> tuple[float, float]:
     difference = torch.where(finite, (one - other).abs(), 0.0).nan_to_num(nan=float("inf"), posinf=float("inf"))
     scale = torch.where(finite, one.abs(), 0.0)
     return float(difference.max()), float(scale.max())
+
+
+def movement_of(one: Tensor, other: Tensor) -> float:
+    """Largest absolute difference where both are finite; infinite where shapes differ."""
+    if one.shape != other.shape:
+        return float("inf")
+    both = torch.isfinite(one) & torch.isfinite(other)
+    return gap_of(torch.where(both, one, 0.0), torch.where(both, other, 0.0))[0]
+
+
+def is_constant(output: Tensor) -> bool:
+    """Whether an output of several values has only one: it says nothing of what the model computes."""
+    if output.is_meta or output.numel() < 2:
+        return False
+    return bool((output == output.reshape(-1)[0]).all())

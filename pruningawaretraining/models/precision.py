@@ -186,7 +186,8 @@ class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
         wide = value if value.dtype is torch.float64 else value.float()
         most = self._step(value.device, value.dtype, sums)
         noise = torch.empty(value.shape, dtype=wide.dtype).uniform_(-most, most, generator=self._generator)
-        return torch.addcmul(wide, wide, noise.to(value.device)).to(value.dtype)
+        moved = torch.addcmul(wide, wide, noise.to(value.device))
+        return torch.where(torch.isfinite(wide), moved, wide).to(value.dtype)
 
     def _step(self, device: torch.device, dtype: torch.dtype, sums: bool) -> float:
         step = _STEPS * torch.finfo(dtype).eps

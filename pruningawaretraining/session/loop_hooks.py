@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,8 +23,14 @@ class LoopHooks(Bound):
     """The hooks of a training loop."""
 
     def on_train_begin(self, dataloader: Any = None) -> None:
-        """Before the first epoch: from here on, settings stay as they are."""
+        """Before the first epoch: from here on, settings stay as they are.
+
+        Args:
+            dataloader: the loader of the training; how many batches it has matters where events are at fractions of
+                epochs.
+        """
         self._session.begun = True
+        self._session.count_epochs(len(dataloader) if isinstance(dataloader, Sized) else None)
 
     def calibrate_with(self, dataloader: Iterable[Any], loss_fn: LossFn) -> None:
         """Give second-order criteria data of their own: every event of theirs then measures curvature on it and moves

@@ -53,6 +53,7 @@ class Session:
         self.counted = CountedMacs()  # of a model whose widths stay
         self.rules = BuiltRules()
         self.engine = Engine(model, None, None, self.context)
+        self.steps_per_epoch: int | None = None
         self.begun = self.ended = self.sharded = self.by_calls = False
         self._given, self._sought_shards = given, False
         self._penalties: list[tuple[Regularizer, Tensor]] = []
@@ -113,9 +114,16 @@ class Session:
         else:
             coupled.check_targets()
         self.engine.coupled = coupled
+        self.count_epochs(self.steps_per_epoch)
         self._hand_calibration()
         self.engine.follow_phases()
         self.engine.at_init()
+
+    def count_epochs(self, steps: int | None) -> None:
+        """Let rules that count in fractions of epochs know how many steps an epoch has."""
+        self.steps_per_epoch = steps
+        for one in self.engine.rules:
+            one.times = one.rule.timeline(steps)
 
     def trace(self) -> CoupledGroups:
         """The groups that can be removed from the model as it is; nothing acts on them yet."""

@@ -1,0 +1,53 @@
+"""Phases of a rule on the model's side: the layers that one of them prunes, and epochs whose steps are not known.
+
+Shape suffixes: ``_G`` groups of one rule, ``_S`` its sets.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.patterns.selection import select
+from pruningawaretraining.schedules import Timeline
+
+logger = logging.getLogger(__name__)
+
+
+def outside_phase(
+    model: nn.Module, grouping: Grouping, entries: Sequence[str] | None, key: str, device: torch.device
+) -> Tensor | None:
+    """The groups (True) of layers that a phase leaves as they are; None where it prunes all layers of its rule.
+
+    Args:
+        model: the model.
+        grouping: of the rule.
+        entries: layers of the phase, as in a rule's ``layers``; None for all.
+        key: how messages call them.
+        device: of the result.
+
+    Raises:
+        ConfigError: an entry that is no layer, or none of them is the rule's.
+    """
+    if entries is None:
+        return None
+    found = select(model, entries, [one.name for one in grouping.sets], key)
+    if not found:
+        raise ConfigError(f"{key}: {list(entries)!r} selects none of the layers of the rule")
+    outside_S = torch.tensor([one.name not in found for one in grouping.sets])
+    return outside_S.repeat_interleave(torch.tensor([one.size for one in grouping.sets])).to(device)
+
+
+def tell_of_whole_epochs(key: str, times: Timeline) -> None:
+    """Warn that events at fractions of epochs wait for whole ones, for want of the number of steps."""
+    if times.fractional and times.counts == "epoch":
+        logger.warning(
+            "%s: its events at fractions of epochs wait for whole epochs: how many steps an epoch has is not known. "
+            "Give pruner.on_train_begin(dataloader), or steps_per_epoch",
+            key,
+        )
