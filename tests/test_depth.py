@@ -386,7 +386,7 @@ def test_every_criterion_ranks_blocks_or_is_refused_by_name() -> None:
         try:
             pruner = pruner_of(model, inputs, optimizer, **rule)
         except ConfigError as error:
-            assert f"criterion: {criterion!r} compares channels" in str(error)
+            assert f"criterion: {criterion!r} scores channels" in str(error)
             refused.add(criterion)
             continue
         _step(model, inputs, optimizer)

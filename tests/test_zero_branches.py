@@ -116,7 +116,7 @@ def test_of_a_removal_that_does_not_compare_the_rest_can_go() -> None:
     assert names == ["0", "1.a"]
     keep_G = torch.ones(found.grouping.size, dtype=torch.bool)
     keep_G[::3] = False
-    masks = Masks(model, found.grouping, found.norms)
+    masks = Masks.coupled(model, found)
     masks.set(keep_G)
     comparison = Comparison(model, images())
     masked, weights = comparison.outputs(), copy.deepcopy(model.state_dict())

@@ -28,6 +28,7 @@ from pruningawaretraining.engine.coupled_rules import (
     assign,
     check_caps,
     check_data,
+    check_schedule,
     check_sharded,
     set_of_layer,
 )
@@ -131,6 +132,7 @@ class CoupledGroups:
             TargetError, ConfigError: it names the target, and what can be reached.
         """
         for one in self.rules:
+            check_schedule(one)
             check_caps(one, self.model)
             allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), one.limits(), scope_of(one))
             if one.rule.target.about_costs and one.rule.enabled:

@@ -20,6 +20,7 @@ from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.engine.rule import ActiveRule
 from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.groups.grouping import Grouping, GroupSet
+from pruningawaretraining.schedules import PRESENT
 
 
 @dataclass(eq=False)
@@ -157,4 +158,19 @@ def check_sharded(one: CoupledRule, calibration: Calibration | None) -> None:
         raise ConfigError(
             f"{one.key}.criterion: {one.rule.criterion!r} with data of its own needs whole layers, and "
             "fully_shard has spread them. Allowed: DistributedDataParallel"
+        )
+
+
+def check_schedule(one: CoupledRule) -> None:
+    """Refuse schedules that depend on zeros inside weights.
+
+    Raises:
+        ConfigError: it names the option.
+    """
+    if PRESENT in (one.rule.initial, *(phase.initial for phase in one.rule.phases)) or any(
+        phase.layers is not None for phase in one.rule.phases
+    ):
+        raise ConfigError(
+            f"{one.key}.initial: 'present', and phases with layers, are not supported by the pattern "
+            f"{one.rule.pattern!r}. Allowed: a number, and a rule for each choice of layers"
         )

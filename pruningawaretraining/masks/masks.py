@@ -121,10 +121,11 @@ class Masks:
         self.active = sum(self.kept_by_set) < self.grouping.size
         self._writer.build(self.keep_G, self.kept_by_set)
         self._hook_gradients()
-        masked = self._writer.parameters()
-        device = masked[0].device if masked else torch.device("cpu")
-        for one in self.attachments:
-            one.mask(self.keep_on(torch.device("cpu")), device)
+        if self.attachments:
+            masked = self._writer.parameters()
+            device = masked[0].device if masked else torch.device("cpu")
+            for one in self.attachments:
+                one.mask(self.keep_on(torch.device("cpu")), device)
         self.apply()
 
     def clear(self) -> None:

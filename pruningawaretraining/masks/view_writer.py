@@ -27,6 +27,7 @@ class ViewWriter:
     def __init__(self, grouping: Grouping) -> None:
         self.grouping = grouping
         self._drops: list[tuple[Member, Tensor]] = []  # members with anything masked, and which of their slots
+        self._gone: list[int] = []  # how many of their slots are masked
         self._of: dict[int, list[int]] = {}  # indices of these by the id of the parameter
         self._entries: dict[tuple[int, bool], Tensor] = {}  # the same entry by entry, where labels are irregular
 
@@ -37,13 +38,14 @@ class ViewWriter:
 
     def build(self, keep_G: Tensor, kept_by_set: list[int]) -> None:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""
-        self._drops, self._entries, self._of = [], {}, {}
+        self._drops, self._gone, self._entries, self._of = [], [], {}, {}
         kept = kept_of_members(self.grouping, keep_G, kept_by_set)
         for member, left in zip(self.grouping.members, kept, strict=True):
             if left < member.n_slots:
                 self._of.setdefault(id(member.parameter), []).append(len(self._drops))
                 drop_S = ~slots_of(self.grouping, member, keep_G)
                 self._drops.append((member, drop_S.to(member.parameter.device)))
+                self._gone.append(member.n_slots - left)
 
     def parameters(self) -> list[Tensor]:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""
@@ -101,10 +103,10 @@ class ViewWriter:
     def masked_weights(self) -> int:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""
         total = 0
-        for member, drop_S in self._drops:
+        for (member, drop_S), gone_slots in zip(self._drops, self._gone, strict=True):
             counts = slot_counts(member)
             if counts.numel() == 1:
-                total += counts_of(drop_S, [member.n_slots])[0] * int(counts)
+                total += gone_slots * int(counts)
                 continue
             alike = [dim for dim, length in enumerate(counts.shape) if length == 1]
             gone = drop_S.view(member.sizes)
