@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.models.calling import tensors_of
+from pruningawaretraining.models.trees import tensors_of
 
 
 def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:

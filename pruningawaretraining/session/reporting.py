@@ -9,7 +9,8 @@ from torch import nn
 
 from pruningawaretraining.costs.macs import macs_per_layer
 from pruningawaretraining.engine.channel_pruner import ChannelPruner, layer_widths
-from pruningawaretraining.models.calling import ForwardFn, tensors_of
+from pruningawaretraining.models.calling import ForwardFn
+from pruningawaretraining.models.trees import tensors_of
 
 
 def set_rows(engine: ChannelPruner) -> list[dict[str, Any]]:
