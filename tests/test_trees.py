@@ -37,7 +37,6 @@ NESTS = {
     "own list": (Own([A, B]), [A, B]),
     "dataclass": (Output(A, [B, 3]), [A, B]),
     "dataclass in a dict": ({"out": Output(A), "more": (B,)}, [A, B]),
-    "size": (torch.Size([2, 3]), []),
     "nothing": (None, []),
 }
 
