@@ -29,7 +29,8 @@ from zoo_models import SIZES, build
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, save_pruned
 from pruningawaretraining.errors import PruningError
-from pruningawaretraining.models.calling import call, float_tensors_of, outputs_of
+from pruningawaretraining.models.calling import call, outputs_of
+from pruningawaretraining.models.trees import float_tensors_of
 
 DOCS = Path(__file__).parent.parent / "docs" / "supported-models.md"
 TARGET = 0.5

@@ -12,6 +12,8 @@ import pickle
 import re
 import struct
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ BROKEN = (
     MemoryError,
     AssertionError,
     struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
     pickle.UnpicklingError,
     SafetensorError,
 )

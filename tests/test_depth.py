@@ -17,10 +17,11 @@ from torch.nn import functional
 from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, one_shot, save_pruned
 from pruningawaretraining.checkpoint.files import read_description
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
-from pruningawaretraining.models.calling import call, float_tensors_of, outputs_of
+from pruningawaretraining.models.calling import call, outputs_of
 from pruningawaretraining.models.optimizer_state import follow
 from pruningawaretraining.models.skipped_blocks import PassThrough
 from pruningawaretraining.models.surgery import Surgery
+from pruningawaretraining.models.trees import float_tensors_of
 from pruningawaretraining.patterns.depth import find_blocks
 from pruningawaretraining.registry import build as registered
 from pruningawaretraining.registry import names

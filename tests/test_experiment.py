@@ -300,7 +300,11 @@ BAD_RUNS: list[tuple[dict[str, Any], type[PruningError], str]] = [
         ConfigError,
         "in pruningawaretraining.experiment.models: 'DigitsResnet' is not known; did you mean 'DigitsResNet'",
     ),
-    ({"model": {"name": "builtins:dict", "kwargs": {}}}, ConfigError, "gives a dict, not a torch.nn.Module"),
+    (
+        {"model": {"name": "builtins:dict", "kwargs": {}}},
+        ConfigError,
+        "does not say that it gives a network",
+    ),
     (
         {"model": {"kwargs": {"width": 3}}},
         ConfigError,

@@ -87,7 +87,7 @@ BAD_ARRAYS: list[tuple[dict[str, Any], str]] = [
     ({"images": GREY, "labels": LABELS[:5]}, r"data.labels: int64 of shape \(5,\). Allowed: integers of shape \(20,\)"),
     ({"images": GREY, "labels": LABELS - 1}, "data.labels: 20 labels from -1. Allowed: at least two, from 0"),
     ({"images": GREY, "labels": LABELS / 2}, "data.labels: float64"),
-    ({"images": np.array([{}] * 20), "labels": LABELS}, "no .npz file of plain arrays"),
+    ({"images": np.array([{}] * 20), "labels": LABELS}, "cannot be read: .* Allowed: an .npz file of plain arrays"),
 ]
 
 

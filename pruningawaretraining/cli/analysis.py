@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
+from rich.text import Text
 
 from pruningawaretraining.cli.common import check_out, experiment_of, reported, shape_of
 
@@ -62,7 +63,7 @@ def analyze(
         runs = load_sources(sources, named, shape, out, shown)
         paths = write_comparison(runs, out, " / ".join(one.name for one in runs))
         _print_choices(runs, console)
-        console.print(", ".join(str(path) for path in paths), highlight=False, soft_wrap=True)
+        console.print(", ".join(str(path) for path in paths), highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_choices(runs: Sequence[Compared], console: Console) -> None:
@@ -75,7 +76,7 @@ def _print_choices(runs: Sequence[Compared], console: Console) -> None:
         strength = "–" if one.strength is None else f"{one.strength:g}"
         epoch = "–" if choice.epoch is None else str(choice.epoch)
         shown = "–" if accuracy is None else f"{accuracy:.2%}"
-        table.add_row(one.name, strength, epoch, f"{choice.threshold:.2g}", f"{choice.share:.1%}", shown)
+        table.add_row(Text(one.name), strength, epoch, f"{choice.threshold:.2g}", f"{choice.share:.1%}", shown)
     console.print(table)
     for one in runs:
         console.print(f"{one.name}: {one.choice.reason}", highlight=False, markup=False, soft_wrap=True)
@@ -105,7 +106,7 @@ def sweep(
         console = Console()
         runs, page = run_sweep(experiment, SweepOptions(strengths, folder, resume, overwrite), console)
         _print_choices(runs, console)
-        console.print(str(page), highlight=False, soft_wrap=True)
+        console.print(str(page), highlight=False, markup=False, soft_wrap=True)
 
 
 def sensitivity(
@@ -149,10 +150,10 @@ def sensitivity(
         )
         for name, one in found["sets"].items():
             row = [f"{100 * (at['accuracy'] - found['accuracy']):+.1f}" for at in one["rows"]]
-            table.add_row(name, str(one["groups"]), *row, f"{one['max_sparsity']:g}")
+            table.add_row(Text(name), str(one["groups"]), *row, f"{one['max_sparsity']:g}")
         console.print(f"{found['accuracy']:.2%} on {found['images']} images; change in points at each sparsity:")
         console.print(table)
-        console.print(", ".join(str(path) for path in paths), highlight=False, soft_wrap=True)
+        console.print(", ".join(str(path) for path in paths), highlight=False, markup=False, soft_wrap=True)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -18,8 +18,10 @@ Sources = Annotated[
     ),
 ]
 DenseModel = Annotated[
-    str | None, typer.Option(help="Of checkpoints: the dense model by name, or an experiment config.")
+    str | None,
+    typer.Option(help="Of checkpoints and folders of runs: the dense model by name, or an experiment config."),
 ]
+Trust = Annotated[bool, typer.Option("--trust", help="Let folders of runs import the models that their configs name.")]
 Rows = Annotated[Path | None, typer.Option(help="Write the rows to this JSON file; its folder must be there.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw accuracy against latency into this file (.svg).")]
 
@@ -27,6 +29,7 @@ Plot = Annotated[Path | None, typer.Option(help="Draw accuracy against latency i
 def latency(
     sources: Sources,
     model: DenseModel = None,
+    trust: Trust = False,
     input_shape: Annotated[str | None, typer.Option(help="Shape of the example input, e.g. 1,3,224,224.")] = None,
     runtime: Annotated[str, typer.Option(help="onnxruntime, torch, torch_compile, cuda or tensorrt.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
@@ -50,7 +53,7 @@ def latency(
             if path is not None:
                 check_out(path, key=key)
         shape = None if input_shape is None else shape_of(input_shape)
-        rows = timed(candidates(sources, model, shape), runtime, threads, batch, repeats)
+        rows = timed(candidates(sources, model, shape, trusted=trust), runtime, threads, batch, repeats)
         title = f"{runtime}, batch {batch}, {threads} thread{'s' if threads > 1 else ''}"
         console = Console()
         for table in timing_tables(rows, title, console.width):

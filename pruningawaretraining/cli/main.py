@@ -209,7 +209,9 @@ def _show(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
     if target.get("macs") is not None and pruned["macs"] > target["macs"] * dense["macs"]:
         kept = f"{pruned['macs'] / dense['macs']:.3f} of the MACs are kept, {target['macs']} was asked for"
         console.print(f"[yellow]The target was not met: {kept}. Let the rule's end lie before the last epoch.[/yellow]")
-    console.print(f"{folder / 'report.html'}  ({duration(summary.get('seconds'))})", highlight=False, soft_wrap=True)
+    console.print(
+        f"{folder / 'report.html'}  ({duration(summary.get('seconds'))})", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluating
@@ -44,7 +43,7 @@ def macs_per_layer(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn 
     Args and raises: as :func:`count_macs`.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    counter = _Counter()
+    counter = FlopCounterMode(display=False)
     named = dict.fromkeys((name for name, _ in model.named_modules()), 0)
     try:
         # The fast path of attention is one operation that the counter does not know.
@@ -53,40 +52,19 @@ def macs_per_layer(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn 
             checked_call(model, example_inputs, forward_fn)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    return {**named, "": counter.flops // 2}
-
-
-class _Counter(TorchDispatchMode):
-    """Adds up what torch's own formulas say of every operation; it looks at operations alone, not at modules."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is None:  # perhaps it is made of others
-            with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
-        result = func(*args, **kwargs)
-        if formula is not None:
-            self.flops += int(formula(*args, **kwargs, out_val=result))
-        return result
+    return {**named, "": counter.get_total_flops() // 2}
 
 
 @contextmanager
-def _counted_by_module(model: nn.Module, counter: _Counter, named: dict[str, int]) -> Iterator[None]:
+def _counted_by_module(model: nn.Module, counter: FlopCounterMode, named: dict[str, int]) -> Iterator[None]:
     """Add what each module computes, its children included, to ``named``; a function may call them in any order."""
     before: dict[str, list[int]] = {name: [] for name in named}
 
     def begin(name: str, *_: Any) -> None:
-        before[name].append(counter.flops)
+        before[name].append(counter.get_total_flops())
 
     def end(name: str, *_: Any) -> None:
-        named[name] += (counter.flops - before[name].pop()) // 2
+        named[name] += (counter.get_total_flops() - before[name].pop()) // 2
 
     handles = []
     for name, module in model.named_modules():

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.models.calling import ForwardFn, beside, checked_call, evaluating, tensors_of
+from pruningawaretraining.models.calling import ForwardFn, beside, checked_call, evaluating
+from pruningawaretraining.models.trees import tensors_of
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The processes that train one model together: what they share, and the wrapper that a removal outdates.
+"""Collectives of the processes that train one model together.
 
 Everything here is a collective: every process has to come to it, in the same order. One process alone communicates
 nothing.
@@ -28,11 +28,11 @@ def rank() -> int:
 
 
 @dataclass(frozen=True)
-class RankSlice:
-    """A process's part of every batch: each so-many-th example.
+class Ranks:
+    """The processes of a group, seen from one of them.
 
     Args:
-        rank: number of the process.
+        rank: number of this process.
         world: how many there are.
     """
 
@@ -40,17 +40,50 @@ class RankSlice:
     world: int = 1
 
     @classmethod
-    def own(cls) -> RankSlice:
-        """That of this process."""
+    def current(cls) -> Ranks:
+        """Those of the default process group, or one alone."""
         return cls(rank(), world_size())
 
-    def of(self, examples: Any) -> Any:
-        """The share of a tensor's or list's first dimension."""
+    def slice_of(self, examples: Any) -> Any:
+        """This process's part of a tensor's or list's first dimension: each so-many-th example."""
         return examples[self.rank :: self.world] if self.world > 1 else examples
 
+    def broadcast(self, tensor: Tensor, owner: int) -> Tensor:
+        """The owner's tensor, on every rank."""
+        if self.world > 1:
+            there = tensor.to(backend_device(), copy=True).contiguous()
+            dist.broadcast(there, owner)
+            return there.to(tensor.device)
+        return tensor
 
-WHOLE = RankSlice()
-"""All of every batch."""
+    def gather(self, tensor: Tensor, owner: int) -> Tensor | None:
+        """Every rank's tensor side by side along dimension 1, on the owner; None elsewhere."""
+        if self.world == 1:
+            return tensor
+        there = tensor.to(backend_device()).contiguous()
+        found = [torch.empty_like(there) for _ in range(self.world)] if self.rank == owner else None
+        dist.gather(there, found, owner)
+        return None if found is None else torch.cat(found, 1)
+
+    def total(self, number: int) -> int:
+        """The sum over ranks."""
+        return number if self.world == 1 else int(self.sum(torch.tensor(number)))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, on every rank."""
+        if self.world == 1:
+            return tensor
+        there = tensor.to(backend_device(), copy=True).contiguous()
+        dist.all_reduce(there)
+        return there.to(tensor.device)
+
+    def share(self, number: int) -> int:
+        """This rank's part of a number of equal tasks, rounded up: the same on every rank."""
+        return -(-number // self.world)
+
+
+ALONE = Ranks()
+"""One process."""
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -78,8 +79,42 @@ def local_member(member: M) -> M:
     return found
 
 
+@dataclass(frozen=True)
+class Shards:
+    """How weights are spread: over which dimensions of which mesh.
+
+    Args:
+        mesh: the device mesh.
+        mesh_dims: the dimensions of the mesh along which weights are sharded (not replicated).
+    """
+
+    mesh: Any
+    mesh_dims: tuple[int, ...]
+
+    @classmethod
+    def of(cls, weight_W: Tensor) -> Shards | None:
+        """None for a weight that is whole on this rank."""
+        if not is_sharded(weight_W):
+            return None
+        placements = weight_W.placements  # type: ignore[attr-defined]
+        if any(placement.is_partial() for placement in placements):
+            raise ModelError(f"params: placements {placements} are not allowed. Allowed: Shard, Replicate")
+        dims = tuple(index for index, placement in enumerate(placements) if placement.is_shard())
+        return cls(weight_W.device_mesh, dims)  # type: ignore[attr-defined]
+
+    def dims(self, weight_W: Any) -> tuple[int, ...]:
+        """The dimensions of a weight that are sharded."""
+        return tuple(sorted({weight_W.placements[index].dim % weight_W.dim() for index in self.mesh_dims}))
+
+    def all_reduce_(self, rows_R: Tensor, largest: bool = False) -> None:
+        """Sum (or take the maximum) over the ranks that share the weights' shards, in place."""
+        operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
+        for dim in self.mesh_dims:
+            torch.distributed.all_reduce(rows_R, operation, group=self.mesh.get_group(dim))
+
+
 def across(total_G: Tensor, weights: Iterable[Tensor], largest: bool = False) -> Tensor:
-    """What the parts on all processes come to, by one all-reduce for each mesh that weights are sharded over.
+    """Reduce over all processes what their parts come to, by one all-reduce for each mesh dimension that shards.
 
     Args:
         total_G: this process's sums (or maxima) over the weights; overwritten.
@@ -87,14 +122,43 @@ def across(total_G: Tensor, weights: Iterable[Tensor], largest: bool = False) ->
         largest: maxima instead of sums.
     """
     first = next((one for one in weights if is_sharded(one)), None)
-    if first is None:
-        return total_G
-    operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
-    for index, placement in enumerate(first.placements):  # type: ignore[attr-defined]
-        if placement.is_shard():
-            group = first.device_mesh.get_group(index)  # type: ignore[attr-defined]
-            torch.distributed.all_reduce(total_G, operation, group=group)
+    shards = None if first is None else Shards.of(first)
+    if shards is not None:
+        shards.all_reduce_(total_G, largest)
     return total_G
+
+
+def local_labels(
+    weight_W: Tensor, labels: Sequence[Tensor | None], sizes: Sequence[int]
+) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+    """The labels of this rank's part of a weight, on its device."""
+    device = weight_W.device
+    if not is_sharded(weight_W):
+        return tuple(None if label is None else label.to(device) for label in labels), tuple(sizes)
+    shape, offset = extent(weight_W)
+    found: list[Tensor | None] = []
+    for label, size, start in zip(labels, shape, offset, strict=True):
+        found.append(None if label is None else label[start : start + size].to(device))
+    return tuple(found), tuple(sizes)
+
+
+def check_whole_groups(weight_W: Any, labels: Sequence[Tensor | None], sizes: Sequence[int], name: str) -> None:
+    """Refuse a weight whose groups are cut by its shards, for maps that rank the elements of a group.
+
+    Raises:
+        ModelError: a group spans two shards.
+    """
+    shards = Shards.of(weight_W)
+    assert shards is not None
+    shape, offset = extent(weight_W)
+    for dim in shards.dims(weight_W):
+        label, start, stop = labels[dim], offset[dim], offset[dim] + shape[dim]
+        inside = [edge for edge in (start, stop) if 0 < edge < weight_W.shape[dim]]
+        if inside and (label is None or any(bool(label[edge - 1] == label[edge]) for edge in inside)):
+            raise ModelError(
+                f"{name}: its shards cut groups along dimension {dim}, and NMSparseConstraint needs whole ones. "
+                f"Shard another dimension, or choose shards that are a multiple of the group"
+            )
 
 
 def _is_fsdp(module: nn.Module) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from torch import Tensor, nn
 
 from pruningawaretraining.errors import CheckpointError, ConfigError, nearest, unknown
 from pruningawaretraining.experiment.schema import ModelConfig
-from pruningawaretraining.files import read_safetensors, read_torch
+from pruningawaretraining.files import BROKEN, read_safetensors, read_torch
 
+OWN, PREFIXES = __package__.partition(".")[0], ("timm", "torchvision")
+_NAME = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*")
 _CHANNEL_KEYS = ("in_channels", "in_chans")
 
 
@@ -45,7 +49,7 @@ def build_model(config: ModelConfig, num_classes: int | None = None, channels: i
             raise ConfigError(unknown(f"model.kwargs.{key}", key, parameters))
     try:
         model = factory(**kwargs)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except BROKEN as error:
         raise ConfigError(f"model.kwargs: {config.name!r} refuses {kwargs}: {' '.join(str(error).split())}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.name: {config.name!r} gives a {type(model).__name__}, not a torch.nn.Module")
@@ -68,7 +72,7 @@ def find_model(name: str) -> Callable[..., Any]:
         ConfigError: there is none; the nearest name is suggested.
     """
     prefix, _, rest = name.partition(":")
-    if rest and prefix not in ("timm", "torchvision"):
+    if ":" in name and prefix not in PREFIXES:
         return _imported(prefix, rest)
     from torchvision import models
 
@@ -102,7 +106,17 @@ class TimmBuilder:
         return model
 
 
+def is_imported(name: str) -> bool:
+    """Whether building the model of this name imports a module that is neither of this package nor of a known one."""
+    prefix, _, rest = name.partition(":")
+    return bool(rest) and prefix not in (*PREFIXES, OWN) and not prefix.startswith(f"{OWN}.")
+
+
 def _imported(module_name: str, attribute: str) -> Callable[..., Any]:
+    """What a module has under a name, if it is or says that it gives a network; nothing is called to find out."""
+    where = f"model.name: {f'{module_name}:{attribute}'!r}"
+    if not _NAME.fullmatch(module_name) or not _NAME.fullmatch(attribute):
+        raise ConfigError(f"{where} is no name. Allowed: 'package.module:callable' in public names of Python")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -113,10 +127,29 @@ def _imported(module_name: str, attribute: str) -> Callable[..., Any]:
             public = [name for name in vars(found) if not name.startswith("_")]
             raise ConfigError(unknown(f"model.name: in {module_name}", attribute, public))
         found = getattr(found, part)
-    if not callable(found):
-        raise ConfigError(f"model.name: {module_name}:{attribute} is no callable but {found!r}")
+    if not _gives_module(found):
+        raise ConfigError(
+            f"{where} does not say that it gives a network. Allowed: a class of nn.Module, or a function annotated "
+            "'-> nn.Module' (or a class of it)"
+        )
     result: Callable[..., Any] = found
     return result
+
+
+def _gives_module(found: Any) -> bool:
+    """Whether something is a class of networks, or a function whose annotation says that it returns one."""
+    if isinstance(found, type):
+        return issubclass(found, nn.Module)
+    function = inspect.unwrap(found.func if isinstance(found, functools.partial) else found)
+    if not inspect.isroutine(function):
+        return False
+    result = getattr(function, "__annotations__", {}).get("return")
+    if isinstance(result, str):  # looked up, not evaluated
+        head, *rest = result.strip("\"' ").split(".")
+        result = getattr(function, "__globals__", {}).get(head)
+        for part in rest:
+            result = getattr(result, part, None)
+    return isinstance(result, type) and issubclass(result, nn.Module)
 
 
 def load_weights(model: nn.Module, path: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pruningawaretraining.distributed.collectives import WHOLE, RankSlice
+from pruningawaretraining.distributed.collectives import ALONE, Ranks
 
 Batch = tuple[Tensor, Tensor]
 
@@ -30,7 +30,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def batches(
-        self, size: int, generator: torch.Generator | None, device: torch.device, share: RankSlice = WHOLE
+        self, size: int, generator: torch.Generator | None, device: torch.device, share: Ranks = ALONE
     ) -> Iterator[Batch]:
         """uint8 images and int64 labels on the device: in order, or shuffled by ``generator`` and without the rest;
         of each batch the ``share``."""
@@ -79,7 +79,7 @@ class MemorySource:
         return len(self.labels_N)
 
     def batches(
-        self, size: int, generator: torch.Generator | None, device: torch.device, share: RankSlice = WHOLE
+        self, size: int, generator: torch.Generator | None, device: torch.device, share: Ranks = ALONE
     ) -> Iterator[Batch]:
         """See :class:`Source`."""
         if self.images_NCHW.device != device:
@@ -88,18 +88,18 @@ class MemorySource:
             for images, labels in zip(
                 *(torch.split(one, size) for one in (self.images_NCHW, self.labels_N)), strict=True
             ):
-                yield share.of(images), share.of(labels)
+                yield share.slice_of(images), share.slice_of(labels)
             return
         order_N = torch.randperm(len(self), generator=generator).to(device)
         for index_B in torch.split(order_N, size):
             if len(index_B) == size or len(self) < size:
-                yield self.images_NCHW[share.of(index_B)], self.labels_N[share.of(index_B)]
+                yield self.images_NCHW[share.slice_of(index_B)], self.labels_N[share.slice_of(index_B)]
 
 
 class _Shares(torch.utils.data.Sampler[list[int]]):
     """One process's indices of every batch; all processes shuffle alike."""
 
-    def __init__(self, length: int, size: int, generator: torch.Generator | None, share: RankSlice) -> None:
+    def __init__(self, length: int, size: int, generator: torch.Generator | None, share: Ranks) -> None:
         self.length, self.size, self.generator, self.share = length, size, generator, share
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -112,7 +112,7 @@ class _Shares(torch.utils.data.Sampler[list[int]]):
             else torch.utils.data.SequentialSampler(data)
         )
         for batch in torch.utils.data.BatchSampler(order, self.size, shuffled and self.length >= self.size):
-            yield self.share.of(batch)
+            yield self.share.slice_of(batch)
 
 
 class FolderSource:
@@ -133,7 +133,7 @@ class FolderSource:
         return len(self.dataset)
 
     def batches(
-        self, size: int, generator: torch.Generator | None, device: torch.device, share: RankSlice = WHOLE
+        self, size: int, generator: torch.Generator | None, device: torch.device, share: Ranks = ALONE
     ) -> Iterator[Batch]:
         """See :class:`Source`."""
         loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(
@@ -164,7 +164,7 @@ class Pipeline:
     flip: bool = False
     crop: int = 0
     channels_last: bool = False
-    share: RankSlice = WHOLE
+    share: Ranks = ALONE
 
     def train(self, source: Source, size: int, generator: torch.Generator, device: torch.device) -> Iterator[Batch]:
         """One epoch of shuffled, augmented, normalised batches."""
@@ -176,7 +176,7 @@ class Pipeline:
                 images_BCHW = mirrored(images_BCHW, generator, whole, self.share)
             yield self.normalised(images_BCHW), labels_B
 
-    def test(self, source: Source, size: int, device: torch.device, share: RankSlice = WHOLE) -> Iterator[Batch]:
+    def test(self, source: Source, size: int, device: torch.device, share: Ranks = ALONE) -> Iterator[Batch]:
         """All images once, in order, normalised; of each batch the ``share``."""
         for images_BCHW, labels_B in source.batches(size, None, device, share):
             yield self.normalised(images_BCHW), labels_B
@@ -190,7 +190,7 @@ class Pipeline:
 
 
 def shifted(
-    images_BCHW: Tensor, most: int, generator: torch.Generator, whole: int | None = None, share: RankSlice = WHOLE
+    images_BCHW: Tensor, most: int, generator: torch.Generator, whole: int | None = None, share: Ranks = ALONE
 ) -> Tensor:
     """Each image moved by its own offset of up to ``most`` pixels in each direction; zeros come in.
 
@@ -203,7 +203,7 @@ def shifted(
     count, channels, height, width = images_BCHW.shape
     images_BP = functional.pad(images_BCHW, (most, most, most, most))
     offsets = torch.randint(0, 2 * most + 1, (2, whole or count, 1), generator=generator)
-    offsets = torch.stack([share.of(offsets[0]), share.of(offsets[1])]).to(images_BCHW.device)
+    offsets = torch.stack([share.slice_of(offsets[0]), share.slice_of(offsets[1])]).to(images_BCHW.device)
     rows_BH = offsets[0] + torch.arange(height, device=images_BCHW.device)
     columns_BW = offsets[1] + torch.arange(width, device=images_BCHW.device)
     image = torch.arange(count, device=images_BCHW.device).view(-1, 1, 1, 1)
@@ -211,11 +211,9 @@ def shifted(
     return images_BP[image, channel, rows_BH[:, None, :, None], columns_BW[:, None, None, :]]
 
 
-def mirrored(
-    images_BCHW: Tensor, generator: torch.Generator, whole: int | None = None, share: RankSlice = WHOLE
-) -> Tensor:
+def mirrored(images_BCHW: Tensor, generator: torch.Generator, whole: int | None = None, share: Ranks = ALONE) -> Tensor:
     """Each image mirrored left to right with probability a half; arguments as of :func:`shifted`."""
-    flip_B = share.of(torch.rand(whole or len(images_BCHW), generator=generator) < 0.5).to(images_BCHW.device)
+    flip_B = share.slice_of(torch.rand(whole or len(images_BCHW), generator=generator) < 0.5).to(images_BCHW.device)
     return torch.where(flip_B.view(-1, 1, 1, 1), images_BCHW.flip(3), images_BCHW)
 
 

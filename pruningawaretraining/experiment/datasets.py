@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.nn import functional
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment.data import DataSet, FolderSource, MemorySource, channel_statistics
 from pruningawaretraining.experiment.schema import DataConfig
+from pruningawaretraining.files import reading
 from pruningawaretraining.registry import lookup, register
 
 TORCHVISION = ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST")
@@ -109,11 +109,11 @@ def npz(config: DataConfig) -> DataSet:
     """An .npz file: x_train, y_train, x_test, y_test; or train_images, ...; or images and labels, a fixed fifth of
     which is for testing. Images are uint8 (N, H, W), (N, H, W, C) or (N, C, H, W); labels are integers from 0."""
     path = _npz_path(config)
-    try:
-        with np.load(path, allow_pickle=False) as pack:
-            arrays = {key: pack[key] for key in pack.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"data.root: {str(path)!r} is no .npz file of plain arrays: {error}") from error
+    with (
+        reading(path, "data.root", "an .npz file of plain arrays", ConfigError),
+        np.load(path, allow_pickle=False) as pack,
+    ):
+        arrays = {key: pack[key] for key in pack.files}
     keys = next((keys for keys in NPZ_KEYS if set(keys) <= arrays.keys()), None)
     if keys is None:
         allowed = "; or ".join(", ".join(keys) for keys in NPZ_KEYS)
@@ -199,7 +199,7 @@ def _decoded(folder: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
         try:
             with Image.open(path) as opened:
                 image = opened.convert("RGB")
-        except OSError as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise ConfigError(f"data.root: {path!r} cannot be decoded: {error}") from error
         return np.asarray(transforms.center_crop(transforms.resize(image, [size], antialias=True), [size, size]))
 

@@ -17,7 +17,7 @@ from pruningawaretraining.config import PruningConfig, load_config
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.costs.macs import macs_per_layer
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.experiment.build import build_model
+from pruningawaretraining.experiment.build import build_model, is_imported
 from pruningawaretraining.experiment.datasets import data_shape
 from pruningawaretraining.experiment.schema import ModelConfig, load_experiment
 from pruningawaretraining.models.calling import from_shapes
@@ -46,12 +46,13 @@ class Inspected:
     pruning: PruningConfig
 
 
-def load_inspected(source: str, input_shape: Sequence[int] | None = None) -> Inspected:
+def load_inspected(source: str, input_shape: Sequence[int] | None = None, *, trusted: bool = True) -> Inspected:
     """The model of an experiment config, or a model by name.
 
     Args:
         source: path of an experiment config, or a name as in a config's ``model.name``.
         input_shape: of the example input, with its batch dimension; without it, what the config or the model says.
+        trusted: whether the config may name a ``module:callable`` to import.
 
     Raises:
         ConfigError: no such config or model, or a shape that is none.
@@ -64,6 +65,11 @@ def load_inspected(source: str, input_shape: Sequence[int] | None = None) -> Ins
         model = build_model(ModelConfig(name=source))
         return Inspected(model, torch.zeros(list(input_shape or (1, *_own_shape(model)))), load_config(EVERYTHING))
     config = load_experiment(source)
+    if not trusted and is_imported(config.model.name):
+        raise ConfigError(
+            f"{source}: model.name: {config.model.name!r} is to be imported, and the folder of a run says so. "
+            "Allowed: --model with a model of yours, or --trust"
+        )
     if input_shape is None and config.pruning.example_inputs is not None:
         spec = config.pruning.example_inputs
         inputs = from_shapes(spec.shape, spec.container, getattr(torch, spec.dtype))

@@ -148,7 +148,8 @@ def write_results(rows: Sequence[Mapping[str, Any]], folder: Path, name: str) ->
     pruned = sorted((row["sparsity"], row["accuracy"]) for row in rows[1:])
     axes.axhline(100 * rows[0]["accuracy"], color="0.6", linestyle="--", label="dense")
     axes.plot([100 * x for x, _ in pruned], [100 * y for _, y in pruned], marker="o", label="pruned, not fine-tuned")
-    axes.set(xlabel="sparsity, %", ylabel="accuracy, %", title=name, ylim=(0, 102))
+    axes.set(xlabel="sparsity, %", ylabel="accuracy, %", ylim=(0, 102))
+    axes.set_title(name, parse_math=False)
     axes.legend()
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"oneshot.{suffix}", dpi=150)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pruningawaretraining.config.recipe import LearningRates
-from pruningawaretraining.distributed.collectives import RankSlice, rank, same_buffers, world_size
+from pruningawaretraining.distributed.collectives import Ranks, rank, same_buffers, world_size
 from pruningawaretraining.distributed.ddp import outdated, rewrapped
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
@@ -54,7 +54,7 @@ class Runner:
     def __init__(self, config: ExperimentConfig, data: DataSet, device: torch.device, display: Display) -> None:
         self.config, self.data, self.device, self.display = config, data, device, display
         self.folder = config.folder()
-        share = RankSlice.own()
+        share = Ranks.current()
         self.pipeline = Pipeline(data.mean, data.std, config.data.flip, config.data.crop, config.channels_last, share)
         _check_share(min(config.batch_size, max(1, len(data.train))))
         self.rates = LearningRates(tuple(config.rates))

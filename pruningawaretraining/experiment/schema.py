@@ -27,6 +27,8 @@ from pruningawaretraining.registry import canonical
 NEEDS_MORE = ("LBFGS", "SparseAdam", "Muon")
 """Optimizers that an ordinary training step cannot drive: one evaluates the loss itself, one wants sparse gradients,
 one takes matrices only."""
+LONGEST_NAME = 100
+"""Of a run, which is the name of its folder."""
 COMPOUND = ("LRScheduler", "SequentialLR", "ChainedScheduler", "LambdaLR", "MultiplicativeLR")
 """Schedules that are built from other schedules or functions, which a config cannot hold."""
 
@@ -53,7 +55,8 @@ class ModelConfig(Strict):
 
     name: str = Field(
         description="A torchvision model ('resnet18'), a timm model ('timm:resnet50', or a name that torchvision "
-        "does not have), or 'package.module:callable' for a function or class that returns the model."
+        "does not have), or 'package.module:callable' for a class of nn.Module or a function "
+        "annotated with '-> nn.Module'."
     )
     kwargs: dict[str, Any] = Field(
         {}, description="Keyword arguments of the model. num_classes is taken from the data when the model accepts it."
@@ -187,6 +190,18 @@ class ExperimentConfig(Strict):
     out: str | None = Field(None, description="Folder of the run; absent: runs/<name>.")
     latency: LatencyConfig | None = Field(LatencyConfig(), description="How latency is measured; null: it is not.")
     onnx: OnnxConfig | None = Field(OnnxConfig(), description="How the model is exported to ONNX; null: it is not.")
+
+    @field_validator("name")
+    @classmethod
+    def _is_file_name(cls, value: str) -> str:
+        """It is the name of a folder below runs/."""
+        fine = value.strip() and value.isprintable() and not value.startswith(".") and len(value) <= LONGEST_NAME
+        if not fine or "/" in value or "\\" in value:
+            raise ConfigError(
+                f"name: {value!r} is not allowed. Allowed: 1 to {LONGEST_NAME} printable characters without / and "
+                "\\, the first one no dot"
+            )
+        return value
 
     @model_validator(mode="before")
     @classmethod

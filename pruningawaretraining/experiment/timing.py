@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from pruningawaretraining.checkpoint.pruned import load_pruned
@@ -73,14 +75,19 @@ class Timed:
 
 
 def candidates(
-    sources: Sequence[str], model: str | None = None, input_shape: Sequence[int] | None = None
+    sources: Sequence[str],
+    model: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    *,
+    trusted: bool = False,
 ) -> list[Candidate]:
     """What the command line names: folders of runs, checkpoints, ONNX files, models and experiments by name.
 
     Args:
         sources: as given.
-        model: of checkpoints: the dense model by name, or an experiment config.
+        model: of checkpoints and folders of runs: the dense model by name, or an experiment config.
         input_shape: of the example input.
+        trusted: whether the configs in folders of runs may name a ``module:callable`` to import.
 
     Raises:
         ConfigError: a source that is none of these, or a checkpoint without ``model``.
@@ -90,7 +97,7 @@ def candidates(
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            found += _of_run(path, input_shape)
+            found += _of_run(path, functools.partial(_of_folder, path, model, input_shape, trusted))
         elif path.suffix == ".onnx":
             inputs = torch.zeros(list(_needed(input_shape, source)))
             found.append(Candidate(path.name, source, path, inputs, path.stat().st_size))
@@ -108,23 +115,26 @@ def _needed(input_shape: Sequence[int] | None, source: str) -> Sequence[int]:
     return input_shape
 
 
-def _of_run(folder: Path, input_shape: Sequence[int] | None) -> list[Candidate]:
+def _of_folder(folder: Path, model: str | None, input_shape: Sequence[int] | None, trusted: bool) -> Inspected:
+    """The dense model of a run: the one that is given, or what the run's config says."""
+    if model is not None:
+        return load_inspected(str(shipped_configs().get(model, model)), input_shape)
+    return load_inspected(str(folder / record.CONFIG), input_shape, trusted=trusted)
+
+
+def _of_run(folder: Path, look: Callable[[], Inspected]) -> list[Candidate]:
     summary_file = folder / record.SUMMARY
     if not summary_file.is_file():
         raise ConfigError(f"{folder}: holds no {record.SUMMARY}. Allowed: folders of finished runs")
     summary: Mapping[str, Any] = read_object(summary_file)
-    seen = load_inspected(str(folder / record.CONFIG), input_shape)
+    seen = look()
     found = []
     for kind, file in (("dense", record.DENSE), ("pruned", record.PRUNED)):
-        built = seen.model if kind == "dense" else load_pruned(_again(folder, input_shape).model, folder / file)
+        built = seen.model if kind == "dense" else load_pruned(look().model, folder / file)
         size = (folder / file).stat().st_size if (folder / file).is_file() else weight_bytes(built)
         accuracy = (summary.get(kind) or {}).get("accuracy")
         found.append(Candidate(f"{folder.name} ({kind})", str(folder), built, seen.inputs, size, accuracy))
     return found
-
-
-def _again(folder: Path, input_shape: Sequence[int] | None) -> Inspected:
-    return load_inspected(str(folder / record.CONFIG), input_shape)
 
 
 def _of_checkpoint(
@@ -218,12 +228,12 @@ def timing_tables(rows: Sequence[Timed], title: str, width: int) -> list[Table]:
 
 
 def _table(title: str, names: Sequence[str], columns: Mapping[str, Sequence[str]]) -> Table:
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = Table(title=Text(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     table.add_column("model", overflow="fold")
     for heading, cells in columns.items():
         table.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, (heading, *cells))))
     for row in zip(names, *columns.values(), strict=True):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -253,8 +263,9 @@ def draw_timing(rows: Sequence[Timed], path: Path, title: str) -> None:
         axes.plot([x for x, _ in points], [y for _, y in points], color=colour, alpha=0.4)
         for index, (one, (x, y)) in enumerate(zip(mine, points, strict=True)):
             axes.plot(x, y, "o", color=colour, fillstyle="none" if index == 0 and len(mine) > 1 else "full")
-            axes.annotate(one.name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
-    axes.set(xlabel="latency, ms", ylabel="accuracy, %", title=title)
+            axes.annotate(one.name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7, parse_math=False)
+    axes.set(xlabel="latency, ms", ylabel="accuracy, %")
+    axes.set_title(title, parse_math=False)
     axes.set_xlim(left=0)
     axes.margins(x=0.2, y=0.2)
     axes.grid(alpha=0.3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.models.compiling import uncompiled
+from pruningawaretraining.models.trees import float_tensors_of, map_tensors
+from pruningawaretraining.models.trees import tensors_of as tensors_of
 
 ForwardFn = Callable[..., Any]
 
@@ -45,18 +46,7 @@ def from_shapes(shape: Sequence[Any], container: str | None = None, dtype: torch
 
 def move(inputs: Any, device: torch.device) -> Any:
     """The same nest of tensors on ``device``."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {key: move(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):  # a named one
-        return type(inputs)(*(move(value, device) for value in inputs))
-    if isinstance(inputs, (list, tuple)):
-        return type(inputs)(move(value, device) for value in inputs)
-    if dataclasses.is_dataclass(inputs) and not isinstance(inputs, type) and any(True for _ in tensors_of(inputs)):
-        names = [item.name for item in dataclasses.fields(inputs) if item.init]
-        return dataclasses.replace(inputs, **{name: move(getattr(inputs, name), device) for name in names})
-    return inputs
+    return map_tensors(lambda tensor: tensor.to(device), inputs)
 
 
 def device_of(model: nn.Module) -> torch.device | None:
@@ -121,21 +111,6 @@ def _takes_two(function: ForwardFn) -> bool:
     return len(required) >= 2 or any(one.kind == one.VAR_POSITIONAL for one in parameters)
 
 
-def tensors_of(nest: Any) -> Iterator[Tensor]:
-    """Every tensor in nested lists, tuples, mappings and dataclasses, in order; anything else is passed over."""
-    if isinstance(nest, Tensor):
-        yield nest
-    elif isinstance(nest, Mapping):
-        for value in nest.values():
-            yield from tensors_of(value)
-    elif isinstance(nest, (list, tuple)):
-        for value in nest:
-            yield from tensors_of(value)
-    elif dataclasses.is_dataclass(nest) and not isinstance(nest, type):
-        for item in dataclasses.fields(nest):
-            yield from tensors_of(getattr(nest, item.name))
-
-
 def shown(value: Any) -> str:
     """What a value is, for messages."""
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -144,11 +119,6 @@ def shown(value: Any) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says, for messages; its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def float_tensors_of(nest: Any) -> list[Tensor]:
-    """The floating point tensors of :func:`tensors_of`."""
-    return [tensor for tensor in tensors_of(nest) if tensor.is_floating_point()]
 
 
 @contextmanager

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pruningawaretraining.models.calling import move, tensors_of
+from pruningawaretraining.models.trees import map_tensors, tensors_of
 
 Place = tuple[torch.device, torch.dtype]
 
@@ -31,7 +30,10 @@ class Example:
         """The inputs as the model takes them now: tensors of the dtype that it had have the one that it has."""
         here = place_of(self._model)
         if here is not None and self._place is not None and here != self._place and self._inputs is not None:
-            self._inputs = _cast(move(self._inputs, here[0]), self._place[1], here[1])
+            (_, before), (device, after) = self._place, here
+            self._inputs = map_tensors(
+                lambda one: one.to(device, after if one.dtype is before else one.dtype), self._inputs
+            )
         self._place = here
         return self._inputs
 
@@ -40,17 +42,6 @@ def place_of(model: nn.Module | None) -> Place | None:
     """Device and dtype of a model's first parameter of a floating dtype."""
     parameters = () if model is None else model.parameters()
     return next(((one.device, one.dtype) for one in parameters if one.is_floating_point()), None)
-
-
-def _cast(inputs: Any, before: torch.dtype, after: torch.dtype) -> Any:
-    """The same nest with tensors of one dtype in another."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(after) if inputs.dtype is before else inputs
-    if isinstance(inputs, Mapping):
-        return {key: _cast(value, before, after) for key, value in inputs.items()}
-    if isinstance(inputs, (list, tuple)):
-        return type(inputs)(_cast(value, before, after) for value in inputs)
-    return inputs
 
 
 def as_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -68,13 +59,4 @@ def one_example(inputs: Any) -> Any:
     batch = {tensor.shape[0] for tensor in tensors if tensor.dim() > 0}
     single = len(batch) == 1 and all(tensor.dim() > 0 for tensor in tensors)
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return (value[:1] if single else value).detach().clone()
-        if isinstance(value, Mapping):
-            return {key: cut(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(cut(item) for item in value)
-        return value
-
-    return cut(inputs)
+    return map_tensors(lambda tensor: (tensor[:1] if single else tensor).detach().clone(), inputs)

@@ -17,9 +17,10 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.models.calling import ForwardFn, beside, call, float_tensors_of, same_generators
+from pruningawaretraining.models.calling import ForwardFn, beside, call, same_generators
 from pruningawaretraining.models.fake_quant import follow_weight, is_observing
 from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor
+from pruningawaretraining.models.trees import float_tensors_of
 
 aten = torch.ops.aten
 TRAINING = ("training", "train")

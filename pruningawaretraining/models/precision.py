@@ -8,7 +8,7 @@ was. So hooks act, tied weights are tied, closures over the model see it, and no
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from pruningawaretraining.distributed.fsdp import is_sharded
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.fake_quant import is_converted
+from pruningawaretraining.models.trees import map_tensors
 
 _MIXING = ("mm", "mv", "dot", "conv", "attention", "rnn", "linear")
 """What the names of operations have in them that sum products, and that hardware may compute in a lower precision."""
@@ -61,15 +62,8 @@ def _in_float64(tensor: Tensor) -> Tensor:
 
 
 def inputs_in_float64(nest: Any) -> Any:
-    """The same nest with its floating point tensors in float64; a mapping becomes a dict."""
-    if isinstance(nest, Tensor):
-        return nest.detach().to(torch.float64) if _is_cast(nest) else nest
-    if isinstance(nest, Mapping):
-        return {key: inputs_in_float64(value) for key, value in nest.items()}
-    if isinstance(nest, (list, tuple)):
-        made = [inputs_in_float64(value) for value in nest]
-        return type(nest)(*made) if hasattr(nest, "_fields") else type(nest)(made)
-    return nest
+    """The same nest with its floating point tensors in float64."""
+    return map_tensors(lambda one: one.detach().to(torch.float64) if _is_cast(one) else one, nest)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from torch_pruning.dependency import index_mapping as mappings
 from torch_pruning.dependency import shape_infer
 
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.models.calling import ForwardFn, checked_call, differentiable, evaluating, float_tensors_of
+from pruningawaretraining.models.calling import ForwardFn, checked_call, differentiable, evaluating
+from pruningawaretraining.models.trees import float_tensors_of
 from pruningawaretraining.patterns.coupling import (
     MIXING_OPERATIONS,
     TRACE_LIMIT,

@@ -13,7 +13,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-from pruningawaretraining.distributed.shards import Shards, check_whole_groups, local, local_labels
+from pruningawaretraining.distributed.fsdp import Shards, check_whole_groups, local_labels, local_of
 from pruningawaretraining.groups.grouping import Member
 from pruningawaretraining.proximal.groupers import ElemGrouper, Grouper, GroupView
 from pruningawaretraining.proximal.low_rank import thresholds
@@ -38,7 +38,7 @@ class LassoPlan:
     def __init__(self, grouper: Grouper, parts: Sequence[WeightPair], slope: float, pool: bool) -> None:
         whole, found = ElemGrouper(), []
         for index, part in enumerate(parts):
-            weights = local(part.source), local(part.target)
+            weights = local_of(part.source), local_of(part.target)
             blocks = list(zip(whole.blocks(weights[0]), whole.blocks(weights[1]), strict=True))
             found.append(Job.of(index, weights, blocks))
         self.pools = pooled(found, ALONE, PASSING, several=True) if pool and not slope else []
@@ -70,7 +70,7 @@ def shrink(source_W: Tensor, target_W: Tensor, slope_W: Tensor | None, scale: Sc
 
 def _slope_of(grouper: Grouper, part: WeightPair, slope: float) -> Tensor:
     """The multiplier of each element's threshold, broadcastable to the (local) weight."""
-    source = local(part.source)
+    source = local_of(part.source)
     wide = source.new_empty(0, dtype=accumulation_dtype(source.dtype))
     values = thresholds(slope, grouper.n_groups(part.source.shape), wide)
     labels, sizes = local_labels(part.source, *grouper.labels(part.source.shape))
@@ -94,7 +94,7 @@ class RankedPlan:
         for index, part in enumerate(parts):
             if Shards.of(part.source) is not None:
                 check_whole_groups(part.source, *grouper.labels(part.source.shape), part.name)
-            weights = local(part.source), local(part.target)
+            weights = local_of(part.source), local_of(part.target)
             pairs.append(list(zip(grouper.blocks(weights[0]), grouper.blocks(weights[1]), strict=True)))
             found.append(Job.of(index, weights, pairs[-1], members_in_order=True))
         if pool:

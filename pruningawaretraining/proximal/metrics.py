@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pruningawaretraining.distributed.shards import Shards, all_reduce_, local
+from pruningawaretraining.distributed.fsdp import Shards, local_of
 from pruningawaretraining.proximal.latent import ParamSlot
 from pruningawaretraining.proximal.low_rank import Factors, SpectralGrouper
 from pruningawaretraining.proximal.prox_groups import ParamGroup, Unit
@@ -38,11 +38,11 @@ def weight_sparsity(weight_W: Tensor) -> float:
 
 def _zeros(weight_W: Tensor) -> Tensor:
     """Zeros and elements, over all the shards."""
-    part = local(weight_W)
+    part = local_of(weight_W)
     counts = torch.stack([(part == 0).sum(dtype=torch.float64), part.new_full((), part.numel(), dtype=torch.float64)])
     shards = Shards.of(weight_W)
     if shards is not None:
-        all_reduce_(counts, shards)
+        shards.all_reduce_(counts)
     return counts
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pruningawaretraining.distributed.shards import Shards, local, local_labels
+from pruningawaretraining.distributed.fsdp import Shards, local_labels, local_of
 from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.groups.grouping import Member
 from pruningawaretraining.proximal.coupled import Balance
@@ -157,12 +157,12 @@ def grouper_plan(prox: GroupMap, grouper: Grouper, parts: Sequence[WeightPair], 
     for part in parts:
         rows, size = grouper.n_groups(part.source.shape), grouper.group_size(part.source.shape)
         if Shards.of(part.source) is None:
-            pairs = zip(grouper.blocks(local(part.source)), grouper.blocks(local(part.target)), strict=True)
+            pairs = zip(grouper.blocks(local_of(part.source)), grouper.blocks(local_of(part.target)), strict=True)
             entries.append(Entry(part, rows, size, tuple(pairs), grouper.group_shape(part.source.shape)))
         else:
             labels, sizes = local_labels(part.source, *grouper.labels(part.source.shape))
             comm |= not _own_groups(part.source, labels, sizes)
-            entries.append(Entry(part, rows, size, member=Member(part.name, local(part.source), labels, sizes)))
+            entries.append(Entry(part, rows, size, member=Member(part.name, local_of(part.source), labels, sizes)))
     return NormPlan(prox, entries, slope, pool, comm=comm)
 
 
@@ -206,11 +206,11 @@ def coupled_plan(
         sizes_S = member.slot_sums(ones)
         if plain:
             dims = others(part.source.dim(), labelled[0])
-            pair = (GroupView(local(part.source), dims), GroupView(local(part.target), dims))
+            pair = (GroupView(local_of(part.source), dims), GroupView(local_of(part.target), dims))
             entries.append(Entry(part, member.n_slots, sizes_S, (pair,), (member.n_slots,), slots=slots))
         else:
             labels, sizes = local_labels(part.source, member.labels, member.sizes)
-            own = Member(part.name, local(part.source), labels, sizes)
+            own = Member(part.name, local_of(part.source), labels, sizes)
             entries.append(Entry(part, member.n_slots, sizes_S, member=own, slots=slots))
     if not entries:
         return CopyPlan(loose)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pruningawaretraining.distributed.shards import is_sharded, local
+from pruningawaretraining.distributed.fsdp import is_sharded, local_of
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.proximal.coupled import CoupledGrouper
 from pruningawaretraining.proximal.element_plans import LassoPlan, RankedPlan, element_plan
@@ -114,7 +114,7 @@ class Unit:
         """The plan for these weights and sources; made once, and again when a tensor has been replaced or moved."""
         tensors = [*(place.weight for place in places), *sources]
         if self._sharded:
-            tensors = [local(tensor) for tensor in tensors]
+            tensors = [local_of(tensor) for tensor in tensors]
         key = [tensor.data_ptr() for tensor in tensors]
         same = len(places) == len(self._planned) and all(map(operator.is_, places, self._planned))
         if self._plan is None or not same or key != self._key:

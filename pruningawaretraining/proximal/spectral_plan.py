@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pruningawaretraining.distributed.shards import Shards, local, of_full
+from pruningawaretraining.distributed.fsdp import Shards, full_of, local_of, part_of
 from pruningawaretraining.proximal.low_rank import (
     Decomposition,
     Factors,
@@ -33,7 +33,7 @@ class SpectralPlan:
         """Take one proximal step, and note the ranks that are left (not yet read from the device)."""
         self.ranks = []
         for part in self.parts:
-            full = of_full(part.source)
+            full = full_of(part.source)
             found = Decomposition.of(self.grouper.matrices(full))
             values_BK = shrunk_values(self.prox, found.S, scale, self.slope, fraction)
             self.ranks.append(torch.count_nonzero(values_BK, dim=-1))
@@ -42,19 +42,19 @@ class SpectralPlan:
     def project(self, ranks: Sequence[Tensor]) -> None:
         """Cut the weights back to given ranks (one vector of them for each weight)."""
         for part, rank_B in zip(self.parts, ranks, strict=True):
-            full = of_full(part.source)
+            full = full_of(part.source)
             found = Decomposition.of(self.grouper.matrices(full))
             kept = torch.arange(found.S.shape[-1], device=found.S.device) < rank_B.unsqueeze(-1)
             self._write(part, full, found, found.S * kept)
 
     def factors(self, scale: Scale, fraction: float) -> list[Factors]:
         """The factors of the (only) weight after the map."""
-        found = Decomposition.of(self.grouper.matrices(of_full(self.parts[0].source)))
+        found = Decomposition.of(self.grouper.matrices(full_of(self.parts[0].source)))
         return factors_of(found, shrunk_values(self.prox, found.S, scale, self.slope, fraction))
 
     def factors_of_ranks(self, rank_B: Tensor) -> list[Factors]:
         """The factors of the (only) weight at given ranks."""
-        found = Decomposition.of(self.grouper.matrices(of_full(self.parts[0].source)))
+        found = Decomposition.of(self.grouper.matrices(full_of(self.parts[0].source)))
         kept = torch.arange(found.S.shape[-1], device=found.S.device) < rank_B.unsqueeze(-1)
         return factors_of(found, found.S * kept)
 
@@ -62,5 +62,5 @@ class SpectralPlan:
         result = torch.empty_like(full, memory_format=torch.preserve_format)
         self.grouper.write(found.product(values_BK), result)
         if Shards.of(part.target) is not None:
-            result = Shards.slice(part.target, result)
-        local(part.target).copy_(result)
+            result = part_of(part.target, result)
+        local_of(part.target).copy_(result)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruningawaretraining.distributed.shards import Shards, all_reduce_, local
+from pruningawaretraining.distributed.fsdp import Shards, local_of
 from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.groups.grouping import Member
 from pruningawaretraining.proximal.groupers import GroupView
@@ -63,7 +63,7 @@ class BlockStage:
     """
 
     def __init__(self, entries: Sequence[Entry], pool: bool, in_order: bool) -> None:
-        like = local(entries[0].part.source)
+        like = local_of(entries[0].part.source)
         self.rows_R = torch.zeros(
             sum(entry.rows for entry in entries), dtype=accumulation_dtype(like.dtype), device=like.device
         )
@@ -125,7 +125,9 @@ class BlockStage:
 def _pool(entries: Sequence[Entry], in_order: bool) -> Pool | None:
     """The pool of a stage's small weights, if there are any."""
     jobs = [
-        Job.of(index, (local(entry.part.source), local(entry.part.target)), entry.blocks, groups_in_order=in_order)
+        Job.of(
+            index, (local_of(entry.part.source), local_of(entry.part.target)), entry.blocks, groups_in_order=in_order
+        )
         for index, entry in enumerate(entries)
     ]
     found = pooled(jobs, ALONE, CAPACITY, several=False)
@@ -136,7 +138,7 @@ class LabelStage:
     """Rows of shards (or of members labelled along several dimensions) on one device."""
 
     def __init__(self, entries: Sequence[Entry], shards: Shards | None) -> None:
-        like = local(entries[0].part.source)
+        like = local_of(entries[0].part.source)
         total = sum(entry.rows for entry in entries)
         self.rows_R = torch.zeros(total, dtype=accumulation_dtype(like.dtype), device=like.device)
         self.entries, self.shards = tuple(entries), shards
@@ -145,16 +147,16 @@ class LabelStage:
         """Fill the rows with L2 norms, over all the shards."""
         for entry, rows in zip(self.entries, self._split(), strict=True):
             assert entry.member is not None
-            rows.copy_(entry.member.slot_sums(local(entry.part.source).to(rows.dtype).square()))
+            rows.copy_(entry.member.slot_sums(local_of(entry.part.source).to(rows.dtype).square()))
         if self.shards is not None:
-            all_reduce_(self.rows_R, self.shards)
+            self.shards.all_reduce_(self.rows_R)
         self.rows_R.sqrt_()
 
     def multiply(self) -> None:
         """Write source times row into the targets."""
         for entry, rows in zip(self.entries, self._split(), strict=True):
             assert entry.member is not None
-            torch.mul(local(entry.part.source), entry.member.spread(rows, 1.0), out=local(entry.part.target))
+            torch.mul(local_of(entry.part.source), entry.member.spread(rows, 1.0), out=local_of(entry.part.target))
 
     def _split(self) -> tuple[Tensor, ...]:
         return torch.split(self.rows_R, [entry.rows for entry in self.entries])
@@ -171,7 +173,7 @@ def build_stages(entries: Sequence[Entry], comm: bool, pool: bool, in_order: boo
     found: dict[tuple[object, ...], list[Entry]] = {}
     shards_of: dict[tuple[object, ...], Shards | None] = {}
     for entry in entries:
-        source = local(entry.part.source)
+        source = local_of(entry.part.source)
         shards = Shards.of(entry.part.source) if entry.member is not None and comm else None
         dtype = source.dtype if pool and entry.member is None else accumulation_dtype(source.dtype)
         key = (source.device, dtype, entry.member is not None, shards)

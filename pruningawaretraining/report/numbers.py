@@ -15,6 +15,7 @@ from pruningawaretraining.report import tables
 from pruningawaretraining.report.run import Run
 
 JSON, EPOCHS, LAYERS, GROUPS = "report.json", "epochs.csv", "layers.csv", "groups.csv"
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 FILES = (JSON, EPOCHS, LAYERS, GROUPS)
 
 
@@ -47,11 +48,19 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     keys = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(keys)
+    writer.writerow([_text(key) for key in keys])
     for row in rows:
         writer.writerow([_cell(row.get(key)) for key in keys])
     return text.getvalue()
 
 
 def _cell(value: Any) -> Any:
-    return " ".join(str(item) for item in value) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        joined = " ".join(str(item) for item in value)
+        return _text(joined) if any(isinstance(item, str) for item in value) else joined
+    return _text(value) if isinstance(value, str) else value
+
+
+def _text(value: str) -> str:
+    """A text that no spreadsheet takes for a formula: names of layers and runs may be a stranger's."""
+    return f"'{value}" if value.startswith(FORMULA_STARTS) else value

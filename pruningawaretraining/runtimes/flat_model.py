@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import inspect
 import keyword
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError, ModelError, unknown
-from pruningawaretraining.models.calling import REJECTED, call_as_is, checked_call, evaluating, move, tensors_of
+from pruningawaretraining.models.calling import REJECTED, call_as_is, checked_call, evaluating, move
 from pruningawaretraining.models.compiling import uncompiled
+from pruningawaretraining.models.trees import tensors_of, with_tensors
 
 BATCH = "batch"
 
@@ -54,19 +55,7 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         with uncompiled():
-            return tuple(tensors_of(call_as_is(self.model, with_tensors(self._example, iter(tensors)))))
-
-
-def with_tensors(nest: Any, tensors: Iterator[Tensor]) -> Any:
-    """The same nest of lists, tuples, mappings and values with its tensors replaced, in order."""
-    if isinstance(nest, Tensor):
-        return next(tensors)
-    if isinstance(nest, Mapping):
-        return {key: with_tensors(value, tensors) for key, value in nest.items()}
-    if isinstance(nest, (list, tuple)):
-        items = [with_tensors(value, tensors) for value in nest]
-        return type(nest)(*items) if hasattr(nest, "_fields") else type(nest)(items)
-    return nest
+            return tuple(tensors_of(call_as_is(self.model, with_tensors(self._example, tensors))))
 
 
 def tensor_names(nest: Any, name: str) -> list[str]:

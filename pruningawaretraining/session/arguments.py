@@ -12,8 +12,9 @@ from torch import nn
 
 from pruningawaretraining.distributed.fsdp import any_sharded, check_plan
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.models.calling import ForwardFn, tensors_of
+from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.models.exported_graph import is_exported
+from pruningawaretraining.models.trees import tensors_of
 
 
 def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from pruningawaretraining.costs.macs import macs_per_layer
-from pruningawaretraining.models.calling import ForwardFn, tensors_of
+from pruningawaretraining.models.calling import ForwardFn
+from pruningawaretraining.models.trees import tensors_of
 
 
 class CountedMacs:

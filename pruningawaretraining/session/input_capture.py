@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from pruningawaretraining.models.calling import tensors_of
 from pruningawaretraining.models.example_inputs import Example, as_inputs, one_example
+from pruningawaretraining.models.trees import tensors_of
 
 
 class InputCapture:

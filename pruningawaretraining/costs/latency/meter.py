@@ -20,9 +20,9 @@ from pruningawaretraining.costs.latency.cache import TimeCache, machine
 from pruningawaretraining.costs.latency.layer_shapes import LayerShape
 from pruningawaretraining.costs.latency.layer_tables import VERSION, LayerTable, measure_table
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.models.calling import tensors_of
+from pruningawaretraining.models.trees import tensors_of, with_tensors
 from pruningawaretraining.runtimes import exporters, flat_model
-from pruningawaretraining.runtimes.flat_model import resize_batch, with_tensors
+from pruningawaretraining.runtimes.flat_model import resize_batch
 from pruningawaretraining.runtimes.runtime import (
     FOLLOWING,
     Model,
@@ -126,7 +126,7 @@ class RuntimeMeter:
         if self.batch is None or not rows:
             return example_inputs
         resized = [resize_batch(one, self.batch) if one.ndim and one.shape[0] == rows else one for one in tensors]
-        return with_tensors(example_inputs, iter(resized))
+        return with_tensors(example_inputs, resized)
 
     def tables(self, shapes: Mapping[str, LayerShape]) -> dict[str, LayerTable]:
         """See :class:`Meter`. Layers of one shape are measured once."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from pruningawaretraining.criteria.second_order.fisher import Fisher, Storage, make_fisher, stored_bytes
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight
-from pruningawaretraining.distributed.ranks import ALONE, Ranks
+from pruningawaretraining.distributed.collectives import ALONE, Ranks
 from pruningawaretraining.errors import ConfigError
 
 CHUNK = (16, 256)

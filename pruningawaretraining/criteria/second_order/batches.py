@@ -9,10 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.models.calling import (
-    shown,
-    tensors_of,
-)
+from pruningawaretraining.models.calling import shown
+from pruningawaretraining.models.trees import map_tensors, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +42,5 @@ def split(batch: Any, size: int | None) -> Iterator[Any]:
         raise ConfigError(f"micro_batch: a batch with first dimensions {sorted(lengths)} cannot be split")
     length = lengths.pop()
     for start in range(0, length, size):
-        yield _narrow(batch, start, min(size, length - start))
-
-
-def _narrow(nest: Any, start: int, size: int) -> Any:
-    if isinstance(nest, Tensor):
-        return nest.narrow(0, start, size) if nest.dim() else nest
-    if isinstance(nest, Mapping):
-        return {key: _narrow(value, start, size) for key, value in nest.items()}
-    if isinstance(nest, (list, tuple)):
-        return type(nest)(_narrow(value, start, size) for value in nest)
-    return nest
+        count = min(size, length - start)
+        yield map_tensors(lambda one: one[start : start + count] if one.dim() else one, batch)  # noqa: B023

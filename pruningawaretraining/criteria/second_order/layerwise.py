@@ -26,7 +26,7 @@ from pruningawaretraining.criteria.second_order.sweep import (
     upper_factor,
 )
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight
-from pruningawaretraining.distributed.ranks import Ranks
+from pruningawaretraining.distributed.collectives import Ranks
 from pruningawaretraining.errors import ConfigError
 
 

@@ -19,7 +19,7 @@ from pruningawaretraining.criteria.second_order.fisher import Fisher, parts
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layout import Layout
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight
-from pruningawaretraining.distributed.ranks import Ranks
+from pruningawaretraining.distributed.collectives import Ranks
 from pruningawaretraining.errors import TargetError
 
 logger = logging.getLogger(__name__)
