@@ -28,7 +28,7 @@ def model() -> nn.Module:
     [
         (("resnet18", CONFIG), {}, ModelError, "model: 'resnet18' is a str. Allowed: a torch.nn.Module"),
         ((nn.ReLU, CONFIG), {}, ModelError, "is a type"),
-        ((None,), {}, ConfigError, "config: None is none"),
+        ((None,), {}, ConfigError, "config is required"),
         ((model(), CONFIG), {"optimizer": "sgd"}, ConfigError, "optimizer: 'sgd' is a str"),
         ((model(), CONFIG), {"optimizer": [1]}, ConfigError, "optimizer: 1 is a int"),
         ((model(), CONFIG), {"example_inputs": "image"}, ModelError, "example_inputs: 'image' holds no tensor"),

@@ -199,7 +199,10 @@ def test_what_one_shot_and_calibration_refuse() -> None:
     [
         ({"compensation": "least_square"}, r"compensation: .*'least_square'.*did you mean 'least_squares'"),
         ({"compensation": "bias", "pattern": "4x1"}, "compensation: 'bias' is not supported by the pattern"),
-        ({"compensation": "bias", "pattern": "depth", "criterion": "magnitude"}, "compensation: 'bias' is for chan"),
+        (
+            {"compensation": "bias", "pattern": "depth", "criterion": "magnitude"},
+            "compensation: 'bias' is not supported",
+        ),
     ],
 )
 def test_what_is_refused(more: dict[str, Any], message: str) -> None:

@@ -586,7 +586,7 @@ def test_aliases_are_resolved_in_the_native_form() -> None:
 
 
 def test_a_rule_may_regularise_only_be_off_or_lift_masks() -> None:
-    for keys in ({"regularizer": "growing_l2"}, {"enabled": False}, {"mode": "unprune"}):
+    for keys in ({"regularizer": "growing_l2"}, {"enabled": False}, {"mode": "unprune", "pattern": "2:4"}):
         assert native([keys]).rules[0].target == Target()
 
 

@@ -86,7 +86,7 @@ def test_processes_that_train_together_mask_each_gradient_by_one_launch() -> Non
         masks.apply()
         with Watch() as watch:
             put_gradients(model)  # outside of a backward pass, as if there were others
-    masked = {id(one) for one in masks._factors.parameters}
+    masked = {id(one) for one in masks._writer._factors.parameters}
     assert len(masked) > 50 and watch.launches == len(masked)
 
 

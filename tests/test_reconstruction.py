@@ -195,7 +195,7 @@ def test_scores_that_add_up_go_by_what_is_saved(more: dict[str, Any], expected: 
     ("more", "message"),
     [
         ({"criterion": {"type": "reconstruction", "num_batches": 0}}, "num_batches: 0 is not allowed"),
-        ({"pattern": "depth"}, "'reconstruction'.*neither"),
+        ({"pattern": "depth"}, "'reconstruction' scores channels and heads, not"),
         ({"pattern": "4x1", "target": {"sparsity": 0.5}, "layers": ["2"]}, "'reconstruction' scores channels"),
     ],
 )
@@ -207,6 +207,6 @@ def test_what_is_refused(more: dict[str, Any], message: str) -> None:
 
 def test_slices_have_no_readers() -> None:
     model, data = linear()
-    with pytest.raises(ConfigError, match="scores channels by the layers that read them"):
+    with pytest.raises(ConfigError, match="scores channels and heads, not the groups of '4x1'"):
         one_shot(model, {"pattern": "4x1", "criterion": "reconstruction", "target": {"sparsity": 0.5}, "layers": ["2"]},
                  data, functional.cross_entropy)  # fmt: skip

@@ -166,4 +166,4 @@ def test_processes_leave_out_what_the_first_did_not_find_in_time(number: int, mo
     pruner = Pruning(model, {**CONFIG, "trace_limit": 5}, example_inputs=inputs)
     assert set(pruner.masks) == {"trunk"}
     assert limits == [5.0 if number == 0 else math.inf]
-    assert "side.1" in pruner.engine.found.skipped
+    assert "side.1" in pruner.channel_pruner.found.skipped

@@ -12,7 +12,6 @@ from pruningawaretraining import schedules  # noqa: F401  (importing it register
 from pruningawaretraining.config.caps import read_caps
 from pruningawaretraining.config.checks import (
     NAMED_ONLY,
-    UNCHECKED,
     check_name,
     check_options,
     layer_name,
@@ -142,11 +141,11 @@ class Rule(Strict):
         if value is None and kind in ("regularizer", "allocation"):
             return None
         if isinstance(value, str):
-            return value if info.context == UNCHECKED or not names(kind) else check_name(kind, value)
+            return value if not names(kind) else check_name(kind, value)
         if kind in NAMED_ONLY or not isinstance(value, Mapping):
             form = "a name" if kind in NAMED_ONLY else "a name or a mapping with a 'type'"
             raise ConfigError(f"{kind}: {value!r} is not {form}. Allowed: {', '.join(names(kind))}")
-        return dict(value) if info.context == UNCHECKED or not names(kind) else check_options(kind, value)
+        return dict(value) if not names(kind) else check_options(kind, value)
 
     @field_validator("compensation")
     @classmethod
@@ -169,7 +168,7 @@ class Rule(Strict):
         return [layer_name(entry, f"{info.field_name}[{number}]") for number, entry in enumerate(value)]
 
     @model_validator(mode="after")
-    def _fits_together(self, info: ValidationInfo) -> Self:
+    def _fits_together(self) -> Self:
         if self.end is not None and self.end < self.start:
             raise ConfigError(f"end: {self.end} is before start. Allowed: start ({self.start}) or later")
         if self.min_sparsity > self.max_sparsity:
@@ -193,7 +192,7 @@ class Rule(Strict):
             )
         if self.enabled and self.layers is not None and not self.layers:
             raise ConfigError("layers: [] names no layer. Allowed: at least one, or leave the key out for all")
-        if self.enabled and info.context != UNCHECKED and names("pattern"):
+        if self.enabled and names("pattern"):
             check_supported(self, {option: type(self).model_fields[option].default for option in OPTIONS})
         aimless = not self.target.given and self.regularizer is None
         if self.enabled and self.mode == "prune" and aimless:

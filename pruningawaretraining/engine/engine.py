@@ -8,8 +8,7 @@ activations and none has been seen, it waits for the first ones, which come befo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from pruningawaretraining.distributed.collectives import agreed
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.domain import Domain
+from pruningawaretraining.engine.observing import Observing
 from pruningawaretraining.engine.parts import advance, complete, settle
 from pruningawaretraining.engine.penalties import ActivePenalties
 from pruningawaretraining.engine.removal import remove_masked
@@ -29,7 +29,7 @@ from pruningawaretraining.masks.penalties import Regularizer
 from pruningawaretraining.models.calling import full_precision
 
 
-class Engine:
+class Engine(Observing):
     """Drives all rules of one model.
 
     Args:
@@ -47,8 +47,8 @@ class Engine:
         context: Callable[[], RemovalContext],
     ) -> None:
         self.model, self.coupled, self.weights = model, coupled, weights
-        self.calibration: Calibration | None = None  # data that criteria and compensation may look at
-        self._context, self._listens, self._observed = context, False, False
+        super().__init__()
+        self._context, self._observed = context, False
         self.penalties = ActivePenalties(model)
 
     @property
@@ -72,34 +72,7 @@ class Engine:
         """The earliest phase of any rule."""
         return min((one.state.phase for one in self.rules), key=PHASES.index, default="done")
 
-    # --- statistics ---------------------------------------------------------------------------------------------
-
-    def listen(self) -> None:
-        """Let criteria that need it follow the training, as long as their rules have events to come."""
-        self._listens = True
-        self.follow_phases()
-
-    def follow_phases(self) -> None:
-        """Let each criterion follow the training while its rule needs it."""
-        for one in self.rules if self._listens else ():
-            if one.gathers:
-                one.feed.begin(self.calibration)
-            else:
-                one.feed.end()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Nothing is observed inside the block: what runs there is not training."""
-        self.release()
-        try:
-            yield
-        finally:
-            self.follow_phases()
-
-    def release(self) -> None:
-        """Take the hooks of every criterion out; masks stay."""
-        for one in self.rules:
-            one.feed.end()
+    # --- events -------------------------------------------------------------------------------------------------
 
     def calibrate(self, calibration: Calibration) -> None:
         """Give criteria and compensation data of their own; events that waited for gradients take place.
@@ -112,8 +85,6 @@ class Engine:
         self.calibration = calibration
         self.follow_phases()
         self._fire_waiting()
-
-    # --- events -------------------------------------------------------------------------------------------------
 
     def at_init(self) -> list[str]:
         """Let rules that begin with the pruner have their one event."""

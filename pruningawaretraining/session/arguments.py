@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,3 +152,14 @@ class Given:
     teacher: nn.Module | None
     before_removal: Callable[[], None]
     changed: Callable[[], None]
+
+
+def weak_call(owner: Any, name: str) -> Callable[[], Any]:
+    """A function of nothing that calls a method of an object while it is there, and does not keep it alive."""
+    this = weakref.ref(owner)
+
+    def call() -> Any:
+        owner = this()
+        return None if owner is None else getattr(owner, name)()
+
+    return call

@@ -30,6 +30,7 @@ from pruningawaretraining.session.arguments import (
     check_prunable,
     followers_of,
     optimizers_of,
+    weak_call,
 )
 from pruningawaretraining.session.bound import NoChannels
 from pruningawaretraining.session.gathering import copy_whole
@@ -91,8 +92,7 @@ class Pruning(LoopHooks, Results):
         check_given(model, teacher, example_inputs)
         optimizers = optimizers_of(optimizer)
         self._config = load_config(config)
-        this = weakref.ref(self)
-        before, changed = _calls(this, "_before_removal"), _calls(this, "_note")
+        before, changed = weak_call(self, "_before_removal"), weak_call(self, "_note")
         self._given = Given(forward_fn, example_inputs, followers_of(ema), teacher, before, changed)
         super().__init__()
         self._described: dict[str, Any] = {}  # what save_pruned writes once this pruner is gone
@@ -282,14 +282,3 @@ class Pruning(LoopHooks, Results):
                 has; model, optimizers and masks are as they were.
         """
         load_session(self._session, state)
-
-
-def _calls(pruner: weakref.ref[Pruning], name: str) -> Callable[[], None]:
-    """A function of nothing that calls a method of the pruner while it is there."""
-
-    def call() -> None:
-        this = pruner()
-        if this is not None:
-            getattr(this, name)()
-
-    return call

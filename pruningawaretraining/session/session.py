@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from pruningawaretraining.checkpoint.records import record_of
 from pruningawaretraining.config.schema import Distillation, PruningConfig
@@ -18,22 +18,21 @@ from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.engine import Engine
 from pruningawaretraining.engine.rule import warn_of_idle
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.masks.masks import Masks
-from pruningawaretraining.masks.penalties import Regularizer
 from pruningawaretraining.models.calling import beside
 from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.optimizer_state import clear_state
-from pruningawaretraining.session.arguments import Given
+from pruningawaretraining.session.arguments import Given, weak_call
 from pruningawaretraining.session.build import BuiltRules, build_coupled, build_weights, built_rules, inputs_of
 from pruningawaretraining.session.counted_macs import CountedMacs
 from pruningawaretraining.session.distillation import Distiller
 from pruningawaretraining.session.input_capture import InputCapture
 from pruningawaretraining.session.optimizer_hooks import Steps
+from pruningawaretraining.session.step_events import StepEvents
 
 logger = logging.getLogger(__name__)
 
 
-class Session:
+class Session(StepEvents):
     """Connects an engine with the model, the optimizers and everything else that a training has.
 
     Args:
@@ -43,6 +42,7 @@ class Session:
     """
 
     def __init__(self, model: nn.Module, config: PruningConfig, given: Given) -> None:
+        super().__init__()
         self.model, self.config = model, config
         self.forward_fn, self.followers, self.teacher = given.forward_fn, given.followers, given.teacher
         self.graphs: list[ExportedGraph] = []
@@ -52,11 +52,11 @@ class Session:
         self.distiller: Distiller | None = None
         self.counted = CountedMacs()  # of a model whose widths stay
         self.rules = BuiltRules()
-        self.engine = Engine(model, None, None, self.context)
+        self._weak_context = weak_call(self, "context")
+        self.engine = Engine(model, None, None, self._weak_context)
         self.steps_per_epoch: int | None = None
         self.begun = self.ended = self.sharded = self.by_calls = False
         self._given, self._sought_shards = given, False
-        self._penalties: list[tuple[Regularizer, Tensor]] = []
         self._calibration: tuple[Iterable[Any], LossFn] | None = None
         self.distill()
         self.prepare()
@@ -79,7 +79,7 @@ class Session:
             masks.clear()
         self.rules = built_rules(self.config)
         weights = None if self.config.infer else build_weights(self.model, self.rules)
-        self.engine = Engine(self.model, None, weights, self.context)
+        self.engine = Engine(self.model, None, weights, self._weak_context)
         self._hand_calibration()
         if weights is not None:
             weights.adopt((self.record or {}).get("elements", ()))
@@ -161,11 +161,11 @@ class Session:
 
     def context(self) -> RemovalContext:
         """Everything that follows a mask or a removal."""
-        return RemovalContext(
-            self.steps.optimizers, self.followers, self.graphs, self._given.before_removal, self._after_removal
-        )
+        before, after = self._given.before_removal, weak_call(self, "after_removal")
+        return RemovalContext(self.steps.optimizers, self.followers, self.graphs, before, after)
 
-    def _after_removal(self) -> None:
+    def after_removal(self) -> None:
+        """Channels have gone: clear optimizers, if the config says so."""
         if self.config.reset_optimizer:
             for optimizer in self.steps.optimizers:
                 clear_state(optimizer)
@@ -179,82 +179,28 @@ class Session:
         if self._calibration is not None:
             self.engine.calibrate(Calibration(self.model, *self._calibration))
 
-    # --- steps: see OptimizerEvents -----------------------------------------------------------------------------
-
     @property
-    def _acts(self) -> bool:
+    def acts(self) -> bool:
+        """Whether rules are at work: some are enabled, and training has not ended."""
         return self.active and not self.ended
 
-    def on_round(self) -> None:
-        """A real step begins; see :mod:`pruningawaretraining.session.optimizer_hooks`."""
+    def before_round(self) -> None:
+        """See :class:`~pruningawaretraining.session.step_events.StepEvents`."""
         if not self._sought_shards:
             self.follow_shards()
             self._sought_shards = True
-        if self._acts and self.rules.coupled and self.inputs is not None:
+        if self.acts and self.rules.coupled and self.inputs is not None:
             _ = self.coupled
-        penalties = self.engine.on_round()
-        self._penalties = penalties if self._acts else []
 
-    def on_gradients(self, scale: Tensor | float, only: set[int] | None) -> None:
-        """Add the regularisers to gradients that are about to be used; scores are of the loss alone, so before them."""
-        if self._acts:
-            lines = self.engine.on_gradients(scale)
-            self.tell(lines)
-            if self.tick() or lines:
-                self._penalties = self.engine.gradient_penalties()
-        for ready, factor_G in self._penalties:
-            ready.add(factor_G * scale, only)
-        if self.sharded:  # such gradients are not accumulated where they could be masked before
-            self.engine.mask_gradients()
-
-    @property
-    def masks(self) -> list[Masks]:
-        """Every mask that acts in a step."""
-        return self.engine.masks
-
-    def on_moved(self) -> None:
-        """Weights have moved, and masked ones may not be 0: shrink blocks."""
-        self.engine.shrink(self.steps.fresh, self.steps.rates)
-
-    def on_stepped(self) -> None:
-        """A step is over: rules that count steps may have their last event."""
-        if self._acts:
-            self.tick(last=True)
-
-    def on_step_begin(self) -> None:
-        """Rules that count steps have the event that is due."""
-        self.begun = True
-        if self._acts:
-            self.tick()
-
-    def tick(self, last: bool = False) -> bool:
-        """Let rules that count steps have what is due before the next step; true if something was. How many steps
-        there have been is only asked where it matters, since the device may have to be waited for.
-
-        Args:
-            last: only the last event of a schedule, which no further step may follow.
-        """
-        if not self.engine.asks(self.steps.counts, last):
-            return False
-        lines = self.engine.tick("step", self.steps.count, last)
-        self.tell(lines)
-        return bool(lines)
-
-    def tell(self, lines: list[str], target: Any = None) -> None:
-        """Log what has happened, and hand it to a logger or a function of one line."""
-        for line in lines:
-            logger.info(line)
-            if target is not None:
-                (target.info if isinstance(target, logging.Logger) else target)(line)
-        if lines:
-            self.begun = True
-            self._given.changed()
+    def changed(self) -> None:
+        """See :class:`~pruningawaretraining.session.step_events.StepEvents`."""
+        self._given.changed()
 
     # --- epochs -------------------------------------------------------------------------------------------------
 
     def prune(self, epoch: int, target: Any = None) -> str | None:
         """The events of an epoch; see :meth:`pruningawaretraining.Pruning.prune`."""
-        if not self._acts:
+        if not self.acts:
             return None
         self.begun = True
         self.follow_shards()
@@ -266,9 +212,9 @@ class Session:
         lines = self.engine.prune(epoch)
         self.tell(lines, target)
         self.steps.end_round()
-        if self._live() < before:
-            return "removed"
-        return "masked" if lines else None
+        if lines:
+            self.changed()
+        return "removed" if self._live() < before else "masked" if lines else None
 
     def _live(self) -> int:
         return 0 if self.engine.coupled is None else len(self.engine.coupled.live_D)
@@ -278,7 +224,7 @@ class Session:
         if self.rules.coupled or not self.rules.weights:
             _ = self.coupled
             self.engine.remove()
-            self._given.changed()
+            self.changed()
         self.steps.end_round()
 
     def end(self) -> None:

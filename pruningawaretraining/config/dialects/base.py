@@ -18,7 +18,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from pruningawaretraining.config.checks import UNCHECKED
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import canonical, names
@@ -51,7 +50,7 @@ class Dialect(Protocol):
 def native(rules: Sequence[Mapping[str, Any]], **others: Any) -> PruningConfig:
     """A native config from translated rules. The names in them come from a dialect's own table, so what they stand for
     is looked up only when it is built: a rule that is switched off may name what is not there."""
-    return PruningConfig.model_validate({"rules": [dict(rule) for rule in rules], **others}, context=UNCHECKED)
+    return PruningConfig.model_validate({"rules": [dict(rule) for rule in rules], **others})
 
 
 def check_window(start: int, end: int | None, end_key: str, start_key: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pruningawaretraining.config.checks import UNCHECKED
 from pruningawaretraining.config.dialects.base import check_window, schedule_name
 from pruningawaretraining.config.dialects.intel import DEFAULTS, pruner_criterion, pruner_pattern
 from pruningawaretraining.config.dialects.intel_keys import EXCLUDING, SAME
@@ -50,7 +49,7 @@ def updated(config: PruningConfig, items: Mapping[str, Any]) -> PruningConfig:
         if key not in (*PLAIN, *OTHERS, *FIELDS, "excluded_op_names"):
             raise ConfigError(unknown("update", key, [*PLAIN, *SAME, *OTHERS, *FIELDS, *EXCLUDING, DISTILL]))
     rules = [_changed(rule.model_dump(), renamed) for rule in config.rules]
-    return PruningConfig.model_validate({**whole, "rules": rules}, context=UNCHECKED)
+    return PruningConfig.model_validate({**whole, "rules": rules})
 
 
 def _changed(rule: dict[str, Any], items: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""What a session does in a training step; see :mod:`pruningawaretraining.session.optimizer_hooks`."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor
+
+from pruningawaretraining.engine.engine import Engine
+from pruningawaretraining.masks.masks import Masks
+from pruningawaretraining.masks.penalties import Regularizer
+from pruningawaretraining.session.optimizer_hooks import Steps
+
+logger = logging.getLogger(__name__)
+
+
+class StepEvents(ABC):
+    """The moments of a real step: gradients are complete, are about to be used, and weights have moved."""
+
+    engine: Engine
+    steps: Steps
+    sharded: bool
+    begun: bool
+
+    def __init__(self) -> None:
+        self._penalties: list[tuple[Regularizer, Tensor]] = []
+
+    @property
+    @abstractmethod
+    def acts(self) -> bool:
+        """Whether rules are at work."""
+
+    @abstractmethod
+    def before_round(self) -> None:
+        """Find what has to be there before the first real step."""
+
+    @abstractmethod
+    def changed(self) -> None:
+        """Masks or the model have changed."""
+
+    def on_round(self) -> None:
+        """A real step begins; see :mod:`pruningawaretraining.session.optimizer_hooks`."""
+        self.before_round()
+        penalties = self.engine.on_round()
+        self._penalties = penalties if self.acts else []
+
+    def on_gradients(self, scale: Tensor | float, only: set[int] | None) -> None:
+        """Add the regularisers to gradients that are about to be used; scores are of the loss alone, so before them."""
+        if self.acts:
+            lines = self.engine.on_gradients(scale)
+            self.tell(lines)
+            if self.tick() or lines:
+                self._penalties = self.engine.gradient_penalties()
+        for ready, factor_G in self._penalties:
+            ready.add(factor_G * scale, only)
+        if self.sharded:  # such gradients are not accumulated where they could be masked before
+            self.engine.mask_gradients()
+
+    @property
+    def masks(self) -> list[Masks]:
+        """Every mask that acts in a step."""
+        return self.engine.masks
+
+    def on_moved(self) -> None:
+        """Weights have moved, and masked ones may not be 0: shrink blocks."""
+        self.engine.shrink(self.steps.fresh, self.steps.rates)
+
+    def on_stepped(self) -> None:
+        """A step is over: rules that count steps may have their last event."""
+        if self.acts:
+            self.tick(last=True)
+
+    def on_step_begin(self) -> None:
+        """Rules that count steps have the event that is due."""
+        self.begun = True
+        if self.acts:
+            self.tick()
+
+    def tick(self, last: bool = False) -> bool:
+        """Let rules that count steps have what is due before the next step; true if something was. How many steps
+        there have been is only asked where it matters, since the device may have to be waited for.
+
+        Args:
+            last: only the last event of a schedule, which no further step may follow.
+        """
+        if not self.engine.asks(self.steps.counts, last):
+            return False
+        lines = self.engine.tick("step", self.steps.count, last)
+        self.tell(lines)
+        if lines and self.engine.coupled is not None and not self.sharded:  # it may run the model
+            self.changed()
+        return bool(lines)
+
+    def tell(self, lines: list[str], target: Any = None) -> None:
+        """Log what has happened, and hand it to a logger or a function of one line."""
+        for line in lines:
+            logger.info(line)
+            if target is not None:
+                (target.info if isinstance(target, logging.Logger) else target)(line)
+        if lines:
+            self.begun = True
