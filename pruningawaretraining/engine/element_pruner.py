@@ -35,6 +35,7 @@ from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.groups.views import slot_maxima, slot_sums
 from pruningawaretraining.masks.element_penalties import BlockLasso, SlicePenalty
 from pruningawaretraining.registry import build
+from pruningawaretraining.schedules import Asked
 
 PHASES = ("regularize", "prune", "finetune", "done")
 
@@ -237,13 +238,16 @@ class ElementPruner:
         return self.calibration is not None and isinstance(one.criterion, Sampling)
 
     def _prune(self, one: ElementRule, now: int, optimizers: Optimizers) -> None:
-        if one.times.sparsity(now, one.state.initial) == 0 and one.rule.min_sparsity == 0:
-            return
+        for asked in one.times.asked(now, one.state.initial):
+            if asked.sparsity > 0 or one.rule.min_sparsity > 0:
+                self._prune_layers(one, now, asked, optimizers)
+
+    def _prune_layers(self, one: ElementRule, now: int, asked: Asked, optimizers: Optimizers) -> None:
         if self.calibration is not None and self._by_curvature(one):
-            self._mask(one, prune_by_curvature(self.calibration, one, now), optimizers)
+            self._mask(one, prune_by_curvature(self.calibration, one, asked), optimizers)
             return
         scores_G = scores_of(one, self.calibration)
-        (next_G,) = agreed(decide(self.model, one, scores_G, now))
+        (next_G,) = agreed(decide(self.model, one, scores_G, asked))
         if min(one.rule.progressive, one.rule.every) > 1:
             one.next_G, one.scores_G, one.state.begun, one.state.part = next_G, scores_G, now, 0
             self._advance(one, now, optimizers)
@@ -334,7 +338,8 @@ class ElementPruner:
                 continue
             if old.rule.mode == "prune" and old.state.last is not None:
                 for now in [*old.times.ends_before(old.state.last), old.state.last]:
-                    self._set(new, decide(self.model, new, scores_of(new), now), optimizers)
+                    for asked in old.times.asked(now, old.state.initial):
+                        self._set(new, decide(self.model, new, scores_of(new), asked), optimizers)
             elif old.rule.mode == "lock":
                 self._set(new, ~zero_groups(new.grouping), optimizers)
 
@@ -393,26 +398,25 @@ def _load(one: ElementRule, values: Mapping[str, Any]) -> None:
         one.collector.load_state_dict(values["collector"])
 
 
-def prune_by_curvature(calibration: Calibration, one: ElementRule, now: int) -> Tensor:
+def prune_by_curvature(calibration: Calibration, one: ElementRule, asked: Asked) -> Tensor:
     """One event of a second-order rule: measure, decide, and move the weights that stay to where the loss rises least.
 
     Args:
         calibration: model, data and loss.
         one: the rule; the weights change in place.
-        now: the epoch or step of the event.
+        asked: what the event asks for.
 
     Returns:
         Its new masks, those of single weights also where groups are larger.
     """
-    entries = one.times.at(now).layers
-    rule = one.rule if entries is None else one.rule.model_copy(update={"layers": list(entries)})
+    rule = one.rule if asked.layers is None else one.rule.model_copy(update={"layers": list(asked.layers)})
     pruner = WeightPruner(calibration, rule, weight_pattern(one.pattern, f"{one.key}.pattern"), one.criterion)
     masks = {member.name: keep_W for member, keep_W in one.grouping.expand(one.masks.keep_G)}
     so_far = {
         group_set.name: masks[member.name].expand(member.parameter.shape).contiguous()
         for group_set, member in zip(one.grouping.sets, one.grouping.members, strict=True)
     }
-    pruned = pruner.event(one.times.sparsity(now, one.state.initial), so_far)
+    pruned = pruner.event(asked.sparsity, so_far)
     put(calibration.model, pruned)
     device = one.masks.keep_G.device
     kept = [

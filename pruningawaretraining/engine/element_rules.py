@@ -19,7 +19,7 @@ from pruningawaretraining.config.targets import COSTS
 from pruningawaretraining.criteria.base import Collector, Criterion, Statistics, collector_of, scorable
 from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.criteria.second_order.gathering import gathered
-from pruningawaretraining.engine.phases import outside_phase
+from pruningawaretraining.engine.phases import outside_phase, tell_what_stays
 from pruningawaretraining.errors import ConfigError, ModelError, TargetError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.element_masks import ElementMasks
@@ -28,7 +28,7 @@ from pruningawaretraining.patterns.block import NofM
 from pruningawaretraining.patterns.elements import input_dims
 from pruningawaretraining.patterns.slice import Slice, pruned_channels
 from pruningawaretraining.registry import build, lookup
-from pruningawaretraining.schedules import Timeline
+from pruningawaretraining.schedules import Asked, Timeline
 
 log = logging.getLogger(__name__)
 
@@ -157,17 +157,10 @@ def make_rule(model: nn.Module, key: str, rule: Rule, pattern: ElementPattern, s
     collector = collector_of(criterion) if rule.mode == "prune" and rule.target.sparsity is not None else None
     if collector is not None:
         collector.attach(model, grouping)
-    _tell_what_stays(key, rule, grouping)
+    tell_what_stays(model, key, rule, grouping)
     for number, phase in enumerate(rule.phases):
         outside_phase(model, grouping, phase.layers, f"{key}.phases[{number}].layers", torch.device("cpu"))
     return ElementRule(rule, key, pattern, stacked, grouping, ElementMasks(grouping), criterion, collector)
-
-
-def _tell_what_stays(key: str, rule: Rule, grouping: Grouping) -> None:
-    """Warn of selected layers that the pattern does not fit, where it fits others."""
-    if grouping.skipped:
-        shown = "; ".join(grouping.skipped[:4]) + ("; ..." if len(grouping.skipped) > 4 else "")
-        log.warning("%s: %r leaves %d layers as they are: %s", key, rule.pattern, len(grouping.skipped), shown)
 
 
 def _grouping(model: nn.Module, key: str, rule: Rule, pattern: ElementPattern) -> Grouping:
@@ -261,17 +254,17 @@ def _statistics(one: ElementRule) -> Statistics:
     return Statistics(keep_G=one.masks.keep_G, tensors=known)
 
 
-def decide(model: nn.Module, one: ElementRule, scores_G: Tensor, now: int) -> Tensor:
+def decide(model: nn.Module, one: ElementRule, scores_G: Tensor, asked: Asked) -> Tensor:
     """The masks that a rule wants at one of its events; what is masked stays so.
 
     Args:
         model: the model.
         one: the rule.
         scores_G: importance of its groups.
-        now: the epoch or step of the event.
+        asked: what the event asks for.
     """
-    outside_G = outside_phase(model, one.grouping, one.times.at(now).layers, f"{one.key}.phases", scores_G.device)
-    keep_G = _decide(model, one, scores_G, one.times.sparsity(now, one.state.initial), outside_G)
+    outside_G = outside_phase(model, one.grouping, asked.layers, f"{one.key}.phases", scores_G.device)
+    keep_G = _decide(model, one, scores_G, asked.sparsity, outside_G)
     return keep_G if outside_G is None else torch.where(outside_G, one.masks.keep_G, keep_G)
 
 
