@@ -17,7 +17,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pruningawaretraining.config.dialects.sparseml_keys import Pruning, RateFunction, SecondOrderPruning, SetRate
+from pruningawaretraining.config.dialects.sparseml_keys import (
+    Pruning,
+    RateFunction,
+    RateSchedule,
+    SecondOrderPruning,
+    SetRate,
+)
 from pruningawaretraining.config.schema import Distillation, Phase, PruningConfig, Rule
 from pruningawaretraining.config.targets import ExampleInputs, Target
 from pruningawaretraining.experiment import schema as experiment
@@ -35,6 +41,7 @@ SECTIONS = {
     "Phase": "a-phase",
     "RateFunction": "rates",
     "SetRate": "rates",
+    "RateSchedule": "rates",
 }
 """Heading of the table of a model that another one holds; the others have the key's own name."""
 
@@ -206,6 +213,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "SchedulerConfig": lambda: keys_of(experiment.SchedulerConfig),
     "RateFunction": lambda: keys_of(RateFunction),
     "SetRate": lambda: keys_of(SetRate),
+    "RateSchedule": lambda: keys_of(RateSchedule),
     "RecipePruning": lambda: keys_of(Pruning),
     "RecipeSecondOrder": lambda: keys_of(SecondOrderPruning, Pruning),
     "LatencyConfig": lambda: keys_of(experiment.LatencyConfig),

@@ -147,6 +147,19 @@ def _tick(moment: float) -> int:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What an event asks for.
+
+    Args:
+        sparsity: of the layers.
+        layers: entries of the layers that it is about; None for all of the rule's.
+    """
+
+    sparsity: float
+    layers: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
 class Timeline:
     """When a rule has its events, and how far each goes.
 
@@ -210,6 +223,19 @@ class Timeline:
         one = self.at(now)
         earlier = self.stretches[: self.stretches.index(one)]
         return one.sparsity(now, self.scale, earlier[-1].final if earlier else before)
+
+    def asked(self, now: int, before: float = 0.0) -> list[Asked]:
+        """What the event at a tick asks for; the end of a stretch may come together with the start of the next one,
+        which is about other layers.
+
+        Args:
+            now: the tick.
+            before: sparsity that is there at the first event.
+        """
+        one = self.at(now)
+        ending = [each for each in self.stretches[: self.stretches.index(one)] if each.ticks(self.scale)[2] == now]
+        parts = [Asked(each.final, each.layers) for each in ending if each.layers != one.layers]
+        return [*parts, Asked(self.sparsity(now, before), one.layers)]
 
     def ends_before(self, now: int) -> list[int]:
         """The last ticks of the stretches that are over before the one that decides at a tick."""

@@ -106,6 +106,16 @@ def test_a_phase_may_prune_some_layers_of_its_rule() -> None:
         levels({**rule, "phases": wrong}, 1)
 
 
+def test_the_end_of_a_phase_and_the_start_of_the_next_fall_together() -> None:
+    phases = [
+        {"start": 0, "end": 1, "initial": 0.4, "sparsity": 0.6},
+        {"start": 1, "end": 2, "initial": 0.7, "sparsity": 0.8, "layers": ["2"]},
+    ]
+    found = levels({"phases": phases, "target": {"sparsity": 0.8}, "scope": "local", "layers": ["0", "2"]}, 3)
+    assert [one["0.weight"] for one in found] == pytest.approx([0.4, 0.6, 0.6], abs=1e-6)
+    assert [one["2.weight"] for one in found] == pytest.approx([0.4, 0.7, 0.8], abs=1e-6)
+
+
 def test_a_phase_by_curvature_leaves_the_other_layers() -> None:
     model = small()
     phases = [

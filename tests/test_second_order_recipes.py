@@ -9,8 +9,10 @@ import torch
 from second_order_fixture import batches, cross_entropy, layer_weights, small_net, total, zeros
 
 from pruningawaretraining import Pruning, load_config
-from pruningawaretraining.config.dialects.sparseml import layers_of, pattern_of
-from pruningawaretraining.config.dialects.sparseml_keys import evaluated
+from pruningawaretraining.config.dialects.sparseml import layers_of
+from pruningawaretraining.config.dialects.sparseml_criteria import pattern_of
+from pruningawaretraining.config.dialects.sparseml_keys import GlobalPruning
+from pruningawaretraining.config.dialects.sparseml_recipe import evaluated
 from pruningawaretraining.config.recipe import load_recipe
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.errors import ConfigError
@@ -21,7 +23,8 @@ DATA = Path(__file__).parent / "data" / "recipes"
 
 def test_a_gradual_recipe_becomes_a_rule():
     (rule,) = load_config(DATA / "cap_gradual.yaml").rules
-    assert rule.layers == ["re:.*attn.qkv", "re:.*attn.proj", r"re:.*mlp.fc\d"]
+    assert rule.layers == ["param:.*attn.qkv.weight", "param:.*attn.proj.weight", r"param:.*mlp.fc\d.weight"]
+    assert rule.initial == 0.05
     assert rule.pattern == "unstructured"
     assert rule.criterion == {
         "type": "cap", "num_grads": 4096, "micro_batch": 16, "damp": 1e-8, "fisher_block_size": 192,
@@ -37,9 +40,9 @@ def test_one_modifier_with_several_sparsities_becomes_several_rules():
     shown = [(one.layers, one.target.sparsity, one.schedule, one.scope, one.start, one.end, one.every) for one in rules]
     assert shown == [
         (["layer1.0.conv1", "conv1"], 0.6, "one_shot", "global", 0, 0, 1),
-        (["re:layer2.*"], 0.75, "one_shot", "local", 0, 0, 1),
+        (["param:layer2.*.weight"], 0.75, "one_shot", "local", 0, 0, 1),
         (["linear"], 0.5, "linear", "global", 3, 9, 3),
-        (["re:layer3.*"], 0.8, "linear", "global", 3, 9, 3),
+        (["param:layer3.*.weight"], 0.8, "linear", "global", 3, 9, 3),
     ]
     assert rules[0].pattern == {"type": "block", "rows": 1, "columns": 4}
     assert rules[1].pattern == {"type": "n_of_m", "drop": 3, "of": 4}
@@ -72,21 +75,21 @@ def test_a_rate_is_set_from_its_epoch_on_and_epochs_come_from_the_range_or_the_l
         ("__ALL_PRUNABLE__", None),
         (["__ALL__"], None),
         (["a.weight", "b.0.weight"], ["a", "b.0"]),
-        (["re:.*weight"], ["re:.*"]),
-        ([r"re:blocks\.\d+\.fc1\.weight"], [r"re:blocks\.\d+\.fc1"]),
-        (["re:.*fc.weight$"], ["re:.*fc"]),
-        (["re:.*fc"], ["re:.*fc"]),
+        (["re:.*weight"], ["param:.*weight"]),
+        ([r"re:(blocks\.\d+\.fc1|head)\.weight"], [r"param:(blocks\.\d+\.fc1|head)\.weight"]),
+        (["a.bias", "b.weight"], ["b"]),
         (["a"], ["a"]),
     ],
 )
 def test_parameters_are_read_as_layers(params, expected):
-    assert layers_of(params) == expected
+    assert layers_of(params, "here") == expected
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("unstructured", "unstructured"),
+        ("unstructured", {"type": "unstructured"}),
+        ([4, 1], {"type": "block", "rows": 4, "columns": 1}),
         ("block4", {"type": "block", "rows": 1, "columns": 4}),
         ("4x1", {"type": "block", "rows": 4, "columns": 1}),
         ("2:4", {"type": "n_of_m", "drop": 2, "of": 4}),
@@ -94,13 +97,35 @@ def test_parameters_are_read_as_layers(params, expected):
     ],
 )
 def test_mask_types(text, expected):
-    assert pattern_of(text, "mask_type") == expected
+    found, final = pattern_of(GlobalPruning(mask_type=text), None if ":" in str(text) else 0.5, "here.mask_type")
+    assert found == expected
+    assert final == (found["drop"] / found["of"] if "drop" in found else 0.5)
 
 
-@pytest.mark.parametrize("text", ["4:4", "5:4", "0:4", "block8", "", "a:b"])
+@pytest.mark.parametrize("text", ["4:4", "5:4", "0:4", "block8", "", "a:b", "0x4"])
 def test_unknown_mask_types_are_refused(text):
     with pytest.raises(ConfigError, match="mask_type: .* is not known"):
-        pattern_of(text, "mask_type")
+        pattern_of(GlobalPruning(mask_type=text), 0.5, "here.mask_type")
+
+
+@pytest.mark.parametrize(
+    ("keys", "sparsity", "drop"),
+    [
+        ({"mask_type": "N:M", "n": 2, "m": 4}, 0.5, 2),
+        ({"mask_type": "1:4"}, 0.75, 3),  # N stay
+        ({"mask_type": "1:4"}, 0.25, 1),  # as CAP means it, N go
+        ({"mask_type": "N:M", "n": 3, "m": 8}, None, 5),
+    ],
+)
+def test_which_of_n_and_m_go_is_what_the_sparsity_says(keys, sparsity, drop):
+    found, final = pattern_of(GlobalPruning(**keys), sparsity, "here.mask_type")
+    assert found == {"type": "n_of_m", "drop": drop, "of": int(keys.get("m", 4))}
+    assert final == drop / found["of"]
+
+
+def test_a_sparsity_that_n_of_m_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match=r"here.final_sparsity: 0.6 is not that of 1:4. Allowed: 0.75, or 0.25 for N"):
+        pattern_of(GlobalPruning(mask_type="1:4"), 0.6, "here.mask_type")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +164,12 @@ def written(tmp_path, text):
         ("modifiers:\n  - !CAPruningModifier {final_sparsities: 0.5}\n", "did you mean 'final_sparsity'"),
         ("modifiers:\n  - !CAPruningModifier {final_sparsity: 1.5}\n", "final_sparsity"),
         ("modifiers:\n  - !CAPruningModifier {params: [a]}\n", r"modifiers\[0\].final_sparsity: missing"),
-        ("modifiers:\n  - !EpochRangeModifier {end_epoch: 3}\n", "no modifier in it prunes"),
+        (
+            "modifiers:\n  - !ACDCPruningModifier {compression_sparsity: 0.5}\n",
+            "masks that come and go are not supported",
+        ),
+        ("modifiers:\n  - !StructuredPruningModifier {final_sparsity: 0.5}\n", "'channel' rules"),
+        ("a_stage:\n  b_modifiers:\n    CAPModifier: {final_sparsity: 0.5}\n", "did you mean 'CAPruningModifier'"),
         ("modifiers:\n  - !CAPruningModifier {final_sparsity: 0.5, mask_type: 3:2}\n", "mask_type"),
     ],
 )
@@ -149,15 +179,27 @@ def test_mistakes_are_named(tmp_path, text, message):
 
 
 def test_what_differs_is_said(tmp_path, caplog):
-    caplog.set_level("INFO", "pruningawaretraining")
     text = (
         "modifiers:\n  - !OBSPruningModifier {final_sparsity: 0.5, init_sparsity: 0.1, start_epoch: 0.5, end_epoch: 4, "
-        "grad_sampler_kwargs: {batch_size: 2, num_workers: 4}}\n"
+        "grad_sampler_kwargs: {batch_size: 2, num_workers: 4}, log_types: all}\n"
     )
     (rule,) = load_config(written(tmp_path, text)).rules
-    assert (rule.start, rule.end, rule.every) == (1, 4, 1)
-    for key in ("init_sparsity", "start_epoch", "grad_sampler_kwargs.num_workers"):
-        assert f"{key} is ignored" in caplog.text
+    assert (rule.start, rule.end, rule.every, rule.initial) == (0.5, 4, 1, 0.1)
+    said = [one.message for one in caplog.records if one.levelname == "WARNING"]
+    assert said == [
+        "modifiers[0].log_types is ignored: the loop logs",
+        "modifiers[0].grad_sampler_kwargs.num_workers is ignored: the loader that is given decides",
+    ]
+
+
+def test_a_recipe_that_prunes_nothing_leaves_the_model_dense(tmp_path, caplog):
+    text = "modifiers:\n  - !EpochRangeModifier {end_epoch: 3}\n  - !SetWeightDecayModifier {weight_decay: 0.1}\n"
+    config = load_config(written(tmp_path, text))
+    assert [one.enabled for one in config.rules] == [False]
+    assert [one.message for one in caplog.records] == [
+        "modifiers[1] (SetWeightDecayModifier) is ignored: the weight decay is the optimizer's",
+        "recipe is ignored: no modifier in it prunes: the model stays dense",
+    ]
 
 
 GRADUAL = """

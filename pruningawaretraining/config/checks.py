@@ -12,6 +12,9 @@ from pruningawaretraining.registry import build, canonical, names, spelled
 
 """Patterns whose sets are those of coupled layers."""
 
+EXPRESSIONS = ("re:", "in:", "param:")
+"""How an entry of layers begins that holds a regular expression; see :mod:`pruningawaretraining.patterns.selection`."""
+
 NAMED_ONLY = ("schedule", "scope", "allocation")
 UNCHECKED = {"names": "unchecked"}
 """Validation context of translated configs: names that a dialect's own table gave are looked up when they are built."""
@@ -25,10 +28,12 @@ def layer_name(entry: Any, where: str) -> str:
     """
     if not isinstance(entry, str) or not entry:
         raise ConfigError(f"{where}: {entry!r} is not the name of a layer")
-    if not entry.startswith("re:"):
+    bare = entry.removeprefix("?")
+    form = next((form for form in EXPRESSIONS if bare.startswith(form)), None)
+    if form is None:
         return entry.removeprefix("module.")
     try:
-        re.compile(entry[3:])
+        re.compile(bare.removeprefix(form))
     except re.error as error:
         raise ConfigError(f"{where}: {entry!r} is no regular expression: {error}") from error
     return entry

@@ -21,15 +21,21 @@ from pruningawaretraining.errors import ConfigError, nearest
 from pruningawaretraining.files import BROKEN, read_text, reading, reason
 from pruningawaretraining.registry import build, names
 
+MOST_KEYS = 8
+"""How many keys of a config that nothing recognises are shown."""
 FILE_NAMES = ("pruning_config.json", "pruning_config.yaml", "pruning_config.yml")
 
 
-def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | PruningConfig) -> PruningConfig:
+def load_config(
+    source: str | os.PathLike[str] | Mapping[str, Any] | PruningConfig, variables: Mapping[str, Any] | None = None
+) -> PruningConfig:
     """The config that ``source`` holds, in the native form.
 
     Args:
-        source: a path (.json, .yaml or .yml), a folder with a pruning_config.json, .yaml or .yml, a mapping, or a
-            PruningConfig, which is given back as it is. Neither the file nor the mapping is changed.
+        source: a path (.json, .yaml, .yml, or .md that begins with YAML), a folder with a pruning_config.json, .yaml or
+            .yml, a mapping, or a PruningConfig, which is given back as it is. Neither the file nor the mapping is
+            changed.
+        variables: values for keys at the top, before those of ``source``: what recipes read as ``eval(name)``.
 
     Raises:
         ConfigError: there is no such file, it cannot be parsed, or it holds a key or value that is not allowed. One
@@ -38,11 +44,11 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any] | PruningConf
     if isinstance(source, PruningConfig):
         return source
     if isinstance(source, Mapping):
-        return translate(source)
+        return translate({**source, **(variables or {})})
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(f"config: {source!r} is neither a path, a mapping nor a PruningConfig")
     path = find_file(source)
-    mapping = anchored_caps(read_mapping(path), path.parent)
+    mapping = {**anchored_caps(read_mapping(path), path.parent), **(variables or {})}
     try:
         return translate(mapping)
     except ConfigError as error:
@@ -73,8 +79,8 @@ def _unrecognised(mapping: Mapping[str, Any], known: Mapping[str, Dialect]) -> s
     if not seen:
         return "config: it is empty. Allowed: 'rules', or the keys of another form (" + ", ".join(known) + ")"
     close = {key: nearest(key, allowed) for key in seen if key not in allowed}
-    hints = [f"did you mean {match!r} for {key!r}?" for key, match in close.items() if match]
-    shown = ", ".join(repr(key) for key in seen)
+    hints = [f"did you mean {match!r} for {key!r}?" for key, match in close.items() if match][:MOST_KEYS]
+    shown = ", ".join(repr(key) for key in seen[:MOST_KEYS]) + (", ..." if len(seen) > MOST_KEYS else "")
     hint = f"; {' '.join(hints)}" if hints else ""
     return f"config: no form has the keys {shown}{hint} Allowed: 'rules', or another form ({', '.join(known)})"
 
@@ -165,4 +171,15 @@ def _parse_yaml(text: str) -> Any:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
-PARSERS: dict[str, Callable[[str], Any]] = {".json": _parse_json, ".yaml": _parse_yaml, ".yml": _parse_yaml}
+def _parse_markdown(text: str) -> Any:
+    """The YAML between the two lines of dashes that a page may begin with."""
+    lines = text.splitlines()
+    marks = [number for number, line in enumerate(lines) if line.rstrip() == "---"]
+    if len(marks) < 2 or any(line.strip() for line in lines[: marks[0]]):
+        raise ConfigError("no YAML at its beginning. Allowed: a recipe between two lines of '---'")
+    return _parse_yaml("\n".join(lines[marks[0] + 1 : marks[1]]))
+
+
+PARSERS: dict[str, Callable[[str], Any]] = {
+    ".json": _parse_json, ".yaml": _parse_yaml, ".yml": _parse_yaml, ".md": _parse_markdown
+}  # fmt: skip

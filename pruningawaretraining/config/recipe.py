@@ -4,85 +4,41 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pruningawaretraining.config.dialects.sparseml import SparseMl, modifiers_of
-from pruningawaretraining.config.dialects.sparseml_keys import EpochRange, Modifier, Pruning, RateFunction, SetRate
-from pruningawaretraining.config.load import find_file, load_config, read_mapping
+from pruningawaretraining.config.dialects.sparseml import SparseMl, config_of
+from pruningawaretraining.config.dialects.sparseml_keys import (
+    EpochRange,
+    Modifier,
+    Pruning,
+    Quantization,
+    RateFunction,
+    RateSchedule,
+    SetRate,
+)
+from pruningawaretraining.config.dialects.sparseml_recipe import Found, modifiers_of
+from pruningawaretraining.config.extent import check_extent
+from pruningawaretraining.config.load import find_file, read_mapping
+from pruningawaretraining.config.rates import LearningRates
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.registry import lookup, register
-
-Curve = Callable[[float, float, float, float], float]
-
-
-@register("rate", "linear")
-def linear(epoch: float, length: float, first: float, last: float) -> float:
-    """``first`` to ``last`` in a straight line over ``length`` epochs."""
-    return first + (last - first) * min(epoch / length, 1.0) if length else last
-
-
-@register("rate", "cosine")
-def cosine(epoch: float, length: float, first: float, last: float) -> float:
-    """``last + (first - last) (1 + cos(pi t)) / 2``."""
-    t = min(epoch / length, 1.0) if length else 1.0
-    return last + (first - last) * (1 + math.cos(math.pi * t)) / 2
 
 
 @dataclass(frozen=True)
-class LearningRates:
-    """The learning rate modifiers of a recipe.
+class Quantized:
+    """From when on a recipe trains with quantization; the loop does it, see docs/quantization.md.
 
     Args:
-        modifiers: in its order.
-
-    Raises:
-        ConfigError: a cycle of no length.
+        start: the epoch.
+        freeze_ranges: epoch at which observers stop; None: never.
+        freeze_norms: epoch at which the statistics of batch norms stop; None: never.
     """
 
-    modifiers: tuple[SetRate | RateFunction, ...] = ()
-
-    def __post_init__(self) -> None:
-        for one in self.modifiers:
-            if isinstance(one, RateFunction) and one.lr_func == "cyclic_linear" and one.cycle_epochs <= 0:
-                raise ConfigError(f"recipe: cycle_epochs: {one.cycle_epochs} is not allowed. Allowed: above 0")
-
-    def at(self, epoch: float) -> float | None:
-        """The learning rate at a moment.
-
-        Args:
-            epoch: epochs that have passed, with the part of the current one.
-
-        Returns:
-            That of the modifier that has begun last, or None before the first: the optimizer's own.
-        """
-        begun = [one for one in self.modifiers if one.start_epoch <= epoch]
-        if not begun:
-            return None
-        last = max(enumerate(begun), key=lambda pair: (pair[1].start_epoch, pair[0]))[1]
-        return last.learning_rate if isinstance(last, SetRate) else _along(last, epoch)
-
-    def apply(self, optimizer: Any, epoch: float) -> float | None:
-        """Give every parameter group of an optimizer the rate of a moment, if there is one; returns it."""
-        rate = self.at(epoch)
-        if rate is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        return rate
-
-
-def _along(one: RateFunction, epoch: float) -> float:
-    start = max(one.start_epoch, 0.0)
-    length = max(one.end_epoch - start, 0.0)
-    passed = min(max(epoch - start, 0.0), length)
-    if one.lr_func != "cyclic_linear":
-        curve: Curve = lookup("rate", one.lr_func)
-        return curve(passed, length, one.init_lr, one.final_lr)
-    if epoch >= one.end_epoch:
-        return one.final_lr
-    return linear(math.fmod(passed, one.cycle_epochs), one.cycle_epochs, one.init_lr, one.final_lr)
+    start: float
+    freeze_ranges: float | None
+    freeze_norms: float | None
 
 
 @dataclass(frozen=True)
@@ -93,40 +49,69 @@ class Recipe:
         pruning: its pruning modifiers as rules.
         rates: its learning rates.
         epochs: how long it trains: the end of its epoch range, or of its last modifier.
+        quantized: from when on it trains with quantization; None: never.
     """
 
     pruning: PruningConfig
     rates: LearningRates
     epochs: int
+    quantized: Quantized | None = None
 
 
 def is_recipe(source: Any) -> bool:
     """Whether a mapping, or the YAML file at a path, is a SparseML-style recipe."""
-    if isinstance(source, str) and source.lower().endswith((".yaml", ".yml")):
+    if isinstance(source, str) and source.lower().endswith((".yaml", ".yml", ".md")):
         source = read_mapping(find_file(source))
     return isinstance(source, Mapping) and SparseMl().recognises(source)
 
 
-def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
+def load_recipe(
+    source: str | os.PathLike[str] | Mapping[str, Any], variables: Mapping[str, Any] | None = None
+) -> Recipe:
     """Read a SparseML-style recipe.
 
     Args:
-        source: a .yaml file, or what one holds (tags under ``"!tag"``).
+        source: a .yaml file, a .md file that begins with one, or what one holds (tags under ``"!tag"``).
+        variables: values for the names in ``eval(...)``, before those of the recipe.
 
     Raises:
         ConfigError: it is no such recipe, or has a modifier, key or value that is not allowed.
     """
-    mapping = source if isinstance(source, Mapping) else read_mapping(find_file(source))
+    if isinstance(source, Mapping):
+        return _recipe({**source, **(variables or {})})
+    path = find_file(source)
+    try:
+        return _recipe({**read_mapping(path), **(variables or {})})
+    except ConfigError as error:
+        text = str(error)
+        marked = [line if line.startswith(str(path)) else f"{path}: {line}" for line in text.splitlines()]
+        raise ConfigError("\n".join(marked)) from error
+
+
+def _recipe(mapping: Mapping[str, Any]) -> Recipe:
     if not SparseMl().recognises(mapping):
         raise ConfigError(
             f"recipe: no list of modifiers among {sorted(mapping)}. Allowed: 'modifiers', or '..._modifiers'"
         )
-    found = [modifier for _, _, modifier in modifiers_of(mapping)]
-    rates = tuple(one for one in found if isinstance(one, (SetRate, RateFunction)))
-    return Recipe(load_config(source), LearningRates(rates), _epochs(found))
+    check_extent(mapping)
+    found = modifiers_of(mapping)
+    modifiers = [one.modifier for one in found]
+    rates = tuple(one for one in modifiers if isinstance(one, (SetRate, RateFunction, RateSchedule)))
+    return Recipe(config_of(found), LearningRates(rates), _epochs(found), _quantized(modifiers))
 
 
-def _epochs(modifiers: list[Modifier]) -> int:
-    ranges = [one.end_epoch for one in modifiers if isinstance(one, EpochRange)]
-    ends = ranges or [max(one.end_epoch, one.start_epoch + isinstance(one, Pruning)) for one in modifiers]
-    return max(1, math.ceil(max(ends, default=1)))
+def _epochs(found: list[Found]) -> int:
+    ranges = [one.modifier.end_epoch for one in found if isinstance(one.modifier, EpochRange)]
+    ends = [
+        max(one.modifier.end_epoch, one.modifier.start_epoch + isinstance(one.modifier, Pruning)) + one.offset
+        for one in found
+    ]
+    return max(1, math.ceil(max(ranges or ends, default=1)))
+
+
+def _quantized(modifiers: list[Modifier]) -> Quantized | None:
+    for one in modifiers:
+        if isinstance(one, Quantization):
+            start = max(one.start_epoch, 0.0)
+            return Quantized(start, one.disable_quantization_observer_epoch, one.freeze_bn_stats_epoch)
+    return None

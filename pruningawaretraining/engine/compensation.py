@@ -27,7 +27,7 @@ from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, GroupSet
 from pruningawaretraining.groups.views import slot_maxima
 from pruningawaretraining.patterns.block import Block, NofM, Unstructured
-from pruningawaretraining.schedules import sparsity_at
+from pruningawaretraining.schedules import Asked, sparsity_at
 
 DEFAULT_BLOCK = 64  # of criteria that have none of their own: only the work's granularity
 ALLOWED = 'unstructured, block ("4x1") or n_of_m ("2:4")'
@@ -165,7 +165,7 @@ def chooser(weights: Sequence[PrunableWeight], scope: str, limits: Limits) -> Ch
 
 
 def prune_by_curvature(
-    calibration: Calibration, one: ActiveRule, grouping: Grouping, keep_G: Tensor, now: int
+    calibration: Calibration, one: ActiveRule, grouping: Grouping, keep_G: Tensor, asked: Asked
 ) -> Tensor:
     """One event of a second-order rule: measure, decide, and move the weights that stay to where the loss rises least.
 
@@ -174,20 +174,19 @@ def prune_by_curvature(
         one: the rule; the weights change in place.
         grouping: its groups.
         keep_G: what is kept so far.
-        now: the epoch or step of the event.
+        asked: what the event asks for.
 
     Returns:
         Its new masks, those of single weights also where groups are larger.
     """
-    entries = one.times.at(now).layers
-    rule = one.rule if entries is None else one.rule.model_copy(update={"layers": list(entries)})
+    rule = one.rule if asked.layers is None else one.rule.model_copy(update={"layers": list(asked.layers)})
     pruner = WeightPruner(calibration, rule, weight_pattern(one.pattern, f"{one.key}.pattern"), one.criterion)
     masks = {member.name: keep_W for member, keep_W in grouping.expand(keep_G)}
     so_far = {
         group_set.name: masks[member.name].expand(member.parameter.shape).contiguous()
         for group_set, member in zip(grouping.sets, grouping.members, strict=True)
     }
-    pruned = pruner.event(one.asked(now), so_far)
+    pruned = pruner.event(asked.sparsity, so_far)
     put(calibration.model, pruned)
     kept = [
         slot_maxima(member, pruned[group_set.name].keep_W.float()).to(keep_G.device)

@@ -1,4 +1,4 @@
-"""Phases of a rule on the model's side: the layers that one of them prunes, and epochs whose steps are not known.
+"""A rule on the model's side: the layers that one of its phases prunes, and what it leaves as it is or cannot know yet.
 
 Shape suffixes: ``_G`` groups of one rule, ``_S`` its sets.
 """
@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.patterns.selection import select
+from pruningawaretraining.patterns.selection import select, spared
 from pruningawaretraining.schedules import Timeline
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,20 @@ def outside_phase(
         raise ConfigError(f"{key}: {list(entries)!r} selects none of the layers of the rule")
     outside_S = torch.tensor([one.name not in found for one in grouping.sets])
     return outside_S.repeat_interleave(torch.tensor([one.size for one in grouping.sets])).to(device)
+
+
+def tell_what_stays(model: nn.Module, key: str, rule: Rule, grouping: Grouping) -> None:
+    """Warn of selected layers that the pattern does not fit, where it fits others, and of parameters that are none of a
+    layer's weight."""
+    if grouping.skipped:
+        shown = "; ".join(grouping.skipped[:4]) + ("; ..." if len(grouping.skipped) > 4 else "")
+        logger.warning("%s: %r leaves %d layers as they are: %s", key, rule.pattern, len(grouping.skipped), shown)
+    others = spared(model, rule.layers, [layer for one in grouping.sets for layer in one.layers or (one.name,)])
+    if others:
+        shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
+        logger.warning(
+            "%s: its layers' expressions match %d other parameters, which stay as they are: %s", key, len(others), shown
+        )
 
 
 def tell_of_whole_epochs(key: str, times: Timeline) -> None:

@@ -20,7 +20,7 @@ from pruningawaretraining.criteria.base import Statistics, refined, scorable
 from pruningawaretraining.criteria.second_order import Calibration, Sampling
 from pruningawaretraining.engine.compensation import prune_by_curvature, weight_pattern
 from pruningawaretraining.engine.context import RemovalContext
-from pruningawaretraining.engine.phases import outside_phase, tell_of_whole_epochs
+from pruningawaretraining.engine.phases import outside_phase, tell_of_whole_epochs, tell_what_stays
 from pruningawaretraining.engine.rule import Decision
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.weight_rules import WeightRule, check_phases, check_target, grouping_of, same_tensors
@@ -30,6 +30,7 @@ from pruningawaretraining.groups.views import slot_sums
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.patterns.elements import input_dims
 from pruningawaretraining.patterns.slice import pruned_channels
+from pruningawaretraining.schedules import Asked
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +58,7 @@ class WeightGroups:
         grouping = grouping_of(self.model, key, rule, pattern)
         check_target(key, rule, pattern)
         check_phases(self.model, key, rule, grouping)
-        if grouping.skipped:
-            shown = "; ".join(grouping.skipped[:4]) + ("; ..." if len(grouping.skipped) > 4 else "")
-            logger.warning("%s: %r leaves %d layers as they are: %s", key, rule.pattern, len(grouping.skipped), shown)
+        tell_what_stays(self.model, key, rule, grouping)
         one = WeightRule(key, rule, pattern, criterion, grouping, Masks(grouping), stacked)
 
         def grouping_on(model: nn.Module) -> Grouping:
@@ -101,14 +100,17 @@ class WeightGroups:
         """The rule's next masks; a rule of second order with data of its own moves the weights that stay as well."""
         if one.rule.mode != "prune":
             return Decision(one.masks.keep_G if one.rule.mode == "lock" else torch.ones_like(one.masks.keep_G), True)
-        last = one.is_last(now)
-        if one.asked(now) == 0 and one.rule.min_sparsity == 0:
-            return Decision(one.masks.keep_G, last)
-        if calibration is not None and isinstance(one.criterion, Sampling):
-            return Decision(prune_by_curvature(calibration, one, one.grouping, one.masks.keep_G, now), last)
-        statistics = Statistics(keep_G=one.masks.keep_G, tensors=one.feed.statistics(calibration))
-        scores_G = self.scores(one, statistics)
-        return Decision(self._allocated(one, scores_G, statistics, now), last, scores_G)
+        keep_G, scores_G = one.masks.keep_G, None
+        for asked in one.times.asked(now, one.state.initial):
+            if asked.sparsity == 0 and one.rule.min_sparsity == 0:
+                continue
+            if calibration is not None and isinstance(one.criterion, Sampling):
+                keep_G = prune_by_curvature(calibration, one, one.grouping, keep_G, asked)
+                continue
+            statistics = Statistics(keep_G=keep_G, tensors=one.feed.statistics(calibration))
+            scores_G = self.scores(one, statistics)
+            keep_G = self._allocated(one, scores_G, statistics, asked)
+        return Decision(keep_G, one.is_last(now), scores_G)
 
     def scores(self, one: WeightRule, statistics: Statistics) -> Tensor:
         """Scores of the rule's groups.
@@ -121,18 +123,20 @@ class WeightGroups:
             raise ModelError(f"{one.key}.criterion: {one.rule.criterion!r} gives NaN: the weights are not finite")
         return scores_G.detach().to(one.masks.keep_G.device)
 
-    def _allocated(self, one: WeightRule, scores_G: Tensor, statistics: Statistics, now: int) -> Tensor:
-        """The masks of the event at ``now``; what is masked stays so, and layers outside its phase are left alone."""
-        layers, key = one.times.at(now).layers, f"{one.key}.phases"
-        outside_G = outside_phase(self.model, one.grouping, layers, key, scores_G.device)
-        keep_G = self._chosen(one, scores_G, statistics, one.asked(now), outside_G)
-        return keep_G if outside_G is None else torch.where(outside_G, one.masks.keep_G, keep_G)
+    def _allocated(self, one: WeightRule, scores_G: Tensor, statistics: Statistics, asked: Asked) -> Tensor:
+        """The masks that an event asks for; what is masked stays so, and layers that it is not about are left alone."""
+        keep_G = statistics.keep_G
+        assert keep_G is not None
+        outside_G = outside_phase(self.model, one.grouping, asked.layers, f"{one.key}.phases", scores_G.device)
+        next_G = self._chosen(one, scores_G, statistics, asked.sparsity, outside_G)
+        return next_G if outside_G is None else torch.where(outside_G, keep_G, next_G)
 
     def _chosen(
         self, one: WeightRule, scores_G: Tensor, statistics: Statistics, sparsity: float, outside_G: Tensor | None
     ) -> Tensor:
-        limits = one.limits()
-        removed_G = ~one.masks.keep_G if one.masks.active else None
+        limits, so_far_G = one.limits(), statistics.keep_G
+        untouched = so_far_G is None or (so_far_G is one.masks.keep_G and not one.masks.active)
+        removed_G = None if untouched or so_far_G is None else ~so_far_G
         classes_S = classes_of(one.grouping, one.rule.scope)
         window = getattr(one.pattern, "window", None)
         if window is not None:
@@ -230,12 +234,18 @@ class WeightGroups:
             if not one.state.event or (one.rule.release and one.state.phase == "finetune"):
                 continue
             if one.rule.mode == "prune" and one.state.last is not None:
-                for now in [*one.times.ends_before(one.state.last), one.state.last]:
-                    statistics = Statistics(keep_G=one.masks.keep_G, tensors=one.feed.statistics(None, required=False))
-                    keep_G = self._allocated(one, self.scores(one, statistics), statistics, now)
-                    self.mask(one, keep_G, optimizers)
+                self._mask_again(one, optimizers)
             elif one.rule.mode == "lock":
                 self.mask(one, ~zero_groups(one.grouping), optimizers)
+
+    def _mask_again(self, one: WeightRule, optimizers: Optimizers) -> None:
+        """Decide once more, on the groups that are left, on everything that the rule's events have asked for so far."""
+        assert one.state.last is not None
+        for now in [*one.times.ends_before(one.state.last), one.state.last]:
+            for asked in one.times.asked(now, one.state.initial):
+                statistics = Statistics(keep_G=one.masks.keep_G, tensors=one.feed.statistics(None, required=False))
+                keep_G = self._allocated(one, self.scores(one, statistics), statistics, asked)
+                self.mask(one, keep_G, optimizers)
 
     def relabel(self) -> list[WeightRule]:
         """New rules, without masks, for those whose weights are others than before; returns the new ones."""

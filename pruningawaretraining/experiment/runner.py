@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pruningawaretraining.config.recipe import LearningRates
+from pruningawaretraining.config.rates import LearningRates
 from pruningawaretraining.distributed.collectives import Ranks, rank, same_buffers, world_size
 from pruningawaretraining.distributed.ddp import outdated, rewrapped
 from pruningawaretraining.errors import ConfigError
@@ -95,6 +95,7 @@ class Runner:
         if name == "pruned":
             pruner = Pruning(model, config.pruning, example_inputs=self.images[:1], optimizer=optimizer)
             batches = TrainingBatches(self.pipeline, self.data.train, config.batch_size, self.device)
+            pruner.on_train_begin(range(self._steps))
             pruner.calibrate_with(batches, loss_of)  # read by criteria and compensation that want data
         precision = Precision.of(config, self.device)
         wrapped = DistributedDataParallel(model) if world_size() > 1 else None
@@ -102,11 +103,15 @@ class Runner:
         torch.manual_seed(config.seed + rank())
         return Stage(name, learner, scheduler)
 
+    @property
+    def _steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return max(1, len(self.data.train) // self.config.batch_size)
+
     def _warn_of_late_ends(self) -> None:
         """Say at the start that a rule's last event lies after the training, and its target will not be met."""
-        steps = max(1, len(self.data.train) // self.config.batch_size)
         for number, rule in enumerate(self.config.pruning.rules):
-            last = self.config.epochs * (steps if rule.unit == "step" else 1) - (self.config.prune_at == "end")
+            last = self.config.epochs * (self._steps if rule.unit == "step" else 1) - (self.config.prune_at == "end")
             end = rule.start if rule.end is None else rule.end
             if rule.enabled and end > last:
                 key = rule.name or f"pruning.rules[{number}]"
@@ -169,7 +174,7 @@ class Runner:
             self._events(learner, epoch)
             learner = self._rewrap(stage)
         phase = "train" if pruner is None else pruner.phase
-        self.rates.apply(learner.optimizer, epoch)
+        self.rates.apply(learner.optimizer, epoch, self._steps)
         rate = float(learner.optimizer.param_groups[0]["lr"])
         batches = self._rated(learner.optimizer, epoch, generator)
         loss, train_accuracy = train_epoch(learner, batches, shown.tick)
@@ -213,10 +218,9 @@ class Runner:
 
     def _rated(self, optimizer: torch.optim.Optimizer, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
         """The batches of an epoch, with the learning rate of its moment set before each."""
-        steps = max(1, len(self.data.train) // self.config.batch_size)
         batches = self.pipeline.train(self.data.train, self.config.batch_size, generator, self.device)
         for number, batch in enumerate(batches):
-            self.rates.apply(optimizer, epoch + number / steps)
+            self.rates.apply(optimizer, epoch + number / self._steps, self._steps)
             yield batch
 
     def _change(self, model: nn.Module, pruner: Pruning, change: Callable[[], object]) -> None:

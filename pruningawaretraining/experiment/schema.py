@@ -16,7 +16,7 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 import pruningawaretraining.runtimes.timing  # noqa: F401  (importing it registers the runtimes)
 from pruningawaretraining.config import PruningConfig, load_config
 from pruningawaretraining.config.caps import anchored_caps
-from pruningawaretraining.config.dialects.sparseml_keys import RateFunction, SetRate
+from pruningawaretraining.config.dialects.sparseml_keys import RateFunction, RateSchedule, SetRate
 from pruningawaretraining.config.editor import complete_schema
 from pruningawaretraining.config.load import find_file, read_mapping
 from pruningawaretraining.config.recipe import is_recipe, load_recipe
@@ -166,7 +166,7 @@ class ExperimentConfig(Strict):
     batch_size: Count = Field(128, description="Images in a training batch.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer.")
     scheduler: SchedulerConfig | None = Field(SchedulerConfig(), description="The learning rate schedule; null: none.")
-    rates: list[RateFunction | SetRate] = Field(
+    rates: list[RateFunction | SetRate | RateSchedule] = Field(
         [],
         description="Learning rates as in recipes, set before every step instead of the schedule. Absent: those of "
         "the recipe, if 'pruning' is one and there is no 'scheduler'.",

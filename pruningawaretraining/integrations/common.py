@@ -94,8 +94,11 @@ class Attached:
         _OWNERS[plain] = weakref.ref(self)
         return self.made
 
-    def begin(self) -> None:
+    def begin(self, steps: int | None = None) -> None:
         """Training begins.
+
+        Args:
+            steps: optimizer steps of an epoch, where they are known.
 
         Raises:
             ConfigError: another callback prunes the same model.
@@ -114,7 +117,7 @@ class Attached:
                 "Allowed: another PruningCallback, or another model",
                 type(pruner.model).__name__,
             )
-        pruner.on_train_begin()
+        pruner.on_train_begin(None if steps is None else range(steps))
 
     def release(self) -> None:
         """Let any weights be loaded into the model from here on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,8 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
                 "resume_from: the model has the checkpoint's architecture and not its weights: fit was given no "
                 "checkpoint. Allowed: trainer.fit(module, ckpt_path=), with the same path"
             )
-        self._attached.begin()
+        batches = trainer.num_training_batches
+        self._attached.begin(int(batches // trainer.accumulate_grad_batches) if math.isfinite(batches) else None)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.pruner.on_step_begin(batch_idx)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,9 @@ class PruningCallback(_TrainerCallback):  # type: ignore[misc]
         optimizer = kwargs.get("optimizer")
         if optimizer is not None:
             self.pruner.attach(optimizer)
-        self._attached.begin()
+        loader = kwargs.get("train_dataloader")
+        steps = len(loader) // max(1, args.gradient_accumulation_steps) if isinstance(loader, Sized) else None
+        self._attached.begin(steps)
 
     def _check_resumed(self, folder: Path, step: int) -> None:
         """Weights and the pruner's state are of the same checkpoint, or neither is of any."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
 from pruningawaretraining.errors import ConfigError, unknown
 
+logger = logging.getLogger(__name__)
+
 PREFIXES = ("module.", "_orig_mod.")
+OPTIONAL = "?"
+"""In front of an entry that may match nothing."""
 
 
 def plain_name(name: str) -> str:
@@ -26,8 +31,10 @@ def select(model: nn.Module, entries: Sequence[str] | None, candidates: Iterable
 
     Args:
         model: the model; an entry may be any of its modules.
-        entries: exact module names, names of containers (everything in them), or ``re:`` and a regular expression that
-            the whole name matches; None selects every candidate.
+        entries: exact module names; names of containers (everything in them); ``re:`` and a regular expression that the
+            whole name matches; ``in:`` and one that the name of a module begins with (everything in it); ``param:`` and
+            one that the name of the layer's weight ("conv1.weight") begins with. A ``?`` in front: the entry may match
+            nothing, which is said. None selects every candidate.
         candidates: names of the layers that can be selected.
         key: the key of the config, for messages.
 
@@ -41,22 +48,74 @@ def select(model: nn.Module, entries: Sequence[str] | None, candidates: Iterable
     modules = [name for name, _ in model.named_modules() if name]
     selected: set[str] = set()
     for entry in entries:
-        selected |= _matches(entry, modules, names, key)
+        try:
+            selected |= _matches(model, entry.removeprefix(OPTIONAL), modules, names, key)
+        except ConfigError as error:
+            if not entry.startswith(OPTIONAL):
+                raise
+            logger.warning("%s: it may match nothing, and does", error)
     return selected
 
 
-def _matches(entry: str, modules: list[str], candidates: set[str], key: str) -> set[str]:
-    if entry.startswith("re:"):
+def _matches(model: nn.Module, entry: str, modules: list[str], candidates: set[str], key: str) -> set[str]:
+    for form, found in FORMS.items():
+        if not entry.startswith(form):
+            continue
         try:
-            expression = re.compile(entry[3:])
+            expression = re.compile(entry[len(form) :])
         except re.error as error:
             raise ConfigError(f"{key}: {entry!r} is no regular expression: {error}") from error
-        if not any(expression.fullmatch(name) for name in modules):
-            raise ConfigError(f"{key}: {entry!r} matches no module. Modules are: {', '.join(modules[:12])}, ...")
-        return {name for name in candidates if expression.fullmatch(name)}
+        return found(model, expression, modules, candidates, f"{key}: {entry!r}")
     wanted = plain_name(entry)
     plain = {plain_name(name): name for name in modules}
     if wanted not in plain:
         raise ConfigError(unknown(key, entry, plain))
-    found = plain[wanted]
-    return {name for name in candidates if name == found or name.startswith(f"{found}.")}
+    return _inside({plain[wanted]}, candidates)
+
+
+def _inside(containers: Iterable[str], candidates: set[str]) -> set[str]:
+    """The candidates that are one of some modules, or in one."""
+    known = set(containers)
+    parts = {name: name.split(".") for name in candidates}
+    return {
+        name for name in candidates if any(".".join(parts[name][:n]) in known for n in range(1, len(parts[name]) + 1))
+    }
+
+
+def _whole(
+    model: nn.Module, expression: re.Pattern[str], modules: list[str], candidates: set[str], key: str
+) -> set[str]:
+    if not any(expression.fullmatch(name) for name in modules):
+        raise ConfigError(f"{key} matches no module. Modules are: {', '.join(modules[:12])}, ...")
+    return {name for name in candidates if expression.fullmatch(name)}
+
+
+def _within(
+    model: nn.Module, expression: re.Pattern[str], modules: list[str], candidates: set[str], key: str
+) -> set[str]:
+    found = [name for name in modules if expression.match(name)]
+    if not found:
+        raise ConfigError(f"{key} matches no module. Modules are: {', '.join(modules[:12])}, ...")
+    return _inside(found, candidates)
+
+
+def _by_weight(
+    model: nn.Module, expression: re.Pattern[str], modules: list[str], candidates: set[str], key: str
+) -> set[str]:
+    names = [plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    if not any(expression.match(name) for name in names):
+        raise ConfigError(f"{key} matches no parameter. Parameters are: {', '.join(names[:12])}, ...")
+    return {name for name in candidates if expression.match(f"{plain_name(name)}.weight".removeprefix("."))}
+
+
+FORMS: dict[str, Callable[..., set[str]]] = {"re:": _whole, "in:": _within, "param:": _by_weight}
+"""How an entry begins -> which layers its regular expression chooses."""
+
+
+def spared(model: nn.Module, entries: Sequence[str] | None, layers: Iterable[str]) -> list[str]:
+    """Parameters that ``param:`` entries match beside the weights of some layers: of norms, embeddings, and biases."""
+    forms = [entry.removeprefix(OPTIONAL) for entry in entries or ()]
+    expressions = [re.compile(form.removeprefix("param:")) for form in forms if form.startswith("param:")]
+    weights = {f"{layer}.weight" for layer in layers}
+    names = [name for name, _ in model.named_parameters() if name not in weights]
+    return [name for name in names if any(one.match(plain_name(name)) for one in expressions)]

@@ -65,5 +65,5 @@ def schedule_name(name: str, where: str) -> str:
 
 
 def note_ignored(key: str, why: str) -> None:
-    """Say that a key was read and has no effect."""
-    logger.info("%s is ignored: %s", key, why)
+    """Warn that a key was read and has no effect here, or another one than where it comes from."""
+    logger.warning("%s is ignored: %s", key, why)

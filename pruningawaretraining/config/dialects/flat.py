@@ -55,8 +55,9 @@ class Flat:
     yaml_tags: ClassVar[tuple[str, ...]] = ()
 
     def recognises(self, mapping: Mapping[str, Any]) -> bool:
-        """A key of the flat form, and no section as the other forms have."""
-        return any(key in mapping for key in self.keys) and not any(_is_section(value) for value in mapping.values())
+        """A key that only the flat form has, and no section as the other forms have."""
+        distinct = [key for key in self.keys if key not in ("start_epoch", "end_epoch")]
+        return any(key in mapping for key in distinct) and not any(_is_section(value) for value in mapping.values())
 
     def translate(self, mapping: Mapping[str, Any]) -> PruningConfig:
         """One rule: channels by magnitude, in one ranking over the listed layers.

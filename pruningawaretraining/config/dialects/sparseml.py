@@ -1,33 +1,27 @@
-"""SparseML-style recipes: lists of tagged modifiers. Each pruning modifier becomes a rule (one a sparsity).
+"""SparseML-style recipes, with CAP's modifiers: each pruning modifier becomes a rule, or a phase of one.
 
 Learning rates and epochs are no pruning: :func:`pruningawaretraining.config.recipe.load_recipe` has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from pruningawaretraining.config.dialects import sparseml_keys as keys
 from pruningawaretraining.config.dialects.base import native, note_ignored
-from pruningawaretraining.config.dialects.sparseml_keys import (
-    MODIFIERS,
-    Modifier,
-    Pruning,
-    SecondOrderPruning,
-    evaluated,
-    parse_modifier,
-    whole_epoch,
-)
+from pruningawaretraining.config.dialects.sparseml_criteria import criterion_of, pattern_of
+from pruningawaretraining.config.dialects.sparseml_phases import Piece, rules_of
+from pruningawaretraining.config.dialects.sparseml_recipe import NAMES, Found, is_recipe, modifiers_of
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import register
 
-ALL = ("__ALL_PRUNABLE__", "__ALL__")
-SUFFIX = "weight"
-CRITERIA = {"!OBSPruningModifier": "obs", "!CAPruningModifier": "cap", "!FastCAPruningModifier": "fast_cap"}
-UNIFORM = ("!FastCAPruningModifier", "!MagnitudePruningModifier")
-MASK_TYPES = "'unstructured', 'block4', 'RxC' such as '4x1', or 'N:M' such as '2:4'"
+ALL, ALL_PRUNABLE = "__ALL__", "__ALL_PRUNABLE__"
+SUFFIX = ".weight"
+CLASSES = ("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d")
+"""Targets that name a class of layers."""
 
 
 @register("dialect", "sparseml")
@@ -36,169 +30,180 @@ class SparseMl:
     """Recipes with ``!CAPruningModifier`` and its kin."""
 
     keys: ClassVar[tuple[str, ...]] = ("modifiers", "pruning_modifiers", "training_modifiers")
-    yaml_tags: ClassVar[tuple[str, ...]] = tuple(MODIFIERS)
+    yaml_tags: ClassVar[tuple[str, ...]] = tuple(f"!{name}" for name in NAMES)
 
     def recognises(self, mapping: Mapping[str, Any]) -> bool:
-        """A list under a key that ends in "modifiers", at the top or in a stage."""
-        return any(True for _ in _lists(mapping))
+        """A key that ends in "modifiers" with a list or a mapping, at the top or in a stage."""
+        return is_recipe(mapping)
 
     def translate(self, mapping: Mapping[str, Any]) -> PruningConfig:
-        """One rule for each pruning modifier and sparsity, in the recipe's order.
+        """A rule for the pruning modifiers that follow each other on the same layers, in the recipe's order.
 
         Raises:
-            ConfigError: an unknown modifier or key, or a value that is not allowed; or nothing in it prunes.
+            ConfigError: an unknown modifier or key, or a value that is not allowed.
         """
-        rules: list[dict[str, Any]] = []
-        for where, tag, modifier in modifiers_of(mapping):
-            if isinstance(modifier, Pruning):
-                rules += _rules(where, tag, modifier)
-        if not rules:
-            raise ConfigError(f"recipe: no modifier in it prunes. Allowed: {', '.join(sorted(MODIFIERS))}")
-        return native(rules)
+        return config_of(modifiers_of(mapping))
 
 
-def _lists(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
-    for key, value in mapping.items():
-        if not isinstance(key, str):
-            raise ConfigError(f"config: the key {key!r} is a {type(key).__name__}. Allowed: texts")
-        if key.endswith("modifiers") and isinstance(value, list):
-            yield prefix + key, value
-        elif key.endswith("stage") and isinstance(value, Mapping):
-            yield from _lists(value, f"{prefix}{key}.")
+def config_of(found: Sequence[Found]) -> PruningConfig:
+    """The modifiers of a recipe as a native config."""
+    rules = rules_of([piece for one in found for piece in _pieces(one)])
+    rules += _locks([one for one in found if isinstance(one.modifier, keys.Constant)], rules)
+    if not rules:
+        note_ignored("recipe", "no modifier in it prunes: the model stays dense")
+        rules = [{"name": "nothing", "enabled": False}]
+    for one in found:
+        if isinstance(one.modifier, keys.Quantization):
+            note_ignored(f"{one.where} ({one.name})", "the loop quantizes; see docs/quantization.md")
+    return native(rules, distillation=_distillation(found))
 
 
-def modifiers_of(mapping: Mapping[str, Any]) -> Iterator[tuple[str, str, Modifier]]:
-    """(place, tag, modifier) of everything in a recipe.
-
-    Raises:
-        ConfigError: see :func:`~pruningawaretraining.config.dialects.sparseml_keys.parse_modifier`.
-    """
-    variables: dict[str, Any] = {}
-    for key, value in mapping.items():
-        worked_out = evaluated(value, key, variables) if not isinstance(value, (list, Mapping)) else None
-        if isinstance(worked_out, (int, float)):
-            variables[key] = worked_out
-    for where, values in _lists(mapping):
-        for number, one in enumerate(values):
-            place = f"{where}[{number}]"
-            yield place, *parse_modifier(one, place, variables)
-
-
-def _rules(where: str, tag: str, modifier: Pruning) -> Iterator[dict[str, Any]]:
-    _note_what_differs(where, modifier)
-    start = whole_epoch(modifier.start_epoch)
-    end = start if modifier.end_epoch < 0 else whole_epoch(modifier.end_epoch)
-    for number, (sparsity, params) in enumerate(_targets(where, modifier)):
-        yield {
-            "name": where if number == 0 else f"{where}.{number}",
-            "pattern": pattern_of(modifier.mask_type, f"{where}.mask_type"),
-            "layers": layers_of(params),
-            "criterion": _criterion(tag, modifier),
-            "schedule": "one_shot" if start == end else modifier.inter_func,
-            "scope": _scope(tag, modifier),
-            "start": start,
-            "end": end,
-            "every": max(1, whole_epoch(modifier.update_frequency)),
-            "target": {"sparsity": sparsity},
-            "at_init": start == end == 0,  # once, before any training
-            "release": not modifier.leave_enabled,
-        }
+def _pieces(one: Found) -> Iterator[Piece]:
+    """What a modifier prunes: one piece for each sparsity."""
+    modifier = one.modifier
+    if isinstance(modifier, keys.OneShotPruning):
+        yield _one_shot_piece(one, modifier)
+    if not isinstance(modifier, keys.Pruning):
+        return
+    start = max(0.0, modifier.start_epoch) + one.offset
+    end = max(start, modifier.end_epoch + one.offset) if modifier.end_epoch >= 0 and not one.once else start
+    for number, (sparsity, params) in enumerate(_targets(one.where, modifier)):
+        pattern, final = pattern_of(modifier, sparsity, f"{one.where}.mask_type")
+        layers = layers_of(params, one.where)
+        if final == 0 or layers == []:
+            continue
+        initial = modifier.init_sparsity
+        if isinstance(initial, float) and initial > final:
+            note_ignored(f"{one.where}.init_sparsity", f"{initial:g} is above final_sparsity, {final:g}, taken at once")
+            initial = final
+        yield Piece(
+            name=one.where if number == 0 else f"{one.where}.{number}",
+            pattern=pattern,
+            layers=layers,
+            criterion=criterion_of(one.where, one.name, modifier),
+            scope=_scope(one.where, modifier),
+            release=not modifier.leave_enabled,
+            start=start,
+            end=end,
+            every=_frequency(one.where, modifier, end - start),
+            schedule=modifier.inter_func,
+            initial="present" if isinstance(initial, str) else initial,
+            final=final,
+        )
 
 
-def _targets(where: str, modifier: Pruning) -> list[tuple[float, str | list[str]]]:
-    """(sparsity, parameters) of a modifier."""
+def _one_shot_piece(one: Found, modifier: keys.OneShotPruning) -> Piece:
+    pattern, final = pattern_of(modifier, modifier.sparsity, f"{one.where}.mask_structure")
+    targets = [modifier.targets] if isinstance(modifier.targets, str) else modifier.targets or [ALL]
+    types = [name for name in targets if name in CLASSES]
+    everything = any(name in (ALL, ALL_PRUNABLE) for name in targets) or bool(types)
+    start = max(0.0, modifier.start_epoch) + one.offset
+    return Piece(
+        name=one.where,
+        pattern={**pattern, "types": types} if types else pattern,
+        layers=None if everything else [_within(name) for name in targets],
+        exclude=[f"?{_within(name)}" for name in modifier.ignore],
+        criterion=criterion_of(one.where, one.name, modifier),
+        scope="local",
+        release=False,
+        start=start,
+        end=start,
+        every=1.0,
+        schedule="linear",
+        initial=final,
+        final=final,
+        keep_zeros=modifier.preserve_sparsity_mask,
+    )
+
+
+def _targets(where: str, modifier: keys.Pruning) -> list[tuple[float | None, keys.Names]]:
+    """(sparsity, parameters) of a modifier; None where mask_type says how far."""
     final = modifier.final_sparsity
-    if isinstance(final, dict):
-        found: list[tuple[float, str | list[str]]] = []
-        for text, params in final.items():
-            try:
-                found.append((float(text), params))
-            except ValueError as error:
-                raise ConfigError(f"{where}.final_sparsity: the key {text!r} is no number") from error
-        return found
-    if final is None:
-        keep, _, of = modifier.mask_type.partition(":")
-        if not (keep.isdigit() and of.isdigit()):
-            raise ConfigError(f"{where}.final_sparsity: missing, but needed")
-        final = 1 - int(keep) / int(of)
-    return [(final, modifier.params)]
-
-
-def _scope(tag: str, modifier: Pruning) -> str:
-    if tag in UNIFORM or modifier.global_sparsity is False:
-        return "local"
-    return "global"
-
-
-def _criterion(tag: str, modifier: Pruning) -> dict[str, Any]:
-    if not isinstance(modifier, SecondOrderPruning):
-        return {"type": "magnitude", "p": 1.0, "normalize": "none"}
-    found: dict[str, Any] = {
-        "type": CRITERIA[tag],
-        "num_grads": modifier.num_grads,
-        "fisher_block_size": modifier.fisher_block_size,
-        "num_recomputations": modifier.num_recomputations,
-        "micro_batch": modifier.grad_sampler_kwargs.get("batch_size"),
-    }
-    if modifier.damp is not None:
-        found["damp"] = modifier.damp
-    if found["type"] == "cap":
-        found["merge"] = "cumulative"  # as published
-    if found["type"] != "fast_cap":
-        parallel = modifier.blocks_in_parallel
-        found["blocks_in_parallel"] = parallel if parallel is not None and parallel > 0 else None
-        found["fisher_inv_device"] = modifier.fisher_inv_device
-        found["traces_backup_dir"] = modifier.traces_backup_dir
+    if not isinstance(final, dict):
+        return [(final, modifier.params)]
+    found: list[tuple[float | None, keys.Names]] = []
+    for text, params in final.items():
+        try:
+            found.append((float(text), params))
+        except ValueError as error:
+            raise ConfigError(f"{where}.final_sparsity: the key {text!r} is no number") from error
     return found
 
 
-def _note_what_differs(where: str, modifier: Pruning) -> None:
-    if modifier.init_sparsity not in (0.0, "__FROM_PARAM__"):
-        note_ignored(f"{where}.init_sparsity", "the sparsity rises from what is there to the final one")
-    for key in ("start_epoch", "end_epoch", "update_frequency"):
-        value = getattr(modifier, key)
-        if value != int(value):
-            note_ignored(f"{where}.{key}", f"events are at whole epochs: {value} is taken as {whole_epoch(value)}")
-    for key in modifier.grad_sampler_kwargs if isinstance(modifier, SecondOrderPruning) else ():
-        if key != "batch_size":
-            note_ignored(f"{where}.grad_sampler_kwargs.{key}", "the loader that is given decides")
+def _scope(where: str, modifier: keys.Pruning) -> str:
+    if modifier.fixed_scope:
+        if modifier.global_sparsity:
+            note_ignored(f"{where}.global_sparsity", "the modifier prunes every layer by the same sparsity")
+        return modifier.scope
+    return modifier.scope if modifier.global_sparsity is None else "global" if modifier.global_sparsity else "local"
 
 
-def pattern_of(mask_type: str, where: str) -> str | dict[str, Any]:
-    """The pattern that a mask_type stands for. In "N:M" N of M stay.
-
-    Raises:
-        ConfigError: none is known by that name.
-    """
-    text = mask_type.strip().lower()
-    if text == "unstructured":
-        return text
-    if text == "block4":
-        return {"type": "block", "rows": 1, "columns": 4}
-    for separator in ("x", ":"):
-        first, found, second = text.partition(separator)
-        if not (found and first.isdigit() and second.isdigit()):
-            continue
-        one, two = int(first), int(second)
-        if separator == "x":
-            return {"type": "block", "rows": one, "columns": two}
-        if 0 < one < two:
-            return {"type": "n_of_m", "drop": two - one, "of": two}
-    raise ConfigError(f"{where}: {mask_type!r} is not known. Allowed: {MASK_TYPES}, with N below M")
+def _frequency(where: str, modifier: keys.Pruning, length: float) -> float:
+    """Epochs between events; a modifier without any has them where it starts and ends."""
+    if modifier.update_frequency > 0:
+        return modifier.update_frequency
+    if "update_frequency" in modifier.model_fields_set and length and modifier.init_sparsity != modifier.final_sparsity:
+        note_ignored(f"{where}.update_frequency", "-1 is an event at every step; here it is one at every epoch")
+    return 1.0
 
 
-def layers_of(params: str | list[str]) -> list[str] | None:
-    """Layers from names of parameters; None for all that can be pruned."""
+def layers_of(params: keys.Names, where: str) -> list[str] | None:
+    """Entries of layers from names of parameters; None for all that can be pruned."""
     given = [params] if isinstance(params, str) else params
-    if any(name in ALL for name in given):
+    if any(name in (ALL, ALL_PRUNABLE) for name in given):
         return None
-    return [_layer(name) for name in given]
+    biases = [name for name in given if not name.startswith("re:") and name.endswith(".bias")]
+    for name in biases:
+        note_ignored(f"{where}.params", f"{name!r} is a bias, and weights are pruned")
+    return [_layer(name) for name in given if name not in biases]
 
 
 def _layer(param: str) -> str:
-    """``a.b.weight`` as ``a.b``, and a regular expression for such names as one for layers."""
-    for ending in (f"\\.{SUFFIX}", f".{SUFFIX}", SUFFIX):
-        for tail in ("$", ""):
-            if param.startswith("re:") and param.endswith(ending + tail):
-                return param.removesuffix(ending + tail)
-    return param if param.startswith("re:") else param.removesuffix(f".{SUFFIX}")
+    """``a.b.weight`` as ``a.b``; a regular expression stays one for names of parameters."""
+    return f"param:{param[3:]}" if param.startswith("re:") else param.removesuffix(SUFFIX)
+
+
+def _within(target: str) -> str:
+    return f"in:{target[3:]}" if target.startswith("re:") else target
+
+
+def _locks(constants: Iterable[Found], rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rules that keep zeros, on layers that no other rule masks."""
+    taken: list[str] = []
+    for rule in rules:
+        if rule["layers"] is None:
+            for one in constants:
+                note_ignored(one.where, f"{rule['name']} keeps its zeros for good")
+            return []
+        taken += [f"?{entry}" for entry in rule["layers"]]
+    found: list[dict[str, Any]] = []
+    for one in constants:
+        assert isinstance(one.modifier, keys.Constant)
+        layers = layers_of(one.modifier.params, one.where)
+        start = max(0.0, one.modifier.start_epoch) + one.offset
+        key = {"layers": layers, "exclude": list(dict.fromkeys(taken))}
+        if layers == [] or any({name: rule[name] for name in key} == key for rule in found):
+            continue
+        if taken and layers is not None and set(layers) <= {entry[1:] for entry in taken}:
+            note_ignored(one.where, "the modifiers before it keep their zeros for good")
+            continue
+        lock = {"name": one.where, "pattern": "unstructured", **key, "criterion": "weight", "mode": "lock"}
+        found.append({**lock, "start": start, "at_init": start == 0})
+    return found
+
+
+def _distillation(found: Iterable[Found]) -> dict[str, Any] | None:
+    """The teacher's part: the loss is (1 - hardness) times the task's and hardness times the teacher's."""
+    for one in found:
+        if not isinstance(one.modifier, keys.Distillation):
+            continue
+        hardness = one.modifier.hardness
+        note_ignored(
+            f"{one.where}.hardness",
+            f"the loop weighs the loss of the task: {1 - hardness:g} * loss + pruner.distill_loss(outputs, inputs)",
+        )
+        for key in ("start_epoch", "end_epoch"):
+            if getattr(one.modifier, key) > 0:
+                note_ignored(f"{one.where}.{key}", "the loop decides in which epochs it adds pruner.distill_loss")
+        return {"weight": hardness, "temperature": one.modifier.temperature}
+    return None

@@ -1,34 +1,37 @@
-"""The modifiers of SparseML-style recipes, their keys, and the arithmetic that recipes may use for values."""
+"""The modifiers of SparseML-style recipes and their keys; ``sparseml_recipe`` finds them in a file."""
 
 from __future__ import annotations
 
-import ast
-import math
-import operator
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
-from pruningawaretraining.config.dialects.base import TAG
-from pruningawaretraining.config.strict import Amount, Count, Strict, UnitInterval
-from pruningawaretraining.errors import ConfigError, unknown
+from pruningawaretraining.config.strict import Amount, Count, Positive, Strict, UnitInterval, Whole
 
-OPERATIONS: dict[type[ast.AST], Callable[..., Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.USub: operator.neg,
-}
+
+def _as_number(value: Any) -> Any:
+    """YAML reads 1e-7 as text; recipes mean a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Number = Annotated[float, BeforeValidator(_as_number)]
+AmountText = Annotated[Amount, BeforeValidator(_as_number)]
+PositiveText = Annotated[Positive, BeforeValidator(_as_number)]
+UnitText = Annotated[UnitInterval, BeforeValidator(_as_number)]
+Names = str | list[str]
 
 
 class Modifier(Strict):
     """What every modifier has."""
 
-    start_epoch: float = Field(-1.0, description="First epoch.")
-    end_epoch: float = Field(-1.0, description="Last epoch; -1 for none.")
+    start_epoch: Number = Field(-1.0, description="First epoch.")
+    end_epoch: Number = Field(-1.0, description="Last epoch; -1 for none.")
+
+    unused: ClassVar[dict[str, str]] = {}
+    """Keys that have no meaning here -> why; said where they are given."""
 
 
 class EpochRange(Modifier):
@@ -38,117 +41,195 @@ class EpochRange(Modifier):
 class SetRate(Modifier):
     """A learning rate from an epoch on."""
 
-    learning_rate: Amount | None = Field(None, description="The rate; absent: the optimizer's own.")
+    learning_rate: AmountText | None = Field(None, description="The rate; absent: the optimizer's own.")
+    param_groups: list[int] | None = Field(None, description="Ignored.")
     constant_logging: bool = Field(False, description="Ignored.")
+
+    unused = {"param_groups": "every parameter group gets the rate", "constant_logging": "loops log by themselves"}
 
 
 class RateFunction(Modifier):
-    """A learning rate that changes between two epochs."""
+    """A learning rate that changes between two epochs, in cycles where it has ``cycle_epochs``."""
 
-    lr_func: Literal["linear", "cosine", "cyclic_linear"] = Field(description="How it changes.")
-    init_lr: Amount = Field(description="The rate at the start (of every cycle).")
-    final_lr: Amount = Field(description="The rate at the end (of every cycle).")
-    cycle_epochs: Amount = Field(1.0, description="Epochs of a cycle, for cyclic_linear.")
+    lr_func: Literal["linear", "cosine", "cyclic_linear", "exponential", "step"] = Field(description="How it changes.")
+    init_lr: AmountText = Field(description="The rate at the start of every cycle.")
+    final_lr: AmountText = Field(description="The rate at the end of every cycle, or the least one.")
+    cycle_epochs: Number | None = Field(None, description="Epochs of a cycle; absent: one cycle from start to end.")
+    cycle_mul: AmountText = Field(1.0, description="Factor on the rate from one cycle to the next.")
+    cycle_warmup: AmountText = Field(0.0, description="Epochs of a linear warm-up inside every cycle.")
+    warmup: AmountText = Field(0.0, description="Another name for cycle_warmup.")
+    decay_rate: AmountText = Field(0.9, description="exponential and step: the factor of one decay.")
+    decay_epochs: PositiveText = Field(1.0, description="exponential and step: epochs of one decay.")
+    param_groups: list[int] | None = Field(None, description="Ignored.")
+    update_frequency: Number = Field(-1.0, description="Ignored.")
     constant_logging: bool = Field(False, description="Ignored.")
+
+    unused = {**SetRate.unused, "update_frequency": "the rate changes at every step"}
+
+
+class RateSchedule(Modifier):
+    """A learning rate by one of PyTorch's schedulers."""
+
+    lr_class: Literal["StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRestarts"] = Field(
+        description="The scheduler."
+    )
+    lr_kwargs: dict[str, Any] = Field({}, description="Its arguments, in epochs: gamma, step_size, milestones, T_0 ...")
+    init_lr: AmountText = Field(description="The rate at the start.")
+    constant_logging: bool = Field(False, description="Ignored.")
+    update_frequency: Number = Field(-1.0, description="Ignored.")
+
+    unused = RateFunction.unused
+
+
+class Distillation(Modifier):
+    """A teacher beside the model."""
+
+    hardness: UnitText = Field(0.5, description="Weight of the teacher's part; the task's loss has the rest.")
+    temperature: PositiveText = Field(2.0, description="Temperature of the logits.")
+    distill_output_keys: list[Any] | None = Field(None, description="Ignored: the logits are compared.")
+    teacher_input_keys: list[Any] | None = Field(None, description="Ignored: the loop hands the inputs over.")
+    update_frequency: Number = Field(-1.0, description="Ignored.")
+
+    unused = {
+        "distill_output_keys": "distill_loss compares the logits that it is given",
+        "teacher_input_keys": "distill_loss is given the teacher's inputs",
+        "update_frequency": "distillation has no events",
+    }
+
+
+class Outside(Modifier):
+    """A modifier of training or quantization, which is not the pruner's; any keys."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Quantization(Outside):
+    """Quantization-aware training from an epoch on: the loop's, see docs/quantization.md."""
+
+    disable_quantization_observer_epoch: Number | None = Field(None, description="Epoch at which ranges are frozen.")
+    freeze_bn_stats_epoch: Number | None = Field(None, description="Epoch at which batch norms are frozen.")
+
+
+class Constant(Modifier):
+    """Zeros that are there stay."""
+
+    params: Names = Field("__ALL__", description="Parameters: names, 're:...', or all.")
+    update_frequency: Number = Field(-1.0, description="Ignored.")
+
+    unused = {"update_frequency": "zeros are locked once"}
 
 
 class Pruning(Modifier):
     """What every pruning modifier has."""
 
-    params: str | list[str] = Field("__ALL_PRUNABLE__", description="Parameters: names, 're:...', or all.")
-    init_sparsity: UnitInterval | Literal["__FROM_PARAM__"] = Field(
-        0.0, description="Ignored: it rises from what there is."
+    params: Names = Field("__ALL_PRUNABLE__", description="Parameters: names, 're:...', or all.")
+    init_sparsity: UnitText | Literal["__FROM_PARAM__"] = Field(
+        0.0, description="Sparsity at the start; __FROM_PARAM__: what the weights have."
     )
-    final_sparsity: UnitInterval | dict[str, list[str]] | None = Field(
+    final_sparsity: UnitText | dict[str, list[str]] | None = Field(
         None, description="Sparsity of the last event, or sparsity -> parameters."
     )
-    update_frequency: float = Field(-1.0, description="Epochs between events.")
+    update_frequency: Number = Field(-1.0, description="Epochs between events; -1: at every step.")
     inter_func: Literal["linear", "cubic", "inverse_cubic"] = Field("cubic", description="How the sparsity rises.")
-    mask_type: str = Field("unstructured", description="'unstructured', 'block4', '4x1' or 'N:M' (N of M stay).")
+    mask_type: str | list[int] = Field(
+        "unstructured", description="'unstructured', 'block4', 'N:M', '4x1' or [4, 1]: rows and columns of a block."
+    )
+    n: Count | None = Field(None, description="N of mask_type N:M.")
+    m: Count | None = Field(None, description="M of mask_type N:M.")
     global_sparsity: bool | None = Field(None, description="One ranking over all layers, or the same in each.")
     leave_enabled: bool = Field(True, description="Whether masks stay after the end.")
+    score_type: Literal["magnitude", "movement"] = Field("magnitude", description="What scores weights.")
     log_types: Any = Field(None, description="Ignored.")
-    phased: bool = Field(False, description="Ignored.")
+    phased: Literal[False] = Field(False, description="Masks that come and go are not supported.")
+
+    unused = {"log_types": "the loop logs"}
+    scope: ClassVar[str] = "local"
+    """How layers compete where global_sparsity does not say."""
+    fixed_scope: ClassVar[bool] = False
 
 
-class SecondOrderPruning(Pruning):
+class GlobalPruning(Pruning):
+    """Magnitudes in one ranking."""
+
+    scope = "global"
+
+
+class UniformPruning(Pruning):
+    """Magnitudes in each layer by itself."""
+
+    fixed_scope = True
+
+
+class SampledPruning(Pruning):
+    """What modifiers have that sample gradients."""
+
+    num_grads: Count | dict[str, Count] = Field(1024, description="Gradients behind a score, or sparsity -> so many.")
+    grad_sampler_kwargs: dict[str, Any] | None = Field({}, description="batch_size: samples behind each gradient.")
+
+
+class SecondOrderPruning(SampledPruning):
     """What the second-order modifiers have beside that."""
 
-    num_grads: Count = Field(1024, description="Gradients behind the curvature.")
-    damp: float | None = Field(None, gt=0, description="Dampening.")
+    scope = "global"
+    damp: PositiveText | None = Field(None, description="Dampening.")
     fisher_block_size: Count = Field(50, description="Weights in a Fisher block.")
-    grad_sampler_kwargs: dict[str, Any] = Field({}, description="batch_size: samples behind each gradient.")
     num_recomputations: Count = Field(1, description="Rounds with fresh curvature in each event.")
-    blocks_in_parallel: int | None = Field(None, description="Blocks worked on at once; -1 or absent: our choice.")
-    fisher_inv_device: str | None = Field(None, description="Device of the Fisher.")
-    traces_backup_dir: str | None = Field(None, description="Folder to spool the Fisher to.")
+    recomputation_inter_func: Literal["linear", "cubic", "inverse_cubic"] = Field(
+        "linear", description="How the sparsity rises from round to round."
+    )
+    blocks_in_parallel: Whole | None = Field(None, description="Blocks worked on at once; -1 or absent: our choice.")
+    fisher_inv_device: str | None = Field(None, description="Where inverse Fishers are kept.")
+    traces_backup_dir: str | None = Field(None, description="Folder for what is kept in the meantime.")
+    block_size: Count | None = Field(None, description="Ignored.")
+
+    unused = {**Pruning.unused, "block_size": "columns are swept in blocks of fisher_block_size"}
 
 
-MODIFIERS: dict[str, type[Modifier]] = {
-    "!EpochRangeModifier": EpochRange,
-    "!SetLearningRateModifier": SetRate,
-    "!LearningRateFunctionModifier": RateFunction,
-    "!GlobalMagnitudePruningModifier": Pruning,
-    "!MagnitudePruningModifier": Pruning,
-    "!OBSPruningModifier": SecondOrderPruning,
-    "!CAPruningModifier": SecondOrderPruning,
-    "!FastCAPruningModifier": SecondOrderPruning,
-}
-"""YAML tag -> keys."""
+class FastPruning(SecondOrderPruning):
+    """One Fisher for a layer; the same sparsity in every layer."""
+
+    fixed_scope = True
+    scope = "local"
 
 
-def parse_modifier(values: Any, where: str, variables: Mapping[str, Any]) -> tuple[str, Modifier]:
-    """A tagged mapping as a modifier.
+class MfacPruning(SecondOrderPruning):
+    """The same inverse, from the last gradients."""
 
-    Args:
-        values: the mapping, its tag under ``"!tag"``.
-        where: its place in the recipe, for messages.
-        variables: the recipe's numbers, for ``eval(...)``.
+    scope = "local"
+    num_grads: Count | dict[str, Count] = Field(64, description="Gradients behind a score, or sparsity -> so many.")
+    damp: PositiveText | None = Field(1e-5, description="Dampening.")
+    fisher_block_size: Count | None = Field(2000, description="Weights in a Fisher block; null: all of a layer.")  # type: ignore[assignment]
+    use_gradient_buffering: bool | None = Field(None, description="Ignored.")
+    grads_device: Any = Field(None, description="Ignored.")
+    num_pages: Any = Field(None, description="Ignored.")
+    available_devices: Any = Field(None, description="Ignored.")
+    block_implementation: Any = Field(None, description="Ignored.")
 
-    Raises:
-        ConfigError: no or an unknown tag, an unknown key, or a value that is not allowed.
-    """
-    tag = values.get(TAG) if isinstance(values, Mapping) else None
-    if tag not in MODIFIERS:
-        raise ConfigError(unknown(where, tag or values, MODIFIERS))
-    given = {key: evaluated(value, f"{where}.{key}", variables) for key, value in values.items() if key != TAG}
-    try:
-        return tag, MODIFIERS[tag].model_validate(given)
-    except ConfigError as error:
-        raise ConfigError("\n".join(f"{where} ({tag}): {line}" for line in str(error).splitlines())) from error
-
-
-def evaluated(value: Any, where: str, variables: Mapping[str, Any]) -> Any:
-    """A value with ``eval(...)`` worked out: numbers, the recipe's own numbers, and + - * / // only."""
-    if isinstance(value, Mapping):
-        return {key: evaluated(inner, f"{where}.{key}", variables) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [evaluated(inner, f"{where}[{number}]", variables) for number, inner in enumerate(value)]
-    if not (isinstance(value, str) and value.startswith("eval(") and value.endswith(")")):
-        return value
-    try:
-        result = _arithmetic(ast.parse(value[5:-1].strip(), mode="eval").body, variables)
-    except (SyntaxError, ZeroDivisionError, RecursionError) as error:
-        raise ConfigError(f"{where}: {value!r} cannot be worked out: {error}") from error
-    except LookupError as error:
-        raise ConfigError(
-            f"{where}: {value!r} has {error.args[0]!r} in it. Allowed: numbers, + - * / and {sorted(variables)}"
-        ) from error
-    return result
+    unused = {
+        **SecondOrderPruning.unused,
+        **dict.fromkeys(
+            ("use_gradient_buffering", "grads_device", "num_pages", "available_devices", "block_implementation"),
+            "the inverse Fisher is computed in blocks, from sampled gradients",
+        ),
+    }
 
 
-def _arithmetic(node: ast.AST, variables: Mapping[str, Any]) -> Any:
-    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        return node.value
-    if isinstance(node, ast.Name) and node.id in variables:
-        return variables[node.id]
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
-        return OPERATIONS[type(node.op)](_arithmetic(node.left, variables), _arithmetic(node.right, variables))
-    if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATIONS:
-        return OPERATIONS[type(node.op)](_arithmetic(node.operand, variables))
-    raise LookupError(ast.unparse(node))
+class OneShotPruning(Modifier):
+    """SparseGPT and Wanda: all at once, from calibration data, the same in every layer."""
 
+    sparsity: UnitText = Field(description="Sparsity of every layer.")
+    mask_structure: str = Field("0:0", description="'0:0' and 'unstructured', or 'N:M' (N of M stay).")
+    targets: Names | None = Field(None, description="Modules, or 're:...': everything in them; absent: all.")
+    ignore: list[str] = Field([], description="Modules to leave out.")
+    block_size: Count = Field(128, description="Ignored.")
+    dampening_frac: PositiveText = Field(0.01, description="Dampening, as a part of the mean diagonal.")
+    percdamp: PositiveText | None = Field(None, description="Another name for dampening_frac.")
+    sequential_update: bool | None = Field(None, description="Ignored.")
+    target_ids: Any = Field(None, description="Ignored.")
+    preserve_sparsity_mask: bool = Field(False, description="Whether zeros that are there stay.")
 
-def whole_epoch(epoch: float) -> int:
-    """The first whole epoch from ``epoch`` on."""
-    return max(0, math.ceil(epoch))
+    unused = {
+        "block_size": "columns are swept in blocks of our choice; the result is the same",
+        "target_ids": "the loader that is given decides what the model takes",
+        "sequential_update": "layers are pruned in sequence, each from the inputs that the pruned ones before it give",
+    }
