@@ -17,8 +17,9 @@ from pruningawaretraining.analysis.gap_threshold import (
 )
 from pruningawaretraining.config.load import parse_mapping
 from pruningawaretraining.report.figures import Figure, chosen_moments, shown_bins, total, without_climb
+from pruningawaretraining.report.ridges import Ridge, ridge_chart
 from pruningawaretraining.report.run import CONFIG, Run
-from pruningawaretraining.report.svg import LineChart, Ridge, Series, line_chart, ridge_chart
+from pruningawaretraining.report.svg import LineChart, Series, line_chart
 
 COLOURS = 8
 

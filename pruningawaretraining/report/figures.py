@@ -10,16 +10,15 @@ from typing import Any
 from markupsafe import Markup
 
 from pruningawaretraining.report.nouns import units_of
+from pruningawaretraining.report.ridges import Ridge, ridge_chart
 from pruningawaretraining.report.run import Run
 from pruningawaretraining.report.svg import (
     Band,
     Guide,
     LineChart,
-    Ridge,
     Series,
     interval_bars,
     line_chart,
-    ridge_chart,
 )
 
 _ROWS = 8

@@ -72,20 +72,6 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Ridge:
-    """One histogram of a ridge chart: a label, counts per bin, how many values are zero, and a class.
-
-    ``near`` is the part of each count that is marked as near zero.
-    """
-
-    label: str
-    counts: Sequence[float]
-    zeros: int = 0
-    style: str = "phase-prune"
-    near: Sequence[float] = ()
-
-
-@dataclass(frozen=True)
 class LineChart:
     """Lines or points, with the phases behind them.
 
@@ -157,13 +143,13 @@ def line_chart(chart: LineChart) -> Markup:
     parts = [_bands(chart.bands, x), _y_axis(ticks, y, chart.y_format), _x_axis(x, chart)]
     for guide in chart.guides:
         at = y(guide.value)
-        parts.append(_line(LEFT, at, WIDTH - RIGHT, at, "guide"))
+        parts.append(line_at(LEFT, at, WIDTH - RIGHT, at, "guide"))
         above = at - 4 if at > TOP + 12 else at + 11
-        parts.append(_text(WIDTH - RIGHT - 3, above, guide.label, "end", "note"))
+        parts.append(text_at(WIDTH - RIGHT - 3, above, guide.label, "end", "note"))
     lines = Markup("").join(_series(line, x, y, chart) for line in chart.series)
     frame = (LEFT - 4, TOP - 4, WIDTH - RIGHT - LEFT + 8, HEIGHT - BOTTOM - TOP + 4)
     box = Markup('<svg x="{0:g}" y="{1:g}" width="{2:g}" height="{3:g}" viewBox="{0:g} {1:g} {2:g} {3:g}">{4}</svg>')
-    return _svg(chart.title, HEIGHT, [*parts, box.format(*frame, lines)])  # the inner box clips what is off the axis
+    return svg_of(chart.title, HEIGHT, [*parts, box.format(*frame, lines)])  # the inner box clips what is off the axis
 
 
 def _limits(chart: LineChart) -> tuple[float, float]:
@@ -208,50 +194,8 @@ def _points(line: Series, x: Scale, y: Scale, chart: LineChart) -> Markup:
         label = f"{text}: {chart.x_format(a)}, {chart.y_format(b)}"
         parts.append(dot.format(line.style, x(a), y(b), label))
         right = x(a) > (LEFT + WIDTH) / 2
-        parts.append(_text(x(a) + (-8 if right else 8), y(b) + 4, text, "end" if right else "start", "note"))
+        parts.append(text_at(x(a) + (-8 if right else 8), y(b) + 4, text, "end" if right else "start", "note"))
     return Markup("").join(parts)
-
-
-def ridge_chart(title: str, rows: Sequence[Ridge], edges: Sequence[float]) -> Markup:
-    """Histograms one under the other over a shared logarithmic axis, earliest first, each as high as it has room.
-
-    Args:
-        title: alt text.
-        rows: one histogram a moment; ``counts`` has one entry less than ``edges``.
-        edges: bin edges, positive and increasing.
-    """
-    step, reach, width, left = 19.0, 32.0, 330.0, 26.0
-    height = reach + step * (len(rows) - 1) + 24.0
-    x = Scale(edges[0], edges[-1], left, width - 26, log=True)
-    base = height - 20.0
-    parts = [_line(x(tick), 4, x(tick), base, "grid") for tick in decades(edges[0], edges[-1])]
-    parts += [_text(x(tick), base + 14, power_of_ten(tick), "middle") for tick in decades(edges[0], edges[-1])]
-    for number, row in enumerate(rows):
-        floor = reach + step * number
-        parts.append(_ridge(row, edges, x, floor, (reach - 2) / (max(row.counts, default=0.0) or 1.0)))
-        parts.append(_text(left - 6, floor, row.label, "end"))
-        if row.zeros:
-            parts.append(_text(width, floor, f"{row.zeros}", "end"))
-    return _svg(title, height, parts, width)
-
-
-def _ridge(row: Ridge, edges: Sequence[float], x: Scale, floor: float, unit: float) -> Markup:
-    """One histogram as a filled staircase on its floor, with what is near zero on top."""
-    shape = Markup('<path class="ridge {}" d="{}"><title>{}</title></path>')
-    label = f"{row.label}: {sum(row.counts):g} groups, {row.zeros} at zero"
-    near = f", {sum(row.near):g} near it" if row.near else ""
-    drawn = shape.format(row.style, _staircase(row.counts, edges, x, floor, unit), label + near)
-    if any(row.near):
-        drawn += shape.format("near", _staircase(row.near, edges, x, floor, unit), label + near)
-    return drawn
-
-
-def _staircase(counts: Sequence[float], edges: Sequence[float], x: Scale, floor: float, unit: float) -> str:
-    points = [f"M{x(edges[0]):.1f} {floor:.1f}"]
-    for count, left, right in zip(counts, edges, edges[1:], strict=False):
-        top = floor - unit * count
-        points.append(f"L{x(left):.1f} {top:.1f}L{x(right):.1f} {top:.1f}")
-    return "".join([*points, f"L{x(edges[-1]):.1f} {floor:.1f}Z"])
 
 
 def interval_bars(title: str, bars: Sequence[tuple[str, str, float, float, float]], unit: str = "ms") -> Markup:
@@ -268,14 +212,14 @@ def interval_bars(title: str, bars: Sequence[tuple[str, str, float, float, float
     parts = []
     for number, (label, style, value, low, high) in enumerate(bars):
         top = step * number
-        parts.append(_text(left, top + 13, label, "start", "label"))
+        parts.append(text_at(left, top + 13, label, "start", "label"))
         box = Markup('<rect class="{}" x="{}" y="{:.1f}" width="{:.1f}" height="16" rx="2"/>')
         parts.append(box.format(f"bar {style}", left, top + 19, max(x(value) - left, 1.0)))
         for style in ("whisker halo", "whisker"):  # readable on the bar and beside it
-            parts.append(_line(x(low), top + 27, x(high), top + 27, style))
-            parts += [_line(x(end), top + 22.5, x(end), top + 31.5, style) for end in (low, high)]
-        parts.append(_text(max(x(value), x(high)) + 7, top + 31.5, f"{value:.3g} {unit}", "start", "value"))
-    return _svg(title, height, parts)
+            parts.append(line_at(x(low), top + 27, x(high), top + 27, style))
+            parts += [line_at(x(end), top + 22.5, x(end), top + 31.5, style) for end in (low, high)]
+        parts.append(text_at(max(x(value), x(high)) + 7, top + 31.5, f"{value:.3g} {unit}", "start", "value"))
+    return svg_of(title, height, parts)
 
 
 def _bands(bands: Sequence[Band], x: Scale) -> Markup:
@@ -288,28 +232,31 @@ def _bands(bands: Sequence[Band], x: Scale) -> Markup:
 
 
 def _y_axis(ticks: Sequence[float], y: Scale, text: Format) -> Markup:
-    lines = [_line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid") for tick in ticks]
-    return Markup("").join(lines + [_text(LEFT - 6, y(tick) + 4, text(tick), "end") for tick in ticks])
+    lines = [line_at(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid") for tick in ticks]
+    return Markup("").join(lines + [text_at(LEFT - 6, y(tick) + 4, text(tick), "end") for tick in ticks])
 
 
 def _x_axis(x: Scale, chart: LineChart) -> Markup:
     ticks = [tick for tick in nice_ticks(x.low, x.high, 8) if not chart.whole or tick == round(tick)]
-    texts = [_text(x(tick), HEIGHT - BOTTOM + 15, chart.x_format(tick), "middle") for tick in ticks]
+    texts = [text_at(x(tick), HEIGHT - BOTTOM + 15, chart.x_format(tick), "middle") for tick in ticks]
     base = HEIGHT - BOTTOM
-    texts.append(_line(LEFT, base, WIDTH - RIGHT, base, "axis"))
-    texts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3, chart.x_label, "middle", "note"))
+    texts.append(line_at(LEFT, base, WIDTH - RIGHT, base, "axis"))
+    texts.append(text_at((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3, chart.x_label, "middle", "note"))
     return Markup("").join(texts)
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> Markup:
+def line_at(x1: float, y1: float, x2: float, y2: float, style: str) -> Markup:
+    """A straight line."""
     return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(style, x1, y1, x2, y2)
 
 
-def _text(x: float, y: float, text: str, anchor: str, style: str = "tick") -> Markup:
+def text_at(x: float, y: float, text: str, anchor: str, style: str = "tick") -> Markup:
+    """A text at a position; ``anchor`` is start, middle or end."""
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(style, x, y, anchor, text)
 
 
-def _svg(title: str, height: float, parts: Sequence[Markup], width: float = WIDTH) -> Markup:
+def svg_of(title: str, height: float, parts: Sequence[Markup], width: float = WIDTH) -> Markup:
+    """The parts as one ``<svg>`` element."""
     opening = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">').format(width, height, escape(title))
     return opening + Markup("").join(parts) + Markup("</svg>")
 
