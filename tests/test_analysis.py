@@ -184,7 +184,7 @@ def test_groups_on_their_way_are_said() -> None:
     run = history([40, 40])
     for moment in run.norms["epochs"]:
         moment["sets"]["a"] = histogram_of(m6=40, p0=60)
-        moment["sets"]["a"]["counts"][24:46] = [1] * 16 + [0] + [1] * 5
+        moment["sets"]["a"]["counts"][48:92:2] = [1] * 16 + [0] + [1] * 5
     found = choice.choose(run)
     assert found.threshold < 1e-3 and "Another 13.2% are on their way there" in found.reason
     assert "on their way" not in choice.choose(history([40, 40])).reason
@@ -230,7 +230,7 @@ def test_a_removal_in_the_first_event_does_not_count_as_before_pruning() -> None
 def test_zeros_and_removed_groups_are_near_zero() -> None:
     one = {**histogram_of(p0=6, m4=2), "zeros": 1, "removed": 1}
     assert choice.share(EDGES, {"a": one}, 0.01) == 0.4
-    assert choice.share(EDGES, {"a": {"counts": [0] * 80, "zeros": 5}}, 0.01) == 1.0
+    assert choice.share(EDGES, {"a": {"counts": [0] * (len(EDGES) - 1), "zeros": 5}}, 0.01) == 1.0
 
 
 # --- side by side -----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,8 @@ def test_other_runtimes_and_models_by_name() -> None:
         (["file.onnx"], "--input-shape: needed for 'file.onnx'"),
         ([MODEL, MODEL, *SHAPE], "is there twice"),
         ([MODEL, *SHAPE, "--runtime", "onnxruntim"], "did you mean 'onnxruntime'"),
-        ([MODEL, *SHAPE, "--plot", "p.png"], "--plot: no accuracy is known"),
+        ([MODEL, *SHAPE, "--plot", "p.svg"], "--plot: no accuracy is known"),
+        ([MODEL, *SHAPE, "--plot", "p.png"], "--plot: 'p.png' does not end in .svg. Allowed: 'p.svg'"),
         (["."], "holds no summary.json"),
     ],
 )
@@ -89,7 +91,11 @@ def test_milliseconds_are_there_at_every_width(name: str, width: int) -> None:
 
 
 def test_a_picture_of_a_family(tmp_path: Path) -> None:
-    rows = [Timed(f"r{n}", "r", 2.0 - n, 1, 3, 1 - n / 4, 5, 5, 5, 5, 0.9 - n / 10) for n in range(2)]
+    rows = [Timed(f"r{n}", "r", 2.0 - n, 1, 3, 1 - n / 4, 5, 5, 5, 5, 0.9 - n / 500) for n in range(2)]
     draw_timing(rows, tmp_path / "p.svg", "title")
     text = (tmp_path / "p.svg").read_text()
-    assert text.startswith("<?xml") and text.count("<svg") == 1
+    at = [(float(x), float(y)) for x, y in re.findall(r'class="dot r-0" cx="([\d.]+)" cy="([\d.]+)"', text)]
+    assert text.startswith("<svg xmlns") and 'class="line' not in text
+    assert re.findall(r'class="note" [^>]*>([^<]+)</text>', text)[-2:] == ["r1", "r0"]
+    (fast, low), (slow, high) = at
+    assert fast < slow and 0 < low - high < 20, "0.2 points do not fill the axis"

@@ -255,7 +255,28 @@ def test_ticks_are_round(low: float, high: float, ticks: list[float]) -> None:
 
 def test_ticks_of_decades() -> None:
     assert svg.decades(0.002, 30) == [0.01, 0.1, 1.0, 10.0]
-    assert [svg.power_of_ten(value) for value in (1e-3, 1.0, 1e10)] == ["10⁻³", "1", "10¹⁰"]
+    assert svg.decades(0.15, 0.9) == pytest.approx([0.2, 0.5])
+    assert [svg.power_of_ten(value) for value in (1e-3, 1.0, 1e10, 0.2)] == ["10⁻³", "1", "10¹⁰", "0.2"]
+
+
+def test_an_axis_of_accuracies_leaves_out_the_climb_and_no_fall() -> None:
+    climb = svg.Series("a", [(0.0, 0.1), (1.0, 0.5), (2.0, 0.95), (3.0, 0.2), (4.0, 0.96)])
+    limits, note = figures.without_climb([climb])
+    assert limits is not None and limits[0] < 0.2 and limits[0] > 0.1 and "first epochs" in note
+    assert figures.without_climb([svg.Series("b", [(0.0, 0.9), (1.0, 0.91)])])[1] == ""
+    assert figures.without_climb([]) == (None, "")
+
+
+def test_each_histogram_has_an_axis_of_its_own_norms() -> None:
+    edges = report_fixture.EDGES
+    counts = [0] * 80
+    counts[40:43] = [1, 5, 2]
+    shown = figures.shown_bins([counts], edges)
+    assert (shown.start, shown.stop) == (38, 45)
+    counts[:] = [0] * 80
+    counts[10] = 3
+    shown = figures.shown_bins([counts], edges)
+    assert shown.start < 10 < shown.stop and edges[shown.stop] / edges[shown.start] >= 5.1
 
 
 def test_a_line_breaks_where_there_is_no_value() -> None:
@@ -286,7 +307,8 @@ def test_the_picture_has_every_layer_and_a_lane_for_each_set_of_several() -> Non
     assert drawn.count('<text class="row name"') == len(layers) == 12
     assert drawn.count('class="lane') == 3 and drawn.count('class="knot r-') == 6
     assert drawn.count('class="knot alone"') == 6
-    assert coupling.picture([{"name": "a", "set": None}]) == ""
+    alone = coupling.picture([{"name": "a", "set": None, "dense_out": 8, "kept_out": 6}])
+    assert "6 / 8" in alone and "knot" not in alone and coupling.picture([]) == ""
 
 
 def test_a_resnet50_is_as_wide_as_a_small_network(tmp_path: Path) -> None:

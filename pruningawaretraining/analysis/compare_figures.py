@@ -16,9 +16,10 @@ from pruningawaretraining.analysis.gap_threshold import (
     with_removed,
 )
 from pruningawaretraining.config.load import parse_mapping
-from pruningawaretraining.report.figures import Figure, chosen_moments, shown_bins, total
+from pruningawaretraining.report.figures import Figure, chosen_moments, shown_bins, total, without_climb
+from pruningawaretraining.report.ridges import Ridge, ridge_chart
 from pruningawaretraining.report.run import CONFIG, Run
-from pruningawaretraining.report.svg import LineChart, Ridge, Series, line_chart, ridge_chart
+from pruningawaretraining.report.svg import LineChart, Series, line_chart
 
 COLOURS = 8
 
@@ -62,12 +63,14 @@ def strength_of(run: Run) -> float | None:
     return None
 
 
-def _curves(title: str, series: Sequence[Series], y_range: tuple[float, float] | None = None) -> Figure | None:
+def _curves(
+    title: str, series: Sequence[Series], y_range: tuple[float, float] | None = None, note: str = ""
+) -> Figure | None:
     series = [line for line in series if line.points]
     if not series:
         return None
     chart = LineChart(f"{title} by epoch", series, y_format=lambda value: f"{100 * value:.3g}%", y_range=y_range)
-    return Figure(title, line_chart(chart), legend=tuple((line.style, line.label) for line in series))
+    return Figure(title, line_chart(chart), note, legend=tuple((line.style, line.label) for line in series))
 
 
 def near_figure(runs: Sequence[Compared]) -> Figure | None:
@@ -86,12 +89,9 @@ def curve_figure(runs: Sequence[Compared], key: str) -> Figure | None:
     for number, one in enumerate(runs):
         points = [(float(row["epoch"]), float(row[key])) for row in one.run.lines_of("pruned") if row.get(key)]
         lines.append(Series(one.name, points, f"r-{number % COLOURS}"))
-    values = sorted(value for line in lines for _, value in line.points)
-    if key == "macs" or not values:
+    if key == "macs":
         return _curves("MACs kept", lines, (0.0, 1.02))
-    low, high = values[int(0.1 * len(values))], values[-1]
-    air = max(0.1 * (high - low), 0.004)
-    return _curves("Test accuracy", lines, (max(0.0, low - air), min(1.0, high + air)))
+    return _curves("Test accuracy", lines, *without_climb(lines))
 
 
 def ridge_figures(runs: Sequence[Compared], name: str | None) -> list[Figure]:

@@ -16,6 +16,7 @@ from pruningawaretraining.report.run import Run
 
 LARGE = 0.9  # quantile of a set's norms that the others are measured by
 HIGHEST = 0.35  # a threshold above this part of the large norms would cut into groups that are alive
+PER_DECADE = 8  # bins in which gaps are looked for; finer ones are mostly empty
 FALLBACK = 0.1  # where there is no gap
 DEPTH = 0.6  # a gap: the valley is lower than the smaller of its two peaks by this part
 SETTLED = 0.02  # of all groups: how much the mass near zero may still change
@@ -246,7 +247,9 @@ def _relative(edges: Sequence[float], sets: Mapping[str, Mapping[str, Any]]) -> 
         for at, count in enumerate(one["counts"]):
             found[max(0, min(size - 1, size - 1 - top + at))] += count
         found[0] += one.get("zeros", 0)
-    return found, per_bin
+    merged = max(1, round(1 / (PER_DECADE * per_bin)))
+    coarse = [sum(found[max(0, stop - merged) : stop]) for stop in range(size, 0, -merged)]
+    return coarse[::-1], merged * per_bin
 
 
 def _smoothed(counts: Sequence[float]) -> list[float]:

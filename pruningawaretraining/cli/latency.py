@@ -49,9 +49,9 @@ def latency(
             write_timing,
         )
 
-        for path, key in ((out, "--out"), (plot, "--plot")):
+        for path, suffix, key in ((out, None, "--out"), (plot, ".svg", "--plot")):
             if path is not None:
-                check_out(path, key=key)
+                check_out(path, suffix, key)
         shape = None if input_shape is None else shape_of(input_shape)
         rows = timed(candidates(sources, model, shape, trusted=trust), runtime, threads, batch, repeats)
         title = f"{runtime}, batch {batch}, {threads} thread{'s' if threads > 1 else ''}"

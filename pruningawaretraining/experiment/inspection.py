@@ -22,7 +22,7 @@ from pruningawaretraining.experiment.datasets import data_shape
 from pruningawaretraining.experiment.schema import ModelConfig, load_experiment
 from pruningawaretraining.models.calling import from_shapes
 from pruningawaretraining.registry import build
-from pruningawaretraining.report import coupling
+from pruningawaretraining.report import coupling, svg
 from pruningawaretraining.report.summary import percent, si
 from pruningawaretraining.session.pruning import Pruning
 
@@ -121,7 +121,7 @@ def groups_picture(inspected: Inspected) -> str:
         ConfigError, ModelError: nothing can be pruned, or the model rejects the inputs.
     """
     pruner = Pruning(inspected.model, inspected.pruning, example_inputs=inspected.inputs)
-    return coupling.standalone(coupling.picture(pruner.report().layers))
+    return svg.standalone(coupling.picture(pruner.report().layers))
 
 
 def layers_table(inspected: Inspected) -> Table:

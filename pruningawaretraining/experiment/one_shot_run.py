@@ -29,12 +29,13 @@ from pruningawaretraining.experiment.run import find_device
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.tracking import tracked
 from pruningawaretraining.registry import build
+from pruningawaretraining.report.svg import Guide, LineChart, Series, line_chart, standalone
 from pruningawaretraining.session.one_shot import AfterPruning, accuracy, one_shot
 
 logger = logging.getLogger(__name__)
 TEST_BATCH = 500
 DENSE = 0.0
-RESULTS = "oneshot.json"
+RESULTS, PICTURE = "oneshot.json", "oneshot.svg"
 
 
 @dataclass(frozen=True)
@@ -138,21 +139,25 @@ def _row(sparsity: float, model: nn.Module, test: SourceBatches) -> dict[str, An
 
 
 def write_results(rows: Sequence[Mapping[str, Any]], folder: Path, name: str) -> None:
-    """``oneshot.json``, ``oneshot.png`` and ``oneshot.svg``: accuracy against sparsity."""
-    from matplotlib.figure import Figure
-
+    """Write ``oneshot.json`` and ``oneshot.svg``: accuracy against sparsity."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULTS).write_text(json.dumps({"name": name, "rows": list(rows)}, indent=1) + "\n")
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    pruned = sorted((row["sparsity"], row["accuracy"]) for row in rows[1:])
-    axes.axhline(100 * rows[0]["accuracy"], color="0.6", linestyle="--", label="dense")
-    axes.plot([100 * x for x, _ in pruned], [100 * y for _, y in pruned], marker="o", label="pruned, not fine-tuned")
-    axes.set(xlabel="sparsity, %", ylabel="accuracy, %", ylim=(0, 102))
-    axes.set_title(name, parse_math=False)
-    axes.legend()
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"oneshot.{suffix}", dpi=150)
+    points = sorted((float(row["sparsity"]), float(row["accuracy"])) for row in rows[1:])
+    chart = LineChart(
+        f"{name}: accuracy against sparsity",
+        [Series("pruned, not fine-tuned", points)],
+        guides=[Guide(float(rows[0]["accuracy"]), "dense")],
+        y_format=_percent,
+        y_range=(0.0, 1.02),
+        x_label=f"sparsity of {name}, not fine-tuned",
+        x_format=_percent,
+        whole=False,
+    )
+    (folder / PICTURE).write_text(standalone(line_chart(chart)), encoding="utf-8")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g}%"
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -82,7 +82,7 @@ NUMBERS = numbers.FILES
 FILES = (SUMMARY, CONFIG, METRICS, NORMS, REPORT, *NUMBERS, PRUNED, DENSE, ONNX, CHECKPOINT)
 """What a run writes, the summary first: the order in which an old run is cleared away."""
 
-_DECADES, _PER_DECADE = (-6, 4), 8
+_DECADES, _PER_DECADE = (-6, 4), 16
 EDGES: tuple[float, ...] = tuple(
     10 ** (_DECADES[0] + number / _PER_DECADE) for number in range((_DECADES[1] - _DECADES[0]) * _PER_DECADE + 1)
 )
@@ -139,7 +139,9 @@ class Recorder:
     def __init__(self, folder: Path, rows: int = 0, norms: int = 0) -> None:
         self.folder = folder
         self.rows: list[dict[str, Any]] = _read_rows(folder / METRICS)[:rows] if rows else []
-        self.norms: list[dict[str, Any]] = _read_json(folder / NORMS).get("epochs", [])[:norms] if norms else []
+        known = _read_json(folder / NORMS) if norms else {}
+        same = known.get("edges") == list(EDGES)  # an earlier version's bins do not line up
+        self.norms: list[dict[str, Any]] = known["epochs"][:norms] if same else []
         if len(self.rows) < rows:
             raise CheckpointError(f"{folder / METRICS}: {len(self.rows)} epochs where the checkpoint counts {rows}")
 

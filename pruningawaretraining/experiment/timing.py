@@ -22,8 +22,10 @@ from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.inspection import Inspected, load_inspected
 from pruningawaretraining.experiment.shipped import shipped_configs
-from pruningawaretraining.files import read_object
+from pruningawaretraining.files import read_object, write_text
+from pruningawaretraining.report.coupling import COLOURS
 from pruningawaretraining.report.summary import percent, si
+from pruningawaretraining.report.svg import LineChart, Series, line_chart, standalone
 from pruningawaretraining.runtimes.timing import Model, compare_latency
 
 
@@ -243,30 +245,29 @@ def write_timing(rows: Sequence[Timed], path: Path) -> None:
 
 
 def draw_timing(rows: Sequence[Timed], path: Path, title: str) -> None:
-    """A picture of accuracy against latency; families in colours, each dense model hollow.
+    """Draw accuracy against latency as SVG: a colour for each family, a point for each model.
 
     Raises:
         ConfigError: no model has an accuracy.
     """
-    from matplotlib.figure import Figure
-
     known = [one for one in rows if one.accuracy is not None]
     if not known:
         raise ConfigError("--plot: no accuracy is known. Allowed: with at least one folder of a run")
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    families = list(dict.fromkeys(one.family for one in known))
-    for number, family in enumerate(families):
-        mine = [one for one in known if one.family == family]
-        colour = f"C{number % 10}"
-        points = [(one.median_ms, 100 * (one.accuracy or 0.0)) for one in mine]
-        axes.plot([x for x, _ in points], [y for _, y in points], color=colour, alpha=0.4)
-        for index, (one, (x, y)) in enumerate(zip(mine, points, strict=True)):
-            axes.plot(x, y, "o", color=colour, fillstyle="none" if index == 0 and len(mine) > 1 else "full")
-            axes.annotate(one.name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7, parse_math=False)
-    axes.set(xlabel="latency, ms", ylabel="accuracy, %")
-    axes.set_title(title, parse_math=False)
-    axes.set_xlim(left=0)
-    axes.margins(x=0.2, y=0.2)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    series = []
+    for number, family in enumerate(dict.fromkeys(one.family for one in known)):
+        mine = sorted((one for one in known if one.family == family), key=lambda one: one.median_ms)
+        points = [(one.median_ms, one.accuracy or 0.0) for one in mine]
+        series.append(Series(family, points, f"r-{number % COLOURS}", [one.name for one in mine]))
+    slowest = max(one.median_ms for one in known)
+    values = [one.accuracy or 0.0 for one in known]
+    air = max(0.02, 0.1 * (max(values) - min(values)))  # two points at least, so that small differences look small
+    chart = LineChart(
+        f"Accuracy against latency: {title}",
+        series,
+        y_format=lambda value: f"{100 * value:.3g}%",
+        y_range=(max(0.0, min(values) - air), min(1.0, max(values) + air)),
+        x_label=f"latency, ms ({title})",
+        whole=False,
+        x_range=(0.0, 1.1 * slowest),
+    )
+    write_text(path, standalone(line_chart(chart)))

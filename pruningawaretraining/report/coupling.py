@@ -6,7 +6,6 @@ Lines of sets that do not overlap share a lane, so that the picture of a ResNet-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -19,7 +18,6 @@ CIRCLE = Markup('<circle class="{}" cx="{:g}" cy="{:g}" r="{:g}"><title>{}</titl
 NAME = Markup('<text class="row name" x="{:g}" y="{:g}">{}<title>{}</title></text>')
 BOX = Markup('<rect class="{}" x="{:g}" y="{:g}" width="{:.1f}" height="9" rx="1.5"/>')
 VALUE = Markup('<text x="{:g}" y="{:g}" text-anchor="end">{}</text>')
-STYLE = Path(__file__).parent / "templates" / "style.css.j2"
 
 
 def lanes(members: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -40,7 +38,7 @@ def lanes(members: Mapping[str, Sequence[int]]) -> dict[str, int]:
 
 
 def picture(layers: Sequence[Mapping[str, Any]]) -> Markup:
-    """The coupled layers as one ``<svg>`` element; empty where no layer belongs to a set.
+    """The width of each layer, and which layers are coupled, as one ``<svg>`` element; empty without layers.
 
     Args:
         layers: rows of a report: ``name``, ``set``, ``dense_out`` and ``kept_out``.
@@ -49,10 +47,10 @@ def picture(layers: Sequence[Mapping[str, Any]]) -> Markup:
     for row, layer in enumerate(layers):
         if layer.get("set"):
             members.setdefault(str(layer["set"]), []).append(row)
-    if not members:
+    if not layers:
         return Markup("")
     lane_of = lanes(members)
-    left = LANE * (1 + max(lane_of.values(), default=0)) + 14
+    left = LANE * (1 + max(lane_of.values(), default=0)) + 14 if members else 0.0
     numbers = {name: number for number, name in enumerate(lane_of)}
     widest = max((int(layer.get("dense_out") or 0) for layer in layers), default=1) or 1
     parts = [_lane(name, members[name], lane, numbers[name]) for name, lane in lane_of.items()]
@@ -61,7 +59,7 @@ def picture(layers: Sequence[Mapping[str, Any]]) -> Markup:
         if layer.get("set"):
             parts.append(_knot(row, layer, lane_of, numbers))
     height = TOP * 2 + STEP * len(layers)
-    opening = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="Coupled layers">').format(WIDTH, height)
+    opening = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="Width of each layer">').format(WIDTH, height)
     return opening + Markup("").join(parts) + Markup("</svg>")
 
 
@@ -99,11 +97,3 @@ def _row(row: int, layer: Mapping[str, Any], left: float, widest: int) -> Markup
         value = str(dense) if kept == dense else f"{kept} / {dense}"
         parts.append(VALUE.format(WIDTH, middle + 4, value))
     return Markup("").join(parts)
-
-
-def standalone(drawn: Markup) -> str:
-    """The picture as a file of its own, with the colours of the report, light and dark."""
-    style = STYLE.read_text(encoding="utf-8")
-    opening = '<svg xmlns="http://www.w3.org/2000/svg" '
-    head, _, rest = str(drawn).removeprefix("<svg ").partition(">")
-    return f"{opening}{head}><style>{style}</style>{rest}\n"

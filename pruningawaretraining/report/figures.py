@@ -10,16 +10,15 @@ from typing import Any
 from markupsafe import Markup
 
 from pruningawaretraining.report.nouns import units_of
+from pruningawaretraining.report.ridges import Ridge, ridge_chart
 from pruningawaretraining.report.run import Run
 from pruningawaretraining.report.svg import (
     Band,
     Guide,
     LineChart,
-    Ridge,
     Series,
     interval_bars,
     line_chart,
-    ridge_chart,
 )
 
 _ROWS = 8
@@ -64,19 +63,31 @@ def _figure(title: str, chart: LineChart, note: str = "") -> Figure | None:
 
 def _accuracy(run: Run, bands: Sequence[Band]) -> Figure | None:
     series = _series(run, "accuracy")
-    values = sorted(value for line in series for _, value in line.points if math.isfinite(value))
-    if not values:
-        return None
-    low, high = values[int(0.15 * len(values))], values[-1]
-    air = max(0.12 * (high - low), 0.004)
-    limits = (max(0.0, low - air), min(1.0, high + air))
-    note = "Some epochs lie below the axis." if values[0] < limits[0] else ""
 
     def text(value: float) -> str:
         return f"{100 * value:.3g}%"
 
+    limits, note = without_climb(series)
     chart = LineChart("Test accuracy by epoch", series, bands, y_format=text, y_range=limits)
     return _figure("Test accuracy", chart, note)
+
+
+def without_climb(series: Sequence[Series]) -> tuple[tuple[float, float] | None, str]:
+    """Limits of an axis of accuracies that leave out at most the climb at the beginning, and a note if they do.
+
+    What comes after a line has first reached nine tenths of its best value is shown whole: a fall stays in sight.
+    """
+    shown, every = [], []
+    for line in series:
+        values = [value for _, value in line.points if math.isfinite(value)]
+        start = next((at for at, value in enumerate(values) if value >= 0.9 * max(values)), 0)
+        shown += values[start:]
+        every += values
+    if not shown:
+        return None, ""
+    air = max(0.08 * (max(shown) - min(shown)), 0.004)
+    limits = (max(0.0, min(shown) - air), min(1.0, max(shown) + air))
+    return limits, "The first epochs lie below the axis." if min(every) < limits[0] else ""
 
 
 def _loss(run: Run, bands: Sequence[Band]) -> Figure | None:
@@ -110,28 +121,6 @@ def _rate(run: Run, bands: Sequence[Band]) -> Figure | None:
     return _figure("Learning rate", chart)
 
 
-@dataclass(frozen=True)
-class Column:
-    """The width of one layer: dense and kept channels, as counts and as percentages for the page."""
-
-    name: str
-    dense: int
-    kept: int
-    height: float
-    filled: float
-
-
-def widths(layers: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """Output width of each layer from input to output; ``height`` is relative to the widest, ``filled`` to its own."""
-    known = [
-        (str(layer.get("name", "?")), int(layer["dense_out"]), int(layer["kept_out"]))
-        for layer in layers
-        if layer.get("dense_out") and layer.get("kept_out") is not None
-    ]
-    widest = max((dense for _, dense, _ in known), default=1)
-    return [Column(name, dense, kept, 100.0 * dense / widest, 100.0 * kept / dense) for name, dense, kept in known]
-
-
 def latency(found: Mapping[str, Any]) -> Figure | None:
     """Median latency with the range from the 10th to the 90th percentile."""
     bars = [
@@ -156,11 +145,10 @@ def norms(run: Run, most: int = 60) -> list[Figure]:
     shown = [epochs[number] for number in chosen_moments(epochs)]
     names = list(dict.fromkeys(name for one in epochs for name in one["sets"]))
     totals = [(one, total(one, len(edges) - 1)) for one in shown]
-    bins = shown_bins([total["counts"] for _, total in totals], edges)  # of all sets: one axis for every picture
     rows = {"All groups": totals}
     if len(names) > 1:
         rows |= {name: [(one, one["sets"][name]) for one in shown if name in one["sets"]] for name in names[:most]}
-    return [_norm_figure(name, found, bins, edges[bins.start : bins.stop + 1]) for name, found in rows.items()]
+    return [_norm_figure(name, found, edges) for name, found in rows.items()]
 
 
 def chosen_moments(epochs: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -187,23 +175,23 @@ def total(epoch: Mapping[str, Any], bins: int) -> dict[str, Any]:
 
 
 def _norm_figure(
-    title: str, rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], bins: slice, edges: Sequence[float]
+    title: str, rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], edges: Sequence[float]
 ) -> Figure:
+    bins = shown_bins([found["counts"] for _, found in rows], edges)
     ridges = [
         Ridge(f"{epoch['epoch']}", found["counts"][bins], found.get("zeros", 0), f"phase-{epoch.get('phase')}")
         for epoch, found in rows
     ]
-    return Figure(title, ridge_chart(f"Norms of {title} by epoch", ridges, edges))
+    return Figure(title, ridge_chart(f"Norms of {title} by epoch", ridges, edges[bins.start : bins.stop + 1]))
 
 
 def shown_bins(counts: Sequence[Sequence[int]], edges: Sequence[float]) -> slice:
-    """The bins of whole decades that hold anything: an axis over them begins and ends at a power of ten."""
-    bins = len(edges) - 1
+    """The bins that hold anything and one on either side: room for two of 1, 2 and 5 times a power of ten."""
     filled = [number for row in counts for number, count in enumerate(row) if count]
+    bins = len(edges) - 1
     if not filled:
         return slice(0, bins)
-    decades = [math.log10(edge) for edge in edges]
-    low, high = math.floor(decades[min(filled)] + 1e-6), math.ceil(decades[max(filled) + 1] - 1e-6)
-    first = max((at for at in range(bins) if decades[at] <= low + 1e-6), default=0)
-    last = min((at for at in range(1, bins + 1) if decades[at] >= high - 1e-6), default=bins)
-    return slice(first, last)
+    low, high = max(0, min(filled) - 1), min(bins, max(filled) + 2)
+    while edges[high] < 5.1 * edges[low] and (low, high) != (0, bins):
+        low, high = max(0, low - 1), min(bins, high + 1)
+    return slice(low, high)

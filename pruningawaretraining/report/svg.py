@@ -1,7 +1,7 @@
-"""Charts as inline SVG: small, sharp, and coloured by the page's style sheet, so that they follow light and dark.
+"""Charts as SVG, inline in a page or as files; the style sheet colours them, light and dark.
 
-Every function returns one ``<svg>`` element. Colours are classes (``s-dense``, ``s-kept``, ``phase-prune``, ...) that
-the template defines; sizes are in units of the view box and scale with the page.
+Each function returns one ``<svg>`` element. Colours are classes (``s-dense``, ``s-kept``, ``phase-prune``, ...) of the
+style sheet; sizes are in units of the view box and scale with the page.
 """
 
 from __future__ import annotations
@@ -9,21 +9,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 430.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 12.0, 32.0
+STYLE = Path(__file__).parent / "templates" / "style.css.j2"
 Format = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its label, its ``(x, y)`` points in order of x, and the class that colours it."""
+    """A line, or points apart.
+
+    Attributes:
+        label: in the legend and in tooltips.
+        points: ``(x, y)``, in order of x.
+        style: the class that colours it.
+        marks: a text for each point; points with texts are drawn apart, without a line.
+    """
 
     label: str
     points: Sequence[tuple[float, float]]
     style: str = "s-kept"
+    marks: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -62,25 +72,11 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Ridge:
-    """One histogram of a ridge chart: a label, counts per bin, how many values are zero, and a class.
-
-    ``near`` is the part of each count that is marked as near zero.
-    """
-
-    label: str
-    counts: Sequence[float]
-    zeros: int = 0
-    style: str = "phase-prune"
-    near: Sequence[float] = ()
-
-
-@dataclass(frozen=True)
 class LineChart:
-    """Lines over epochs with the phases behind them.
+    """Lines or points, with the phases behind them.
 
     Attributes:
-        title: said to those who cannot see the picture.
+        title: alt text.
         series: the lines.
         bands: phases, shaded.
         guides: dashed lines.
@@ -88,6 +84,9 @@ class LineChart:
         y_range: limits of the y axis; None takes them from the values.
         log: a logarithmic y axis.
         x_label: under the x axis.
+        x_format: text of a position.
+        whole: whether only whole numbers are marked on the x axis.
+        x_range: limits of the x axis; None takes them from the values.
     """
 
     title: str
@@ -98,6 +97,9 @@ class LineChart:
     y_range: tuple[float, float] | None = None
     log: bool = False
     x_label: str = "epoch"
+    x_format: Format = field(default=lambda value: f"{value:g}")
+    whole: bool = True
+    x_range: tuple[float, float] | None = None
 
 
 def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -113,15 +115,20 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def decades(low: float, high: float, most: int = 6) -> list[float]:
-    """Powers of ten within [low, high], thinned to ``most``."""
+    """Powers of ten within [low, high], thinned to ``most``; with fewer than two, 1, 2 and 5 times a power of ten."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    if last - first < 1:
+        finer = [factor * 10.0**exponent for exponent in range(first - 1, last + 2) for factor in (1, 2, 5)]
+        return [value for value in finer if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
     step = max(1, math.ceil((last - first + 1) / most))
     return [10.0**exponent for exponent in range(first, last + 1, step)]
 
 
 def power_of_ten(value: float) -> str:
-    """``0.001 -> '10⁻³'``; 1 is shown as 1."""
+    """``0.001 -> '10⁻³'``; 1, and what is no power of ten, as plain numbers."""
     exponent = round(math.log10(value))
+    if abs(value / 10.0**exponent - 1) > 1e-6:
+        return f"{value:g}"
     digits = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return "1" if exponent == 0 else f"10{digits}"
 
@@ -129,20 +136,20 @@ def power_of_ten(value: float) -> str:
 def line_chart(chart: LineChart) -> Markup:
     """Lines with axes, phases and guides; a line is broken where its value is not finite."""
     xs = [x for line in chart.series for x, _ in line.points] + [edge for b in chart.bands for edge in (b.start, b.end)]
-    x = Scale(min(xs, default=0.0), max(xs, default=1.0), LEFT, WIDTH - RIGHT)
+    x = Scale(*(chart.x_range or (min(xs, default=0.0), max(xs, default=1.0))), LEFT, WIDTH - RIGHT)
     low, high = chart.y_range or _limits(chart)
     y = Scale(low, high, HEIGHT - BOTTOM, TOP, chart.log)
     ticks = decades(low, high) if chart.log and high / low >= 100 else nice_ticks(low, high)
-    parts = [_bands(chart.bands, x), _y_axis(ticks, y, chart.y_format), _x_axis(x, chart.x_label)]
+    parts = [_bands(chart.bands, x), _y_axis(ticks, y, chart.y_format), _x_axis(x, chart)]
     for guide in chart.guides:
         at = y(guide.value)
-        parts.append(_line(LEFT, at, WIDTH - RIGHT, at, "guide"))
+        parts.append(line_at(LEFT, at, WIDTH - RIGHT, at, "guide"))
         above = at - 4 if at > TOP + 12 else at + 11
-        parts.append(_text(WIDTH - RIGHT - 3, above, guide.label, "end", "note"))
+        parts.append(text_at(WIDTH - RIGHT - 3, above, guide.label, "end", "note"))
     lines = Markup("").join(_series(line, x, y, chart) for line in chart.series)
     frame = (LEFT - 4, TOP - 4, WIDTH - RIGHT - LEFT + 8, HEIGHT - BOTTOM - TOP + 4)
     box = Markup('<svg x="{0:g}" y="{1:g}" width="{2:g}" height="{3:g}" viewBox="{0:g} {1:g} {2:g} {3:g}">{4}</svg>')
-    return _svg(chart.title, HEIGHT, [*parts, box.format(*frame, lines)])  # the inner box clips what is off the axis
+    return svg_of(chart.title, HEIGHT, [*parts, box.format(*frame, lines)])  # the inner box clips what is off the axis
 
 
 def _limits(chart: LineChart) -> tuple[float, float]:
@@ -159,7 +166,9 @@ def _limits(chart: LineChart) -> tuple[float, float]:
 
 
 def _series(line: Series, x: Scale, y: Scale, chart: LineChart) -> Markup:
-    """The line, its last point, and a tooltip for each point."""
+    """The line and its last point, or all points with their texts; and a tooltip for each point."""
+    if line.marks:
+        return _points(line, x, y, chart)
     finite = [(a, b) for a, b in line.points if math.isfinite(b) and (b > 0 or not chart.log)]
     commands, previous = [], None
     for a, b in line.points:
@@ -178,54 +187,22 @@ def _series(line: Series, x: Scale, y: Scale, chart: LineChart) -> Markup:
     return Markup("").join(parts)
 
 
-def ridge_chart(title: str, rows: Sequence[Ridge], edges: Sequence[float]) -> Markup:
-    """Histograms one under the other over a shared logarithmic axis, earliest first.
-
-    Args:
-        title: said to those who cannot see the picture.
-        rows: one histogram a moment; ``counts`` has one entry less than ``edges``.
-        edges: bin edges, positive and increasing.
-    """
-    step, reach, width, left = 19.0, 32.0, 330.0, 26.0
-    height = reach + step * (len(rows) - 1) + 24.0
-    x = Scale(edges[0], edges[-1], left, width - 26, log=True)
-    peak = max((max(row.counts, default=0.0) for row in rows), default=0.0) or 1.0
-    base = height - 20.0
-    parts = [_line(x(tick), 4, x(tick), base, "grid") for tick in decades(edges[0], edges[-1])]
-    parts += [_text(x(tick), base + 14, power_of_ten(tick), "middle") for tick in decades(edges[0], edges[-1])]
-    for number, row in enumerate(rows):
-        floor = reach + step * number
-        parts.append(_ridge(row, edges, x, floor, (reach - 2) / peak))
-        parts.append(_text(left - 6, floor, row.label, "end"))
-        if row.zeros:
-            parts.append(_text(width, floor, f"{row.zeros}", "end"))
-    return _svg(title, height, parts, width)
-
-
-def _ridge(row: Ridge, edges: Sequence[float], x: Scale, floor: float, unit: float) -> Markup:
-    """One histogram as a filled staircase on its floor, with what is near zero on top."""
-    shape = Markup('<path class="ridge {}" d="{}"><title>{}</title></path>')
-    label = f"{row.label}: {sum(row.counts):g} groups, {row.zeros} at zero"
-    near = f", {sum(row.near):g} near it" if row.near else ""
-    drawn = shape.format(row.style, _staircase(row.counts, edges, x, floor, unit), label + near)
-    if any(row.near):
-        drawn += shape.format("near", _staircase(row.near, edges, x, floor, unit), label + near)
-    return drawn
-
-
-def _staircase(counts: Sequence[float], edges: Sequence[float], x: Scale, floor: float, unit: float) -> str:
-    points = [f"M{x(edges[0]):.1f} {floor:.1f}"]
-    for count, left, right in zip(counts, edges, edges[1:], strict=False):
-        top = floor - unit * count
-        points.append(f"L{x(left):.1f} {top:.1f}L{x(right):.1f} {top:.1f}")
-    return "".join([*points, f"L{x(edges[-1]):.1f} {floor:.1f}Z"])
+def _points(line: Series, x: Scale, y: Scale, chart: LineChart) -> Markup:
+    dot = Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="4"><title>{}</title></circle>')
+    parts = []
+    for (a, b), text in zip(line.points, line.marks, strict=True):
+        label = f"{text}: {chart.x_format(a)}, {chart.y_format(b)}"
+        parts.append(dot.format(line.style, x(a), y(b), label))
+        right = x(a) > (LEFT + WIDTH) / 2
+        parts.append(text_at(x(a) + (-8 if right else 8), y(b) + 4, text, "end" if right else "start", "note"))
+    return Markup("").join(parts)
 
 
 def interval_bars(title: str, bars: Sequence[tuple[str, str, float, float, float]], unit: str = "ms") -> Markup:
     """Horizontal bars with a whisker.
 
     Args:
-        title: said to those who cannot see the picture.
+        title: alt text.
         bars: ``(label, class, value, low, high)``.
         unit: behind the values.
     """
@@ -235,12 +212,14 @@ def interval_bars(title: str, bars: Sequence[tuple[str, str, float, float, float
     parts = []
     for number, (label, style, value, low, high) in enumerate(bars):
         top = step * number
-        parts.append(_text(left, top + 13, label, "start", "label"))
+        parts.append(text_at(left, top + 13, label, "start", "label"))
         box = Markup('<rect class="{}" x="{}" y="{:.1f}" width="{:.1f}" height="16" rx="2"/>')
         parts.append(box.format(f"bar {style}", left, top + 19, max(x(value) - left, 1.0)))
-        parts.append(_line(x(low), top + 27, x(high), top + 27, "whisker"))
-        parts.append(_text(max(x(value), x(high)) + 7, top + 31.5, f"{value:.3g} {unit}", "start", "value"))
-    return _svg(title, height, parts)
+        for style in ("whisker halo", "whisker"):  # readable on the bar and beside it
+            parts.append(line_at(x(low), top + 27, x(high), top + 27, style))
+            parts += [line_at(x(end), top + 22.5, x(end), top + 31.5, style) for end in (low, high)]
+        parts.append(text_at(max(x(value), x(high)) + 7, top + 31.5, f"{value:.3g} {unit}", "start", "value"))
+    return svg_of(title, height, parts)
 
 
 def _bands(bands: Sequence[Band], x: Scale) -> Markup:
@@ -253,27 +232,38 @@ def _bands(bands: Sequence[Band], x: Scale) -> Markup:
 
 
 def _y_axis(ticks: Sequence[float], y: Scale, text: Format) -> Markup:
-    lines = [_line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid") for tick in ticks]
-    return Markup("").join(lines + [_text(LEFT - 6, y(tick) + 4, text(tick), "end") for tick in ticks])
+    lines = [line_at(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid") for tick in ticks]
+    return Markup("").join(lines + [text_at(LEFT - 6, y(tick) + 4, text(tick), "end") for tick in ticks])
 
 
-def _x_axis(x: Scale, label: str) -> Markup:
-    ticks = [tick for tick in nice_ticks(x.low, x.high, 8) if tick == round(tick)]
-    texts = [_text(x(tick), HEIGHT - BOTTOM + 15, f"{tick:g}", "middle") for tick in ticks]
+def _x_axis(x: Scale, chart: LineChart) -> Markup:
+    ticks = [tick for tick in nice_ticks(x.low, x.high, 8) if not chart.whole or tick == round(tick)]
+    texts = [text_at(x(tick), HEIGHT - BOTTOM + 15, chart.x_format(tick), "middle") for tick in ticks]
     base = HEIGHT - BOTTOM
-    texts.append(_line(LEFT, base, WIDTH - RIGHT, base, "axis"))
-    texts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3, label, "middle", "note"))
+    texts.append(line_at(LEFT, base, WIDTH - RIGHT, base, "axis"))
+    texts.append(text_at((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3, chart.x_label, "middle", "note"))
     return Markup("").join(texts)
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> Markup:
+def line_at(x1: float, y1: float, x2: float, y2: float, style: str) -> Markup:
+    """A straight line."""
     return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(style, x1, y1, x2, y2)
 
 
-def _text(x: float, y: float, text: str, anchor: str, style: str = "tick") -> Markup:
+def text_at(x: float, y: float, text: str, anchor: str, style: str = "tick") -> Markup:
+    """A text at a position; ``anchor`` is start, middle or end."""
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(style, x, y, anchor, text)
 
 
-def _svg(title: str, height: float, parts: Sequence[Markup], width: float = WIDTH) -> Markup:
+def svg_of(title: str, height: float, parts: Sequence[Markup], width: float = WIDTH) -> Markup:
+    """The parts as one ``<svg>`` element."""
     opening = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">').format(width, height, escape(title))
     return opening + Markup("").join(parts) + Markup("</svg>")
+
+
+def standalone(drawn: Markup) -> str:
+    """A picture as a file of its own, with the colours of the report."""
+    style = STYLE.read_text(encoding="utf-8")
+    opening = '<svg xmlns="http://www.w3.org/2000/svg" '
+    head, _, rest = str(drawn).removeprefix("<svg ").partition(">")
+    return f"{opening}{head}><style>{style}</style>{rest}\n"
