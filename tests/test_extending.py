@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, register, registry
 from pruningawaretraining.config.options import COUPLED, Support
+from pruningawaretraining.criteria.base import Needs
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.patterns.channel import chosen_layers
 from pruningawaretraining.patterns.elements import build_grouping, layer_weights
@@ -30,7 +31,7 @@ def halfway(progress: float, start: float, final: float) -> float:
 class Smallest:
     """The smallest output weight of a group."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("channel",)
+    needs: ClassVar[Needs] = Needs(kinds=("channel",))
 
     def score(self, grouping: Any, statistics: Any) -> Tensor:
         found: Tensor = grouping.of_role("out").reduce_of(lambda weight: (weight.abs() < 0.1).float())

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from pruningawaretraining.channel_pruner.targets import Targets
+from pruningawaretraining.engine.targets import Targets
 from torch import nn
 
 from pruningawaretraining import Pruning, count_macs, registry
@@ -293,7 +293,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     meter = MadeUp(slower=1.1)
-    monkeypatch.setattr("pruningawaretraining.channel_pruner.targets._runtime_meter", lambda *_: meter)
+    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
     return meter
 
 
@@ -354,7 +354,7 @@ def test_what_is_left_of_a_latency_is_given_back(
 ) -> None:
     """Copies that are faster (or slower) than the tables say end just below the budget, and not far below it."""
     meter = MadeUp(slower)
-    monkeypatch.setattr("pruningawaretraining.channel_pruner.targets._runtime_meter", lambda *_: meter)
+    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
     _, pruner = pruned({"latency": 0.6}, meter, allocation=allocation)
     reached = pruner.engine.rules[0].state.latencies[-1]
     assert 0.8 * reached["budget_ms"] <= reached["measured_ms"] <= 1.01 * reached["budget_ms"]
@@ -372,7 +372,7 @@ def test_a_missed_latency_is_said_with_both_numbers(
     allocation: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     meter = Slow()
-    monkeypatch.setattr("pruningawaretraining.channel_pruner.targets._runtime_meter", lambda *_: meter)
+    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
     with caplog.at_level("WARNING"):
         _, pruner = pruned({"latency": 0.9}, meter, allocation=allocation)
     reached = pruner.engine.rules[0].state.latencies[-1]
@@ -385,7 +385,7 @@ def test_the_last_masks_are_those_that_were_measured(monkeypatch: pytest.MonkeyP
     """Groups are chosen anew three times, and not once more after the last measurement."""
     chosen: list[int] = []
     meter = Slow()
-    monkeypatch.setattr("pruningawaretraining.channel_pruner.targets._runtime_meter", lambda *_: meter)
+    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
 
     def allocate(task: Any) -> torch.Tensor:
         chosen.append(len(chosen))
@@ -393,7 +393,7 @@ def test_the_last_masks_are_those_that_were_measured(monkeypatch: pytest.MonkeyP
         keep_R[: len(chosen)] = False
         return keep_R
 
-    monkeypatch.setattr("pruningawaretraining.channel_pruner.targets.lookup", lambda kind, name: allocate)
+    monkeypatch.setattr("pruningawaretraining.engine.targets.lookup", lambda kind, name: allocate)
     _, pruner = pruned({"latency": 0.9}, meter)
     assert len(chosen) == 4 and int((~pruner.channel_pruner.keep_D).sum()) == 4
 

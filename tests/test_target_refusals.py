@@ -15,7 +15,7 @@ __all__ = ["made_up", "own_cache"]
 def test_sharded_models_have_no_latency(made_up: MadeUp) -> None:
     pruner = Pruning(Net(), {"rules": [{"target": {"latency": 0.8}}]}, example_inputs=INPUT)
     with pytest.raises(ConfigError, match=r"rules\[0\].target.latency: 0.8 is measured on copies .* fully_shard"):
-        pruner.channel_pruner.rebind()
+        pruner.channel_pruner.rebind(None)
 
 
 def test_allocations_with_a_sparsity_alone() -> None:

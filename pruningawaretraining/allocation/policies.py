@@ -17,6 +17,7 @@ from pruningawaretraining.allocation.ranking import Allocator, Limits
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.latency.model import LatencyCost
 from pruningawaretraining.costs.widths import KeptGroups, SetCost
+from pruningawaretraining.criteria.base import needs_of
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.registry import lookup, register
@@ -159,7 +160,7 @@ def allocation_of(rule: Rule) -> str:
     if target.latency is not None or target.latency_ms is not None:
         return "latency"
     named = rule.criterion if isinstance(rule.criterion, str) else rule.criterion["type"]
-    if not getattr(lookup("criterion", named), "adds_up", False):
+    if not needs_of(lookup("criterion", named)).adds_up:
         return "ranking"
     return "parameters" if target.macs is None and target.parameters is not None else "macs"
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.base import Needs, Statistics
 from pruningawaretraining.criteria.input_moments import ActivationCollector
 from pruningawaretraining.criteria.magnitude import magnitude_scores
 from pruningawaretraining.groups.grouping import Grouping, Member
@@ -136,7 +136,7 @@ class Variance(_FromActivations):
         in_eval: listen in eval mode too (calibration), not only while training.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("channel", "weight")
+    needs: ClassVar[Needs] = Needs(kinds=("channel", "weight"))
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
         """See :class:`~pruningawaretraining.criteria.base.Criterion`."""

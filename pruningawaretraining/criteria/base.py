@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -89,15 +90,41 @@ class Collector(Protocol):
         """
 
 
-def by_parts(criterion: Any) -> bool:
-    """Whether a criterion scores groups by sums over their weights alone, so that no layer has to be whole for it."""
+EVERY_KIND = ("channel", "block", "weight")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Declares what a criterion needs; it has it as its class attribute ``needs``.
+
+    Args:
+        kinds: the groups that it can score: "channel" (heads included), "block" (of layers), "weight" (inside layers);
+            see :class:`~pruningawaretraining.config.options.Support`.
+        whole_layers: whether a layer has to be whole for it; False where scores are sums over weights alone.
+        adds_up: whether its scores are in one unit and add up, so that they can be weighed against costs.
+    """
+
+    kinds: tuple[str, ...] = EVERY_KIND
+    whole_layers: bool = True
+    adds_up: bool = False
+
+
+def needs_of(criterion: Any) -> Needs:
+    """What a criterion (or its class) declares, together with the one that it weighs, if it has one."""
+    own: Needs | None = getattr(criterion, "needs", None)
     base = getattr(criterion, "base", None)
-    return bool(getattr(criterion, "by_parts", base is not None and by_parts(base)))
+    if base is None or isinstance(base, (str, Mapping)):  # the class itself has only the name of its default
+        return own or Needs()
+    inner = needs_of(base)
+    if own is None:
+        return inner
+    kinds = tuple(one for one in own.kinds if one in inner.kinds)
+    return Needs(kinds, own.whole_layers or inner.whole_layers, own.adds_up and inner.adds_up)
 
 
 def scorable(grouping: Grouping, criterion: Any) -> Grouping:
     """The groups as a criterion scores them: of sharded weights, whole ones where it needs them (a collective)."""
-    return grouping if by_parts(criterion) else grouping.gathered()
+    return grouping.gathered() if needs_of(criterion).whole_layers else grouping
 
 
 def collector_of(criterion: Any) -> Collector | None:
@@ -121,17 +148,6 @@ def refined(criterion: Any, grouping: Grouping, keep_G: Tensor, statistics: Stat
     return keep_G if refine is None else refine(grouping, keep_G, statistics)
 
 
-EVERY_KIND = ("channel", "block", "weight")
-
-
-def kinds_of(criterion: Any) -> tuple[str, ...]:
-    """The kinds of groups that a criterion (and the one that it weighs) can score; see
-    :class:`~pruningawaretraining.config.options.Support`."""
-    own: tuple[str, ...] = getattr(criterion, "kinds", EVERY_KIND)
-    base = getattr(criterion, "base", None)
-    return own if base is None else tuple(one for one in own if one in kinds_of(base))
-
-
 def check_kind(criterion: Any, kind: str, key: str, named: Any, pattern: Any) -> None:
     """Refuse a criterion that cannot score the groups of a pattern.
 
@@ -144,9 +160,9 @@ def check_kind(criterion: Any, kind: str, key: str, named: Any, pattern: Any) ->
     Raises:
         ConfigError: it names the criterion, and patterns and criteria that go together.
     """
-    kinds = kinds_of(criterion)
+    kinds = needs_of(criterion).kinds
     if kind not in kinds:
-        fitting = [one for one in names("criterion") if kind in getattr(lookup("criterion", one), "kinds", EVERY_KIND)]
+        fitting = [one for one in names("criterion") if kind in needs_of(lookup("criterion", one)).kinds]
         raise ConfigError(
             f"{key}: {named!r} scores {' and '.join(_PLURAL[one] for one in kinds)}, not the groups of {pattern!r}. "
             f"Allowed: {', '.join(fitting)}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.base import Needs, Statistics
 from pruningawaretraining.distributed.collectives import totals, world_size
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.groups.grouping import Grouping
@@ -34,7 +34,7 @@ class BlockChange:
         in_eval: listen in eval mode too (calibration), not only while training.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("block",)
+    needs: ClassVar[Needs] = Needs(kinds=("block",))
 
     in_eval: bool = True
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.base import Needs, Statistics
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.reductions import device_of
 from pruningawaretraining.groups.views import entry_vectors
@@ -34,7 +34,7 @@ class GeometricMedian:
         iterations: of Weiszfeld's algorithm.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("channel", "weight")
+    needs: ClassVar[Needs] = Needs(kinds=("channel", "weight"))
 
     exact: int = 4096
     iterations: int = 20

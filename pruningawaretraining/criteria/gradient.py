@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.base import Needs, Statistics
 from pruningawaretraining.criteria.gradient_collectors import (
     SCORE,
     SEEN,
@@ -38,7 +38,7 @@ class Weight:
         half: scores in bfloat16.
     """
 
-    by_parts: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(whole_layers=False)
 
     p: float = 1.0
     reduction: str = "mean"
@@ -73,7 +73,7 @@ class _FromGradients:
         half: scores in bfloat16.
     """
 
-    by_parts: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(whole_layers=False)
 
     momentum: float = 0.0
     reduction: str = "mean"

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.base import Needs, Statistics
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.groups.reductions import device_of, members_per_set, reduce_sum
 from pruningawaretraining.registry import lookup, register
@@ -113,7 +113,7 @@ class Magnitude:
         normalize: by the "mean" or "max" of the set, so that layers compare, by "lamp", or "none".
     """
 
-    by_parts: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(whole_layers=False)
 
     p: float = 2.0
     normalize: str = "mean"
@@ -160,7 +160,7 @@ class NormScale:
     Sets without a norm layer score infinity: they are pruned last.
     """
 
-    by_parts: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(whole_layers=False)
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
         norms = grouping.of_role("norm")
@@ -182,7 +182,7 @@ class Random:
         seed: of the generator.
     """
 
-    by_parts: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(whole_layers=False)
 
     seed: int = 0
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.base import Needs, Statistics
 from pruningawaretraining.criteria.gradient import Weight
 from pruningawaretraining.criteria.gradient_collectors import (
     MaskGradientCollector,
@@ -35,7 +35,7 @@ class RetrainFree:
         most: with more groups than this nothing is rearranged.
     """
 
-    by_parts: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(whole_layers=False)
 
     samples: int = 64
     rearranged: bool = True

@@ -18,7 +18,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.base import Needs, Statistics
 from pruningawaretraining.criteria.gradient_collectors import MaskGradientCollector
 from pruningawaretraining.criteria.magnitude import magnitude_scores
 from pruningawaretraining.criteria.second_order.bank import Budget, storage
@@ -76,8 +76,7 @@ class Sampling:
         recomputation_schedule: how it rises: a registered schedule.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("channel", "weight")
-    adds_up: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(kinds=("channel", "weight"), adds_up=True)
 
     num_grads: int = 1024
     micro_batch: int | None = None

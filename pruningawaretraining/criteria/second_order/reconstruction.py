@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.base import Needs, Statistics
 from pruningawaretraining.criteria.second_order.channels import LEAST_SQUARES_DAMP, losing_readers, measure
 from pruningawaretraining.criteria.second_order.fisher import decoupled_, factor, workplace
 from pruningawaretraining.criteria.second_order.gradients import Calibration
@@ -51,8 +51,7 @@ class Reconstruction:
         num_batches: batches of the given data that are run.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("channel",)
-    adds_up: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs(kinds=("channel",), adds_up=True)
 
     num_batches: int = 16
 
