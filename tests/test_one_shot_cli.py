@@ -182,9 +182,8 @@ def test_pat_run_trains_a_recipe_with_its_epochs_and_learning_rates(experiment, 
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["lr"] for row in rows] == pytest.approx([0.02, 0.02, 0.02, 0.001])
-    assert [row["sparsity"] for row in rows] == pytest.approx(
-        [0.75 * (1 - (2 / 3) ** 3), 0.75 * 26 / 27, 0.75, 0.75], abs=1e-3
-    )
+    reached = [0.0, 0.75 * (1 - 0.5**3), 0.75, 0.75]  # cubic in the time that has passed, from 0 at start_epoch
+    assert [row["sparsity"] for row in rows] == pytest.approx(reached, abs=1e-3)
     again = load_experiment(tmp_path / "run" / "config.yaml")  # as it was resolved
     assert again.epochs == 4 and len(again.rates) == 2
 
