@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from pruningawaretraining.engine.targets import Targets
 from torch import nn
 
 from pruningawaretraining import Pruning, count_macs, registry
@@ -28,6 +27,7 @@ from pruningawaretraining.costs.latency.meter import RuntimeMeter
 from pruningawaretraining.costs.latency.model import Fit, LatencyCost, fit
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.costs.memory import peak_activation_bytes
+from pruningawaretraining.engine.targets import Targets
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.masks.pruned_copy import bare_copy, pruned_copy
 from pruningawaretraining.patterns.channel import Channel
