@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import golden
 import pytest
@@ -12,6 +13,18 @@ import torch
 TABLE = json.loads(golden.TABLE.read_text(encoding="utf-8"))
 QUICK = ("magnitude", "taylor", "obs")
 """Criteria of every run of the tests; the others are slow together."""
+
+
+BY_SOLVES = ("fast_cap",)
+"""Criteria whose later masks follow the last bits of a solve, which differ between processors: how many weights of each
+tensor are kept is compared, and not which."""
+
+
+def comparable(key: str, row: Any) -> Any:
+    """A row of the table without what depends on the processor."""
+    if key.split()[1] not in BY_SOLVES:
+        return row
+    return {event: {name: kept.split()[0] for name, kept in masks.items()} for event, masks in row.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -36,5 +49,5 @@ def test_masks_are_those_of_the_table(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", golden.PATTERNS)
 def test_masks_of_all_criteria_and_scopes_are_those_of_the_table(pattern: str) -> None:
     every = [one for one in golden.combinations() if one[0] == pattern]
-    found = {" ".join(one): golden.row(*one) for one in every}
-    assert found == {key: value for key, value in TABLE.items() if key.split()[0] == pattern}
+    found = {" ".join(one): comparable(" ".join(one), golden.row(*one)) for one in every}
+    assert found == {key: comparable(key, value) for key, value in TABLE.items() if key.split()[0] == pattern}

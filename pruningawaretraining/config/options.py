@@ -80,11 +80,14 @@ def check_supported(rule: RuleOptions, defaults: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: it names the option, its value, and patterns that support it.
     """
+    neutral = {option: NEUTRAL.get(option, (defaults[option],)) for option in OPTIONS}
+    given = [option for option in OPTIONS if getattr(rule, option) not in neutral[option]]
+    if not given and not rule.target.about_costs and rule.regularizer is None:
+        return
     support = support_of(lookup("pattern", type_of("pattern", rule.pattern)))
-    for option in OPTIONS:
-        value, neutral = getattr(rule, option), NEUTRAL.get(option, (defaults[option],))
-        if option not in support.options and value not in neutral:
-            raise ConfigError(_refusal(rule, option, value, repr(defaults[option])))
+    for option in given:
+        if option not in support.options:
+            raise ConfigError(_refusal(rule, option, getattr(rule, option), repr(defaults[option])))
     for name in COSTS:
         value = getattr(rule.target, name)
         if value is not None and f"target.{name}" not in support.options:
