@@ -52,6 +52,7 @@ class Limits:
     Args:
         min_sparsity, max_sparsity: bounds on the fraction of the set's groups that go. At least one group always stays.
         caps: set -> largest fraction of it, where that is less than ``max_sparsity``.
+        per_set: (least, most) of each set in order, instead of the fractions above.
         multiple: kept channels are rounded down to a multiple of this, never below one multiple; a set that loses
             nothing keeps its width.
     """
@@ -60,9 +61,16 @@ class Limits:
     max_sparsity: float = 1.0
     multiple: int = 1
     caps: Mapping[str, float] = field(default_factory=dict)
+    per_set: tuple[tuple[float, float], ...] | None = None
+
+    def least_of(self, count: int) -> list[float]:
+        """Least fraction of each of ``count`` sets that goes."""
+        return [self.min_sparsity] * count if self.per_set is None else [least for least, _ in self.per_set]
 
     def most_of(self, grouping: Grouping) -> Tensor:
         """Largest fraction of each set that goes."""
+        if self.per_set is not None:
+            return torch.tensor([most for _, most in self.per_set], dtype=torch.float64)
         most = [min(self.max_sparsity, self.caps.get(one.name, 1.0)) for one in grouping.sets]
         return torch.tensor(most, dtype=torch.float64)
 
@@ -130,7 +138,8 @@ class Allocator:
         return torch.tensor(steps, dtype=torch.int64)
 
     def _forced_by_minimum(self) -> Tensor:
-        kept_S = self.sizes_S - torch.floor(self.limits.min_sparsity * self.sizes_S.double() + SLACK).long()
+        least_S = torch.tensor(self.limits.least_of(len(self.sizes_S)), dtype=torch.float64)
+        kept_S = self.sizes_S - torch.floor(least_S * self.sizes_S.double() + SLACK).long()
         return self.place_G >= torch.maximum(kept_S, self.floor_S)[self.set_ids]
 
     def at(self, fraction: float) -> Tensor:

@@ -120,8 +120,10 @@ def _counts(sizes_S: Sequence[int], removed_G: Tensor | None, exempt_G: Tensor |
 
 def _bounds(counted: Sequence[int], gone: Sequence[int], limits: Limits) -> tuple[list[int], list[int]]:
     """The least and the most groups that may be gone from each set."""
-    least = [max(math.floor(limits.min_sparsity * n + SLACK), out) for n, out in zip(counted, gone, strict=True)]
-    most = [n - max(0, math.ceil((1 - limits.max_sparsity) * n - SLACK)) for n in counted]
+    floors = limits.least_of(len(counted))
+    caps = [limits.max_sparsity] * len(counted) if limits.per_set is None else [one for _, one in limits.per_set]
+    least = [max(math.floor(floor * n + SLACK), out) for floor, n, out in zip(floors, counted, gone, strict=True)]
+    most = [n - max(0, math.ceil((1 - cap) * n - SLACK)) for cap, n in zip(caps, counted, strict=True)]
     return least, [max(pair) for pair in zip(most, least, strict=True)]
 
 
@@ -186,7 +188,10 @@ def _ranked_windows(
     most = window[0] / window[1]
     parts = list(_windows(scores_G, grouping, window, dims, removed_G))
     windows = [totals.numel() for _, totals, _ in parts]
-    scaled = Limits(min(1.0, limits.min_sparsity / most), min(1.0, limits.max_sparsity / most))
+    per_set = limits.per_set
+    if per_set is not None:
+        per_set = tuple((min(1.0, least / most), min(1.0, cap / most)) for least, cap in per_set)
+    scaled = Limits(min(1.0, limits.min_sparsity / most), min(1.0, limits.max_sparsity / most), per_set=per_set)
     totals_N = torch.cat([totals.flatten() for _, totals, _ in parts])
     started_N = torch.cat([started.flatten() for _, _, started in parts])
     intact_N = allocate(totals_N, windows, min(1.0, sparsity / most), scaled, classes_S, started_N)

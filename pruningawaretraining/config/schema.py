@@ -20,7 +20,7 @@ from pruningawaretraining.config.editor import complete_schema
 from pruningawaretraining.config.options import OPTIONS, check_supported
 from pruningawaretraining.config.phases import OWN, Initial, Phase, check_initial, check_moments, check_phases
 from pruningawaretraining.config.strict import Amount, Count, Fraction, Moment, Pace, Positive, Strict, UnitInterval
-from pruningawaretraining.config.targets import ExampleInputs, Target
+from pruningawaretraining.config.targets import ExampleInputs, Target, check_per_layer
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import canonical, names
 from pruningawaretraining.schedules import Stretch, Timeline
@@ -83,6 +83,11 @@ class Rule(Strict):
         [], description="Several schedules, one after the other, instead of start, end, every, schedule and initial."
     )
     target: Target = Field(Target(), description="What to reach.")
+    sparsity_per_layer: dict[str, UnitInterval] | None = Field(
+        None,
+        description="Fraction to remove of single layers, {layer: fraction}, instead of a target; layers are written "
+        "as in 'layers', and all others stay whole.",
+    )
     final_sparsity: Fraction = Field(
         1.0,
         description="Sparsity that the schedule heads for while a MACs target is sought: 1 keeps each event mild; "
@@ -121,6 +126,11 @@ class Rule(Strict):
     progressive: Count = Field(
         1, description="Parts in which an event's weights are zeroed, evenly until the next event, lowest scores first."
     )
+
+    @property
+    def aims(self) -> bool:
+        """Whether there is anything to reach."""
+        return self.target.given or self.sparsity_per_layer is not None
 
     def timeline(self, steps: int | None = None) -> Timeline:
         """When its events are, and how far each goes.
@@ -194,7 +204,8 @@ class Rule(Strict):
             raise ConfigError("layers: [] names no layer. Allowed: at least one, or leave the key out for all")
         if self.enabled and names("pattern"):
             check_supported(self, {option: type(self).model_fields[option].default for option in OPTIONS})
-        aimless = not self.target.given and self.regularizer is None
+        check_per_layer(self.sparsity_per_layer, self.target)
+        aimless = not self.aims and self.regularizer is None
         if self.enabled and self.mode == "prune" and aimless:
             raise ConfigError("target: nothing to reach. Allowed: sparsity, macs, parameters, latency and the like")
         return self

@@ -82,3 +82,18 @@ class ExampleInputs(Strict):
             if all(isinstance(shape, (list, tuple)) and shape and are_sizes(shape) for shape in value):
                 return [list(shape) for shape in value]
         raise ValueError(f"{value!r} is no shape. Allowed: [B, C, H, W], each at least 1, or a list of shapes")
+
+
+def check_per_layer(fractions: dict[str, float] | None, target: Target) -> None:
+    """Refuse fractions of single layers beside a target, and none at all.
+
+    Raises:
+        ConfigError: it names what to leave out.
+    """
+    if fractions is None:
+        return
+    if target.given:
+        given = next(name for name in ("sparsity", *COSTS) if getattr(target, name) is not None)
+        raise ConfigError(f"sparsity_per_layer: it stands for a target. Allowed: leave out target.{given}")
+    if not fractions:
+        raise ConfigError("sparsity_per_layer: {} names no layer. Allowed: {layer: fraction}")

@@ -32,6 +32,7 @@ from pruningawaretraining.engine.coupled_rules import (
     check_sharded,
     set_of_layer,
 )
+from pruningawaretraining.engine.per_layer import fractions_of, limited
 from pruningawaretraining.engine.phases import tell_of_whole_epochs
 from pruningawaretraining.engine.rule import Decision
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
@@ -133,6 +134,9 @@ class CoupledGroups:
         """
         for one in self.rules:
             check_schedule(one)
+            if one.rule.sparsity_per_layer is not None:
+                given = one.rule.sparsity_per_layer
+                one.fractions = fractions_of(self.model, one.grouping, self.set_of_layer, given, one.key)
             check_caps(one, self.model)
             allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), one.limits(), scope_of(one))
             if one.rule.target.about_costs and one.rule.enabled:
@@ -170,9 +174,11 @@ class CoupledGroups:
             if reached is not None:
                 one.state.latencies = [*one.state.latencies, {"at": now, **vars(reached)}]
             return Decision(keep_R, met)
-        assert rule.target.sparsity is not None
-        allocator = Allocator(one.grouping, scores_R, one.limits(), scope_of(one), ~self.keep_D[one.groups_D])
-        return Decision(allocator.at(one.asked(now)), one.is_last(now))
+        limits, asked = one.limits(), one.asked(now)
+        if one.fractions is not None:
+            limits, asked = limited(limits, one.fractions, asked), 0.0
+        allocator = Allocator(one.grouping, scores_R, limits, scope_of(one), ~self.keep_D[one.groups_D])
+        return Decision(allocator.at(asked), one.is_last(now))
 
     def _copy_of(self, keep_D: Tensor) -> nn.Module:
         """A copy of the model as it is now, without the groups that these masks drop."""

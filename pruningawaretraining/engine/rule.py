@@ -66,6 +66,7 @@ class ActiveRule:
         feed: gathers what the criterion needs.
         times: when it has its events, and how far each goes.
         state: where it stands.
+        fractions: the fraction of each of its sets that is to go, where the config gives them one by one.
         next_G, scores_G: the masks that an event in parts leads to, and the scores that order it.
     """
 
@@ -76,6 +77,7 @@ class ActiveRule:
     times: Timeline = field(init=False)
     feed: StatisticsFeed = field(init=False)
     state: RuleState = field(default_factory=RuleState, init=False)
+    fractions: tuple[float, ...] | None = field(default=None, init=False)
     next_G: Tensor | None = field(default=None, init=False)
     scores_G: Tensor | None = field(default=None, init=False)
 
@@ -90,7 +92,7 @@ class ActiveRule:
     @property
     def gathers(self) -> bool:
         """Whether an event to come needs scores."""
-        return self.works and self.rule.mode == "prune" and self.rule.target.given
+        return self.works and self.rule.mode == "prune" and self.rule.aims
 
     @property
     def compensates(self) -> bool:
@@ -99,7 +101,7 @@ class ActiveRule:
 
     def due(self, now: int) -> bool:
         """Whether an epoch or step has an event: at start and every ``every`` from there on, once each."""
-        aimless = self.rule.mode == "prune" and not self.rule.target.given
+        aimless = self.rule.mode == "prune" and not self.rule.aims
         if not self.works or aimless or self.state.waiting is not None:
             return False
         return self.times.is_event(now) and (self.state.last is None or now > self.state.last)
@@ -149,7 +151,7 @@ def warn_of_idle(rules: Iterable[ActiveRule]) -> None:
     """Say which rules never had an event, most often because the loop does not count what they count."""
     calls = {"epoch": "prune(model, epoch) counts epochs", "step": "the optimizer's steps are counted"}
     for one in rules:
-        if one.rule.target.given and one.rule.mode == "prune" and one.state.event == 0:
+        if one.rule.aims and one.rule.mode == "prune" and one.state.event == 0:
             logger.warning(
                 "%s: it never pruned: its first event is in %s %d (%s)",
                 *(one.key, one.times.counts, one.times.first, calls[one.times.counts]),

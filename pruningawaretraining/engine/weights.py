@@ -20,6 +20,7 @@ from pruningawaretraining.criteria.base import Statistics, refined, scorable
 from pruningawaretraining.criteria.second_order import Calibration, Sampling
 from pruningawaretraining.engine.compensation import prune_by_curvature, weight_pattern
 from pruningawaretraining.engine.context import RemovalContext
+from pruningawaretraining.engine.per_layer import fractions_of, limited
 from pruningawaretraining.engine.phases import outside_phase, tell_of_whole_epochs, tell_what_stays
 from pruningawaretraining.engine.rule import Decision
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
@@ -58,8 +59,12 @@ class WeightGroups:
         grouping = grouping_of(self.model, key, rule, pattern)
         check_target(key, rule, pattern)
         check_phases(self.model, key, rule, grouping)
+        fractions = rule.sparsity_per_layer
+        own = {each.name: each.name for each in grouping.sets}
+        per_layer = None if fractions is None else fractions_of(self.model, grouping, own, fractions, key)
         tell_what_stays(self.model, key, rule, grouping)
         one = WeightRule(key, rule, pattern, criterion, grouping, Masks(grouping), stacked)
+        one.fractions = per_layer
 
         def grouping_on(model: nn.Module) -> Grouping:
             return one.grouping if model is self.model else grouping_of(model, key, rule, pattern)
@@ -135,6 +140,8 @@ class WeightGroups:
         self, one: WeightRule, scores_G: Tensor, statistics: Statistics, sparsity: float, outside_G: Tensor | None
     ) -> Tensor:
         limits, so_far_G = one.limits(), statistics.keep_G
+        if one.fractions is not None:
+            limits, sparsity = limited(limits, one.fractions, sparsity), 0.0
         untouched = so_far_G is None or (so_far_G is one.masks.keep_G and not one.masks.active)
         removed_G = None if untouched or so_far_G is None else ~so_far_G
         classes_S = classes_of(one.grouping, one.rule.scope)

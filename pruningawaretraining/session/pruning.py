@@ -168,6 +168,17 @@ class Pruning(LoopHooks, Results):
         """
         return self._session.coupled if self._session.prunes_coupled else self._no_channels
 
+    def remove_channels(self, channels: Mapping[str, Sequence[int]]) -> None:
+        """Remove channels by their numbers, with everything that is coupled to them: ``{"conv1": [0, 3]}``.
+
+        Args:
+            channels: layer -> numbers of its output channels, counted as the layer is now.
+
+        Raises:
+            ConfigError: a layer or channel that cannot be removed; nothing has changed.
+        """
+        self._session.remove_channels(channels)
+
     def update_items_for_all_pruners(self, **items: Any) -> None:
         """Change settings of all rules before training begins.
 

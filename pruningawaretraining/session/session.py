@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,7 @@ from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.optimizer_state import clear_state
 from pruningawaretraining.session.arguments import Given, weak_call
 from pruningawaretraining.session.build import BuiltRules, build_coupled, build_weights, built_rules, inputs_of
+from pruningawaretraining.session.by_hand import keep_without
 from pruningawaretraining.session.counted_macs import CountedMacs
 from pruningawaretraining.session.distillation import Distiller
 from pruningawaretraining.session.input_capture import InputCapture
@@ -226,6 +227,16 @@ class Session(StepEvents):
             self.engine.remove()
             self.changed()
         self.steps.end_round()
+
+    def remove_channels(self, channels: Mapping[str, Sequence[int]]) -> None:
+        """Mask channels that were chosen by hand, and remove everything that is masked."""
+        coupled = self.coupled
+        keep_G = keep_without(coupled, channels)
+        coupled.keep_D = coupled.keep_D.clone()
+        coupled.keep_D[coupled.live_D] = keep_G
+        coupled.masks.set(keep_G)
+        coupled.masks.apply_to_state(self.steps.optimizers)
+        self.remove()
 
     def end(self) -> None:
         """Nothing prunes or regularises any more; masks stay."""

@@ -1,0 +1,51 @@
+"""Fractions of single layers as limits of an allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from pruningawaretraining.allocation.ranking import Limits
+from pruningawaretraining.errors import ConfigError, unknown
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.patterns.selection import select
+
+
+def fractions_of(
+    model: nn.Module, grouping: Grouping, set_of: Mapping[str, str], given: Mapping[str, float], key: str
+) -> tuple[float, ...]:
+    """The fraction of each set.
+
+    Args:
+        model: the model.
+        grouping: the rule's groups.
+        set_of: layer that loses groups -> name of its set.
+        given: entries as in a rule's ``layers`` -> fraction.
+        key: of the rule, for messages.
+
+    Raises:
+        ConfigError: an entry that names no layer of the rule, or two that name one set.
+    """
+    where = f"{key}.sparsity_per_layer"
+    number_of = {one.name: number for number, one in enumerate(grouping.sets)}
+    layers = {layer: number_of[name] for layer, name in set_of.items() if name in number_of}
+    chosen: dict[int, tuple[str, float]] = {}
+    for entry, fraction in given.items():
+        numbers = {layers[layer] for layer in select(model, [entry], layers, where)}
+        if not numbers:
+            raise ConfigError(unknown(where, entry, layers))
+        for number in numbers:
+            other, theirs = chosen.setdefault(number, (entry, fraction))
+            if theirs != fraction:
+                name = grouping.sets[number].name
+                raise ConfigError(
+                    f"{where}: {entry!r} and {other!r} are coupled by {name!r}. Allowed: the same fraction"
+                )
+    return tuple(chosen.get(number, ("", 0.0))[1] for number in range(len(grouping.sets)))
+
+
+def limited(limits: Limits, fractions: tuple[float, ...], part: float) -> Limits:
+    """Limits that let exactly a part of the fractions go."""
+    return replace(limits, per_set=tuple((part * one, part * one) for one in fractions))

@@ -1,0 +1,63 @@
+"""Channels that a user chooses by hand.
+
+Shape suffixes: ``_G`` groups that are still there, ``_O`` output channels of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.errors import ConfigError, unknown
+from pruningawaretraining.groups.grouping import Member
+
+
+def keep_without(coupled: CoupledGroups, channels: Mapping[str, Sequence[int]]) -> Tensor:
+    """The masks of the live groups once some channels are gone as well.
+
+    Args:
+        coupled: the model's groups.
+        channels: layer -> numbers of its output channels, counted as the layer is now.
+
+    Returns:
+        keep_G.
+
+    Raises:
+        ConfigError: a layer or channel that cannot be removed; nothing has changed.
+    """
+    members = {one.name.removesuffix(".weight"): one for one in coupled.found.grouping.of_role("out").members}
+    keep_G = coupled.keep_D[coupled.live_D].clone()
+    for layer, numbers in channels.items():
+        if layer not in members:
+            reason = coupled.found.skipped.get(layer)
+            raise ConfigError(f"channels: {layer!r} stays: {reason}" if reason else unknown("channels", layer, members))
+        groups = _groups(layer, members[layer], numbers, coupled.found.grouping.size)
+        keep_G[groups] = False
+    for one in coupled.found.grouping.sets:
+        if not bool(keep_G[one.start : one.stop].any()):
+            raise ConfigError(f"channels: nothing would be left of {one.name!r}. Allowed: at least one channel stays")
+    return keep_G
+
+
+def _groups(layer: str, member: Member, numbers: Sequence[int], outside: int) -> Tensor:
+    assert member.slots is not None
+    slots_O = member.slots.cpu()
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(slots_O):
+            raise ConfigError(f"channels.{layer}: {number!r} is not allowed. Allowed: 0 to {len(slots_O) - 1}")
+    wanted_O = torch.zeros(len(slots_O), dtype=torch.bool)
+    wanted_O[list(numbers)] = True
+    if bool((slots_O[wanted_O] >= outside).any()):
+        fixed = torch.nonzero(wanted_O & (slots_O >= outside)).flatten().tolist()
+        raise ConfigError(f"channels.{layer}: {fixed[0]} cannot be removed: it is coupled to something that stays")
+    groups: Tensor = torch.unique(slots_O[wanted_O])  # type: ignore[no-untyped-call]
+    together_O = torch.isin(slots_O, groups)
+    if not torch.equal(together_O, wanted_O):
+        missing = torch.nonzero(together_O & ~wanted_O).flatten().tolist()
+        raise ConfigError(
+            f"channels.{layer}: {sorted(numbers)} go only together with {missing}: the layers behind them tie them"
+        )
+    return groups
