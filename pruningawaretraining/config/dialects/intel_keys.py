@@ -40,8 +40,7 @@ EXCLUDING = (
     "extra_excluded_names",
     "extra_excluded_op_names",
 )
-"""Names for layers to leave alone. A pruner's own list goes before the file's of the same name; those of different names
-add up."""
+"""Names for layers to leave alone. A pruner's own list goes before the file's of the same name; other lists add up."""
 EXCLUDED = "excluded"
 
 
