@@ -134,14 +134,26 @@ class Variance(_FromActivations):
     Args:
         momentum: how much earlier batches still count at the next one; 1 for all alike.
         in_eval: listen in eval mode too (calibration), not only while training.
+        normalize: by the "mean" or "max" of the set, so that layers compare, by "lamp", or "none".
     """
 
     needs: ClassVar[Needs] = Needs(kinds=("channel", "weight"))
 
+    normalize: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lookup("normalizer", self.normalize, "normalize")
+
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
         """See :class:`~pruningawaretraining.criteria.base.Criterion`."""
         variance_G, known = self._variance(grouping, statistics)
-        return _known_last(variance_G, grouping, known)
+        return self._ranked(variance_G, grouping, known)
+
+    def _ranked(self, scores_G: Tensor, grouping: Grouping, known: dict[str, Tensor]) -> Tensor:
+        """Scores that compare between layers as asked for, those that nobody reads last."""
+        normalized_G: Tensor = lookup("normalizer", self.normalize)(scores_G, grouping)
+        return _known_last(normalized_G, grouping, known)
 
     def _variance(self, grouping: Grouping, statistics: Statistics) -> tuple[Tensor, dict[str, Tensor]]:
         known = _factors(grouping, statistics, "input_variance", self)
@@ -163,6 +175,7 @@ class VarianceNext(Variance):
     Args:
         momentum: how much earlier batches still count at the next one; 1 for all alike.
         in_eval: listen in eval mode too (calibration), not only while training.
+        normalize: by the "mean" or "max" of the set, so that layers compare, by "lamp", or "none".
     """
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
@@ -175,7 +188,7 @@ class VarianceNext(Variance):
             return None if factor is None else weight_W.square() * factor.to(weight_W)
 
         moved_G = reduce_sum(_consumers(grouping), values, torch.float32).sqrt()
-        return _known_last(moved_G, grouping, known)
+        return self._ranked(moved_G, grouping, known)
 
 
 @register("criterion", "variance_magnitude")
@@ -186,6 +199,7 @@ class VarianceMagnitude(Variance):
     Args:
         momentum: how much earlier batches still count at the next one; 1 for all alike.
         in_eval: listen in eval mode too (calibration), not only while training.
+        normalize: by the "mean" or "max" of the set, so that layers compare, by "lamp", or "none".
         p: of the magnitude, the mean over members of the sum of ``|w|^p``.
     """
 
@@ -195,4 +209,4 @@ class VarianceMagnitude(Variance):
         """See :class:`~pruningawaretraining.criteria.base.Criterion`."""
         variance_G, known = self._variance(grouping, statistics)
         magnitude_G = magnitude_scores(grouping, self.p).to(variance_G)
-        return _known_last(magnitude_G * variance_G.sqrt(), grouping, known)
+        return self._ranked(magnitude_G * variance_G.sqrt(), grouping, known)

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pruningawaretraining.config.dialects.base import check_window, native, note_ignored, schedule_name
-from pruningawaretraining.config.dialects.intel_keys import TAG_OF_PRUNERS, File2022, FileKeys, Flat2x, PrunerKeys
+from pruningawaretraining.config.dialects.intel_epochs import epoch_rules
+from pruningawaretraining.config.dialects.intel_keys import (
+    EXCLUDED,
+    TAG_OF_PRUNERS,
+    File2022,
+    FileKeys,
+    Flat2x,
+    PrunerKeys,
+)
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.registry import canonical, names, register, spelled
@@ -64,35 +72,56 @@ class Intel:
             ConfigError: an unknown key or a value that is not allowed.
         """
         mapping = {key: mapping[key] for key in mapping if key != "$schema"}
-        everywhere: FileKeys
         if _is_2022(mapping):
-            file = File2022.model_validate(mapping)
-            for key in sorted(file.model_fields_set - {"pruning"}):
-                note_ignored(key, "the model is handed to the pruner")
-            section = file.pruning.approach.weight_compression_pytorch
-            everywhere, pruners, prefix = section, section.pruners, f"{SECTION_2022}.pruners"
-        else:
-            flat = Flat2x.model_validate(mapping)
-            if "backend" in flat.model_fields_set:
-                note_ignored("backend", "there is one")
-            everywhere, pruners, prefix = flat, flat.pruning_configs, "pruning_configs"
-        weight = everywhere.distill_loss_weight
-        return native(_rules(everywhere, pruners, prefix), distillation={"weight": weight} if weight else None)
+            return _of_2022(File2022.model_validate(mapping))
+        flat = Flat2x.model_validate(mapping)
+        if "backend" in flat.model_fields_set:
+            note_ignored("backend", "there is one")
+        return _config(flat, flat.pruning_configs, "pruning_configs", {})
+
+
+def _of_2022(file: File2022) -> PruningConfig:
+    """The file of 2022: the section that counts steps, where no target leaves the model dense, or the older one."""
+    others = [
+        *sorted(file.model_fields_set - {"pruning"}),
+        *(["pruning.train"] if file.pruning.train is not None else []),
+    ]
+    if others:
+        note_ignored(", ".join(others), "the model, its data and its training are the loop's")
+    older = file.pruning.approach.weight_compression
+    if older is not None:
+        return native(epoch_rules(older))
+    section = file.pruning.approach.weight_compression_pytorch
+    assert section is not None
+    return _config(section, section.pruners, f"{SECTION_2022}.pruners", {"target_sparsity": 0.0})
+
+
+def _config(
+    everywhere: FileKeys, pruners: Sequence[PrunerKeys], prefix: str, defaults: Mapping[str, Any]
+) -> PruningConfig:
+    weight = everywhere.distill_loss_weight
+    rules = _rules(everywhere, pruners, prefix, defaults)
+    return native(rules, distillation={"weight": weight} if weight else None)
 
 
 def _is_2022(mapping: Mapping[str, Any]) -> bool:
     return isinstance(mapping.get("pruning"), Mapping) and "approach" in mapping["pruning"]
 
 
-def _rules(everywhere: PrunerKeys, pruners: Sequence[PrunerKeys], prefix: str) -> list[dict[str, Any]]:
+def _rules(
+    everywhere: PrunerKeys, pruners: Sequence[PrunerKeys], prefix: str, defaults: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     shared = everywhere.said()
     rules = []
     for number, pruner in enumerate(pruners or [PrunerKeys()]):
         own = pruner.said()
-        values = {**DEFAULTS, **shared, **own}
-        excluded = [*shared.get("excluded_op_names", []), *own.get("excluded_op_names", [])]
-        values["excluded_op_names"] = list(dict.fromkeys(excluded))
-        rules.append(pruner_rule(values, f"{prefix}[{number}]"))
+        values = {**DEFAULTS, **defaults, **shared, **own}
+        lists = {**shared[EXCLUDED], **own[EXCLUDED]}
+        values["excluded_op_names"] = list(dict.fromkeys(entry for entries in lists.values() for entry in entries))
+        name = f"{prefix}[{number}]"
+        if "target_sparsity" in defaults and values["target_sparsity"] == 0:
+            note_ignored(name, "without target_sparsity it prunes nothing: the layers stay dense")
+        rules.append(pruner_rule(values, name))
     return rules
 
 
@@ -107,7 +136,9 @@ def pruner_rule(values: Mapping[str, Any], name: str) -> dict[str, Any]:
         ConfigError: values that do not go together.
     """
     locked = values["pruning_type"].startswith(LOCK)
-    if locked:  # one event, at the start
+    if values["end_step"] == -1:
+        note_ignored(f"{name}.end_step", "-1 is no step; it is taken as start_step, at once")
+    if locked or values["end_step"] == -1:  # one event, at the start
         values = {**values, "end_step": values["start_step"]}
     check_window(values["start_step"], values["end_step"], f"{name}.end_step", "start_step")
     pattern = pruner_pattern(values, name)
@@ -118,14 +149,13 @@ def pruner_rule(values: Mapping[str, Any], name: str) -> dict[str, Any]:
         "name": name,
         "pattern": pattern,
         "layers": _expressions(values["op_names"]) or None,
-        "exclude": _expressions(values["excluded_op_names"]),
+        "exclude": [f"?{entry}" for entry in _expressions(values["excluded_op_names"])],
         "criterion": "weight" if locked else pruner_criterion(values, f"{name}.pruning_type"),
         "schedule": schedule_name(values["sparsity_decay_type"], f"{name}.sparsity_decay_type"),
         "scope": values["pruning_scope"],
-        "start": values["start_step"],
-        "end": values["end_step"],
-        "every": values["pruning_frequency"],
+        **step_window(values["start_step"], values["end_step"], values["pruning_frequency"]),
         "unit": "step",
+        "initial": None if locked or not target else "present" if values["resume_from_pruned_checkpoint"] else 0.0,
         "target": {"sparsity": target} if target else {},
         "min_sparsity": values["min_sparsity_ratio_per_op"],
         "max_sparsity": values["max_sparsity_ratio_per_op"],
@@ -137,9 +167,16 @@ def pruner_rule(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     }
 
 
+def step_window(start: int, end: int, every: int) -> dict[str, int]:
+    """Fields of a rule: the last event is the last one of the rhythm, so that event k of n is at (k - 1) / (n - 1)."""
+    return {"start": start, "end": end - (end - start) % every, "every": every}
+
+
 def pruner_pattern(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The pattern, with the classes of layers that it is for; the classifier is spared unless it is named."""
     text = str(values["pattern"])
+    if "_pattern_" in text:  # oc_pattern_4x1, ic_pattern_4x1, tile_pattern_4x1
+        text = text.rpartition("_")[2]
     if text == "mha":
         return {"type": "mha"}
     found = spelled("pattern", text)
@@ -150,7 +187,7 @@ def pruner_pattern(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def pruner_criterion(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The criterion of a pruning_type, with its reduction and precision."""
-    kind = str(values["pruning_type"]).removesuffix(PROGRESSIVE)
+    kind = str(values["pruning_type"]).removesuffix(PROGRESSIVE).removesuffix("_block")
     if kind in REDUCED:
         options = {"reduction": values["criterion_reduce_type"], "half": values["low_memory_usage"]}
         return {"type": REDUCED[kind], **options}

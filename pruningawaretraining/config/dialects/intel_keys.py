@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining.config.dialects.base import TAG
+from pruningawaretraining.config.dialects.intel_epochs import EpochSection
 from pruningawaretraining.config.dialects.sirc_keys import one_of
 from pruningawaretraining.config.strict import Amount, Count, Strict, UnitInterval, Whole
 from pruningawaretraining.errors import ConfigError
@@ -23,7 +24,10 @@ SAME = {
     "prune_layer_type": "pruning_op_types",
     "prune_domain": "pruning_scope",
     "update_frequency_on_step": "pruning_frequency",
+    "update_frequency": "pruning_frequency",
+    "prune_frequency": "pruning_frequency",
     "max_sparsity_ratio_per_layer": "max_sparsity_ratio_per_op",
+    "max_layer_sparsity_ratio": "max_sparsity_ratio_per_op",
     "min_sparsity_ratio_per_layer": "min_sparsity_ratio_per_op",
 }
 """The 2022 name of a key -> its 2.x name."""
@@ -36,7 +40,8 @@ EXCLUDING = (
     "extra_excluded_names",
     "extra_excluded_op_names",
 )
-"""Names for layers to leave alone; all of them add up, those of the whole file and those of one pruner."""
+"""Names for layers to leave alone. A pruner's own list goes before the file's of the same name; other lists add up."""
+EXCLUDED = "excluded"
 
 
 NOT_OF_RULES = ("parameters", "pruners", "pruning_configs", "backend", "distill_loss_weight")
@@ -78,10 +83,13 @@ class PrunerKeys(Strict):
     prune_domain: Scope | None = Field(None, description="Another name for pruning_scope.")
     pruning_frequency: Count | None = Field(None, description="Steps between pruning events; 1 when absent.")
     update_frequency_on_step: Count | None = Field(None, description="Another name for pruning_frequency.")
+    update_frequency: Count | None = Field(None, description="Another name for pruning_frequency.")
+    prune_frequency: Count | None = Field(None, description="Another name for pruning_frequency.")
     max_sparsity_ratio_per_op: UnitInterval | None = Field(
         None, description="Most that a layer loses; 0.98 when absent."
     )
     max_sparsity_ratio_per_layer: UnitInterval | None = Field(None, description="Another name of it.")
+    max_layer_sparsity_ratio: UnitInterval | None = Field(None, description="Another name of it.")
     min_sparsity_ratio_per_op: UnitInterval | None = Field(None, description="Least that a layer loses; 0 when absent.")
     min_sparsity_ratio_per_layer: UnitInterval | None = Field(None, description="Another name of it.")
     sparsity_decay_type: str | None = Field(None, description="exp, linear, cos, cube or cubic; exp when absent.")
@@ -125,8 +133,8 @@ class PrunerKeys(Strict):
         return self
 
     def said(self) -> dict[str, Any]:
-        """What was said, under 2.x names; ``excluded_op_names`` holds all exclusions, ``reg_coeff`` that of
-        ``parameters``.
+        """What was said, under 2.x names; :data:`EXCLUDED` holds the exclusions by their keys, ``reg_coeff`` also that
+        of ``parameters``.
 
         Raises:
             ConfigError: a key is there under two names with two values.
@@ -142,8 +150,8 @@ class PrunerKeys(Strict):
         inner = self.parameters.reg_coeff if self.parameters else None
         if inner is not None and out.setdefault("reg_coeff", inner) != inner:
             raise ConfigError(f"parameters.reg_coeff: {inner} is not the reg_coeff {out['reg_coeff']}")
-        excluded = [entry for key in EXCLUDING for entry in getattr(self, key) or []]
-        return {**out, **({"excluded_op_names": excluded} if excluded else {})}
+        out[EXCLUDED] = {key: getattr(self, key) for key in EXCLUDING if getattr(self, key) is not None}
+        return out
 
 
 def _check_expression(entry: Any, where: str) -> None:
@@ -168,14 +176,25 @@ class Section(FileKeys):
 
 
 class Approach(Strict):
-    """``pruning.approach``."""
+    """``pruning.approach``: one of them."""
 
-    weight_compression_pytorch: Section = Field(description="Settings for all, and the pruners.")
+    weight_compression_pytorch: Section | None = Field(None, description="Pruners that count steps.")
+    weight_compression: EpochSection | None = Field(None, description="Pruners that count epochs, the older section.")
+
+    @model_validator(mode="after")
+    def _has_one(self) -> Self:
+        if (self.weight_compression is None) == (self.weight_compression_pytorch is None):
+            raise ConfigError(
+                "weight_compression_pytorch: one section is needed. Allowed: weight_compression_pytorch, or "
+                "weight_compression"
+            )
+        return self
 
 
 class PruningSection(Strict):
     """``pruning``."""
 
+    train: Any = Field(None, description="Ignored: the loop trains.")
     approach: Approach = Field(description="What to prune and how.")
 
 
@@ -185,6 +204,12 @@ class File2022(Strict):
     version: Any = Field(None, description="Ignored.")
     model: Any = Field(None, description="Ignored: the model is handed to the pruner.")
     device: Any = Field(None, description="Ignored: the model's own device is used.")
+    evaluation: Any = Field(None, description="Ignored: the loop evaluates.")
+    tuning: Any = Field(None, description="Ignored: nothing is tuned.")
+    quantization: Any = Field(None, description="Ignored: the loop quantizes.")
+    distillation: Any = Field(None, description="Ignored: the loop distils.")
+    graph_optimization: Any = Field(None, description="Ignored.")
+    mixed_precision: Any = Field(None, description="Ignored.")
     pruning: PruningSection = Field(description="What to prune and how.")
 
 

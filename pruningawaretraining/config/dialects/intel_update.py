@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pruningawaretraining.config.dialects.base import check_window, schedule_name
-from pruningawaretraining.config.dialects.intel import DEFAULTS, pruner_criterion, pruner_pattern
+from pruningawaretraining.config.dialects.intel import DEFAULTS, pruner_criterion, pruner_pattern, step_window
 from pruningawaretraining.config.dialects.intel_keys import EXCLUDING, SAME
 from pruningawaretraining.config.schema import PruningConfig, Rule
 from pruningawaretraining.errors import ConfigError, unknown
@@ -61,6 +61,8 @@ def _changed(rule: dict[str, Any], items: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"update: {name}: {items[name]!r} is not allowed. Allowed: a whole number")
     if "end_step" in items or "start_step" in items:
         check_window(rule["start"], rule["end"], "end_step", "start_step")
+    if rule["initial"] is not None and any(key in items for key in ("start_step", "end_step", "pruning_frequency")):
+        rule |= step_window(rule["start"], rule["end"], rule["every"])
     if "target_sparsity" in items:
         rule["target"] = {**rule["target"], "sparsity": items["target_sparsity"]}
     if "target" in items:
@@ -76,7 +78,7 @@ def _changed(rule: dict[str, Any], items: Mapping[str, Any]) -> dict[str, Any]:
         rule["regularizer"] = {"type": "block_lasso", "strength": strength} if strength else None
     for key, field in (("op_names", "layers"), ("excluded_op_names", "exclude")):
         if key in items:
-            entries = [f"re:.*(?:{entry}).*" for entry in items[key]]
+            entries = [f"{'?' * (field == 'exclude')}re:.*(?:{entry}).*" for entry in items[key]]
             rule[field] = entries or (None if field == "layers" else [])
     return rule
 

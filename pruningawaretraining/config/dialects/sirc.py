@@ -22,10 +22,14 @@ CRITERIA: dict[str, str | dict[str, Any]] = {
     "GroupNormPruner": GROUP_NORM,
     "MACAwareImportance": GROUP_NORM,
     "VBP": "variance",
+    "NormNet": "variance_next",
     "LAMP": "lamp",
     "Random": "random",
 }
 """Each pruning_method as a criterion of ours; MACAwareImportance is the group norm weighed with MACs."""
+
+VARIANCE = {"variance": "variance", "weight_variance": "variance_next", "tp_variance": "variance_magnitude"}
+"""importance_mode of VBP -> criterion."""
 
 SLICE_CRITERIA: dict[str, str | dict[str, Any]] = {"L2_norm": {"type": "magnitude", "p": 2}}
 MAC_MODES = {"sum": "sum", "mul": "mul", "per_mac": "per_mac"}
@@ -85,7 +89,7 @@ def channel_rule(args: ChannelArgs) -> dict[str, Any]:
         "start": args.start_epoch,
         "end": args.start_epoch if at_once else args.end_epoch,
         "every": args.epoch_rate,
-        "target": channel_target(_capped(args.global_prune_rate, args.max_pruning_rate), args.mac_target),
+        "target": channel_target(_capped(args.global_prune_rate, args.max_pruning_rate), args.mac_target or None),
         "final_sparsity": 1.0,
         "max_sparsity": args.max_pruning_rate,
         "multiple": args.block_size,
@@ -99,7 +103,7 @@ def channel_rule(args: ChannelArgs) -> dict[str, Any]:
 def channel_criterion(args: ChannelArgs) -> str | dict[str, Any]:
     """The criterion of a pruning_method, weighed with MACs when MAC_params say so (MACAwareImportance: unless they
     say no)."""
-    base = CRITERIA[args.pruning_method]
+    base = _base(args)
     params = args.MAC_params or MacParams()
     wanted = params.use_macs if params.use_macs is not None else args.pruning_method == "MACAwareImportance"
     if not wanted:
@@ -107,6 +111,14 @@ def channel_criterion(args: ChannelArgs) -> str | dict[str, Any]:
     options = {"alpha": params.alpha, "beta": params.beta}
     given = {key: value for key, value in options.items() if value is not None}
     return {"type": "mac_aware", "base": base, "mode": MAC_MODES[params.type.lower()], **given}
+
+
+def _base(args: ChannelArgs) -> str | dict[str, Any]:
+    base = VARIANCE[args.importance_mode] if args.pruning_method == "VBP" else CRITERIA[args.pruning_method]
+    if args.norm_per_layer is None or args.pruning_method in ("LAMP", "Random", "BNScalePruner"):
+        return base
+    normalize = "mean" if args.norm_per_layer else "none"
+    return {**(base if isinstance(base, dict) else {"type": base}), "normalize": normalize}
 
 
 def channel_regularizer(args: ChannelArgs) -> dict[str, Any] | None:
@@ -157,14 +169,42 @@ def slice_rule(args: SliceArgs) -> dict[str, Any]:
     }
 
 
+STATE = "state is kept in the checkpoint, never in the config"
+OTHER_MODE = "it is of an importance_mode that is not supported"
+SPARSE = "it is of a sparse_mode that is not supported"
+NO_EFFECT = {
+    "reach_mac_target": STATE,
+    "log_str": STATE,
+    "verbose": "the level of the logger 'pruningawaretraining' decides what is logged",
+    "epochs_ft": "the loop decides how long it trains between events and after the last",
+    "max_batches": "every batch that the model sees in training counts, or those of pruner.calibrate_with",
+    "bn_recalibration": "running statistics go on in training; a rule's 'compensation' measures them anew",
+    "bn_recalib_batches": "running statistics go on in training; a rule's 'compensation' measures them anew",
+    "no_compensation": "nothing is compensated; a rule's 'compensation' with pruner.calibrate_with does that",
+    "fold_bn_before_prune": "norms stay in the model, and their weights count in the group magnitude",
+    "var_loss_weight": "the loss is the loop's",
+    "alpha": OTHER_MODE,
+    "normalize_importance": OTHER_MODE,
+    "wv_base_mode": OTHER_MODE,
+    "mag_guided_delta": OTHER_MODE,
+    "sparse_gmp_target": SPARSE,
+    "reparam_lambda": SPARSE,
+    "reparam_normalize": SPARSE,
+    "reparam_layers": SPARSE,
+    "reparam_entropy_lambda": SPARSE,
+    "reparam_during_pat": SPARSE,
+    "reparam_target": SPARSE,
+}
+"""Keys of channel_sparsity_args that have no effect -> why."""
+
+
 def _note_ignored(args: ChannelArgs) -> None:
     section = "channel_sparsity_args"
-    for key in ("reach_mac_target", "log_str"):
-        if key in args.model_fields_set:
-            note_ignored(f"{section}.{key}", "state is kept in the checkpoint, never in the config")
-    if "verbose" in args.model_fields_set:
-        note_ignored(f"{section}.verbose", "the level of the logger 'pruningawaretraining' decides what is logged")
-    if args.mac_target is not None and args.global_prune_rate is not None:
+    for key in [key for key in NO_EFFECT if key in args.model_fields_set]:
+        note_ignored(f"{section}.{key}", NO_EFFECT[key])
+    if not args.prune_at_target:
+        note_ignored(f"{section}.prune_at_target", "the target is met all the same, and channels are removed then")
+    if args.mac_target and args.global_prune_rate is not None:
         note_ignored(f"{section}.global_prune_rate", "mac_target decides how far to prune")
     if args.isomorphic and not args.global_pruning:
         note_ignored(f"{section}.isomorphic", "without global_pruning every layer is ranked by itself")

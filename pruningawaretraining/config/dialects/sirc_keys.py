@@ -9,7 +9,7 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining.config.dialects.base import check_window, schedule_name
 from pruningawaretraining.config.dialects.flat import layer_list
-from pruningawaretraining.config.strict import Amount, Count, Fraction, Strict, UnitInterval, Whole
+from pruningawaretraining.config.strict import Amount, Count, Strict, UnitInterval, Whole
 from pruningawaretraining.config.targets import ExampleInputs
 from pruningawaretraining.errors import ConfigError, unknown
 
@@ -24,6 +24,10 @@ def one_of(*allowed: str) -> AfterValidator:
         return spelled[value.lower()]
 
     return AfterValidator(check)
+
+
+OTHER_MODES = ("weight_variance_both", "combined", "rank_fusion", "mag_guided", "dw_proj_var")
+"""Importance modes that are known and refused."""
 
 
 class Regularize(Strict):
@@ -63,11 +67,14 @@ class ChannelArgs(Strict):
     epoch_rate: Count = Field(1, description="Epochs between pruning events.")
     global_prune_rate: UnitInterval | None = Field(None, description="Fraction of channels to remove.")
     max_pruning_rate: UnitInterval = Field(1.0, description="Largest fraction of channels to remove from a layer.")
-    mac_target: Fraction | None = Field(None, description="Fraction of MACs kept; decides over global_prune_rate.")
+    mac_target: UnitInterval | None = Field(
+        None, description="Fraction of MACs kept; decides over global_prune_rate. 0: no target."
+    )
+    prune_at_target: bool = Field(True, description="Ignored: the target is met, and channels are removed then.")
     reach_mac_target: Any = Field(None, description="Ignored: state is kept in the checkpoint.")
     log_str: Any = Field(None, description="Ignored: state is kept in the checkpoint.")
     pruning_method: Annotated[
-        str, one_of("BNScalePruner", "GroupNormPruner", "MACAwareImportance", "VBP", "LAMP", "Random")
+        str, one_of("BNScalePruner", "GroupNormPruner", "MACAwareImportance", "VBP", "NormNet", "LAMP", "Random")
     ] = Field("GroupNormPruner", description="What scores channels.")
     prune_channels_at_init: bool = Field(False, description="Remove instead of masking, all at once.")
     infer: bool = Field(False, description="The model is only loaded for inference.")
@@ -79,6 +86,36 @@ class ChannelArgs(Strict):
     schedule: str | None = Field(None, description="How the sparsity grows; linear when absent.")
     pruning_schedule: str | None = Field(None, description="Another name for schedule.")
     verbose: Any = Field(None, description="Ignored: the logger's level decides.")
+    importance_mode: Annotated[str, one_of("variance", "weight_variance", "tp_variance", *OTHER_MODES)] = Field(
+        "variance",
+        description="VBP: variance, weight_variance (times the consumers' weights), tp_variance (magnitude).",
+    )
+    norm_per_layer: bool | None = Field(None, description="Scores are divided by the mean of their layer.")
+    group_reduction: Annotated[str, one_of("mean", "sum", "max", "prod", "first")] = Field(
+        "mean", description="How the scores of coupled layers are joined: mean, or sum with norm_per_layer."
+    )
+    similarity_discount: Literal[False] = Field(False, description="Discounts for similar channels are not supported.")
+    sparse_mode: Annotated[str, one_of("none", "gmp", "reparam", "vnr", "l1_group")] = Field(
+        "none", description="Sparse training before start_epoch: none is supported; 'regularize' does such a thing."
+    )
+    epochs_ft: Any = Field(None, description="Ignored: the loop decides how long it trains between and after events.")
+    max_batches: Any = Field(None, description="Ignored: every batch that is seen counts, or those of calibrate_with.")
+    bn_recalibration: Any = Field(None, description="Ignored: running statistics go on in training.")
+    bn_recalib_batches: Any = Field(None, description="Ignored, as bn_recalibration.")
+    no_compensation: Any = Field(None, description="Ignored: a rule's 'compensation' does that.")
+    fold_bn_before_prune: Any = Field(None, description="Ignored: norms stay in the model.")
+    alpha: Any = Field(None, description="Ignored: of importance modes that are not supported.")
+    normalize_importance: Any = Field(None, description="Ignored, as alpha.")
+    wv_base_mode: Any = Field(None, description="Ignored, as alpha.")
+    mag_guided_delta: Any = Field(None, description="Ignored, as alpha.")
+    var_loss_weight: Any = Field(None, description="Ignored: the loop's loss is the loop's.")
+    sparse_gmp_target: Any = Field(None, description="Ignored: of sparse_mode gmp.")
+    reparam_lambda: Any = Field(None, description="Ignored: of sparse_mode reparam.")
+    reparam_normalize: Any = Field(None, description="Ignored: of sparse_mode reparam.")
+    reparam_layers: Any = Field(None, description="Ignored: of sparse_mode reparam.")
+    reparam_entropy_lambda: Any = Field(None, description="Ignored: of sparse_mode reparam.")
+    reparam_during_pat: Any = Field(None, description="Ignored: of sparse_mode reparam.")
+    reparam_target: Any = Field(None, description="Ignored: of sparse_mode reparam.")
 
     @property
     def chosen_schedule(self) -> str:
@@ -110,12 +147,30 @@ class ChannelArgs(Strict):
             raise ConfigError(f"pruning_schedule: {self.pruning_schedule!r} is not the schedule {self.schedule!r}")
         if self.is_prune and self.layers == []:
             raise ConfigError("layers: [] names no layer. Allowed: at least one, or leave the key out for all")
-        if self.is_prune and self.mac_target is None and not self.global_prune_rate:
+        if self.is_prune and not self.mac_target and not self.global_prune_rate:
             raise ConfigError(
                 f"global_prune_rate: {self.global_prune_rate} leaves nothing to reach without a mac_target. "
                 "Allowed: a number in (0, 1]"
             )
+        if self.is_prune:
+            self._check_supported()
         return self
+
+    def _check_supported(self) -> None:
+        """Refuse what would choose other channels than the file means."""
+        if self.importance_mode in OTHER_MODES:
+            raise ConfigError(
+                f"importance_mode: {self.importance_mode!r} is not supported. Allowed: variance, weight_variance, "
+                "tp_variance"
+            )
+        if self.group_reduction not in ("mean", "sum") or (self.group_reduction == "sum" and not self.norm_per_layer):
+            raise ConfigError(
+                f"group_reduction: {self.group_reduction!r} is not supported. Allowed: mean, or sum with norm_per_layer"
+            )
+        if self.sparse_mode != "none":
+            raise ConfigError(
+                f"sparse_mode: {self.sparse_mode!r} is not supported. Allowed: none, with 'regularize' for a penalty"
+            )
 
 
 class SliceArgs(Strict):
