@@ -101,6 +101,7 @@ CHANNELS = {
     "initial": None,
     "phases": [],
     "target": Target(macs=0.7).model_dump(),
+    "sparsity_per_layer": None,
     "final_sparsity": 1.0,
     "min_sparsity": 0.0,
     "max_sparsity": 0.9,
