@@ -103,6 +103,7 @@ CHANNELS = {
     "target": Target(macs=0.7).model_dump(),
     "sparsity_per_layer": None,
     "final_sparsity": 1.0,
+    "widths": "free",
     "min_sparsity": 0.0,
     "max_sparsity": 0.9,
     "max_sparsity_from": None,

@@ -22,6 +22,7 @@ from pruningawaretraining.errors import CheckpointError, nearest
 from pruningawaretraining.files import write_atomically
 from pruningawaretraining.models.calling import unwrap
 from pruningawaretraining.models.fake_quant import is_converted
+from pruningawaretraining.models.hugging_face import follow_configs
 from pruningawaretraining.models.pruned_attention import with_fewer_heads
 from pruningawaretraining.models.skipped_blocks import PassThrough, pass_through, passed_blocks
 from pruningawaretraining.models.surgery import Surgery, successor
@@ -141,6 +142,7 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
         surgery.undo()
         raise CheckpointError(f"path: {str(path)!r} does not fit {type(model).__name__}: {error}") from error
     remember(model, description["record"])
+    follow_configs(model)
     return wrapped
 
 

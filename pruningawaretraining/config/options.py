@@ -13,7 +13,7 @@ from pruningawaretraining.registry import lookup, names, spelled
 IN_PLACE = frozenset({"mode", "keep_zeros", "release", "progressive"})
 REMOVED = frozenset({"application", "final_sparsity", "max_sparsity_from", "target.macs", "target.parameters"})
 BY_WIDTH = REMOVED | {
-    "allocation", "compensation", "multiple", "target.latency", "target.latency_ms", "target.peak_memory"
+    "allocation", "compensation", "multiple", "widths", "target.latency", "target.latency_ms", "target.peak_memory"
 }  # fmt: skip
 NEUTRAL = {"allocation": (None, "ranking")}
 """Values that any pattern may have, where these are more than the default."""

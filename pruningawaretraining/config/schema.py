@@ -103,6 +103,11 @@ class Rule(Strict):
         "(relative to the config), or {layer: fraction}.",
     )
     multiple: Count = Field(1, description="The number of groups kept in each set is a multiple of this.")
+    widths: Literal["free", "uniform"] = Field(
+        "free",
+        description="uniform: layers whose names differ in numbers alone keep equally many groups, as configs of "
+        "transformers models say them; the one that would keep fewest decides.",
+    )
     application: Literal["mask", "remove"] = Field(
         "mask", description="mask: zero until the target is met, then remove. remove: shrink the model at each event."
     )

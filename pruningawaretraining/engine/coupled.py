@@ -37,6 +37,7 @@ from pruningawaretraining.engine.phases import tell_of_whole_epochs
 from pruningawaretraining.engine.rule import Decision
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.targets import Targets
+from pruningawaretraining.engine.uniform import uniform
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.masks import Masks
@@ -173,12 +174,15 @@ class CoupledGroups:
             )
             if reached is not None:
                 one.state.latencies = [*one.state.latencies, {"at": now, **vars(reached)}]
-            return Decision(keep_R, met)
+            return Decision(self._even(one, keep_R, scores_R), met)
         limits, asked = one.limits(), one.asked(now)
         if one.fractions is not None:
             limits, asked = limited(limits, one.fractions, asked), 0.0
         allocator = Allocator(one.grouping, scores_R, limits, scope_of(one), ~self.keep_D[one.groups_D])
-        return Decision(allocator.at(asked), one.is_last(now))
+        return Decision(self._even(one, allocator.at(asked), scores_R), one.is_last(now))
+
+    def _even(self, one: CoupledRule, keep_R: Tensor, scores_R: Tensor) -> Tensor:
+        return uniform(one.grouping, keep_R, scores_R) if one.rule.widths == "uniform" else keep_R
 
     def _copy_of(self, keep_D: Tensor) -> nn.Module:
         """A copy of the model as it is now, without the groups that these masks drop."""

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from pruningawaretraining.engine.state import load_into, state_of
+from pruningawaretraining.models.hugging_face import follow_configs
 from pruningawaretraining.session.session import Session
 from pruningawaretraining.session.state import (
     VERSION,
@@ -45,11 +46,13 @@ def load_session(session: Session, state: Mapping[str, Any]) -> None:
             session.capture.set(state["inputs"])
         if state["channels"] is not None:
             _find_coupled(session)
-        load_into(session.engine, state, session.context(), undo)
+        removed = load_into(session.engine, state, session.context(), undo)
         if session.distiller is not None and state.get("distillation") is not None:
             undo.append(partial(session.distiller.load_state_dict, session.distiller.state_dict()))
             session.distiller.load_state_dict(state["distillation"])
         set_rng_state(state["rng"])
+    if removed:
+        follow_configs(session.model)
     session.steps.count, session.ended = steps, ended
     session.begun = session.begun or steps > 0
 

@@ -20,6 +20,7 @@ from pruningawaretraining.engine.rule import warn_of_idle
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.calling import beside
 from pruningawaretraining.models.exported_graph import ExportedGraph
+from pruningawaretraining.models.hugging_face import follow_configs
 from pruningawaretraining.models.optimizer_state import clear_state
 from pruningawaretraining.session.arguments import Given, weak_call
 from pruningawaretraining.session.build import BuiltRules, build_coupled, build_weights, built_rules, inputs_of
@@ -166,7 +167,8 @@ class Session(StepEvents):
         return RemovalContext(self.steps.optimizers, self.followers, self.graphs, before, after)
 
     def after_removal(self) -> None:
-        """Channels have gone: clear optimizers, if the config says so."""
+        """Channels have gone: configs of transformers models say it, and optimizers are cleared if ours says so."""
+        follow_configs(self.model)
         if self.config.reset_optimizer:
             for optimizer in self.steps.optimizers:
                 clear_state(optimizer)
