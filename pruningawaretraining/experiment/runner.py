@@ -161,11 +161,7 @@ class Runner:
             check_mine(self.folder)
 
     def restored(self, stage: Stage) -> Stage:
-        """A new stage, brought to where the run's state says it is.
-
-        Raises:
-            CheckpointError: the checkpoint does not fit it.
-        """
+        """A new stage, brought to where the run's state says it is; a CheckpointError where that does not fit."""
         if self.state.training:
             with reading(self.folder / record.CHECKPOINT, "--resume", ALLOWED, used=True):
                 stage.load_state_dict(self.state.training)
