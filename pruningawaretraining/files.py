@@ -48,7 +48,12 @@ LARGEST_TEXT = 256 * 2**20
 
 @contextlib.contextmanager
 def reading(
-    path: str | Path, key: str = "", allowed: str = "", kind: type[PruningError] = CheckpointError
+    path: str | Path,
+    key: str = "",
+    allowed: str = "",
+    kind: type[PruningError] = CheckpointError,
+    *,
+    used: bool = False,
 ) -> Iterator[None]:
     """Turn whatever reading a file raises inside the block into one line.
 
@@ -57,21 +62,43 @@ def reading(
         key: the option or key that named it, to begin the message with.
         allowed: what may be given instead, to end it with.
         kind: of the error.
+        used: whether what the file holds is put to use in the block too: then its name is added to every error.
 
     Raises:
-        PruningError: of that kind; one that is raised inside stays as it is.
+        PruningError: of that kind; one that is raised inside stays as it is, unless the file is used.
+    """
+    start, end = f"{key}: " if key else "", f". Allowed: {allowed}" if allowed else ""
+    try:
+        yield
+    except PruningError as error:
+        if not used:
+            raise
+        raise kind(f"{start}{str(path)!r} cannot be used: {error}{end}") from error
+    except BROKEN as error:
+        raise kind(f"{start}{str(path)!r} cannot be read: {reason(error)}{end}") from error
+
+
+class UnwritableError(PruningError, OSError):
+    """A file that cannot be written: the disk is full, the folder is read-only or gone."""
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn what a full disk, a read-only or a missing folder raises inside the block into one line.
+
+    Raises:
+        UnwritableError: the file cannot be written.
     """
     try:
         yield
     except PruningError:
         raise
-    except BROKEN as error:
-        start, end = f"{key}: " if key else "", f". Allowed: {allowed}" if allowed else ""
-        raise kind(f"{start}{str(path)!r} cannot be read: {reason(error)}{end}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have no OSError for a full disk
+        raise UnwritableError(f"{str(path)!r} cannot be written: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
-    """Why a reader has failed, on one line, without torch's advice to read files of strangers unchecked."""
+    """Why a reader or writer has failed, on one line, without torch's advice to read files of strangers unchecked."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, RecursionError):
@@ -185,20 +212,24 @@ def write_atomically(path: str | Path, write: Callable[[str], None]) -> Path:
     Args:
         path: where to; its folder is made.
         write: writes to the temporary path that it is given.
+
+    Raises:
+        UnwritableError: the disk is full, or the folder cannot be written.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        os.close(handle)
+        try:
+            write(temporary)
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     return target
 
 

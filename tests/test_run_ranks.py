@@ -16,7 +16,7 @@ from ranks_models import PlainNet
 
 from pruningawaretraining import load_pruned
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.experiment import runner
+from pruningawaretraining.experiment import checks
 from pruningawaretraining.experiment.state import load_state
 
 TESTS = Path(__file__).parent
@@ -91,6 +91,6 @@ def test_a_run_whose_process_was_killed_goes_on_with_one(folder, passes):
 
 
 def test_batches_that_cannot_be_shared_are_refused(monkeypatch):
-    monkeypatch.setattr(runner, "world_size", lambda: 2)
+    monkeypatch.setattr(checks, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match="batch_size: 63 images cannot be shared by 2 processes"):
-        runner._check_share(63)
+        checks.check_share(63)

@@ -15,6 +15,7 @@ from pruningawaretraining.analysis.compare_figures import Compared, compared
 from pruningawaretraining.analysis.norms import Build, Track, run_of, scan, scan_each
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.experiment.inspection import load_inspected
+from pruningawaretraining.files import reading
 from pruningawaretraining.report.run import NORMS, REPORT, load_run
 
 
@@ -43,7 +44,8 @@ def load_sources(
         if (source / NORMS).is_file():
             report = source / REPORT
             link = os.path.relpath(report, page.parent) if page is not None and report.is_file() else ""
-            found.append(compared(source.resolve().name, load_run(source, finished=False), link))
+            with reading(source, used=True):
+                found.append(compared(source.resolve().name, load_run(source, finished=False), link))
         elif source.is_dir():
             paths = find_checkpoints(source)
             found.append(_scanned(source.resolve().name, paths, builder(model, input_shape, source), track))

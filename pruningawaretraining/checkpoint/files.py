@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pruningawaretraining.errors import CheckpointError
-from pruningawaretraining.files import parse_json, read_safetensors
+from pruningawaretraining.files import BROKEN, parse_json, read_safetensors
 from pruningawaretraining.patterns.projections import HEADS, KEY_VALUE_HEADS, REPETITIONS, WIDTHS
 
 KEY = "pruningawaretraining"
@@ -71,10 +71,10 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for attributes in description["modules"].values():
             if not attributes.keys() <= set(ATTRIBUTES) or not all(map(_is_width, attributes.values())):
                 raise ValueError(f"{attributes} are no widths")
-        if not all(isinstance(one, int) for one in description.setdefault("passed", {}).values()):
+        if not all(map(_is_number, description.setdefault("passed", {}).values())):
             raise ValueError(f"{description['passed']} are no blocks")
         description["record"].keys()
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+    except BROKEN as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"path: the description in {str(path)!r} is damaged: {reason}") from error
     return tensors, description
@@ -83,4 +83,8 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _is_width(value: Any) -> bool:
     """Whether a value of a description is one number, or a list of them."""
     values = value if isinstance(value, list) else [value]
-    return all(isinstance(one, int) and not isinstance(one, bool) for one in values)
+    return bool(values) and all(map(_is_number, values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.checkpoint.consistency import check_smaller, disagreements
 from pruningawaretraining.checkpoint.files import ATTRIBUTES, KEY, read_file, write_file
 from pruningawaretraining.checkpoint.records import remember, summary_of
 from pruningawaretraining.distributed.fsdp import any_sharded
 from pruningawaretraining.errors import CheckpointError, nearest
-from pruningawaretraining.files import write_atomically
+from pruningawaretraining.files import BROKEN, write_atomically
 from pruningawaretraining.models.calling import unwrap
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.hugging_face import follow_configs
 from pruningawaretraining.models.pruned_attention import with_fewer_heads
 from pruningawaretraining.models.skipped_blocks import PassThrough, pass_through, passed_blocks
 from pruningawaretraining.models.surgery import Surgery, successor
+from pruningawaretraining.models.trial import Trial
 from pruningawaretraining.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -129,21 +131,37 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
     """
     wrapped, model = model, unwrap(_module(model))
     tensors, description = read_file(Path(path))
-    surgery = Surgery()
+    surgery, trial, before = Surgery(), Trial(model), disagreements(model)
     try:
         _take_out_blocks(model, description["passed"], surgery)
         _check_names(model, tensors)
         _put_tensors(model, tensors, surgery)
         _put_widths(model, description["modules"], surgery)
+        _check_whole(model, before, trial)
     except CheckpointError:
         surgery.undo()
         raise
-    except (AttributeError, TypeError, KeyError, RuntimeError) as error:
+    except BROKEN as error:
         surgery.undo()
         raise CheckpointError(f"path: {str(path)!r} does not fit {type(model).__name__}: {error}") from error
     remember(model, description["record"])
     follow_configs(model)
     return wrapped
+
+
+def _check_whole(model: nn.Module, before: Collection[str], trial: Trial) -> None:
+    """Refuse layers whose widths are not those of their tensors (unless they never were), and a model that stops.
+
+    Raises:
+        CheckpointError: there is one; it is named.
+    """
+    wrong = {name: text for name, text in disagreements(model).items() if name not in before}
+    if wrong:
+        name, text = next(iter(wrong.items()))
+        raise CheckpointError(f"path: its widths and tensors of {name or 'the model'} do not agree: {text}")
+    failure = trial.failure()
+    if failure is not None:
+        raise CheckpointError(f"path: {type(model).__name__} does not run with what is in the file: {failure}")
 
 
 def _take_out_blocks(model: nn.Module, passed: dict[str, int], surgery: Surgery) -> None:
@@ -173,6 +191,8 @@ def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise CheckpointError(
                 f"model: {name!r} has {value.dim()} dimensions, in the file {tensors[name].dim()}: another architecture"
             )
+        if 0 in tensors[name].shape and 0 not in value.shape:
+            raise CheckpointError(f"path: {name!r} is of shape {tuple(tensors[name].shape)} in the file: it is empty")
 
 
 def _put_tensors(model: nn.Module, tensors: dict[str, Tensor], surgery: Surgery) -> None:
@@ -202,6 +222,8 @@ def _put_widths(model: nn.Module, widths: dict[str, dict[str, Any]], surgery: Su
     modules = dict(model.named_modules())
     for name, attributes in widths.items():
         module = modules[name]
+        for attribute, value in attributes.items():
+            check_smaller(name, attribute, getattr(module, attribute), value)
         if attributes.get("num_heads", 0) != getattr(module, "num_heads", 0):
             modules[name] = with_fewer_heads(model, module, surgery)
         for attribute, value in attributes.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from pruningawaretraining.checkpoint.widths_from_shapes import Layer, read_widths
 from pruningawaretraining.errors import CheckpointError, nearest
+from pruningawaretraining.files import BROKEN
 from pruningawaretraining.models.surgery import Surgery, successor
+from pruningawaretraining.models.trial import Trial
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Names that DataParallel, torch.compile, FSDP and activation checkpointing put into the names of tensors."""
@@ -35,8 +37,8 @@ def load_state_dict_pruned(model: nn.Module, weights: Mapping[str, Any]) -> tupl
         The same model, the model's tensors that the weights do not have, and names that the model does not have.
 
     Raises:
-        CheckpointError: not a state dict, another architecture, or shapes that can be read in more than one way (then
-            ``load_pruned`` knows the answer); the model is untouched.
+        CheckpointError: not a state dict, another architecture, shapes that can be read in more than one way (then
+            ``load_pruned`` knows the answer), or a model that ran and no longer does; the model is untouched.
     """
     _check_weights(weights)
     slots = dict(_slots(model))
@@ -44,12 +46,13 @@ def load_state_dict_pruned(model: nn.Module, weights: Mapping[str, Any]) -> tupl
     _share_with_aliases(slots, renamed)
     changed = _changed_shapes(slots, renamed)
     backup = [(tensor, tensor.detach().clone()) for tensor in _kept_tensors(slots, renamed, changed)]
-    surgery = Surgery()
+    surgery, trial = Surgery(), Trial(model)
     try:
         _exchange(slots, renamed, changed, surgery)
         _adapt_layers(model, changed, surgery)
         missing, unknown = model.load_state_dict(renamed, strict=False)
-    except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
+        _check_runs(model, missing, trial)
+    except BROKEN as error:
         surgery.undo()
         with torch.no_grad():
             for tensor, values in backup:
@@ -60,6 +63,18 @@ def load_state_dict_pruned(model: nn.Module, weights: Mapping[str, Any]) -> tupl
             f"weights: they do not fit {type(model).__name__}: {' '.join(str(error).split())}"
         ) from error
     return model, sorted(missing), sorted({*unexpected, *unknown})
+
+
+def _check_runs(model: nn.Module, missing: Sequence[str], trial: Trial) -> None:
+    """Refuse weights with which the model does not run any more.
+
+    Raises:
+        CheckpointError: says why, and what is missing in the weights.
+    """
+    failure = trial.failure()
+    if failure is not None:
+        lack = f"; they lack {sorted(missing)[0]!r} ({len(missing)} in all)" if missing else ""
+        raise CheckpointError(f"weights: {type(model).__name__} does not run with them: {failure}{lack}")
 
 
 def _check_weights(weights: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from pruningawaretraining.experiment.schema import ExperimentConfig
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 def experiment_of(config: str, data: Path | None, out: Path | None) -> ExperimentConfig:
@@ -91,8 +91,8 @@ def reported(debug: bool, shaped: bool = False) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        errors.print("interrupted; --resume goes on from the last whole epoch")
-        raise typer.Exit(INTERRUPTED) from stop
+        errors.print("; ".join(["interrupted", *map(str, stop.args)]), highlight=False, markup=False)
+        raise typer.Exit(INTERRUPTED if type(stop) is KeyboardInterrupt else TERMINATED) from stop
     except (PruningError, OSError) as error:
         if debug:
             errors.print_exception()

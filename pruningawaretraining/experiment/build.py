@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.distributed.collectives import world_size
 from pruningawaretraining.errors import CheckpointError, ConfigError, nearest, unknown
-from pruningawaretraining.experiment.schema import ModelConfig
+from pruningawaretraining.experiment.schema import ExperimentConfig, ModelConfig
 from pruningawaretraining.files import BROKEN, read_safetensors, read_torch
 
 OWN, PREFIXES = __package__.partition(".")[0], ("timm", "torchvision")
@@ -56,6 +58,24 @@ def build_model(config: ModelConfig, num_classes: int | None = None, channels: i
     if config.weights is not None:
         load_weights(model, config.weights)
     return model
+
+
+def initial_model(config: ExperimentConfig, classes: int, channels: int, device: torch.device) -> nn.Module:
+    """The dense model of an experiment on its device, with the initial weights of the experiment's seed.
+
+    Args:
+        config: of the experiment.
+        classes, channels: of its images.
+        device: where to.
+
+    Raises:
+        ConfigError, CheckpointError: as in :func:`build_model`.
+    """
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, classes, channels).to(device)
+    if world_size() > 1 and device.type == "cuda":  # statistics of whole batches, as on one process
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
 def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -60,6 +60,10 @@ class DataSet:
         """Channels, height and width of an image."""
         return self.train.shape
 
+    def steps(self, batch_size: int) -> int:
+        """Batches of an epoch."""
+        return max(1, len(self.train) // batch_size)
+
 
 class MemorySource:
     """Images held as one tensor, moved to the device once.

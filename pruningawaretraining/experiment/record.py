@@ -63,6 +63,7 @@ A run folder holds:
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ import yaml
 from torch import Tensor
 
 from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.experiment.lock import LOCK
 from pruningawaretraining.files import as_object, parse_json, read_object, read_text, write_text
 from pruningawaretraining.report import numbers
 
@@ -82,6 +84,10 @@ NUMBERS = numbers.FILES
 FILES = (SUMMARY, CONFIG, METRICS, NORMS, REPORT, *NUMBERS, PRUNED, DENSE, ONNX, CHECKPOINT)
 """What a run writes, the summary first: the order in which an old run is cleared away."""
 
+ROW = frozenset(("model", "epoch", "phase", "loss", "train_accuracy", "accuracy", "lr", "macs", "sparsity", "seconds"))
+"""Keys of a line of ``metrics.jsonl``."""
+MOMENT = frozenset(("epoch", "phase", "sets"))
+"""Keys of an epoch of ``norms.json``."""
 _DECADES, _PER_DECADE = (-6, 4), 16
 EDGES: tuple[float, ...] = tuple(
     10 ** (_DECADES[0] + number / _PER_DECADE) for number in range((_DECADES[1] - _DECADES[0]) * _PER_DECADE + 1)
@@ -90,10 +96,13 @@ EDGES: tuple[float, ...] = tuple(
 
 
 def clear_temporary(folder: Path) -> None:
-    """Take away files that a killed process of this run was writing when it died."""
-    for name in FILES:
+    """Take away what a killed process of this run was writing when it died: half-written files, folders of exports."""
+    for name in (*FILES, LOCK):
         for left in folder.glob(f".{name}.*.tmp"):
             left.unlink(missing_ok=True)
+    for left in folder.glob(".onnx-*"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
@@ -138,12 +147,8 @@ class Recorder:
 
     def __init__(self, folder: Path, rows: int = 0, norms: int = 0) -> None:
         self.folder = folder
-        self.rows: list[dict[str, Any]] = _read_rows(folder / METRICS)[:rows] if rows else []
-        known = _read_json(folder / NORMS) if norms else {}
-        same = known.get("edges") == list(EDGES)  # an earlier version's bins do not line up
-        self.norms: list[dict[str, Any]] = known["epochs"][:norms] if same else []
-        if len(self.rows) < rows:
-            raise CheckpointError(f"{folder / METRICS}: {len(self.rows)} epochs where the checkpoint counts {rows}")
+        self.rows = _first(_read_rows(folder / METRICS), rows, ROW, folder / METRICS) if rows else []
+        self.norms = _known_norms(folder / NORMS, norms) if norms else []
 
     def add(self, row: Mapping[str, Any], norms: Mapping[str, Tensor] | None = None) -> None:
         """Add one epoch."""
@@ -161,5 +166,22 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return [as_object(parse_json(line, path), path) for line in read_text(path).splitlines() if line.strip()]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}
+def _known_norms(path: Path, count: int) -> list[dict[str, Any]]:
+    """The first epochs of ``norms.json``; none of an earlier version's, whose bins do not line up."""
+    known = read_object(path) if path.is_file() else {}
+    edges = known.get("edges")
+    other = isinstance(edges, list) and edges != list(EDGES)
+    return [] if other else _first(known.get("epochs", []), count, MOMENT, path)
+
+
+def _first(found: Any, count: int, keys: frozenset[str], path: Path) -> list[dict[str, Any]]:
+    """The first entries of a file.
+
+    Raises:
+        CheckpointError: there are fewer, or one lacks a key.
+    """
+    whole = isinstance(found, list) and all(isinstance(one, dict) and keys <= one.keys() for one in found)
+    if not whole or len(found) < count:
+        there = f"{len(found)} epochs" if whole else "something else"
+        raise CheckpointError(f"{path}: {there} where the checkpoint counts {count} epochs")
+    return list(found[:count])

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from pydantic import ValidationError
 from rich.console import Console
 
+from pruningawaretraining.config.load import read_mapping
 from pruningawaretraining.distributed.collectives import barrier, joined, rank
-from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.errors import ConfigError, PruningError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.datasets import load_data
 from pruningawaretraining.experiment.display import Display
-from pruningawaretraining.experiment.finish import finish
+from pruningawaretraining.experiment.finish import Trained, finish
+from pruningawaretraining.experiment.lock import locked, refuse_locked
 from pruningawaretraining.experiment.runner import Runner
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.state import check_same, load_state
+from pruningawaretraining.experiment.stopping import StopRequest
 from pruningawaretraining.experiment.tracking import Watch
 from pruningawaretraining.export.onnx import check_opset
+from pruningawaretraining.files import UnwritableError, read_object, reason
 from pruningawaretraining.report.html import write_report
 
 
@@ -53,13 +54,34 @@ def run_experiment(
         ConfigError, ModelError, TargetError, CheckpointError: bad input; a finished or interrupted run in the folder
             is not touched then.
     """
-    with joined():
+    stop = StopRequest()
+    with joined(), stop.listening(), _advising(config.folder()):
         mine = rank() == 0
-        return _run_here(config, resume, overwrite, Display(console if mine else None, watch if mine else None))
+        display = Display(console if mine else None, watch if mine else None)
+        return _run_here(config, resume, overwrite, display, stop)
 
 
-def _run_here(config: ExperimentConfig, resume: bool, overwrite: bool, display: Display) -> dict[str, Any]:
+@contextlib.contextmanager
+def _advising(folder: Path) -> Iterator[None]:
+    """Say how a run that was interrupted goes on, and of a file that cannot be written which option chose its place."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise stop if stop.args else type(stop)("--resume goes on from the last checkpoint") from None
+    except OSError as error:
+        text = str(error)
+        if not isinstance(error, UnwritableError):
+            if not str(error.filename or "").startswith(str(folder)):
+                raise
+            text = f"{error.filename!r} cannot be written: {reason(error)}"
+        raise UnwritableError(f"--out: {text}. Allowed: a folder with room, and then --resume") from error
+
+
+def _run_here(
+    config: ExperimentConfig, resume: bool, overwrite: bool, display: Display, stop: StopRequest
+) -> dict[str, Any]:
     folder = config.folder()
+    refuse_locked(folder)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out: {str(folder)!r} is a file. Allowed: a folder, which is made if need be")
     if resume and (folder / record.SUMMARY).is_file():
@@ -67,27 +89,40 @@ def _run_here(config: ExperimentConfig, resume: bool, overwrite: bool, display: 
         display.say(f"{folder} is finished")
         if not (folder / record.REPORT).is_file() and rank() == 0:  # killed between the two
             write_report(folder)
-        summary: dict[str, Any] = json.loads((folder / record.SUMMARY).read_text(encoding="utf-8"))
-        return summary
+        return read_object(folder / record.SUMMARY)
     if not resume and not overwrite:
         _refuse_occupied(folder)
     with _threads(config.threads):
-        return _run(config, resume, display)
+        return _run(config, resume, overwrite, display, stop)
 
 
-def _run(config: ExperimentConfig, resume: bool, display: Display) -> dict[str, Any]:
+def _run(
+    config: ExperimentConfig, resume: bool, overwrite: bool, display: Display, stop: StopRequest
+) -> dict[str, Any]:
     folder = config.folder()
     resolved = config.model_dump(mode="json")
-    runner = Runner(config, load_data(config.data), find_device(config.device), display)
+    runner = Runner(config, load_data(config.data), find_device(config.device), display, stop)
     if config.onnx is not None and config.onnx.opset is not None:
         check_opset(config.onnx.exporter, config.onnx.opset, "onnx.opset")
     runner.new_stage("pruned")  # bad input is found before anything is written or trained
     barrier()  # every process has looked at the folder as it was
+    with locked(folder) if runner.writes else contextlib.nullcontext():
+        runner.locked = True
+        if not resume and not overwrite:
+            _refuse_occupied(folder)  # by a run that has ended meanwhile
+        trained = _trained(runner, resume, display, resolved)
+        return finish(trained, display) if runner.writes else {}
+
+
+def _trained(runner: Runner, resume: bool, display: Display, resolved: dict[str, Any]) -> Trained:
+    """Train in a folder that is this run's."""
+    folder = runner.folder
     if runner.writes:
         record.clear_temporary(folder)
     if resume and (folder / record.CHECKPOINT).is_file():
         runner.state = load_state(folder, resolved)
         runner.recorder = runner.new_recorder(runner.state.rows, runner.state.norms)
+        runner.restored(runner.new_stage(runner.state.stage))  # before anything is written
         display.say(f"going on in {folder}: {runner.state.stage} model, epoch {runner.state.epoch + 1}")
     else:
         runner.state.config = resolved
@@ -96,15 +131,14 @@ def _run(config: ExperimentConfig, resume: bool, display: Display) -> dict[str, 
     barrier()
     if runner.writes:
         record.write_config(folder / record.CONFIG, resolved)
-    trained = runner.run()
-    return finish(trained, display) if runner.writes else {}
+    return runner.run()
 
 
 def _check_finished(config: ExperimentConfig, folder: Path) -> None:
     """Refuse to show a finished run as the result of another experiment."""
     try:
-        before = ExperimentConfig.model_validate(yaml.safe_load((folder / record.CONFIG).read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError):
+        before = ExperimentConfig.model_validate(read_mapping(folder / record.CONFIG))
+    except PruningError:
         return  # of another version, or taken away: there is nothing to compare with
     check_same(config.model_dump(mode="json"), before.model_dump(mode="json"), folder)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from pruningawaretraining.config.rates import LearningRates
 from pruningawaretraining.distributed.collectives import Ranks, rank, same_buffers, world_size
 from pruningawaretraining.distributed.ddp import outdated, rewrapped
-from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
-from pruningawaretraining.experiment.build import build_model
+from pruningawaretraining.experiment.build import initial_model
 from pruningawaretraining.experiment.calibration import TrainingBatches, loss_of
+from pruningawaretraining.experiment.checks import check_scores, check_share, late_ends
 from pruningawaretraining.experiment.data import Batch, DataSet, Pipeline
 from pruningawaretraining.experiment.display import Display, StageDisplay
 from pruningawaretraining.experiment.finish import Trained, prunes, save_dense
+from pruningawaretraining.experiment.lock import check_mine
 from pruningawaretraining.experiment.optim import (
     build_optimizer,
     build_scheduler,
@@ -29,10 +32,11 @@ from pruningawaretraining.experiment.optim import (
 )
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.stage import SilentRecorder, Stage
-from pruningawaretraining.experiment.state import RunState, rng_state, save_state, set_rng_state
-from pruningawaretraining.experiment.train import Learner, Precision, evaluate, scores_of, train_epoch
+from pruningawaretraining.experiment.state import ALLOWED, RunState, rng_state, save_state, set_rng_state
+from pruningawaretraining.experiment.stopping import StopRequest
+from pruningawaretraining.experiment.train import Learner, Precision, Sums, evaluate, train_epoch
 from pruningawaretraining.experiment.verify import difference, masked_scores, scores
-from pruningawaretraining.models.calling import checked_call, evaluating
+from pruningawaretraining.files import reading
 from pruningawaretraining.session.pruning import Pruning
 
 logger = logging.getLogger(__name__)
@@ -49,17 +53,27 @@ class Runner:
         data: its data set.
         device: where to train.
         display: where progress is shown.
+        stop: whether a signal has asked the run to end; None for never.
     """
 
-    def __init__(self, config: ExperimentConfig, data: DataSet, device: torch.device, display: Display) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        data: DataSet,
+        device: torch.device,
+        display: Display,
+        stop: StopRequest | None = None,
+    ) -> None:
         self.config, self.data, self.device, self.display = config, data, device, display
         self.folder = config.folder()
         share = Ranks.current()
         self.pipeline = Pipeline(data.mean, data.std, config.data.flip, config.data.crop, config.channels_last, share)
-        _check_share(min(config.batch_size, max(1, len(data.train))))
+        check_share(min(config.batch_size, max(1, len(data.train))))
         self.rates = LearningRates(tuple(config.rates))
         self.recorder = self.new_recorder()
         self.state = RunState(stage="dense" if config.dense_baseline else "pruned")
+        self.stop = stop or StopRequest()
+        self.locked = False  # then the folder is looked at before anything is written to it
         self.images = next(self.pipeline.test(data.test, VERIFIED_IMAGES, device))[0]
         self._since = time.perf_counter()
 
@@ -74,11 +88,7 @@ class Runner:
 
     def new_model(self) -> nn.Module:
         """The dense model on the device, with the initial weights of the seed."""
-        torch.manual_seed(self.config.seed)
-        model = build_model(self.config.model, len(self.data.classes), self.data.shape[0]).to(self.device)
-        if world_size() > 1 and self.device.type == "cuda":  # statistics of whole batches, as on one process
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        return model.to(memory_format=torch.channels_last) if self.config.channels_last else model
+        return initial_model(self.config, len(self.data.classes), self.data.shape[0], self.device)
 
     def new_stage(self, name: str) -> Stage:
         """A model before its first epoch.
@@ -87,7 +97,7 @@ class Runner:
             ConfigError, ModelError, TargetError: what is wrong with the config.
         """
         config, model = self.config, self.new_model()
-        _check_scores(model, self.images[:1], len(self.data.classes))
+        check_scores(model, self.images[:1], len(self.data.classes))
         optimizer = build_optimizer(config.optimizer, model)
         check_scheduler(config)
         scheduler = build_scheduler(config, optimizer)
@@ -95,7 +105,7 @@ class Runner:
         if name == "pruned":
             pruner = Pruning(model, config.pruning, example_inputs=self.images[:1], optimizer=optimizer)
             batches = TrainingBatches(self.pipeline, self.data.train, config.batch_size, self.device)
-            pruner.on_train_begin(range(self._steps))
+            pruner.on_train_begin(range(self.data.steps(config.batch_size)))
             pruner.calibrate_with(batches, loss_of)  # read by criteria and compensation that want data
         precision = Precision.of(config, self.device)
         wrapped = DistributedDataParallel(model) if world_size() > 1 else None
@@ -103,25 +113,10 @@ class Runner:
         torch.manual_seed(config.seed + rank())
         return Stage(name, learner, scheduler)
 
-    @property
-    def _steps(self) -> int:
-        """Optimizer steps of an epoch."""
-        return max(1, len(self.data.train) // self.config.batch_size)
-
-    def _warn_of_late_ends(self) -> None:
-        """Say at the start that a rule's last event lies after the training, and its target will not be met."""
-        for number, rule in enumerate(self.config.pruning.rules):
-            last = self.config.epochs * (self._steps if rule.unit == "step" else 1) - (self.config.prune_at == "end")
-            end = rule.start if rule.end is None else rule.end
-            if rule.enabled and end > last:
-                key = rule.name or f"pruning.rules[{number}]"
-                self.display.say(
-                    f"warning: {key}.end: {end} lies after the last {rule.unit}, {last}: the target will not be reached"
-                )
-
     def run(self) -> Trained:
         """Train what is left to train; what is only masked at the end is removed."""
-        self._warn_of_late_ends()
+        for text in late_ends(self.config, self.data.steps(self.config.batch_size)):
+            self.display.say(f"warning: {text}")
         if self.state.stage == "dense":
             self._save_dense(self.train("dense").learner.model)
             self.state = replace(self.state, stage="pruned", epoch=0, training={})
@@ -152,32 +147,39 @@ class Runner:
         )
 
     def train(self, name: str) -> Stage:
-        """Train one model from where the run's state says it is."""
-        stage = self.new_stage(name)
-        if self.state.training:
-            stage.load_state_dict(self.state.training)
-            self._rewrap(stage)
-            if rank() == 0:  # the checkpoint has the first process's generators
-                set_rng_state(self.state.rng)
-        config, steps = self.config, max(1, len(self.data.train) // self.config.batch_size)
+        """Train one model from where the run's state says it is; a signal ends that with a KeyboardInterrupt."""
+        stage = self.restored(self.new_stage(name))
+        config, steps = self.config, self.data.steps(self.config.batch_size)
         title = f"{name} {config.model.name} on {config.data.name}: {config.epochs} epochs on {self.device}"
         with self.display.stage(title, config.epochs, self.state.epoch, steps) as shown:
             for epoch in range(self.state.epoch, config.epochs):
                 self._epoch(stage, epoch, shown)
         return stage
 
+    def _check_folder(self) -> None:
+        if self.locked and self.writes:
+            check_mine(self.folder)
+
+    def restored(self, stage: Stage) -> Stage:
+        """A new stage, brought to where the run's state says it is; a CheckpointError where that does not fit."""
+        if self.state.training:
+            with reading(self.folder / record.CHECKPOINT, "--resume", ALLOWED, used=True):
+                stage.load_state_dict(self.state.training)
+                set_rng_state(self.state.rng)
+            self._rewrap(stage)
+        return stage
+
     def _epoch(self, stage: Stage, epoch: int, shown: StageDisplay) -> None:
         started, learner, pruner = time.perf_counter(), stage.learner, stage.learner.pruner
-        generator = torch.Generator().manual_seed(self.config.seed * EPOCH_SEEDS + epoch)
-        begins = self.config.prune_at == "begin"
-        if begins:
+        begins, within = self.config.prune_at == "begin", self.state.within
+        if begins and not within:
             self._events(learner, epoch)
             learner = self._rewrap(stage)
-        phase = "train" if pruner is None else pruner.phase
-        self.rates.apply(learner.optimizer, epoch, self._steps)
-        rate = float(learner.optimizer.param_groups[0]["lr"])
-        batches = self._rated(learner.optimizer, epoch, generator)
-        loss, train_accuracy = train_epoch(learner, batches, shown.tick)
+        steps = self.data.steps(self.config.batch_size)
+        phase = within.get("phase") or ("train" if pruner is None else pruner.phase)
+        rate = self.rates.apply(learner.optimizer, epoch, steps) or float(learner.optimizer.param_groups[0]["lr"])
+        started -= float(within.get("seconds", 0.0))
+        loss, train_accuracy = self._steps(stage, epoch, shown, {"phase": phase, "started": started})
         same_buffers(learner.model)
         if not begins or epoch == self.config.epochs - 1:
             self._events(learner, epoch + begins)
@@ -196,12 +198,31 @@ class Runner:
             "sparsity": 0.0 if pruner is None else pruner.sparsity,
             "seconds": time.perf_counter() - started,
         }
+        self._check_folder()
         self.recorder.add(row, pruner.norms() if pruner is not None and prunes(pruner) else None)
         self.state.epoch = epoch + 1
         self._save(stage)
         shown.epoch(row)
         if self.display.watch is not None:
             self.display.watch(row)
+        if self.stop.signal is not None:  # during the last step, or after it
+            raise self.stop.error(f"--resume goes on after epoch {epoch + 1}")
+
+    def _steps(self, stage: Stage, epoch: int, shown: StageDisplay, line: Mapping[str, Any]) -> tuple[float, float]:
+        """The steps of an epoch that are left; after a signal the checkpoint is written between two of them."""
+        learner, steps, within = stage.learner, self.data.steps(self.config.batch_size), self.state.within
+        sums = Sums.on(self.device, within if rank() == 0 else None)
+
+        def tick() -> None:
+            shown.tick()
+            if self.stop.signal is not None and sums.steps < steps:
+                seconds = time.perf_counter() - line["started"]
+                self._save(stage, {**sums.values(), "phase": line["phase"], "seconds": seconds})
+                raise self.stop.error(f"--resume goes on from epoch {epoch + 1}, step {sums.steps + 1}")
+
+        batches = self._rated(learner.optimizer, epoch, int(within.get("steps", 0)))
+        with self.stop.waiting() if world_size() == 1 else contextlib.nullcontext():
+            return train_epoch(learner, batches, tick, sums)
 
     def _rewrap(self, stage: Stage) -> Learner:
         """The stage's learner; several processes get a new wrapper where channels have gone."""
@@ -216,11 +237,17 @@ class Runner:
         if pruner is not None and prunes(pruner):
             self._change(learner.model, pruner, lambda: pruner.prune(learner.model, epoch))
 
-    def _rated(self, optimizer: torch.optim.Optimizer, epoch: int, generator: torch.Generator) -> Iterator[Batch]:
-        """The batches of an epoch, with the learning rate of its moment set before each."""
+    def _rated(self, optimizer: torch.optim.Optimizer, epoch: int, done: int) -> Iterator[Batch]:
+        """The batches of an epoch after the first ``done``, with the learning rate of its moment set before each."""
+        steps, generator = self.data.steps(self.config.batch_size), torch.Generator()
+        generator.manual_seed(self.config.seed * EPOCH_SEEDS + epoch)
         batches = self.pipeline.train(self.data.train, self.config.batch_size, generator, self.device)
         for number, batch in enumerate(batches):
-            self.rates.apply(optimizer, epoch + number / self._steps, self._steps)
+            if number < done:
+                continue
+            if number == done > 0:
+                set_rng_state(self.state.rng)  # passing over batches may have drawn
+            self.rates.apply(optimizer, epoch + number / steps, steps)
             yield batch
 
     def _change(self, model: nn.Module, pruner: Pruning, change: Callable[[], object]) -> None:
@@ -256,29 +283,15 @@ class Runner:
         if self.writes:
             save_dense(model, self.folder)
 
-    def _save(self, stage: Stage | None) -> None:
-        """Write the checkpoint: of a stage in training, or between stages."""
+    def _save(self, stage: Stage | None, within: Mapping[str, Any] | None = None) -> None:
+        """Write the checkpoint: of a stage in training (within an epoch: what it has come to), or between stages."""
         now = time.perf_counter()
         self.state.seconds += now - self._since
         self._since = now
+        self.state.within = dict(within or {})
         self.state.training = {} if stage is None else stage.state_dict()
         self.state.rng = rng_state()
         self.state.rows, self.state.norms = len(self.recorder.rows), len(self.recorder.norms)
+        self._check_folder()
         if self.writes:
             save_state(self.state, self.folder)
-
-
-def _check_share(size: int) -> None:
-    """Refuse batches that cannot be shared out equally: gradients are averaged over processes."""
-    if size % world_size():
-        raise ConfigError(
-            f"batch_size: {size} images cannot be shared by {world_size()} processes. Allowed: a multiple"
-        )
-
-
-def _check_scores(model: nn.Module, images: Tensor, classes: int) -> None:
-    """Refuse a model that does not give a score for every class, before anything is spent on it."""
-    with torch.no_grad(), evaluating(model):
-        found = scores_of(checked_call(model, images)).shape[1]
-    if found < classes:
-        raise ConfigError(f"model.kwargs: the model gives {found} scores. Allowed: one for each of {classes} classes")

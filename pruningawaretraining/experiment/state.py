@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruningawaretraining.distributed.collectives import rank
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.experiment.record import CHECKPOINT
-from pruningawaretraining.files import read_torch, write_atomically
+from pruningawaretraining.files import read_torch, reading, write_atomically
 
 FORMAT = 1
+WITHIN = {"steps", "loss", "right", "seen", "seconds"}
+"""Numbers of an epoch that was stopped."""
+ALLOWED = "--overwrite, or another --out"
 MAY_CHANGE = ("name", "out", "device", "threads", "latency", "onnx", "data.root", "data.workers", "data.memory_gib")
 """Keys of the experiment that may differ when a run is resumed: they do not change what is computed."""
 MOST_SHOWN = 6
@@ -34,6 +38,7 @@ class RunState:
         rng: states of torch's generators.
         masked_removed: the check made when channels were removed, see :mod:`record`.
         config: the resolved experiment, to notice when a run is resumed with another one.
+        within: of an epoch that was stopped: its ``steps`` so far, their sums, and what its line will say; else empty.
     """
 
     stage: str = "dense"
@@ -45,6 +50,7 @@ class RunState:
     rng: dict[str, Any] = field(default_factory=dict)
     masked_removed: float | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    within: dict[str, Any] = field(default_factory=dict)
 
 
 def save_state(state: RunState, folder: Path) -> None:
@@ -69,11 +75,29 @@ def load_state(folder: Path, config: Mapping[str, Any]) -> RunState:
         raise CheckpointError(
             f"--resume: {str(folder)!r} holds no {CHECKPOINT}. Allowed: the folder of a run in progress"
         )
-    values = read_torch(path, "--resume", "--overwrite, or another --out")
+    values = read_torch(path, "--resume", ALLOWED)
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise CheckpointError(f"--resume: {str(path)!r} is no checkpoint of this version")
-    state = RunState(**values)
+    with reading(path, "--resume", ALLOWED):
+        state = _checked(values)
     check_same(config, state.config, folder)
+    return state
+
+
+def _checked(values: dict[str, Any]) -> RunState:
+    """The state with these fields; a :class:`ValueError` where one is not of its kind."""
+    state = RunState(**values)
+    for key, default in asdict(RunState(masked_removed=0.0)).items():
+        value = getattr(state, key)
+        if not isinstance(value, (int, float) if isinstance(default, float) else type(default)) and (
+            key != "masked_removed" or value is not None
+        ):
+            raise ValueError(f"{key!r} is a {type(value).__name__}")
+    if state.stage not in ("dense", "pruned") or min(state.epoch, state.rows, state.norms) < 0:
+        raise ValueError(f"no run is at epoch {state.epoch} of its {state.stage!r} stage")
+    numbers = {key: value for key, value in state.within.items() if key != "phase"}
+    if numbers and (numbers.keys() != WITHIN or not all(isinstance(one, (int, float)) for one in numbers.values())):
+        raise ValueError("what its epoch has come to is not a number of steps with their sums")
     return state
 
 
@@ -128,7 +152,9 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put torch's generators where they were; those of devices that are no longer there are left alone."""
+    """Put torch's generators where they were, on the first process, whose they are; devices that are gone stay out."""
+    if rank() != 0:
+        return
     cpu: Tensor = state["cpu"]
     torch.set_rng_state(cpu)
     for number, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):

@@ -22,7 +22,7 @@ from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.inspection import Inspected, load_inspected
 from pruningawaretraining.experiment.shipped import shipped_configs
-from pruningawaretraining.files import read_object, write_text
+from pruningawaretraining.files import read_object, reading, write_text
 from pruningawaretraining.report.coupling import COLOURS
 from pruningawaretraining.report.summary import percent, si
 from pruningawaretraining.report.svg import LineChart, Series, line_chart, standalone
@@ -134,7 +134,8 @@ def _of_run(folder: Path, look: Callable[[], Inspected]) -> list[Candidate]:
     for kind, file in (("dense", record.DENSE), ("pruned", record.PRUNED)):
         built = seen.model if kind == "dense" else load_pruned(look().model, folder / file)
         size = (folder / file).stat().st_size if (folder / file).is_file() else weight_bytes(built)
-        accuracy = (summary.get(kind) or {}).get("accuracy")
+        with reading(summary_file):
+            accuracy = (summary.get(kind) or {}).get("accuracy")
         found.append(Candidate(f"{folder.name} ({kind})", str(folder), built, seen.inputs, size, accuracy))
     return found
 

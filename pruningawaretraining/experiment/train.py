@@ -6,7 +6,7 @@ Shape suffixes: ``_BCHW`` a batch of images, ``_BK`` class scores, ``_B`` labels
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -79,13 +79,44 @@ class Learner:
     wrapped: nn.Module | None = None
 
 
-def train_epoch(learner: Learner, batches: Iterator[Batch], tick: Tick) -> tuple[float, float]:
+@dataclass
+class Sums:
+    """What an epoch has come to so far.
+
+    Attributes:
+        loss: sum of the losses of all images.
+        right: images that were right.
+        seen: images.
+        steps: batches.
+    """
+
+    loss: Tensor
+    right: Tensor
+    seen: Tensor
+    steps: int = 0
+
+    @classmethod
+    def on(cls, device: torch.device, values: Mapping[str, float] | None = None) -> Sums:
+        """The sums that :meth:`values` gave, or zeros."""
+        given = values or {"loss": 0.0, "right": 0.0, "seen": 0.0, "steps": 0}
+        loss, right = (torch.tensor(float(given[key]), device=device) for key in ("loss", "right"))
+        return cls(loss, right, torch.tensor(float(given["seen"])), int(given["steps"]))
+
+    def values(self) -> dict[str, float]:
+        """As plain numbers."""
+        return {"loss": float(self.loss), "right": float(self.right), "seen": float(self.seen), "steps": self.steps}
+
+
+def train_epoch(
+    learner: Learner, batches: Iterator[Batch], tick: Tick, sums: Sums | None = None
+) -> tuple[float, float]:
     """Train on every batch once.
 
     Args:
         learner: the model; it is left in training mode.
         batches: normalised images and labels.
         tick: called after every batch.
+        sums: of the batches before, to which these are added; None to begin.
 
     Returns:
         Mean loss (without penalties) and accuracy over the epoch.
@@ -94,15 +125,15 @@ def train_epoch(learner: Learner, batches: Iterator[Batch], tick: Tick) -> tuple
         DivergedError: the loss is not finite.
     """
     learner.model.train()
-    device = learner.precision.device
-    loss_sum, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), torch.zeros(())
+    sums = sums or Sums.on(learner.precision.device)
     for images_BCHW, labels_B in batches:
         loss, correct = train_step(learner, images_BCHW, labels_B)
-        loss_sum += loss * len(labels_B)
-        right += correct
-        seen += len(labels_B)
+        sums.loss += loss * len(labels_B)
+        sums.right += correct
+        sums.seen += len(labels_B)
+        sums.steps += 1
         tick()
-    all_loss, all_right, count = (float(one) for one in totals([loss_sum, right, seen]))
+    all_loss, all_right, count = (float(one) for one in totals([sums.loss, sums.right, sums.seen]))
     mean = all_loss / max(count, 1)
     if not math.isfinite(mean):
         raise DivergedError(

@@ -21,6 +21,7 @@ from pruningawaretraining.checkpoint.records import summary_of
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.export.compare import compare
 from pruningawaretraining.export.precision import SINGLE_FILE_BYTES, Convert, initializer_bytes
+from pruningawaretraining.files import writing
 from pruningawaretraining.models.calling import move, unwrap
 from pruningawaretraining.registry import canonical, lookup
 from pruningawaretraining.runtimes.exporter_choice import AUTO, chosen_exporter
@@ -149,7 +150,8 @@ def _export(
     """Write the file beside its place, check it there, and move it."""
     path, opset = settings.path, settings.opset
     convert: Convert = lookup("precision", settings.precision)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
         written, final = Path(folder) / "exported.onnx", Path(folder) / path.name
         export_graph(graph, written, settings.exporter, opset)
@@ -166,9 +168,10 @@ def _export(
                 f"{path.name}: onnxruntime differs from the model by {difference:.3g} where outputs reach {scale:.3g}; "
                 f"allowed is tolerance={settings.tolerance:g} of that. Nothing was written{hint}"
             )
-        for part in (final.with_name(final.name + ".data"), final):
-            if part.exists():
-                os.replace(part, path.with_name(part.name))
+        with writing(path):
+            for part in (final.with_name(final.name + ".data"), final):
+                if part.exists():
+                    os.replace(part, path.with_name(part.name))
     logger.info("%s: opset %d, largest difference %.3g (%.2g of the output)", path, version, difference, relative)
     names = (graph.input_names, graph.output_names)
     return ExportResult(path, difference, settings.exporter, version, *names, relative, sizes, settings.precision)

@@ -9,11 +9,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pruningawaretraining.files import write_text
+from pruningawaretraining.files import reading, write_text
 from pruningawaretraining.report import coupling, figures, tables
 from pruningawaretraining.report.nouns import Units, units_of
 from pruningawaretraining.report.numbers import write_numbers
-from pruningawaretraining.report.run import REPORT, Phase, Run, load_run
+from pruningawaretraining.report.run import REPORT, SUMMARY, Phase, Run, load_run
 from pruningawaretraining.report.summary import arrow, fraction, percent, si
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ def write_report(run_dir: str | Path) -> Path:
     """
     path = Path(run_dir) / REPORT
     run = load_run(run_dir)
-    text = render_report(run)
+    with reading(Path(run_dir) / SUMMARY):
+        text = render_report(run)
     write_text(path, text)
     write_numbers(run, Path(run_dir))
     logger.info("%s: %.0f kB", path, len(text) / 1e3)
