@@ -516,3 +516,21 @@ def test_layers_that_a_pattern_does_not_fit_are_named(caplog: pytest.LogCaptureF
         Pruning(model, {"rules": [{"pattern": "2:4", "target": {"sparsity": 0.5}}]})
     (line,) = (one.message for one in caplog.records if "as they are" in one.message)
     assert line.startswith("rules[0]: '2:4' leaves 1 layers as they are: 0: its 2 inputs")
+
+
+@pytest.mark.parametrize("pattern", ["channel", "unstructured"])
+def test_an_event_leaves_the_hooks_of_criteria_where_they_are(pattern: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+    rule = {"pattern": pattern, "criterion": "wanda", "target": {"sparsity": 0.5}, "end": 3}
+    pruner = Pruning(model, {"rules": [rule]}, example_inputs=torch.randn(2, 6))
+    model(torch.randn(4, 6))
+    hooks = {
+        name: list(module._forward_hooks) + list(module._forward_pre_hooks) for name, module in model.named_modules()
+    }
+    assert any(hooks.values())
+    assert pruner.prune(model, 0) == "masked"
+    after = {
+        name: list(module._forward_hooks) + list(module._forward_pre_hooks) for name, module in model.named_modules()
+    }
+    assert after == hooks, "a compiled model would be compiled again"

@@ -9,6 +9,7 @@ activations and none has been seen, it waits for the first ones, which come befo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,8 @@ class Engine(Observing):
             return []
         one.state.waiting = None
         context = self._context()
-        with self.paused(), full_precision(self.model):
+        aside = nullcontext() if self.calibration is None else self.paused()  # the data is no training
+        with aside, full_precision(self.model):
             if one.state.event == 0:
                 domain.begin(one, context)
             decision = domain.decide(one, now, self.calibration)
@@ -164,6 +166,7 @@ class Engine(Observing):
                 domain.mask(one, torch.ones_like(keep_G), context.optimizers)
                 lines[0] += "; masks lifted"
             one.state.phase = "finetune" if met else "prune"
+        self.follow_phases()
         return lines
 
     def _remove_at(self, domain: Domain, one: ActiveRule, now: int, met: bool, context: RemovalContext) -> list[str]:
@@ -175,7 +178,8 @@ class Engine(Observing):
             return [f"{where}: the target is met; gathered() removes what is masked"]
         if not met and one.rule.application != "remove":
             return []
-        self._remove(context)
+        with self.paused():
+            self._remove(context)
         return [f"{where}: removed, {domain.summary(one)[1]}"]
 
     def remove(self) -> None:
