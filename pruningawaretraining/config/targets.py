@@ -1,7 +1,8 @@
-"""What a rule is to reach, and what the model is run on to measure it."""
+"""Targets of rules, and the shapes of example inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -13,12 +14,15 @@ from pruningawaretraining.config.strict import Count, Fraction, Positive, Strict
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import canonical, names
 
-COSTS = ("macs", "parameters", "peak_memory", "latency", "latency_ms")
-"""Keys of a target that are about what the model costs."""
+COSTS = ("macs", "parameters", "peak_memory", "latency", "latency_ms", "costs")
+"""Keys of a target that limit a cost of the model."""
 
 
 class Target(Strict):
-    """What to reach. With several given, all must hold; with none, a rule only regularises."""
+    """Limits to reach: all that are given must hold; without any, a rule only regularises.
+
+    A registered cost is a key too: ``{"energy": 0.5}`` is short for ``{"costs": {"energy": 0.5}}``.
+    """
 
     sparsity: Fraction | None = Field(None, description="Fraction of the rule's groups to remove, in (0, 1].")
     macs: Fraction | None = Field(
@@ -34,9 +38,28 @@ class Target(Strict):
         None, description="Fraction of the dense model's latency to KEEP, measured on 'runtime', in (0, 1]."
     )
     latency_ms: Positive | None = Field(None, description="Latency to stay within, in milliseconds.")
+    costs: dict[str, Fraction] | None = Field(
+        None, description="Registered cost -> fraction of the dense model's to KEEP; a cost's name may be a key itself."
+    )
     runtime: str = Field("onnxruntime", description="Where latency is measured: a registered runtime.")
     batch: Count | None = Field(1, description="Rows of the example inputs for latency; null: as many as they have.")
     threads: Count = Field(1, description="Threads of the runtime for latency.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_costs(cls, values: Any) -> Any:
+        """Collect the keys that name registered costs, and refuse costs that are not registered."""
+        if not isinstance(values, Mapping):
+            return values
+        own = {key: value for key, value in values.items() if key in cls.model_fields}
+        more = {key: value for key, value in values.items() if key not in own}
+        costs = {key: more.pop(key) for key in list(more) if key in names("cost")}
+        given = own.get("costs")
+        if isinstance(given, Mapping):
+            for name in given:
+                canonical("cost", name, "costs")
+            costs = {**given, **costs}
+        return {**own, **more, **({"costs": costs} if costs else {})}
 
     @property
     def about_costs(self) -> bool:
@@ -56,7 +79,7 @@ class Target(Strict):
             for name in ("runtime", "batch", "threads"):
                 value, default = getattr(self, name), Target.model_fields[name].default
                 if value != default:
-                    raise ConfigError(f"{name}: {value!r} is of a latency, and there is none. Allowed: with latency")
+                    raise ConfigError(f"{name}: {value!r} requires latency or latency_ms")
         return self
 
 

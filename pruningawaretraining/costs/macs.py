@@ -8,7 +8,8 @@ outputs), so ``kept = dense * out / out0 * in / in0`` is exact after removal, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluating
 
@@ -184,7 +186,7 @@ class LinearCost:
 
 def macs_cost(
     grouping: Grouping,
-    per_layer: dict[str, int],
+    per_layer: Mapping[str, float],
     heads: Mapping[str, Tensor] | None = None,
     blocks: Mapping[str, int] | None = None,
 ) -> LinearCost:
@@ -192,7 +194,7 @@ def macs_cost(
 
     Args:
         grouping: the model's channels.
-        per_layer: dense MACs by module name, from :func:`macs_per_layer`.
+        per_layer: dense MACs by module name, from :func:`macs_per_layer`, or costs from :func:`weighted`.
         heads: attention block -> the group of each of its heads; what the block computes itself, beside the layers in
             it, is in proportion to them.
         blocks: residual block -> its group; what it computes beside the layers that the grouping touches goes with it.
@@ -210,11 +212,35 @@ def macs_cost(
     return _linear_cost(outputs, inputs, bases, float(per_layer.get("", 0)), grouping.size)
 
 
-def _own_macs(name: str, per_layer: dict[str, int]) -> int:
-    """What a module computes beside its children."""
+def _own_macs(name: str, per_layer: Mapping[str, float]) -> float:
+    """The MACs of a module without those of its children."""
     prefix = f"{name}." if name else ""
     children = (one for one in per_layer if one.startswith(prefix) and one and "." not in one[len(prefix) :])
     return per_layer.get(name, 0) - sum(per_layer[one] for one in children)
+
+
+LayerCost = Callable[[str, nn.Module, float], float]
+"""A registered cost: name, module and own MACs of a layer -> its cost, which masks scale as they scale its MACs."""
+
+
+def weighted(model: nn.Module, per_layer: Mapping[str, float], cost: LayerCost) -> dict[str, float]:
+    """The cost of every module, its children included, where each layer has a cost of its own.
+
+    Raises:
+        ConfigError: the cost of a layer is not a finite number of 0 or more.
+    """
+    found = dict.fromkeys(per_layer, 0.0)
+    for name, module in model.named_modules():
+        value = float(cost(name, module, _own_macs(name, per_layer)))
+        if not 0 <= value < math.inf:
+            raise ConfigError(
+                f"cost: {value} for {name or 'the model'!r} is not allowed. Allowed: a finite number >= 0"
+            )
+        parts = name.split(".") if name else []
+        for depth in range(len(parts) + 1):
+            parent = ".".join(parts[:depth])
+            found[parent] = found.get(parent, 0.0) + value
+    return found
 
 
 def parameters_cost(grouping: Grouping, model: nn.Module) -> LinearCost:

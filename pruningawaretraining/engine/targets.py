@@ -1,4 +1,4 @@
-"""What a rule on channels wants to reach: MACs, parameters, peak memory, latency; several at once must all hold.
+"""Targets of rules on channels: MACs, parameters, peak memory, latency, registered costs; several must all hold.
 
 Shape suffixes: ``_D`` groups of the dense model, ``_R`` groups of one rule, ``_A`` anchors.
 
@@ -21,7 +21,7 @@ from pruningawaretraining.allocation.policies import RANKED, RuleView, Task, all
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.costs.latency.meter import Meter, RuntimeMeter
 from pruningawaretraining.costs.latency.model import LatencyCost
-from pruningawaretraining.costs.macs import LinearCost
+from pruningawaretraining.costs.macs import LayerCost, LinearCost, macs_cost, macs_per_layer, weighted
 from pruningawaretraining.costs.memory import MemoryCost, memory_cost
 from pruningawaretraining.costs.widths import LinearBySets, SetCost
 from pruningawaretraining.engine.latency_target import LatencyReached, LatencyTarget
@@ -82,14 +82,12 @@ class Targets:
             ModelError: the runtime cannot run the model.
         """
         target, key = share.rule.target, f"{share.key}.target"
+        asked = {name: getattr(target, name) for name in ("macs", "parameters", "peak_memory")}
         goals = [
             Goal(f"{key}.{name}", self._cost(name), fraction * self._cost(name).dense)
-            for name, fraction in (("macs", target.macs), ("parameters", target.parameters))
+            for name, fraction in {**asked, **(target.costs or {})}.items()
             if fraction is not None
         ]
-        if target.peak_memory is not None:
-            memory = self._cost("peak_memory")
-            goals.append(Goal(f"{key}.peak_memory", memory, target.peak_memory * memory.dense))
         if target.latency is not None or target.latency_ms is not None:
             goals.append(self._latency_goal(share))
         return goals
@@ -118,8 +116,16 @@ class Targets:
 
     def _cost(self, name: str) -> SetCost:
         if name not in self._costs:
-            self._costs[name] = self._memory()
+            self._costs[name] = self._memory() if name == "peak_memory" else self._registered(name)
         return self._costs[name]
+
+    def _registered(self, name: str) -> SetCost:
+        """A registered cost of the dense model as a function of its masks."""
+        function: LayerCost = lookup("cost", name)
+        per_layer = weighted(self._model, macs_per_layer(self._model, self._inputs, self._forward_fn), function)
+        heads = {block: one.groups_H for block, one in self._found.heads.items()}
+        blocks = {block: one.group for block, one in self._found.blocks.items()}
+        return LinearBySets(macs_cost(self._found.grouping, per_layer, heads, blocks), self._found.grouping)
 
     def _memory(self) -> MemoryCost:
         def without(keep_D: Tensor) -> nn.Module:

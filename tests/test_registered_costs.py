@@ -1,0 +1,109 @@
+"""Registered costs: their names are keys of targets, counted layer by layer, met from the right side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+from pruningawaretraining import Pruning, count_macs, register, registry
+from pruningawaretraining.config.schema import PruningConfig
+from pruningawaretraining.costs.macs import macs_per_layer, weighted
+from pruningawaretraining.errors import ConfigError, TargetError
+from pruningawaretraining.experiment.models import DigitsResNet
+
+X = torch.randn(1, 1, 8, 8)
+
+
+def energy_of(name: str, module: nn.Module, macs: float) -> float:
+    """MACs, those of convolutions three times."""
+    return 3.0 * macs if isinstance(module, nn.Conv2d) else macs
+
+
+@pytest.fixture
+def energy() -> Iterator[None]:
+    register("cost", "energy")(energy_of)
+    yield
+    del registry._ENTRIES["cost"]["energy"]
+
+
+def rule(**target: Any) -> dict[str, Any]:
+    return {"rules": [{"criterion": "magnitude", "target": target, "start": 0, "end": 0, "application": "remove"}]}
+
+
+def counted(model: nn.Module, factor: Callable[[nn.Module], float]) -> float:
+    """The cost of a model by its own layers, counted anew."""
+    macs = macs_per_layer(model, X)
+    return sum(factor(one) * macs[name] for name, one in model.named_modules() if not list(one.children()))
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.6])
+@pytest.mark.usefixtures("energy")
+def test_a_target_of_a_registered_cost_is_met_and_nothing_can_be_given_back(fraction: float) -> None:
+    torch.manual_seed(0)
+    model = DigitsResNet(widths=(8, 16), blocks=1)
+    dense = counted(model, lambda one: 3.0 if isinstance(one, nn.Conv2d) else 1.0)
+    pruner = Pruning(model, rule(energy=fraction), example_inputs=X)
+    pruner.prune(model, 0)
+    kept = counted(model, lambda one: 3.0 if isinstance(one, nn.Conv2d) else 1.0)
+    engine = pruner.engine
+    goal = next(one for one in engine.targets.goals(engine.rules[0]) if one.key.endswith(".energy"))
+    assert goal.cost(engine.keep_D) == pytest.approx(kept) and kept <= fraction * dense
+    for group in torch.nonzero(~engine.keep_D).flatten().tolist():
+        more = engine.keep_D.clone()
+        more[group] = True
+        assert goal.cost(more) > fraction * dense
+
+
+@pytest.mark.usefixtures("energy")
+def test_costs_hold_together_and_survive_a_dump() -> None:
+    config = PruningConfig.model_validate(rule(energy=0.7, parameters=0.5))
+    assert config.rules[0].target.costs == {"energy": 0.7}
+    assert PruningConfig.model_validate(config.model_dump(mode="json")) == config
+    torch.manual_seed(0)
+    model = DigitsResNet(widths=(8, 16), blocks=1)
+    parameters = sum(one.numel() for one in model.parameters())
+    pruner = Pruning(model, config, example_inputs=X)
+    pruner.prune(model, 0)
+    assert sum(one.numel() for one in model.parameters()) <= 0.5 * parameters
+    engine = pruner.engine
+    goal = next(one for one in engine.targets.goals(engine.rules[0]) if one.key == "rules[0].target.energy")
+    assert goal.cost(engine.keep_D) <= 0.7 * goal.cost.dense
+
+
+@pytest.mark.usefixtures("energy")
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"enrgy": 0.5}, "rules[0].target.enrgy: 'enrgy' is not known"),
+        ({"costs": {"enrgy": 0.5}}, "rules[0].target.costs: 'enrgy' is not known; did you mean 'energy'"),
+        ({"energy": 1.5}, "rules[0].target.costs.energy: 1.5 is not allowed. Allowed: a number in (0, 1]"),
+    ],
+)
+def test_bad_costs_are_one_line(target: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        PruningConfig.model_validate(rule(**target))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.usefixtures("energy")
+def test_what_cannot_be_reached_is_refused_by_its_key() -> None:
+    with pytest.raises(TargetError, match=r"rules\[0\]\.target\.energy"):
+        Pruning(DigitsResNet(widths=(8, 16), blocks=1), rule(energy=1e-6), example_inputs=X)
+    with pytest.raises(ConfigError, match=r"rules\[0\]\.target\.costs: .*is for channels"):
+        config = rule(energy=0.5)
+        config["rules"][0].update(pattern="unstructured", application="mask")
+        Pruning(DigitsResNet(widths=(8, 16), blocks=1), config, example_inputs=X)
+
+
+def test_costs_of_containers_are_sums() -> None:
+    model, inputs = zoo.architecture("groupnorm")
+    macs = macs_per_layer(model, inputs)
+    assert weighted(model, macs, lambda name, module, own: own) == {name: float(value) for name, value in macs.items()}
+    assert macs[""] == count_macs(model, inputs)
+    with pytest.raises(ConfigError, match="cost: nan for"):
+        weighted(model, macs, lambda name, module, own: float("nan"))
