@@ -34,7 +34,7 @@ class TargetError(PruningError):
 
 
 class CheckpointError(PruningError):
-    """A file that is not a checkpoint of ours, is truncated, or does not fit the model."""
+    """A file that is not a checkpoint of this library, is truncated, or does not fit the model."""
 
 
 def capped(message: str, most: int = LONGEST) -> str:

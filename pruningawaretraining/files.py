@@ -41,7 +41,7 @@ BROKEN = (
     pickle.UnpicklingError,
     SafetensorError,
 )
-"""What readers raise at files that are damaged or of another kind: the unpickler acts on any byte, parsers recurse."""
+"""Errors of readers at damaged or foreign files: the unpickler acts on any byte, parsers recurse."""
 LARGEST_TEXT = 256 * 2**20
 """Most bytes of a text file that is read."""
 
@@ -119,7 +119,7 @@ def read_text(
     """The text of a file in UTF-8; a byte order mark is passed over.
 
     Raises:
-        PruningError: of that kind: there is no such file, it is no text, or it is longer than ``most`` bytes.
+        PruningError: of that kind: there is no such file, it is not text, or it is longer than ``most`` bytes.
     """
     with reading(path, key, kind=kind):
         size = os.stat(path).st_size
@@ -129,7 +129,7 @@ def read_text(
 
 
 def parse_json(text: str, path: str | Path, key: str = "", kind: type[PruningError] = CheckpointError) -> Any:
-    """What a text in JSON holds.
+    """Parse JSON.
 
     Raises:
         PruningError: of that kind, with the file that it is from: it is not JSON.
@@ -139,7 +139,7 @@ def parse_json(text: str, path: str | Path, key: str = "", kind: type[PruningErr
 
 
 def read_json(path: str | Path, key: str = "", kind: type[PruningError] = CheckpointError) -> Any:
-    """What a JSON file holds; see :func:`read_text` and :func:`parse_json`."""
+    """Read a JSON file; see :func:`read_text` and :func:`parse_json`."""
     return parse_json(read_text(path, key, kind), path, key, kind)
 
 
@@ -164,7 +164,7 @@ def as_object(value: Any, path: str | Path, kind: type[PruningError] = Checkpoin
 
 
 def read_torch(path: str | Path, key: str = "", allowed: str = "", *, mapped: bool = False) -> Any:
-    """What ``torch.save`` wrote: tensors and plain data, on the CPU. Nothing in the file is executed.
+    """Load tensors and plain data that ``torch.save`` wrote, on the CPU. Nothing in the file is executed.
 
     Args:
         path, key, allowed: as for :func:`reading`.

@@ -107,7 +107,7 @@ def spellings(kind: str) -> list[str]:
 
 
 def spelled(kind: str, text: str) -> Mapping[str, Any] | None:
-    """The mapping that ``text`` is short for, or None where it is no spelling of this kind."""
+    """The mapping that ``text`` is short for, or None if it is not a spelling of this kind."""
     _load(kind)
     for expression, function in _SPELLINGS.get(kind, []):
         match = expression.fullmatch(text)
@@ -191,7 +191,7 @@ def check_fields(entry: Any, options: Mapping[str, Any], where: str) -> None:
 
 
 def _wrong_type(hint: Any, value: Any) -> str:
-    """What a value should have been, where the hint is plain enough to tell; "" if it is fine."""
+    """Expected kind of a value, if its type hint is simple; "" if the value is fine."""
     if hint in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
         return "a number"
     if hint is bool and not isinstance(value, bool):

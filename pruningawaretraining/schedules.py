@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pruningawaretraining.registry import lookup, register
 
 LEAST_LEFT = 0.01
-"""What an exponential schedule towards 1 leaves just before its end."""
+"""Rest of an exponential schedule towards 1 just before its end."""
 
 Schedule = Callable[[float, float, float], float]
 
@@ -148,7 +148,7 @@ def _tick(moment: float) -> int:
 
 @dataclass(frozen=True)
 class Asked:
-    """What an event asks for.
+    """Demands of an event.
 
     Args:
         sparsity: of the layers.
@@ -181,7 +181,7 @@ class Timeline:
 
     @property
     def counts(self) -> str:
-        """What its ticks are: "step" also for fractions of epochs, once the steps of an epoch are known; "epoch"."""
+        """Unit of its ticks: "step" also for fractions of epochs, once the steps of an epoch are known; "epoch"."""
         return "step" if self.fractional and self.steps else self.unit
 
     @property
@@ -225,7 +225,7 @@ class Timeline:
         return one.sparsity(now, self.scale, earlier[-1].final if earlier else before)
 
     def asked(self, now: int, before: float = 0.0) -> list[Asked]:
-        """What the event at a tick asks for; the end of a stretch may come together with the start of the next one,
+        """Demands of the event at a tick; the end of a stretch may come together with the start of the next one,
         which is about other layers.
 
         Args:

@@ -354,7 +354,7 @@ def test_a_wrong_shape_is_said_in_terms_of_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("nowhere/a.html", "there is no folder"),
+        ("nowhere/a.html", "does not exist. Allowed: a file in an existing folder"),
         ("a.json", "does not end in .html"),
         ("a", "does not end in .html"),
     ],

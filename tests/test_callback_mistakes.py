@@ -189,10 +189,10 @@ def test_accelerate_mistakes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 
     accelerator, model, other = accelerate.Accelerator(cpu=True), net(), net()
     with pytest.raises(
-        ConfigError, match=r"accelerator: a Sequential is none. Allowed: PruningCallback\(accelerator, mod"
+        ConfigError, match=r"accelerator: Sequential is not an Accelerator. Allowed: PruningCallback\(accelerator, mod"
     ):
         PruningCallback(model, accelerator, HALF, IMAGE)
-    with pytest.raises(ConfigError, match="model: a dict is none"):
+    with pytest.raises(ConfigError, match="model: dict is not a module"):
         PruningCallback(accelerator, HALF, model, IMAGE)
     first = PruningCallback(accelerator, model, HALF, IMAGE)
     with pytest.raises(ConfigError, match="has a PruningCallback already"):

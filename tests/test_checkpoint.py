@@ -164,11 +164,11 @@ def test_other_tensors_are_refused(tensors: dict[str, Any], message: str, tmp_pa
 
 
 def test_what_is_no_model_or_no_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="model: OrderedDict is no model"):
+    with pytest.raises(CheckpointError, match="model: OrderedDict is not a model"):
         save_pruned(dense("groupnorm").state_dict(), tmp_path / "m.safetensors")  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="is a folder"):
         save_pruned(dense("groupnorm"), tmp_path)
-    with pytest.raises(CheckpointError, match="model: NoneType is no model"):
+    with pytest.raises(CheckpointError, match="model: NoneType is not a model"):
         load_pruned(None, save_pruned(dense("groupnorm"), tmp_path / "m.safetensors"))  # type: ignore[arg-type]
     assert [one.name for one in tmp_path.iterdir()] == ["m.safetensors"]
 

@@ -115,8 +115,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, changes: dict[str
         (["run", "demmo"], "config: 'demmo' is not known; did you mean 'demo'? Allowed: cifar10_resnet56, demo, or"),
         (["inspect", "timm:resnet1"], "model.name: 'timm:resnet1' is not known; did you mean"),
         (["inspect", "resnet17"], "model.name: 'resnet17' is not known"),
-        (["inspect", "resnet18", "--input-shape", "1,x"], "--input-shape: '1,x' is no shape"),
-        (["inspect", "resnet18", "--input-shape", "1,0,4,4"], "--input-shape: [1, 0, 4, 4] is no shape"),
+        (["inspect", "resnet18", "--input-shape", "1,x"], "--input-shape: '1,x' is not a shape"),
+        (["inspect", "resnet18", "--input-shape", "1,0,4,4"], "--input-shape: [1, 0, 4, 4] is not a shape"),
         (["inspect", "resnet18", "--input-shape", "1,1,64,64"], "rejects inputs of shape [(1, 1, 64, 64)]"),
         (["inspect", "torch.nn:ReLU"], "no prunable channel group"),
     ],
@@ -265,4 +265,4 @@ def test_no_message_of_a_command_speaks_of_arguments_of_functions(tmp_path: Path
     assert "Allowed: data or example inputs that the model takes" in plain.stderr
     assert "example_inputs=" not in plain.stderr and "--input-shape" not in plain.stderr
     nowhere = pat("inspect", "resnet18", "--picture", tmp_path / "none" / "a.svg")
-    assert nowhere.exit_code == 2 and "--picture: there is no folder" in nowhere.stderr
+    assert nowhere.exit_code == 2 and "does not exist. Allowed: a file in an existing folder" in nowhere.stderr

@@ -402,7 +402,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"target": {"sparsity": True}}, "rules[0].target.sparsity: True is not allowed"),
     (
         {"target": {"mac": 0.5}},
-        "rules[0].target.mac: 'mac' is not known; did you mean 'macs'? Allowed: batch, latency, "
+        "rules[0].target.mac: 'mac' is not known; did you mean 'macs'? Allowed: batch, costs, "
         "latency_ms, macs, parameters, peak_memory, runtime, sparsity",
     ),
     ({"target": {}}, "rules[0].target: nothing to reach. Allowed: sparsity, macs, parameters, latency"),
@@ -414,7 +414,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"initial": 0.6}, "rules[0].initial: 0.6 is above the final sparsity. Allowed: at most 0.5"),
     (
         {"initial": 0.1, "target": {"macs": 0.5}},
-        "rules[0].initial: 0.1 goes with target.sparsity, and there is none. Allowed: leave it out",
+        "rules[0].initial: 0.1 requires target.sparsity. Allowed: leave it out",
     ),
     (
         {"start": 2, "phases": [{"start": 0, "end": 2, "sparsity": 0.5}]},
@@ -452,8 +452,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"layers": "conv1"}, "rules[0].layers: 'conv1' is not a list of layer names"),
     ({"layers": []}, "rules[0].layers: [] names no layer"),
     ({"layers": ["conv1", 5]}, "rules[0].layers[1]: 5 is not the name of a layer"),
-    ({"layers": ["re:(conv"]}, "rules[0].layers[0]: 're:(conv' is no regular expression: missing )"),
-    ({"exclude": ["fc", "re:["]}, "rules[0].exclude[1]: 're:[' is no regular expression"),
+    ({"layers": ["re:(conv"]}, "rules[0].layers[0]: 're:(conv' is not a regular expression: missing )"),
+    ({"exclude": ["fc", "re:["]}, "rules[0].exclude[1]: 're:[' is not a regular expression"),
     ({"critereon": "magnitude"}, "rules[0].critereon: 'critereon' is not known; did you mean 'criterion'?"),
     ({"schedule": "cosin"}, "rules[0].schedule: 'cosin' is not known; did you mean 'cosine'?"),
     ({"schedule": {"type": "linear"}}, "rules[0].schedule: {'type': 'linear'} is not a name. Allowed: cosine, cube"),
@@ -462,7 +462,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"criterion": {"type": "magnitud"}}, "rules[0].criterion.type: 'magnitud' is not known"),
     ({"criterion": {"type": "magnitude", "q": 1}}, "rules[0].criterion.q: 'q' is not known"),
     ({"criterion": {"p": 1}}, "rules[0].criterion: {'p': 1} has no 'type'. Allowed: magnitude"),
-    ({"criterion": {"type": 3}}, "rules[0].criterion: {'type': 3} has the 'type' 3, which is no name"),
+    ({"criterion": {"type": 3}}, "rules[0].criterion: {'type': 3} has the 'type' 3, which is not a name"),
     ({"criterion": None}, "rules[0].criterion: None is not a name or a mapping with a 'type'. Allowed: magnitude"),
     ({"criterion": 3}, "rules[0].criterion: 3 is not a name or a mapping"),
     ({"pattern": "chanel"}, "rules[0].pattern: 'chanel' is not known; did you mean 'channel'?"),
@@ -486,8 +486,8 @@ def test_mistake_in_a_rule(keys: dict[str, Any], line: str) -> None:
         ({"rules": [5]}, "rules[0]: 5 is not a mapping of keys to values"),
         ({"rules": [HALF], "infre": True}, "infre: 'infre' is not known; did you mean 'infer'?"),
         ({"rules": [HALF], "example_inputs": {}}, "example_inputs.shape: missing, but needed"),
-        ({"rules": [HALF], "example_inputs": {"shape": [1, 0]}}, "example_inputs.shape: [1, 0] is no shape"),
-        ({"rules": [HALF], "example_inputs": {"shape": [[1], []]}}, "example_inputs.shape: [[1], []] is no shape"),
+        ({"rules": [HALF], "example_inputs": {"shape": [1, 0]}}, "example_inputs.shape: [1, 0] is not a shape"),
+        ({"rules": [HALF], "example_inputs": {"shape": [[1], []]}}, "example_inputs.shape: [[1], []] is not a shape"),
         (
             {"rules": [HALF], "example_inputs": {"shape": [1], "container": "tupel"}},
             "example_inputs.container: 'tupel' is not known; did you mean 'tuple'? Allowed: list, tuple",
@@ -540,7 +540,7 @@ def test_mistake_in_a_config(config: dict[str, Any], line: str) -> None:
         ("channel", {"regularize": 0.1}, "regularize: 0.1 is not a mapping"),
         ("channel", {"MAC_params": {"type": "Add"}}, "MAC_params.type: 'Add' is not known"),
         ("channel", {"MAC_params": {"beta": 0}}, "MAC_params.beta: 0 is not allowed"),
-        ("channel", {"input_shape": [1, "3"]}, "input_shape: [1, '3'] is no shape"),
+        ("channel", {"input_shape": [1, "3"]}, "input_shape: [1, '3'] is not a shape"),
         ("channel", {"container": "dict"}, "container: 'dict' is not known"),
         (
             "slice",

@@ -284,7 +284,7 @@ def test_sparing_the_classifier_spares_nothing_else() -> None:
         ({"pruning_type": "snip", "prune_type": "gradient"}, "prune_type: 'gradient' is not the 'snip'"),
         ({"target_sparsity": 1.2}, r"target_sparsity: 1.2 is not allowed. Allowed: a number in \[0, 1\]"),
         ({"prune_domain": "globl"}, "prune_domain: 'globl' is not known; did you mean 'global'"),
-        ({"op_names": ["("]}, r"op_names\[0\]: '\(' is no regular expression"),
+        ({"op_names": ["("]}, r"op_names\[0\]: '\(' is not a regular expression"),
         ({"sparsity_decay_type": "expp"}, "sparsity_decay_type: 'expp' is not known; did you mean 'exp'"),
         ({"reg_coeff": 1, "parameters": {"reg_coeff": 2}}, "parameters.reg_coeff: 2.* is not the reg_coeff 1"),
     ],

@@ -343,7 +343,7 @@ def test_calibration_that_does_not_fit(tmp_path: Path, batch: Any, message: str)
     [
         ({"dynamic_axes": {"input": {1: "c"}}}, r"dynamic_axes.input: dimension 1 \('c'\) is 3, .* 6, 1, 4"),
         ({"dynamic_axes": {"input": [2, 3]}}, r"dynamic_axes.input: \[2, 3\] names nothing"),
-        ({"dynamic_axes": {"input": {2: "a b"}}}, "dynamic_axes.input: 'a b', of dimension 2, is no name"),
+        ({"dynamic_axes": {"input": {2: "a b"}}}, "dynamic_axes.input: 'a b', of dimension 2, is not a name"),
         ({"metadata": {"pruning": 1}}, "metadata: 'pruning' is an entry of this library"),
     ],
 )

@@ -119,5 +119,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
 def test_a_torch_file_of_something_else_is_no_state(reader: str, tmp_path: Path) -> None:
     name, read = READERS[reader]
     torch.save([torch.ones(2)], tmp_path / name)
-    with pytest.raises(PruningError, match=f"{name}' (cannot be read: it holds a list, not a state|is no checkpoint)"):
+    with pytest.raises(
+        PruningError, match=f"{name}' (cannot be read: it holds a list, not a state|is not a checkpoint)"
+    ):
         read(tmp_path / name)

@@ -410,7 +410,7 @@ def test_a_runtime_that_is_not_there_is_said_of_the_rule() -> None:
         ({"latency": 1.5}, r"latency: 1.5 is not allowed. Allowed: a number in \(0, 1\]"),
         ({"latency_ms": 0}, "latency_ms: 0 is not allowed. Allowed: a number above 0"),
         ({"latency": 0.5, "runtime": "onnxruntim"}, "did you mean 'onnxruntime'"),
-        ({"macs": 0.5, "threads": 2}, "threads: 2 is of a latency, and there is none"),
+        ({"macs": 0.5, "threads": 2}, "threads: 2 requires latency or latency_ms"),
         ({"latencys": 0.5}, "did you mean 'latency'"),
     ],
 )

@@ -415,7 +415,7 @@ def test_what_cannot_follow_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match=r"its layers are gone. Give the model .* pruner.follow\(graph\)"):
         Pruning(graph, {"rules": [RULE]}, example_inputs=IMAGES)
     pruner = pruner_of(model, sgd(model), IMAGES)
-    with pytest.raises(ModelError, match="graph: ConvNet is none. Allowed: what torch.export.export"):
+    with pytest.raises(ModelError, match="graph: ConvNet is not an exported graph. Allowed: torch.export.export"):
         pruner.follow(model)
     with pytest.raises(ModelError, match="graph: its 'stem.weight' is not the model's own parameter"):
         pruner.follow(copy.deepcopy(graph))

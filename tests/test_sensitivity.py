@@ -59,7 +59,10 @@ def test_a_rule_that_is_not_for_channels_is_said(tmp_path: Path) -> None:
         measure(config, SensitivityOptions((0.5,), 0.05, 60, weights(tmp_path)))
 
 
-@pytest.mark.parametrize(("out", "message"), [("none/a.json", "there is no folder"), ("sens", "does not end in .json")])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("none/a.json", "does not exist. Allowed: a file in an existing folder"), ("sens", "does not end in .json")],
+)
 def test_where_the_result_may_go(tmp_path: Path, out: str, message: str) -> None:
     (tmp_path / "e.yaml").write_text(yaml.safe_dump(tiny()))
     arguments = ["sensitivity", str(tmp_path / "e.yaml"), "--out", str(tmp_path / out)]
@@ -69,7 +72,7 @@ def test_where_the_result_may_go(tmp_path: Path, out: str, message: str) -> None
 
 def test_weights_are_needed(tmp_path: Path) -> None:
     config = load_experiment(tiny(out=str(tmp_path / "none")))
-    with pytest.raises(ConfigError, match="model.weights: none are given"):
+    with pytest.raises(ConfigError, match="model.weights: missing, and "):
         measure(config, SensitivityOptions())
 
 

@@ -244,7 +244,7 @@ class WidthSearch:
         return self.widths[one][: bisect.bisect_left(self.widths[one], int(kept_S[one]))]
 
     def _fill(self, cost: SetCost, kept_S: Tensor, savings: dict[int, Tensor], missing: Sequence[int]) -> None:
-        """What every lower width of these sets would save, the others as they are."""
+        """Savings of every lower width of these sets, with the others unchanged."""
         rows, counts = [], []
         for one in missing:
             lower = self._lower(one, kept_S)

@@ -41,7 +41,7 @@ class RuleView(Protocol):
     grouping: Grouping
 
     def limits(self) -> Limits:
-        """What every allocation respects."""
+        """Constraints that every allocation respects."""
         ...
 
 
@@ -115,7 +115,7 @@ class SubCost:
         return float(self.cost(self._whole(keep_R)))
 
     def marginal_G(self, keep_R: Tensor) -> Tensor:
-        """What adding each group alone would cost at least."""
+        """Lower bound on the cost of adding each group alone."""
         found: Tensor = self.cost.marginal_G(self._whole(keep_R))
         return found[self.groups_D]
 

@@ -47,7 +47,7 @@ def rank_isomorphic(grouping: Grouping) -> Tensor:
 
 @dataclass(frozen=True)
 class Limits:
-    """What an allocation must respect in every set.
+    """Constraints of an allocation, in every set.
 
     Args:
         min_sparsity, max_sparsity: bounds on the fraction of the set's groups that go. At least one group always stays.

@@ -218,7 +218,7 @@ def _candidates(
             values.masked_fill_(removed_G[mine].to(values.device), -math.inf)
         rows = values.view(member.sizes).movedim(dim, -1)
         short = -rows.shape[-1] % of
-        if short:  # what is not there counts as gone already
+        if short:  # padding counts as removed
             rows = torch.cat([rows, rows.new_full((*rows.shape[:-1], short), -math.inf)], -1)
         in_windows = rows.reshape(*rows.shape[:-1], -1, of)
         yield in_windows, _lowest_in_rows(in_windows, drop)

@@ -21,7 +21,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, in the order of the numbers in their names: ``epoch_2.pt`` before ``epoch_10.pt``.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the folder holds no checkpoint.
     """
     found = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     if not found:

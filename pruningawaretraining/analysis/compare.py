@@ -147,7 +147,7 @@ def advice(runs: Sequence[Compared]) -> str:
 
 
 def _losses(runs: Sequence[Compared]) -> list[float | None]:
-    """What accuracy each run lost; None where its own is not known."""
+    """Accuracy lost by each run; None if its own is unknown."""
     found = [reached(one.run) for one in runs]
     best = max((one["accuracy"] for one in found if one["accuracy"] is not None), default=0.0)
     dense = [best if one["dense_accuracy"] is None else one["dense_accuracy"] for one in found]
@@ -173,7 +173,7 @@ def _holds(loss: float) -> bool:
 
 
 def _subject(run: Run) -> str:
-    """What was trained on what; "" where nothing was recorded."""
+    """The model and data of a run as text; "" if they were not recorded."""
     config = run.summary.get("config")
     model = config.get("model") if isinstance(config, Mapping) else None
     data = (run.summary.get("data") or {}).get("name")

@@ -50,7 +50,7 @@ def compared(name: str, run: Run, link: str = "") -> Compared:
 
 
 def strength_of(run: Run) -> float | None:
-    """The strength of the first regulariser in a run's config; None where there is none."""
+    """The strength of the first regulariser in a run's config, or None."""
     config: Any = run.summary.get("config")
     if not isinstance(config, Mapping):
         config = parse_mapping(run.config or "{}", Path(CONFIG))

@@ -17,14 +17,14 @@ from pruningawaretraining.report.run import Run
 LARGE = 0.9  # quantile of a set's norms that the others are measured by
 HIGHEST = 0.35  # a threshold above this part of the large norms would cut into groups that are alive
 PER_DECADE = 8  # bins in which gaps are looked for; finer ones are mostly empty
-FALLBACK = 0.1  # where there is no gap
+FALLBACK = 0.1  # threshold without a gap
 DEPTH = 0.6  # a gap: the valley is lower than the smaller of its two peaks by this part
 SETTLED = 0.02  # of all groups: how much the mass near zero may still change
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one run's norms say.
+    """When to start pruning, and which groups are near zero, by one run's norms.
 
     Attributes:
         epoch: after which to start; None when nothing was recorded, or of a single checkpoint.
@@ -130,7 +130,7 @@ def _heap(threshold: float, depth: float) -> str:
 
 
 def before_pruning(epochs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The epochs whose norms no mask or removal of ours has touched; without such, those that lost no groups."""
+    """Epochs before the first mask or removal; if there are none, those that lost no groups."""
     if "regularize" in [moment.get("phase") for moment in epochs]:
         free = [moment for moment in epochs if moment.get("phase") == "regularize"]
         return [moment for moment in free if _gone(moment) <= _gone(free[0])]  # the last one's event masks some
@@ -192,7 +192,7 @@ def share(edges: Sequence[float], sets: Mapping[str, Mapping[str, Any]], thresho
 
 
 def gap(edges: Sequence[float], sets: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, float]:
-    """The threshold in the deepest gap of the relative norms, or None where there is none; and how deep it is.
+    """The threshold in the deepest gap of the relative norms (None without a gap), and its depth.
 
     Of several gaps as deep, which groups on their way to zero leave behind them, the uppermost counts.
     """

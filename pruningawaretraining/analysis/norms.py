@@ -143,7 +143,7 @@ def scan(paths: Sequence[Path], build: Build, track: Track = iter) -> dict[str, 
         track: shows progress over them.
 
     Raises:
-        CheckpointError: a file is no checkpoint of the model; the message names it.
+        CheckpointError: a file is not a checkpoint of the model; the message names it.
     """
     epochs = list(_epochs(paths, build, track))
     return {"edges": list(EDGES), "epochs": epochs}

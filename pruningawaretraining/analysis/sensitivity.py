@@ -41,7 +41,7 @@ Track = Callable[[Sequence[str]], Iterable[str]]
 
 @dataclass(frozen=True)
 class SensitivityOptions:
-    """What ``pat sensitivity`` is asked for.
+    """Options of ``pat sensitivity``.
 
     Args:
         sparsities: fractions of a set's groups to mask, ascending.
@@ -73,7 +73,7 @@ def measure(config: ExperimentConfig, options: SensitivityOptions, track: Track 
         track: shows progress over the sets.
 
     Returns:
-        What ``sensitivity.json`` holds: ``accuracy`` of the dense model, ``images``, ``tolerance``, and ``sets``: for
+        The content of ``sensitivity.json``: ``accuracy`` of the dense model, ``images``, ``tolerance``, and ``sets``: for
         each its number of ``groups``, ``rows`` of ``sparsity``, ``kept`` and ``accuracy``, and ``max_sparsity``: the
         largest sparsity up to which no measured one costs more than the tolerance.
 
@@ -136,7 +136,7 @@ def _with_weights(config: ExperimentConfig, options: SensitivityOptions) -> Expe
     """The experiment with trained weights for its model.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: no weights are given or found.
     """
     kwargs = config.model.kwargs
     if options.weights is None and (config.model.weights or kwargs.get("weights") or kwargs.get("pretrained")):
@@ -144,7 +144,7 @@ def _with_weights(config: ExperimentConfig, options: SensitivityOptions) -> Expe
     found = options.weights or config.folder() / record.DENSE
     if not found.is_file():
         raise ConfigError(
-            f"model.weights: none are given, and there is no {str(found)!r}. Allowed: --weights with a state dict, "
+            f"model.weights: missing, and {str(found)!r} does not exist. Allowed: --weights with a state dict, "
             "model.weights, or an experiment whose run has ended"
         )
     return config.model_copy(update={"model": config.model.model_copy(update={"weights": str(found)})})

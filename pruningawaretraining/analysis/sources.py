@@ -1,4 +1,4 @@
-"""What ``pat analyze`` is given: folders of runs, folders of checkpoints, or single checkpoints."""
+"""Sources of ``pat analyze``: folders of runs, folders of checkpoints, or single checkpoints."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def load_sources(
 
 
 def builder(model: str | None, input_shape: Sequence[int] | None, source: Path) -> Build:
-    """What builds the dense model of checkpoints.
+    """Find the function that builds the dense model of checkpoints.
 
     Raises:
         ConfigError: no model is named.
     """
     if model is None:
         raise ConfigError(
-            f"--model: missing, but {str(source)!r} holds checkpoints, not a run of ours. Allowed: a torchvision or "
+            f"--model: missing, but {str(source)!r} holds checkpoints, not a run. Allowed: a torchvision or "
             "timm model, 'package.module:factory', or an experiment config"
         )
 

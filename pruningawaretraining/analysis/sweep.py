@@ -24,7 +24,7 @@ PAGE = "sweep.html"
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What ``pat sweep`` is asked for.
+    """Options of ``pat sweep``.
 
     Args:
         strengths: of the regulariser, one run each.

@@ -55,7 +55,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
         The path.
 
     Raises:
-        CheckpointError: it is no model, its weights are integers already, or the path is that of a folder.
+        CheckpointError: not a module, quantized weights, or the path of a folder.
     """
     model = _savable(model)
     if Path(path).is_dir():
@@ -111,7 +111,7 @@ def _without_copies(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[s
 
 def _module(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise CheckpointError(f"model: {type(model).__name__} is no model. Allowed: an nn.Module")
+        raise CheckpointError(f"model: {type(model).__name__} is not a model. Allowed: an nn.Module")
     return model
 
 

@@ -1,4 +1,4 @@
-"""What is known of a pruned model beside its tensors: from its pruner, or from the file that it was loaded from."""
+"""Records of a pruned model beside its tensors, from its pruner or from the file that it was loaded from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def describe_with(model: nn.Module, describe: Callable[[], dict[str, Any]]) -> N
 
 
 def record_of(model: nn.Module) -> dict[str, Any] | None:
-    """What was written beside the tensors of the file that a model, or what it is a copy of, was loaded from."""
+    """The record in the file that a model, or the model it was copied from, was loaded from."""
     return vars(model).get(ATTRIBUTE)
 
 
@@ -29,6 +29,6 @@ def remember(model: nn.Module, record: dict[str, Any]) -> None:
 
 
 def summary_of(model: nn.Module) -> dict[str, Any]:
-    """What a pruner says of its model: sparsity, MACs, parameters, groups kept; or what its file said; or nothing."""
+    """Sparsity, MACs, parameters and kept groups of a model, from its pruner or its file; empty without either."""
     describe = _DESCRIBERS.get(model)
     return describe() if describe is not None else dict(record_of(model) or {})

@@ -30,7 +30,7 @@ def load_state_dict_pruned(model: nn.Module, weights: Mapping[str, Any]) -> tupl
 
     Args:
         model: a model of the class that was pruned, as it was built before pruning; wrapped or not.
-        weights: tensors by name, as ``state_dict()`` gave them. What DataParallel, torch.compile and FSDP put into
+        weights: tensors by name, as ``state_dict()`` gave them. Prefixes that DataParallel, torch.compile and FSDP put into
             names (``module.``, ``_orig_mod.``) is passed over, here and in the model.
 
     Returns:
@@ -80,7 +80,7 @@ def _check_runs(model: nn.Module, missing: Sequence[str], trial: Trial) -> None:
 def _check_weights(weights: Mapping[str, Any]) -> None:
     if not isinstance(weights, Mapping):
         raise CheckpointError(
-            f"weights: a {type(weights).__name__} is no state dict. Allowed: a mapping from names to tensors"
+            f"weights: a {type(weights).__name__} is not a state dict. Allowed: a mapping from names to tensors"
         )
     for name, value in weights.items():
         if isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values()):

@@ -1,4 +1,4 @@
-"""What a layer's tensors say about its widths: ``in_channels``, ``groups``, ``normalized_shape`` and their like.
+"""Widths of layers from the shapes of their tensors: ``in_channels``, ``groups``, ``normalized_shape`` and others.
 
 Shapes decide, and where they leave two readings the layer in front of it does; where that is silent too, the caller is
 told so instead of being given a guess.
@@ -57,7 +57,7 @@ class Layer:
 
 @dataclass
 class Context:
-    """What lies around a layer.
+    """The neighbourhood of a layer.
 
     Args:
         before: (outputs in the dense model, outputs now) of the convolution or linear layer defined before it.

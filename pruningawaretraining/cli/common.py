@@ -1,4 +1,4 @@
-"""What the commands of ``pat`` share: experiments by name, shapes, and errors as lines on stderr."""
+"""Helpers of the commands of ``pat``: experiments by name, shapes, and errors as lines on stderr."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def shape_of(text: str) -> list[int]:
     """``1,3,224,224`` as sizes.
 
     Raises:
-        ConfigError: it is no shape.
+        ConfigError: not a shape.
     """
     from pruningawaretraining.errors import ConfigError
 
     parts = text.replace("x", ",").strip("[]() ").split(",")
     if not all(part.strip().isdigit() for part in parts):
-        raise ConfigError(f"--input-shape: {text!r} is no shape. Allowed: whole numbers such as 1,3,224,224")
+        raise ConfigError(f"--input-shape: {text!r} is not a shape. Allowed: whole numbers such as 1,3,224,224")
     return [int(part) for part in parts]
 
 
@@ -64,7 +64,9 @@ def check_out(path: Path, suffix: str | None = None, key: str = "--out") -> Path
     if suffix is not None and path.suffix.lower() != suffix:
         raise ConfigError(f"{key}: {str(path)!r} does not end in {suffix}. Allowed: {str(path.with_suffix(suffix))!r}")
     if not path.parent.is_dir():
-        raise ConfigError(f"{key}: there is no folder {str(path.parent)!r}. Allowed: a file in a folder that is there")
+        raise ConfigError(
+            f"{key}: the folder {str(path.parent)!r} does not exist. Allowed: a file in an existing folder"
+        )
     return path
 
 

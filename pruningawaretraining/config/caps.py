@@ -17,7 +17,7 @@ def read_caps(path: str) -> dict[str, Any]:
     """Set -> largest sparsity, from a file of ``pat sensitivity`` or a plain JSON mapping.
 
     Raises:
-        ConfigError: there is no such file, or it holds something else.
+        ConfigError: the file does not exist, or holds something else.
     """
     with reading(path, KEY, "a file of pat sensitivity", ConfigError):
         values = read_json(Path(os.path.expanduser(path)), KEY, ConfigError)

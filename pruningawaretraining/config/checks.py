@@ -24,7 +24,7 @@ def layer_name(entry: Any, where: str) -> str:
     """A layer entry in normal form: checked, and without the ``module.`` that DataParallel puts in front.
 
     Raises:
-        ConfigError: it is no text, is empty, or is a regular expression that does not compile.
+        ConfigError: not a string, empty, or a regular expression that does not compile.
     """
     if not isinstance(entry, str) or not entry:
         raise ConfigError(f"{where}: {entry!r} is not the name of a layer")
@@ -35,7 +35,7 @@ def layer_name(entry: Any, where: str) -> str:
     try:
         re.compile(bare.removeprefix(form))
     except re.error as error:
-        raise ConfigError(f"{where}: {entry!r} is no regular expression: {error}") from error
+        raise ConfigError(f"{where}: {entry!r} is not a regular expression: {error}") from error
     return entry
 
 
@@ -63,7 +63,7 @@ def check_options(kind: str, spec: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: an unknown type or option.
     """
     if not isinstance(spec.get("type"), str):
-        missing = "has no 'type'" if "type" not in spec else f"has the 'type' {spec['type']!r}, which is no name"
+        missing = "has no 'type'" if "type" not in spec else f"has the 'type' {spec['type']!r}, which is not a name"
         raise ConfigError(f"{kind}: {dict(spec)!r} {missing}. Allowed: {', '.join(names(kind))}")
     build(kind, spec, kind)
     return {**spec, "type": canonical(kind, spec["type"])}

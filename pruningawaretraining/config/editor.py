@@ -84,7 +84,7 @@ def _plain(documentation: str) -> str:
 
 
 def _options(documentation: str) -> dict[str, str]:
-    """What the "Args:" section of a docstring says about each option."""
+    """Description of each option, from the "Args:" section of a docstring."""
     _, _, section = documentation.partition("\nArgs:\n")
     found = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", section, flags=re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}

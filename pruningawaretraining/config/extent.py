@@ -28,7 +28,7 @@ def check_extent(values: Any) -> None:
 
 
 class _Meter:
-    """What is left of the limits."""
+    """The remainder of the limits."""
 
     def __init__(self) -> None:
         self.values, self.characters = MOST_VALUES, MOST_CHARACTERS
@@ -62,7 +62,7 @@ class _Meter:
 
 def _check_text(text: str, loc: tuple[int | str, ...]) -> None:
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ConfigError(f"{dotted(loc) or 'config'}: {text!r} is no valid text. Allowed: Unicode without NUL")
+        raise ConfigError(f"{dotted(loc) or 'config'}: {text!r} is not valid text. Allowed: Unicode without NUL")
 
 
 def dotted(loc: tuple[int | str, ...]) -> str:

@@ -38,7 +38,7 @@ def load_config(
         variables: values for keys at the top, before those of ``source``: what recipes read as ``eval(name)``.
 
     Raises:
-        ConfigError: there is no such file, it cannot be parsed, or it holds a key or value that is not allowed. One
+        ConfigError: the file is missing, cannot be parsed, or holds a key or value that is not allowed. One
             line for each problem, beginning with the file's path if there is one.
     """
     if isinstance(source, PruningConfig):
@@ -89,7 +89,7 @@ def find_file(path: str | os.PathLike[str]) -> Path:
     """The file itself, or the one in a folder; ``~`` is the user's home.
 
     Raises:
-        ConfigError: there is none, there is more than one, it has another extension, or it may not be looked at.
+        ConfigError: no file, several, another extension, or no permission.
     """
     with reading(os.fspath(path), "config", kind=ConfigError):
         return _find_file(Path(os.path.expanduser(path)))
@@ -112,19 +112,19 @@ def _find_file(path: Path) -> Path:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """What a JSON or YAML file holds.
+    """Read a mapping from a JSON or YAML file.
 
     Raises:
-        ConfigError: it cannot be read or parsed (with line and column), or is no mapping.
+        ConfigError: it cannot be read or parsed (with line and column), or is not a mapping.
     """
     return parse_mapping(read_text(path, "config", ConfigError, MOST_BYTES), path)
 
 
 def parse_mapping(text: str, path: Path) -> dict[str, Any]:
-    """What a text in JSON or YAML holds; the extension of its file says which.
+    """Parse a mapping from JSON or YAML, by the extension of its file.
 
     Raises:
-        ConfigError: it cannot be parsed (with line and column), is no mapping, or is too large; see
+        ConfigError: it cannot be parsed (with line and column), is not a mapping, or is too large; see
             :mod:`pruningawaretraining.config.extent`.
     """
     try:

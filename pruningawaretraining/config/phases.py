@@ -33,12 +33,12 @@ def check_initial(initial: float | str | None, final: float | None) -> None:
     """Refuse a schedule that would go down.
 
     Raises:
-        ConfigError: the initial sparsity is above the final one, or there is no final one.
+        ConfigError: the initial sparsity is above the final one, or the final one is missing.
     """
     if initial is None:
         return
     if final is None:
-        raise ConfigError(f"initial: {initial} goes with target.sparsity, and there is none. Allowed: leave it out")
+        raise ConfigError(f"initial: {initial} requires target.sparsity. Allowed: leave it out")
     if initial != PRESENT and float(initial) > final:
         raise ConfigError(f"initial: {initial} is above the final sparsity. Allowed: at most {final}")
 

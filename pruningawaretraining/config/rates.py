@@ -114,7 +114,7 @@ def _along(one: RateFunction, epoch: float, steps: int | None) -> float:
     start = max(one.start_epoch, 0.0)
     whole = max(one.end_epoch - start, 0.0)
     length = _cycle_length(one, whole)
-    if epoch >= one.end_epoch - ROUNDING:  # what its last step had
+    if epoch >= one.end_epoch - ROUNDING:  # the rate of its last step
         cycles = max(math.ceil(whole / length - ROUNDING) - 1, 0) if length else 0
         last = Cycle(length - 1 / steps if steps else length, length, steps) if length else None
         return (curve(last, one) if last is not None else one.final_lr) * one.cycle_mul**cycles

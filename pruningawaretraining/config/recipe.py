@@ -43,7 +43,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe says.
+    """A parsed recipe.
 
     Args:
         pruning: its pruning modifiers as rules.
@@ -75,7 +75,7 @@ def load_recipe(
         variables: values for the names in ``eval(...)``, before those of the recipe.
 
     Raises:
-        ConfigError: it is no such recipe, or has a modifier, key or value that is not allowed.
+        ConfigError: not a recipe, or a modifier, key or value that is not allowed.
     """
     if isinstance(source, Mapping):
         return _recipe({**source, **(variables or {})})

@@ -249,7 +249,7 @@ class PruningConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _drop_schema_key(cls, values: Any) -> Any:
-        """Editors find the JSON schema of a file by its "$schema" key: no business of ours."""
+        """Drop "$schema", by which editors find the JSON schema of a file."""
         return {key: values[key] for key in values if key != "$schema"} if isinstance(values, Mapping) else values
 
     @field_validator("rules", mode="after")

@@ -104,7 +104,7 @@ class ExampleInputs(Strict):
                 return list(value)
             if all(isinstance(shape, (list, tuple)) and shape and are_sizes(shape) for shape in value):
                 return [list(shape) for shape in value]
-        raise ValueError(f"{value!r} is no shape. Allowed: [B, C, H, W], each at least 1, or a list of shapes")
+        raise ValueError(f"{value!r} is not a shape. Allowed: [B, C, H, W], each at least 1, or a list of shapes")
 
 
 def check_per_layer(fractions: dict[str, float] | None, target: Target) -> None:

@@ -1,1 +1,1 @@
-"""What a set of masks costs."""
+"""Costs of a set of masks."""

@@ -144,12 +144,12 @@ class LinearCost:
         return self.constant + float(self.layers(keep_G).sum())
 
     def marginal_G(self, keep_G: Tensor) -> Tensor:
-        """What adding each group alone would cost, given the others as they are (exact; 0 for groups that stay)."""
+        """Exact cost of adding each group alone, with the others unchanged (0 for kept groups)."""
         linear_G, square_G, kept_G = self._terms(keep_G)
         return (linear_G + square_G) * ~kept_G
 
     def saving_G(self, keep_G: Tensor) -> Tensor:
-        """What removing each group alone would save, given the others as they are (exact; 0 for groups gone)."""
+        """Exact saving of removing each group alone, with the others unchanged (0 for removed groups)."""
         linear_G, square_G, kept_G = self._terms(keep_G)
         return (linear_G - square_G) * kept_G
 

@@ -86,7 +86,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._finalizers.append(weakref.finalize(storage, gone))
 
     def close(self) -> Lives:
-        """What is still there lives to the end."""
+        """Close the lifetimes of tensors that live to the end."""
         for one in self._finalizers:
             one.detach()
         self.lives.died_T = [self.moment + 1 if died < 0 else died for died in self.lives.died_T]
@@ -99,7 +99,7 @@ def activation_lives(model: nn.Module, example_inputs: Any, forward_fn: ForwardF
     Raises:
         ModelError: the model rejects the inputs.
     """
-    example_inputs = beside(model, example_inputs)  # copies of inputs are none of its activations
+    example_inputs = beside(model, example_inputs)  # copies of inputs do not count as activations
     owned = [*model.parameters(), *model.buffers(), *tensors_of(example_inputs)]
     watch = _Watch({one.untyped_storage()._cdata for one in owned})
     with torch.no_grad(), evaluating(model), watch:

@@ -26,7 +26,7 @@ WEIGHTS = ("out", "in", "element")
 
 @dataclass(frozen=True)
 class _FromActivations:
-    """What the activation criteria share.
+    """Base of the activation criteria.
 
     Args:
         momentum: how much earlier batches still count at the next one; 1 for all alike.

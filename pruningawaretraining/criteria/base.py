@@ -1,4 +1,4 @@
-"""What criteria know besides the weights: costs, masks, and what was gathered in training."""
+"""Statistics of criteria besides the weights: costs, masks, and values collected in training."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ class Collector(Protocol):
     def agree(self) -> None:
         """Share what each process has seen alone; a collective, called at events and before any other use of it.
 
-        What is read from gradients needs none of this: they have been averaged over the processes before.
+        Statistics of gradients need no exchange: gradients have been averaged over the processes.
         """
 
     def tensors(self) -> dict[str, Tensor]:
-        """What has been gathered."""
+        """The collected statistics."""
 
     def restrict(self, grouping: Grouping, keep_G: Tensor) -> None:
         """Follow a removal of groups; ``grouping`` is what is left."""

@@ -66,7 +66,7 @@ def block_names(grouping: Grouping) -> list[str]:
 class BlockChangeCollector:
     """Means of ``1 - cos`` over what blocks have seen.
 
-    With several processes each sees its own part of a batch. What they have seen is put together at events.
+    With several processes each sees its own part of a batch. Their statistics are combined at events.
 
     Args:
         in_eval: see :class:`BlockChange`.
@@ -119,7 +119,7 @@ class BlockChangeCollector:
         self.own = {}
 
     def _all(self) -> dict[str, Tensor]:
-        """What is known of every block that has seen something."""
+        """Statistics of every block that has been called."""
         found = dict(self.common)
         for name, own in self.own.items():
             found[name] = own + found[name].to(own.device) if name in found else own
@@ -147,7 +147,7 @@ class BlockChangeCollector:
         """See :class:`~pruningawaretraining.criteria.base.Collector`."""
         unknown = sorted(set(state) - set(self._names))
         if unknown and self._names:
-            raise CheckpointError(f"state: changes of {unknown[0]!r}, which is no block that is left")
+            raise CheckpointError(f"state: changes of {unknown[0]!r}, which is not a remaining block")
         loaded = {name: row.clone() for name, row in state.items()}
         self.own, self.common = (loaded, {}) if world_size() == 1 else ({}, loaded)
 

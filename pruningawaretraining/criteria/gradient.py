@@ -62,7 +62,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class _FromGradients:
-    """What the gradient criteria share.
+    """Base of the gradient criteria.
 
     A group none of whose weights has ever had a gradient (a frozen layer) scores infinity: it goes last. Before the
     first gradient of all, weights are ranked by their size.

@@ -28,7 +28,7 @@ SCORE, SEEN, STEPS = "score", "seen", "steps"
 
 @dataclass(frozen=True)
 class GradientRule:
-    """What a step adds: ``score <- momentum * score + gain * finish(reduce(combine(w, g)))``.
+    """Update of a step: ``score <- momentum * score + gain * finish(reduce(combine(w, g)))``.
 
     Args:
         combine: elementwise ``(weight, gradient) -> value``; may reuse neither.

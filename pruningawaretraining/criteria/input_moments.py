@@ -94,7 +94,7 @@ class InputHook:
 class ActivationCollector:
     """Moments of the inputs of every layer whose weight is in the grouping.
 
-    With several processes each sees its own part of a batch. What they have seen is put together at events, and from
+    With several processes each sees its own part of a batch. Their moments are combined at events, and from
     then on known to all; what each has seen since then is kept apart until the next.
 
     Args:
@@ -173,7 +173,7 @@ class ActivationCollector:
         return torch.cat([head, count * mean_F, spread_F + count * mean_F.square()])
 
     def _all(self) -> dict[str, Moments]:
-        """What is known of every layer."""
+        """Moments of every layer."""
         found = dict(self.common)
         for name, own in self.moments.items():
             known = found.get(name)
@@ -214,7 +214,7 @@ class ActivationCollector:
         """See :class:`~pruningawaretraining.criteria.base.Collector`."""
         unknown = sorted(set(state) - set(self._layers))
         if unknown and self._layers:
-            raise CheckpointError(f"state: activations of {unknown[0]!r}, which is no layer of the grouping")
+            raise CheckpointError(f"state: activations of {unknown[0]!r}, which is not a layer of the grouping")
         loaded = {name: Moments(*(tensor.clone() for tensor in values)) for name, values in state.items()}
         alone = world_size() == 1
         self.moments, self.common, self.batches = loaded if alone else {}, {} if alone else loaded, {}

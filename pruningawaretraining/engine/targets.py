@@ -75,7 +75,7 @@ class Targets:
         self.set_ids_D = found.grouping.set_ids
 
     def goals(self, share: RuleView) -> list[Goal]:
-        """What must hold for a rule besides its sparsity.
+        """The budgets of a rule besides its sparsity.
 
         Raises:
             ConfigError: a runtime that is not there.

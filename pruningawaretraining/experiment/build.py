@@ -89,7 +89,7 @@ def find_model(name: str) -> Callable[..., Any]:
     """The callable that builds the model of this name.
 
     Raises:
-        ConfigError: there is none; the nearest name is suggested.
+        ConfigError: an unknown name; the nearest one is suggested.
     """
     prefix, _, rest = name.partition(":")
     if ":" in name and prefix not in PREFIXES:
@@ -136,7 +136,7 @@ def _imported(module_name: str, attribute: str) -> Callable[..., Any]:
     """What a module has under a name, if it is or says that it gives a network; nothing is called to find out."""
     where = f"model.name: {f'{module_name}:{attribute}'!r}"
     if not _NAME.fullmatch(module_name) or not _NAME.fullmatch(attribute):
-        raise ConfigError(f"{where} is no name. Allowed: 'package.module:callable' in public names of Python")
+        raise ConfigError(f"{where} is not a name. Allowed: 'package.module:callable' in public names of Python")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What a run shows while it works: progress bars in a terminal, one plain line an epoch elsewhere."""
+"""Progress of a run: bars in a terminal, one plain line per epoch elsewhere."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ ONNX_TEST_MACS = 1e12  # above this, the ONNX file is not run over the whole tes
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves behind.
+    """Results of training.
 
     Attributes:
         config: the experiment.
@@ -83,7 +83,7 @@ def finish(trained: Trained, display: Display) -> dict[str, Any]:
     """Write everything that a finished run leaves in its folder; see :mod:`record`.
 
     Returns:
-        What ``summary.json`` holds.
+        The content of ``summary.json``.
     """
     started, folder = time.perf_counter(), trained.folder
     pruning = trained.pruner.report().to_dict() if prunes(trained.pruner) else {}
@@ -151,7 +151,7 @@ def _latency(trained: Trained, model: nn.Module) -> dict[str, Any]:
 
 
 def _latency_events(pruner: Pruning) -> list[dict[str, Any]]:
-    """What was predicted and measured at the events of latency targets."""
+    """Predicted and measured latencies at the events of latency targets."""
     if not any(rule.target.about_costs for rule in pruner.config.rules):
         return []
     return [{"rule": one.key, **event} for one in pruner.engine.rules for event in one.state.latencies]

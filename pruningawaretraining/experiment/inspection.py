@@ -1,4 +1,4 @@
-"""What ``pat inspect`` shows: the prunable groups of a model, and what its layers cost."""
+"""Output of ``pat inspect``: the prunable groups of a model, and the costs of its layers."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def load_inspected(source: str, input_shape: Sequence[int] | None = None, *, tru
         trusted: whether the config may name a ``module:callable`` to import.
 
     Raises:
-        ConfigError: no such config or model, or a shape that is none.
+        ConfigError: unknown config or model, or an invalid shape.
     """
     if input_shape is not None and (not input_shape or min(input_shape) < 1):
         raise ConfigError(
-            f"--input-shape: {list(input_shape)} is no shape. Allowed: sizes of 1 or more, such as 1,3,224,224"
+            f"--input-shape: {list(input_shape)} is not a shape. Allowed: sizes of 1 or more, such as 1,3,224,224"
         )
     if Path(source).suffix.lower() not in (".yaml", ".yml", ".json"):
         model = build_model(ModelConfig(name=source))

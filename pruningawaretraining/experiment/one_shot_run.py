@@ -40,7 +40,7 @@ RESULTS, PICTURE = "oneshot.json", "oneshot.svg"
 
 @dataclass(frozen=True)
 class OneShotOptions:
-    """What ``pat oneshot`` is asked for.
+    """Options of ``pat oneshot``.
 
     Args:
         sparsities: fractions to remove; None for the rules' own targets.

@@ -1,4 +1,4 @@
-"""What a run writes down, and how: every file is put in place whole, or not at all.
+"""Files of a run; each is written whole or not at all.
 
 A run folder holds:
 
@@ -32,7 +32,7 @@ A run folder holds:
     so that ``sum(counts) + zeros == size``.
 
 ``summary.json``
-    What the run came to, written last; a folder that holds it is finished::
+    The results, written last; a folder that holds it is finished::
 
         {"format": 1,
          "name": "demo", "version": "0.1.0", "date": "2025-01-31T12:00:00+00:00",
@@ -82,7 +82,7 @@ REPORT, PRUNED, DENSE = "report.html", "pruned.safetensors", "dense.safetensors"
 ONNX, CHECKPOINT = "model.onnx", "checkpoint.pt"
 NUMBERS = numbers.FILES
 FILES = (SUMMARY, CONFIG, METRICS, NORMS, REPORT, *NUMBERS, PRUNED, DENSE, ONNX, CHECKPOINT)
-"""What a run writes, the summary first: the order in which an old run is cleared away."""
+"""Files of a run in the order of their deletion, the summary first."""
 
 ROW = frozenset(("model", "epoch", "phase", "loss", "train_accuracy", "accuracy", "lr", "macs", "sparsity", "seconds"))
 """Keys of a line of ``metrics.jsonl``."""

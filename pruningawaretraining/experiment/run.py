@@ -48,7 +48,7 @@ def run_experiment(
         watch: is handed every epoch's line of ``metrics.jsonl``.
 
     Returns:
-        What ``summary.json`` holds; nothing on other processes than the first.
+        The content of ``summary.json``; empty on all processes but the first.
 
     Raises:
         ConfigError, ModelError, TargetError, CheckpointError: bad input; a finished or interrupted run in the folder

@@ -232,7 +232,7 @@ class Runner:
         return stage.learner
 
     def _events(self, learner: Learner, epoch: int) -> None:
-        """What is due in an epoch."""
+        """Tasks that are due in an epoch."""
         pruner = learner.pruner
         if pruner is not None and prunes(pruner):
             self._change(learner.model, pruner, lambda: pruner.prune(learner.model, epoch))

@@ -67,7 +67,7 @@ class ModelConfig(Strict):
 
 
 class DataConfig(Strict):
-    """What the model learns from, and how images become its input."""
+    """Training data, and how images become the model's input."""
 
     name: str = Field(
         description="'digits' (comes with scikit-learn), a torchvision set ('CIFAR10', 'CIFAR100', 'FashionMNIST', "

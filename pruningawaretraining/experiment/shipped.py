@@ -18,7 +18,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """The file that a user means: a path, or the name of a shipped experiment where there is no such path.
+    """The file that a user means: a path, or the name of a shipped experiment if no such path exists.
 
     Raises:
         ConfigError: there is neither, and it does not look like a path.

@@ -67,7 +67,7 @@ def load_state(folder: Path, config: Mapping[str, Any]) -> RunState:
         config: the resolved experiment that is to be resumed.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: the checkpoint is missing or damaged.
         ConfigError: the run was started with another config.
     """
     path = folder / CHECKPOINT
@@ -77,7 +77,7 @@ def load_state(folder: Path, config: Mapping[str, Any]) -> RunState:
         )
     values = read_torch(path, "--resume", ALLOWED)
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise CheckpointError(f"--resume: {str(path)!r} is no checkpoint of this version")
+        raise CheckpointError(f"--resume: {str(path)!r} is not a checkpoint of this version")
     with reading(path, "--resume", ALLOWED):
         state = _checked(values)
     check_same(config, state.config, folder)

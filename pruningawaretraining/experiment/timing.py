@@ -1,4 +1,4 @@
-"""What ``pat latency`` shows: dense and pruned models side by side, timed in turns, with what they cost."""
+"""Output of ``pat latency``: dense and pruned models timed in turns, with their costs."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def candidates(
     *,
     trusted: bool = False,
 ) -> list[Candidate]:
-    """What the command line names: folders of runs, checkpoints, ONNX files, models and experiments by name.
+    """Load what the command line names: folders of runs, checkpoints, ONNX files, models and experiments.
 
     Args:
         sources: as given.
@@ -92,7 +92,7 @@ def candidates(
         trusted: whether the configs in folders of runs may name a ``module:callable`` to import.
 
     Raises:
-        ConfigError: a source that is none of these, or a checkpoint without ``model``.
+        ConfigError: a source of another kind, or a checkpoint without ``model``.
         CheckpointError: a checkpoint that does not fit.
     """
     found: list[Candidate] = []

@@ -20,7 +20,7 @@ Watch = Callable[[Mapping[str, Any]], None]
 
 @contextlib.contextmanager
 def tracked(project: str | None, name: str) -> Iterator[Watch]:
-    """What rows are handed to inside the block.
+    """A function that logs rows inside the block.
 
     Args:
         project: of Weights & Biases; None for nowhere.
@@ -45,7 +45,7 @@ def tracked(project: str | None, name: str) -> Iterator[Watch]:
 
 @contextlib.contextmanager
 def on_board(folder: Path | None, *, resume: bool = False) -> Iterator[Watch]:
-    """What epochs are handed to inside the block so that TensorBoard shows them: ``tensorboard --logdir FOLDER``.
+    """A function that logs epochs for TensorBoard inside the block: ``tensorboard --logdir FOLDER``.
 
     Args:
         folder: where the event files go; None for nowhere.

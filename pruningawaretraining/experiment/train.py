@@ -26,7 +26,7 @@ Tick = Callable[[], None]
 
 
 class DivergedError(PruningError):
-    """The training loss is no longer a finite number."""
+    """The training loss is not finite any more."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Precision:
 
     @classmethod
     def of(cls, config: ExperimentConfig, device: torch.device) -> Precision:
-        """What the experiment asks for."""
+        """The precision of an experiment."""
         scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         return cls(device, AMP_DTYPES.get(config.amp), scaler)
 

@@ -189,7 +189,7 @@ def _half(model: nn.Module) -> str:
 
 
 def _pruning(model: nn.Module) -> dict[str, str]:
-    """What its pruner, or its file, says of a model."""
+    """The pruning entry of a model's metadata."""
     summary = summary_of(unwrap(model))
     return {"pruning": json.dumps(summary)} if summary else {}
 

@@ -24,7 +24,7 @@ CAPABILITY = (8, 0)
 """The first CUDA devices with sparse matrix products (Ampere)."""
 DTYPES = (torch.float16, torch.bfloat16)
 MULTIPLE = 64
-"""What both dimensions of a weight have to be a multiple of, for every backend and type."""
+"""Both dimensions of a weight must be a multiple of this, for every backend and type."""
 
 
 def is_two_of_four(weight_OI: Tensor) -> bool:
@@ -81,7 +81,7 @@ def to_semi_structured(
         Names of the layers that have been converted; their ``layers`` and ``speedup`` say what was measured.
 
     Raises:
-        ModelError: the device has no sparse matrix products, there is no such layer, or one that is named is not 2:4,
+        ModelError: the device has no sparse matrix products, a layer does not exist, or a named one is not 2:4,
             has another type, or dimensions that are no multiple of 64, or the model rejects the inputs; nothing has
             changed then.
         ConfigError: rows below 1.
@@ -133,7 +133,7 @@ def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Line
     """The linear layers that are to be converted.
 
     Raises:
-        ModelError: there is none, no such one, or one that is named does not fit.
+        ModelError: no layer fits, or a named one does not exist or fit.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: a {type(model).__name__} is not allowed. Allowed: a torch.nn.Module")

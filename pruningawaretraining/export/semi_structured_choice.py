@@ -28,9 +28,9 @@ TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far one product may be off by its dtype, as a fraction of its largest output; float32, perhaps TF32, 2e-3."""
 RUNS, SAMPLES, WARMUP = 10, 5, 5
 ROWS_MULTIPLE = 8
-"""What PyTorch pads the rows of an input to."""
+"""PyTorch pads the rows of an input to a multiple of this."""
 FAILS = (RuntimeError, NotImplementedError, ValueError, AttributeError, TypeError)
-"""What a backend raises that is not there, or not for this device, type or shape."""
+"""Errors of a backend that is missing, or does not support the device, type or shape."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class LayerSpeed:
-    """What was measured of a layer.
+    """Measurements of a layer.
 
     Attributes:
         name: of the layer.
@@ -102,7 +102,7 @@ class Bench(Protocol):
     """Packs weights and measures; :class:`GpuBench`, or one that is made up."""
 
     def settings(self, weight_OI: Tensor, given_NI: Tensor, bias: Tensor | None) -> list[Setting]:
-        """What may be tried."""
+        """The backends to try."""
         ...
 
     def pack(self, weight_OI: Tensor, setting: Setting) -> Tensor:
@@ -130,7 +130,7 @@ def measure_layer(
         only_faster: see :func:`choose`.
 
     Returns:
-        What was found, and the sparse weight where it is to be used.
+        The measurements, and the sparse weight if it is to be used.
     """
     weight_OI, bias = layer.weight.detach(), layer.bias
     generator = torch.Generator(weight_OI.device).manual_seed(0)

@@ -88,9 +88,9 @@ class PruningCallback:
 def _check_arguments(accelerator: Any, model: Any) -> None:
     order = "Allowed: PruningCallback(accelerator, model, config, example_inputs)"
     if not hasattr(accelerator, "register_save_state_pre_hook"):
-        raise ConfigError(f"accelerator: a {type(accelerator).__name__} is none. {order}")
+        raise ConfigError(f"accelerator: {type(accelerator).__name__} is not an Accelerator. {order}")
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model: a {type(model).__name__} is none. {order}")
+        raise ConfigError(f"model: {type(model).__name__} is not a module. {order}")
     if any(getattr(one, "_is_accelerate_prepared", False) for one in (model, unwrap(model))):
         raise ConfigError(
             f"model: accelerator.prepare has had this {type(model).__name__} already. Allowed: make the "

@@ -1,4 +1,4 @@
-"""What the callbacks have in common: they make a pruner for the trainer's model, and keep its wrapper up to date."""
+"""Base of the callbacks: they make a pruner for the trainer's model, and keep its wrapper up to date."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Attached:
             ConfigError: the trainer has not handed its model over yet.
         """
         if self.made is None:
-            raise ConfigError("callback: there is no pruner before the trainer has the model. Allowed: once it trains")
+            raise ConfigError("callback: the pruner is made once the trainer has the model. Allowed: during training")
         return self.made
 
     def epoch_ended(self, wrapped: nn.Module, epoch: int) -> None:
@@ -167,7 +167,7 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     """The pruner's state in a checkpoint's folder.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: the state is missing or damaged.
     """
     path = Path(folder) / STATE
     if not path.is_file():

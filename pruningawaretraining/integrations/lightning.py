@@ -76,7 +76,7 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
         """Make the pruner, before weights are loaded and the strategy wraps the model.
 
         Raises:
-            ConfigError: there is no such part, or none was given and the LightningModule has no forward.
+            ConfigError: an unknown part, or none given for a LightningModule without forward.
         """
         if stage == "fit":
             self._restored = False

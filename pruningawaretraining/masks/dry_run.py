@@ -2,7 +2,7 @@
 
 Shape suffixes: ``_G`` groups.
 
-Models write widths into their code (a view, a constant that is added, attention heads). What a trace cannot see shows
+Models write widths into their code (a view, a constant that is added, attention heads). Anything that a trace cannot see shows
 when a channel of every set is gone, or half of them, and the model runs on its example inputs; then all is put back.
 Meanwhile weights that start constant or tiny are random: a branch that starts at zero would hide what it does.
 """
@@ -121,7 +121,7 @@ class _Rehearsal:
         return keep_G
 
     def _without(self, keep_G: Tensor, run: Callable[[], Outputs]) -> Outputs | str:
-        """What the model computes without some groups, or why it does not run."""
+        """Outputs of the model without some groups, or the error that it raises."""
         if bool(keep_G.all()):
             return Outputs([], exact=True)
         try:
@@ -137,7 +137,7 @@ class _Rehearsal:
             surgery.undo()
 
     def _run(self) -> Outputs:
-        """What the model computes as users run it, in its own dtype."""
+        """Outputs of the model in its own dtype."""
         with resting(self.model):
             return Outputs(outputs_of(self.model, self.inputs, self.forward_fn), exact=False)
 
@@ -196,7 +196,7 @@ def removable_channels(
 
 
 def _found_by_all(model: nn.Module, limit: float, find: Callable[[float], ChannelGroups]) -> ChannelGroups:
-    """What the first process finds within the limit: clocks differ, so it alone has one and the others follow it."""
+    """The first process's findings within its time limit; the others follow it, since clocks differ."""
     if world_size() == 1:
         return find(limit)
     names, found, problem = producer_names(model), None, None

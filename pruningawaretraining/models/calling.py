@@ -112,12 +112,12 @@ def _takes_two(function: ForwardFn) -> bool:
 
 
 def shown(value: Any) -> str:
-    """What a value is, for messages."""
+    """Describe a value for messages."""
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, for messages; its type where it says nothing."""
+    """First line of an error for messages; its type if it is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -175,7 +175,7 @@ def outputs_of(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = Non
 
 _LOOKS = [0]
 REJECTED = (RuntimeError, TypeError, ValueError, IndexError, AssertionError, AttributeError, NotImplementedError)
-"""What models raise at inputs, or without a part, that they cannot do with."""
+"""Errors that models raise at unsuitable inputs, or without a part that they need."""
 
 
 @contextmanager

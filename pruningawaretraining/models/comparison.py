@@ -8,7 +8,7 @@ tolerance in the model's own dtype is both wide enough for rounding and narrow e
    and no autocast. Outputs that agree to ``EXACT`` of their largest value are the same. This is the ordinary case; it
    costs one pass for each state, as a comparison in the own dtype would, and copies of the weights for as long as it
    runs. (A first look in the own dtype would save little and could let a mistake through that is as small as rounding.)
-2. What cannot be computed in float64 (code that fixes its dtype, kernels that lack it, sharded or quantized weights, a
+2. A model that cannot run in float64 (code that fixes its dtype, kernels that lack it, sharded or quantized weights, a
    device without it, too little memory) is computed in the model's own dtype, without TF32 where that can be chosen.
 3. Where outputs differ, it is measured on the same model how far rounding moves them: every operation sees its operands
    a little off (:class:`~pruningawaretraining.models.precision.Rounding`), for several seeds, and the model is run
@@ -54,7 +54,7 @@ _AS_IT_IS: Within = nullcontext()
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model computes.
+    """Outputs of a model.
 
     Attributes:
         tensors: its floating point outputs.
@@ -105,7 +105,7 @@ class Comparison:
         self._wide: bool | None = None  # whether that takes float64 as PyTorch's default dtype, once it is known
 
     def outputs(self) -> Outputs:
-        """What the model computes as it is now, in float64 if it can.
+        """Outputs of the model as it is now, in float64 if possible.
 
         Raises:
             ModelError: it rejects the inputs.
@@ -160,7 +160,7 @@ class Comparison:
 
     @contextmanager
     def _settings(self) -> Iterator[None]:
-        """What holds for every run, and random generators that are as before afterwards."""
+        """Same conditions for every run; random generators are restored."""
         with same_draws(self.model), full_precision(self.model), resting(self.model):
             yield
 
@@ -201,7 +201,7 @@ class Comparison:
 
     def _once(self, inputs: Any, within: Within, number: int, still: Within = _AS_IT_IS) -> list[Tensor]:
         seed(self.model, number)
-        with within, still:  # what a mode draws itself is not stilled
+        with within, still:  # draws of a mode itself are not stilled
             found = outputs_of(self.model, inputs, partial(self._called, number))
             for graph in self.graphs:
                 found += graph.outputs(inputs, self.forward_fn)

@@ -1,4 +1,4 @@
-"""What ``torch.compile`` has made of a model, and when that no longer holds."""
+"""Compiled code of a model, and when it becomes stale."""
 
 from __future__ import annotations
 

@@ -42,13 +42,13 @@ class ExportedGraph:
         graph: the graph; its parameters are the model's.
 
     Raises:
-        ModelError: it is no such graph, or of another model.
+        ModelError: not an exported graph, or of another model.
     """
 
     def __init__(self, model: nn.Module, graph: nn.Module) -> None:
         if not is_exported(graph):
             raise ModelError(
-                f"graph: {type(graph).__name__} is none. Allowed: what torch.export.export(model, inputs).module() "
+                f"graph: {type(graph).__name__} is not an exported graph. Allowed: torch.export.export(model, inputs).module() "
                 "gives, prepared or not"
             )
         assert isinstance(graph, fx.GraphModule)
@@ -86,7 +86,7 @@ class ExportedGraph:
         for name, keep in kept.items():
             owner, _, attribute = name.rpartition(".")
             old = getattr(modules.get(owner), attribute, None)
-            if isinstance(old, Tensor):  # what the graph does not use is not in it
+            if isinstance(old, Tensor):  # unused tensors are not in the graph
                 shared = isinstance(old, nn.Parameter) or name in self._shared
                 new = getattr(layers[owner], attribute) if shared else slice_tensor(old, keep)
                 surgery.set_attribute(modules[owner], attribute, new)
@@ -109,7 +109,7 @@ class ExportedGraph:
             surgery.set_attribute(node, "args", (*node.args[:place], groups, *node.args[place + 1 :]))
 
     def outputs(self, inputs: Any, forward_fn: ForwardFn | None = None) -> list[Tensor]:
-        """What the graph computes in eval mode and without quantization; nothing in it changes.
+        """Outputs of the graph in eval mode without quantization; the graph is unchanged.
 
         Raises:
             ModelError: it cannot be run on these inputs.
@@ -131,7 +131,7 @@ class _Quiet(nn.Module):
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
-        self._run = [_Interpreter(graph)]  # in a list, so that the graph is no submodule
+        self._run = [_Interpreter(graph)]  # in a list, so that the graph is not a submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         interpreter = self._run[0]

@@ -152,7 +152,7 @@ def _group_size(config: Any) -> int | None:
 def without_zero(model: nn.Module) -> list[str]:
     """Layers whose fake quantizer makes something else of a weight that is 0, so that masks do not hold behind it.
 
-    Those are schemes with a zero point that is no integer; only quantizers of torchao's kind have them.
+    Those are schemes with a fractional zero point; only quantizers of torchao's kind have them.
     """
     found = []
     for name, module in model.named_modules():

@@ -161,7 +161,7 @@ KEPT_NORMS: dict[type[nn.Module], KeptNormOf] = {
 
 
 def kept_norm_of(module: nn.Module) -> KeptNormOf | None:
-    """What stands in for a module while some of its channels are masked; None for one that does not mix channels."""
+    """The replacement of a module whose channels are masked; None if it does not mix channels."""
     if is_foreign_rms_norm(module):
         return KeptForeignRMSNorm
     return next((hook for kind, hook in KEPT_NORMS.items() if isinstance(module, kind)), None)

@@ -1,4 +1,4 @@
-"""What an optimizer remembers of its parameters: sliced when they are, masked when they are, or cleared.
+"""State of optimizers: sliced or masked with their parameters, or cleared.
 
 Any state tensor of a parameter's shape is followed (momenta, second moments, their maxima), or of that shape with a
 dimension summed out (Adafactor), or all parameters in one row (LBFGS). State of any other shape is dropped with a

@@ -24,7 +24,7 @@ from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.trees import map_tensors
 
 _MIXING = ("mm", "mv", "dot", "conv", "attention", "rnn", "linear")
-"""What the names of operations have in them that sum products, and that hardware may compute in a lower precision."""
+"""Parts of the names of operations that sum products, which hardware may compute in lower precision."""
 _STEPS = 1.0  # how far operands are moved, in units of the last place: twice what rounding does at most
 _PROBED = 2.5  # the same in root mean squares of the error of one product
 

@@ -1,4 +1,4 @@
-"""What two states of a model are compared at: random inputs like the example, and weights at which every branch counts.
+"""Probes for comparing two states of a model: random inputs like the example, and weights at which every branch counts.
 
 An example of zeros, or a branch that starts at zero (ReZero, LayerScale, a norm whose weight starts at zero), lets a
 misunderstanding vanish until training has moved the weights. So a comparison uses neither the example's values nor, in

@@ -21,7 +21,7 @@ from pruningawaretraining.models.surgery import Surgery
 
 @dataclass(frozen=True)
 class Kept:
-    """What is left of a block.
+    """The kept part of a block.
 
     Args:
         heads, before: heads (or groups of them) that stay, and that there were.

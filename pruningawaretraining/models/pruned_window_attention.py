@@ -64,7 +64,7 @@ class PrunedWindowAttention(ShiftedWindowAttention):  # type: ignore[misc]
         )
 
     def _mask(self, size: Sequence[int], shift: Sequence[int], like: Tensor) -> Tensor:
-        """What is added to the scores of every window: the position bias, and -100 between parts that the shift put
+        """Bias added to the scores of every window: the position bias, and -100 between parts that the shift put
         side by side."""
         bias: Tensor = self.bias_of(self)
         if not any(shift):

@@ -31,7 +31,7 @@ def input_of(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """The first tensor that a block is given.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the block is given no tensor.
     """
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):

@@ -71,7 +71,7 @@ class Block:
             exclude: layers to leave out.
 
         Raises:
-            ConfigError: a name that is no layer of the model.
+            ConfigError: a name that is not a layer of the model.
             ModelError: nothing is selected.
         """
         weights = layer_weights(model, layers, exclude, self.types, self.spare_last)

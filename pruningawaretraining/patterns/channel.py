@@ -78,7 +78,7 @@ class Channel:
             forward_fn: see :func:`pruningawaretraining.models.calling.call`.
 
         Raises:
-            ConfigError: a name that is no layer of the model.
+            ConfigError: a name that is not a layer of the model.
             ModelError: the inputs are rejected, or nothing can be pruned.
         """
         chosen = self.chosen(model, layers, exclude)
@@ -107,7 +107,7 @@ def chosen_layers(
         key: of the rule, for messages.
 
     Raises:
-        ConfigError: a name that is no layer of the model.
+        ConfigError: a name that is not a layer of the model.
     """
     names, prefix = producer_names(model), f"{key}." if key else ""
     return select(model, layers, names, f"{prefix}layers") - select(model, list(exclude), names, f"{prefix}exclude")

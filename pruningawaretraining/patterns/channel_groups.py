@@ -1,4 +1,4 @@
-"""What the channel pattern finds: groups of coupled channels, with the norms, heads and blocks that they touch.
+"""Groups of coupled channels, with the norms, heads and blocks that they touch.
 
 Shape suffixes: ``_G`` groups, ``_G1`` groups and one more for "outside", ``_H`` heads.
 """
@@ -17,7 +17,7 @@ from pruningawaretraining.patterns.head import Heads
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroups:
-    """What the channel pattern found.
+    """Groups of coupled channels of a model.
 
     Args:
         grouping: one group per removable channel, one set per run of coupled layers.

@@ -44,7 +44,7 @@ class Depth:
         """The children of containers that a rule selects, by their names or those of what they are in.
 
         Raises:
-            ConfigError: a name that is no module of the model, or nothing is selected.
+            ConfigError: a name that is not a module of the model, or nothing is selected.
         """
         names, prefix = candidates(model), f"{key}." if key else ""
         chosen = select(model, layers, names, f"{prefix}layers")
@@ -79,7 +79,7 @@ def is_of_blocks(one: GroupSet) -> bool:
 
 @dataclass
 class _Run:
-    """What one candidate does while the model runs."""
+    """Record one candidate while the model runs."""
 
     calls: int = 0
     given: Tensor | None = None

@@ -1,4 +1,4 @@
-"""What slices, blocks, N:M and single weights share: they label the weights of layers, one set for each layer.
+"""Base of slices, blocks, N:M and single weights: they label the weights of layers, one set per layer.
 
 Shape suffixes: ``_O`` output channels, ``_I`` input channels, ``_K`` kernel positions.
 """
@@ -70,7 +70,7 @@ def layer_weights(
         spare_last: leave out the last linear layer (most often a classifier), unless ``layers`` are given.
 
     Raises:
-        ConfigError: a name that is no layer or class of the model.
+        ConfigError: a name that is not a layer or class of the model.
         ModelError: nothing is selected.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
@@ -122,7 +122,7 @@ def build_grouping(
     Args:
         name: of the grouping.
         weights: the layers.
-        label: gives labels for each dimension, or the reason why there are none.
+        label: gives labels for each dimension, or the reason why it has none.
 
     Raises:
         ModelError: no layer has any group.

@@ -76,7 +76,7 @@ class Head:
         """The attention blocks that a rule selects: by their names, those of containers or of their projections.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: no attention block is selected.
         """
         chosen = chosen_heads(model, layers, exclude, key)
         if not chosen:
@@ -99,7 +99,7 @@ def chosen_heads(
     """The attention blocks that may lose heads.
 
     Raises:
-        ConfigError: a name that is no module of the model.
+        ConfigError: a name that is not a module of the model.
     """
     blocks, unread = attention_blocks(model)
     names = {layer for block in blocks for layer in block.layers} | set(unread)

@@ -39,7 +39,7 @@ def select(model: nn.Module, entries: Sequence[str] | None, candidates: Iterable
         key: the key of the config, for messages.
 
     Raises:
-        ConfigError: an entry that is no module of the model (the nearest is suggested), or a regular expression that
+        ConfigError: an entry that is not a module of the model (the nearest is suggested), or a regular expression that
             matches no module.
     """
     names = set(candidates)
@@ -64,7 +64,7 @@ def _matches(model: nn.Module, entry: str, modules: list[str], candidates: set[s
         try:
             expression = re.compile(entry[len(form) :])
         except re.error as error:
-            raise ConfigError(f"{key}: {entry!r} is no regular expression: {error}") from error
+            raise ConfigError(f"{key}: {entry!r} is not a regular expression: {error}") from error
         return found(model, expression, modules, candidates, f"{key}: {entry!r}")
     wanted = plain_name(entry)
     plain = {plain_name(name): name for name in modules}

@@ -74,7 +74,7 @@ class Slice:
             exclude: layers to leave out.
 
         Raises:
-            ConfigError: a name that is no layer of the model.
+            ConfigError: a name that is not a layer of the model.
             ModelError: nothing is selected, or no layer has as many filters as a block.
         """
         types = self.types if layers is None else (*self.types, *LAYER_TYPES)

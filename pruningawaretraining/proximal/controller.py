@@ -107,7 +107,7 @@ class LambdaController:
         sparsity_at(schedule, 0.5)
         optimizer.groups_of(grouper)
         self._check_reachable()
-        optimizer.healing_start_step = self.end  # what is 0 then stays 0: shrinking on would miss the target
+        optimizer.healing_start_step = self.end  # zeros stay zero from here: shrinking on would miss the target
 
     @classmethod
     def for_macs(

@@ -55,7 +55,7 @@ class Balance:
         return Balance(self.set_ids_G.to(device), self.sizes_S.to(device), floors_S, self.relative)
 
     def units_G(self, ratio_G: Tensor) -> Tensor:
-        """What the norms of each group are measured in: the mean of its set, or 1."""
+        """Divisor of each group's norm: the mean of its set, or 1."""
         if not self.relative:
             return torch.ones_like(ratio_G)
         means_S = torch.zeros_like(self.sizes_S, dtype=ratio_G.dtype).index_add_(0, self.set_ids_G, ratio_G)
@@ -146,7 +146,7 @@ class CoupledGrouper:
         """Follow a model whose weights have been replaced.
 
         Raises:
-            ModelError: there is no model to look at.
+            ModelError: no model is known.
         """
         raise ModelError(
             "group_type: the weights of the grouping have been replaced; give the param groups a new CoupledGrouper"
@@ -183,7 +183,7 @@ class CoupledChannelGrouper(CoupledGrouper):
         forward_fn: how to call the model, if not as ``model(*inputs)``.
 
     Raises:
-        ConfigError: a name that is no layer of the model.
+        ConfigError: a name that is not a layer of the model.
         ModelError: the inputs are rejected, or nothing can be removed.
     """
 

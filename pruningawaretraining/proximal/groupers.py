@@ -54,7 +54,7 @@ class GroupView:
 
 
 class Grouper(ABC):
-    """What every grouper of single weights offers; the classes below are frozen dataclasses."""
+    """Interface of groupers of single weights; the classes below are frozen dataclasses."""
 
     @abstractmethod
     def check(self, shape: Sequence[int], where: str) -> None:

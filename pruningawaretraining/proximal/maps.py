@@ -55,7 +55,7 @@ class GroupMap(ProxMap, ABC):
     def factors(
         self, norms_G: Tensor, sizes_G: Tensor, threshold_G: Tensor | None, runs: Sequence[slice], fraction: float
     ) -> Tensor:
-        """What to multiply each group by.
+        """The factor of each group.
 
         Args:
             norms_G: L2 norm of each group; may be overwritten.

@@ -1,4 +1,4 @@
-"""What a proximal run has reached: counted from the weights when asked, never during a step."""
+"""Metrics of a proximal run, counted from the weights when asked, never during a step."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class PruneOptimizer(Wrapper):
             closure: evaluates the loss and its gradients; it always sees the pruned weights.
 
         Returns:
-            What the closure returned, or None.
+            The closure's result, or None.
         """
         self._refresh()
         if self.num_steps < self.warmup_steps or not self._units:
@@ -122,7 +122,7 @@ class PruneOptimizer(Wrapper):
         return loss if result is None else result
 
     def _reevaluation(self, closure: Closure, first: Any, way: LatentBinding, work: Sequence[Work]) -> Closure:
-        """What the base optimizer calls as its closure: the first time the loss is known, and after that (line search)
+        """The closure of the base optimizer: the first time the loss is known, and after that (line search)
         the latents have moved and the model gets their image."""
         calls = 0
 
@@ -176,7 +176,7 @@ class PruneOptimizer(Wrapper):
         """The param groups that share a coupled grouper.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: no param group has a coupled grouper.
         """
         return [self.param_groups[number] for number in self._unit_of(grouper).indices]
 
@@ -234,7 +234,7 @@ class PruneOptimizer(Wrapper):
                 hold_ranks(unit, self._with_gradient(unit), self.state)
         return loss
 
-    # What has been reached; reading these waits for the device.
+    # Metrics; reading them waits for the device.
 
     @property
     def relative_sparsity(self) -> float:
@@ -244,7 +244,7 @@ class PruneOptimizer(Wrapper):
 
     @property
     def relative_factored_frac(self) -> float:
-        """Size of the factors of the low-rank weights, as a fraction of the weights; 0 where there are none."""
+        """Size of the factors of the low-rank weights, as a fraction of the weights; 0 without such weights."""
         return self._measured().factored
 
     def parameter_sparsity(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a param group of :class:`PruneOptimizer` asks for, read and checked in one place."""
+"""Options of the param groups of :class:`PruneOptimizer`, read and checked."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def stable_name(kind: str, spec: Any) -> str:
 
 
 def check_keys(group: Mapping[str, Any], others: Iterable[str], where: str) -> None:
-    """Refuse a key that looks like a misspelt one of ours.
+    """Refuse a key that looks like a misspelt option.
 
     Args:
         group: the param group.

@@ -80,7 +80,7 @@ class NormPlan:
         self.shrinking = self._matrices() if alone else None
 
     def _matrices(self) -> list[MatrixRows] | None:
-        """What the compiled pass works on; None where it cannot."""
+        """Input of the compiled pass; None if it does not apply."""
         stage = self.stages[0]
         able = len(self.stages) == 1 and isinstance(stage, BlockStage) and fused.kernels() is not None
         return stage.rows_of_memory() if able and isinstance(stage, BlockStage) else None

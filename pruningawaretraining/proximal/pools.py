@@ -80,7 +80,7 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What may go into a pool.
+    """A candidate for a pool.
 
     Args:
         index: of the job among all of its plan.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 2**20
-"""With more groups than this, sorting each run alone is no slower than sorting twice over all."""
+"""With more groups than this, sorting each run alone is as fast as sorting twice over all."""
 
 
 class Runs(tuple[slice, ...]):

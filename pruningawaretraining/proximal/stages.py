@@ -107,7 +107,7 @@ class BlockStage:
             self.pool.store()
 
     def rows_of_memory(self) -> list[MatrixRows] | None:
-        """The blocks as matrices whose rows are the groups, for the compiled pass; None if some block is none."""
+        """The blocks as matrices whose rows are the groups, for the compiled pass; None if a block has another form."""
         if self.pool is not None:
             return None
         found, start = [], 0

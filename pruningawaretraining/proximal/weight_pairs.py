@@ -1,4 +1,4 @@
-"""What all plans share: a weight in a plan, and the precision of norms."""
+"""Weights in a plan, and the precision of norms."""
 
 from __future__ import annotations
 

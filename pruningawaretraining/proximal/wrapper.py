@@ -26,7 +26,7 @@ NEVER = sys.maxsize
 
 
 class Wrapper(Optimizer):
-    """What of :class:`PruneOptimizer` is not its step; the arguments are explained there."""
+    """The part of :class:`PruneOptimizer` besides its step; see there for the arguments."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Wrapper(Optimizer):
         redirect: bool | None = None,
     ) -> None:
         if not isinstance(base_optimizer, Optimizer):
-            raise ConfigError(f"base_optimizer: {type(base_optimizer).__name__} is no torch.optim.Optimizer")
+            raise ConfigError(f"base_optimizer: {type(base_optimizer).__name__} is not a torch.optim.Optimizer")
         self.warmup_steps = whole(warmup_steps, "warmup_steps", 0)
         healing = NEVER if healing_start_step is None else healing_start_step
         self.healing_start_step = whole(healing, "healing_start_step")
@@ -56,7 +56,7 @@ class Wrapper(Optimizer):
         self._watched: list[tuple[Any, ...]] = []
         self._refresh()
 
-    # The param groups and state are the base optimizer's own. While Optimizer.__init__ runs there is none yet.
+    # The param groups and state are the base optimizer's own. They do not exist yet while Optimizer.__init__ runs.
 
     @property
     def param_groups(self) -> list[ParamGroup]:

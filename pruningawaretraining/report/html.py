@@ -25,7 +25,7 @@ def write_report(run_dir: str | Path) -> Path:
 
     Args:
         run_dir: the folder; it must hold ``summary.json``, and may hold ``metrics.jsonl``, ``norms.json`` and
-            ``config.yaml``. What is missing there is left out of the report.
+            ``config.yaml``. Missing files are left out of the report.
 
     Returns:
         The path of the report.

@@ -1,4 +1,4 @@
-"""What a run pruned, in words: channels that are removed, or weights that are set to zero."""
+"""Words for the units of a run: channels that are removed, or weights that are set to zero."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOUNS = {**REMOVED, **ZEROED}
 
 @dataclass(frozen=True)
 class Units:
-    """What the rules of a run prune.
+    """Units that the rules of a run prune.
 
     Attributes:
         patterns: of its rules, by their registered names.
@@ -54,7 +54,7 @@ class Units:
 
     @property
     def state(self) -> str:
-        """What they are once pruned."""
+        """Participle for pruned units."""
         return " or ".join(word for word, holds in (("gone", self.removed), ("zero", self.zeroed)) if holds)
 
     @property
@@ -80,7 +80,7 @@ class Units:
         return " ".join(text for text, holds in ((sets, self.removed), (weights, self.zeroed)) if holds)
 
     def meaning(self, phase: str) -> str:
-        """What happens in a phase; "" for one that is not known."""
+        """Description of a phase; "" for an unknown one."""
         masked = " or ".join(
             word for word, holds in (("is removed", self.removed), ("stays zero", self.zeroed)) if holds
         )
@@ -95,7 +95,7 @@ class Units:
 
 
 def units_of(summary: Mapping[str, Any]) -> Units:
-    """What the config in a run's summary prunes; without rules in it, channels."""
+    """Units pruned by the config in a run's summary; channels without rules."""
     config = summary.get("config")
     pruning = config.get("pruning") if isinstance(config, Mapping) else None
     rules = pruning.get("rules") if isinstance(pruning, Mapping) else None

@@ -25,7 +25,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run wrote down.
+    """Files of a run.
 
     Attributes:
         summary: what it came to; any key may be missing.
@@ -70,7 +70,7 @@ def load_run(folder: str | Path, *, finished: bool = True) -> Run:
         finished: whether it must be; otherwise what there is of it is read.
 
     Raises:
-        CheckpointError: there is no summary, or a file is not what it should be.
+        CheckpointError: the summary is missing, or a file is damaged.
     """
     folder = Path(folder)
     if finished and not (folder / SUMMARY).is_file():

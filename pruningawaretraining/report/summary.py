@@ -52,7 +52,7 @@ def render(renderable: RenderableType, width: int = 120) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What pruning has reached at one moment.
+    """State of pruning at one moment.
 
     Attributes:
         phase: "regularize", "prune", "finetune" or "done".

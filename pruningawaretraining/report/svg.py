@@ -125,7 +125,7 @@ def decades(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def power_of_ten(value: float) -> str:
-    """``0.001 -> '10⁻³'``; 1, and what is no power of ten, as plain numbers."""
+    """``0.001 -> '10⁻³'``; 1 and values between powers of ten as plain numbers."""
     exponent = round(math.log10(value))
     if abs(value / 10.0**exponent - 1) > 1e-6:
         return f"{value:g}"

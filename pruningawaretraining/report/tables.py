@@ -23,8 +23,8 @@ class Compared:
         dense: its value as text; a dash if unknown.
         pruned: the same for the pruned model.
         change: the difference as text.
-        good: whether the change is for the better; None when unknown or when there is none.
-        share: pruned / dense, None when it is no such quantity or unknown.
+        good: whether the change is an improvement; None if unknown or unchanged.
+        share: pruned / dense; None if unknown or not meaningful.
     """
 
     label: str

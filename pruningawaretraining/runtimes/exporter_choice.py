@@ -13,7 +13,7 @@ AUTO = "auto"
 
 @register("exporter", AUTO, "default")
 def usual_exporter() -> str:
-    """What ``torch.onnx.export`` takes by itself: "dynamo" from PyTorch 2.9 on, "torchscript" before.
+    """Default exporter of ``torch.onnx.export``: "dynamo" from PyTorch 2.9 on, "torchscript" before.
 
     Before it became PyTorch's own choice, "dynamo" ran with the onnxscript of its time only.
     """

@@ -26,7 +26,7 @@ BATCH = "batch"
 
 @dataclass(frozen=True)
 class FlatGraph:
-    """What an exporter is given: a module of flat tensors, their names, and which of them carry the batch.
+    """Input of an exporter: a module of flat tensors, their names, and which of them carry the batch.
 
     Attributes:
         module: takes ``inputs`` positionally, returns a tuple of tensors in the order of ``output_names``.
@@ -165,7 +165,7 @@ def _with_free_axes(
 
 
 def _check_axes(name: str, wanted: Any) -> None:
-    """Refuse what is no mapping of dimensions to names."""
+    """Refuse anything but a mapping of dimensions to names."""
     if not isinstance(wanted, Mapping):
         raise ConfigError(
             f'dynamic_axes.{name}: {wanted!r} names nothing. Allowed: dimension -> name, as {{2: "height"}}'
@@ -173,7 +173,7 @@ def _check_axes(name: str, wanted: Any) -> None:
     for dim, axis in wanted.items():
         if not isinstance(axis, str) or not axis.isidentifier() or keyword.iskeyword(axis):
             raise ConfigError(
-                f"dynamic_axes.{name}: {axis!r}, of dimension {dim!r}, is no name. Allowed: letters, digits and _, "
+                f"dynamic_axes.{name}: {axis!r}, of dimension {dim!r}, is not a name. Allowed: letters, digits and _, "
                 "the first no digit"
             )
 

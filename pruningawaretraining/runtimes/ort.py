@@ -60,14 +60,14 @@ def session_options(threads: int = 0) -> Any:
 
 
 def session_errors() -> tuple[type[Exception], ...]:
-    """What onnxruntime raises for a graph or a feed that it cannot run; its errors have no common base of their own."""
+    """Errors of onnxruntime for a graph or feed that it cannot run; they have no base class of their own."""
     state = require("onnxruntime.capi.onnxruntime_pybind11_state")
     found = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
     return (*found, RuntimeError, ValueError)
 
 
 def as_arrays(session: Any, feed: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a session is fed: arrays under the names of its inputs; what the graph does not use is left out."""
+    """Feed of a session: arrays by input name, without inputs that the graph does not use."""
     known = {item.name for item in session.get_inputs()}
     return {name: tensor.detach().cpu().numpy() for name, tensor in feed.items() if name in known}
 

@@ -34,7 +34,7 @@ _ON_CPU = "onnxruntime, torch, torch_compile"
 
 
 class Runtime(Protocol):
-    """What is registered under the kind "runtime": a frozen dataclass with the runtime's options."""
+    """Interface of registered runtimes: frozen dataclasses with the runtime's options."""
 
     def prepare(self, model: Model, example_inputs: Any, threads: int) -> AbstractContextManager[Run]:
         """A context in which the function it gives runs the model once on the example inputs, and waits for it."""
@@ -108,9 +108,7 @@ class TorchCuda:
     def prepare(self, model: Model, example_inputs: Any, threads: int) -> AbstractContextManager[Run]:
         """See :class:`Runtime`."""
         if not torch.cuda.is_available():
-            raise ConfigError(
-                "runtime: 'cuda' needs a GPU that PyTorch can use, and there is none. Allowed: " + _ON_CPU
-            )
+            raise ConfigError("runtime: 'cuda' needs a GPU that PyTorch can use. Allowed: " + _ON_CPU)
         copied = copy.deepcopy(_module(model, "cuda")).to(torch.device("cuda", self.device))
         return _torch_run(copied, example_inputs, threads)
 
@@ -171,7 +169,7 @@ def on_device(spec: Mapping[str, Any], device: torch.device | None) -> dict[str,
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is: times of another do not count."""
+    """Identity of a device: times of another do not count."""
     known = device.type == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_name(device) if known else str(device)
 

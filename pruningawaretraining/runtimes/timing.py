@@ -111,7 +111,7 @@ def compare_latency(
         runtime, threads, repeats, warmup: as in :func:`measure_latency`, the same for all.
 
     Raises:
-        ConfigError, ModelError: as in :func:`measure_latency`; ConfigError too when there is no model.
+        ConfigError, ModelError: as in :func:`measure_latency`; ConfigError too without a model.
     """
     _check_numbers(models, threads=threads, repeats=repeats, warmup=warmup)
     name = _runtime_name(runtime)

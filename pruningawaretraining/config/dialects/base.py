@@ -1,4 +1,4 @@
-"""What a dialect is: another form of config, recognised by its keys and translated into the native one.
+"""Dialects: other forms of config, recognised by their keys and translated into the native one.
 
 A dialect is one module here with one registered class, imported in ``dialects/__init__.py``::
 

@@ -137,7 +137,7 @@ def pruner_rule(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     locked = values["pruning_type"].startswith(LOCK)
     if values["end_step"] == -1:
-        note_ignored(f"{name}.end_step", "-1 is no step; it is taken as start_step, at once")
+        note_ignored(f"{name}.end_step", "-1 is not a step; it is taken as start_step, at once")
     if locked or values["end_step"] == -1:  # one event, at the start
         values = {**values, "end_step": values["start_step"]}
     check_window(values["start_step"], values["end_step"], f"{name}.end_step", "start_step")

@@ -60,7 +60,7 @@ RegType = Annotated[str, one_of("none", "group_lasso")]
 
 
 class PrunerKeys(Strict):
-    """What may be said of one pruner, or of all of them at once; None where nothing was said."""
+    """Keys of one pruner, or of all of them; None if not given."""
 
     start_step: Whole | None = Field(None, description="Step at which pruning begins; 0 when absent.")
     end_step: Whole | None = Field(None, description="Step at which it ends; 0 when absent. As start_step: at once.")
@@ -133,7 +133,7 @@ class PrunerKeys(Strict):
         return self
 
     def said(self) -> dict[str, Any]:
-        """What was said, under 2.x names; :data:`EXCLUDED` holds the exclusions by their keys, ``reg_coeff`` also that
+        """The given keys under 2.x names; :data:`EXCLUDED` holds the exclusions by their keys, ``reg_coeff`` also that
         of ``parameters``.
 
         Raises:
@@ -156,15 +156,15 @@ class PrunerKeys(Strict):
 
 def _check_expression(entry: Any, where: str) -> None:
     if not isinstance(entry, str) or not entry:
-        raise ConfigError(f"{where}: {entry!r} is no regular expression")
+        raise ConfigError(f"{where}: {entry!r} is not a regular expression")
     try:
         re.compile(entry)
     except re.error as error:
-        raise ConfigError(f"{where}: {entry!r} is no regular expression: {error}") from error
+        raise ConfigError(f"{where}: {entry!r} is not a regular expression: {error}") from error
 
 
 class FileKeys(PrunerKeys):
-    """What may be said of all pruners, or of the file as a whole."""
+    """Keys of all pruners, or of the whole file."""
 
     distill_loss_weight: Amount | None = Field(None, description="Weight of the teacher's part of the loss; 0: none.")
 

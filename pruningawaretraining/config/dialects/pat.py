@@ -86,7 +86,7 @@ def parse_key(key: Any) -> Key:
     """The key that a config spells as text or as a pair.
 
     Raises:
-        ConfigError: it is neither, its regular expression is none, or its class is not loaded.
+        ConfigError: neither form, an invalid regular expression, or a class that is not loaded.
     """
     if isinstance(key, str) and key.startswith(REGEX) and not key.startswith(CLASS):
         found = Matching(key[len(REGEX) :])
@@ -98,7 +98,9 @@ def parse_key(key: Any) -> Key:
         return Named(key)
     if isinstance(key, tuple) and len(key) == 2 and isinstance(key[1], str) and key[1]:
         return OfClass(_loaded_class(key[0]), key[1])
-    raise ConfigError(f"{key!r} is no key. Allowed: a parameter's name, ':' and a regular expression, (class, suffix)")
+    raise ConfigError(
+        f"{key!r} is not a key. Allowed: a parameter's name, ':' and a regular expression, (class, suffix)"
+    )
 
 
 def _loaded_class(spec: Any) -> type:

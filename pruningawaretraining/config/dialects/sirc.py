@@ -26,7 +26,7 @@ CRITERIA: dict[str, str | dict[str, Any]] = {
     "LAMP": "lamp",
     "Random": "random",
 }
-"""Each pruning_method as a criterion of ours; MACAwareImportance is the group norm weighed with MACs."""
+"""Criterion of each pruning_method; MACAwareImportance is the group norm weighted by MACs."""
 
 VARIANCE = {"variance": "variance", "weight_variance": "variance_next", "tp_variance": "variance_magnitude"}
 """importance_mode of VBP -> criterion."""

@@ -59,7 +59,7 @@ def config_of(found: Sequence[Found]) -> PruningConfig:
 
 
 def _pieces(one: Found) -> Iterator[Piece]:
-    """What a modifier prunes: one piece for each sparsity."""
+    """The pieces of a modifier, one for each sparsity."""
     modifier = one.modifier
     if isinstance(modifier, keys.OneShotPruning):
         yield _one_shot_piece(one, modifier)
@@ -126,7 +126,7 @@ def _targets(where: str, modifier: keys.Pruning) -> list[tuple[float | None, key
         try:
             found.append((float(text), params))
         except ValueError as error:
-            raise ConfigError(f"{where}.final_sparsity: the key {text!r} is no number") from error
+            raise ConfigError(f"{where}.final_sparsity: the key {text!r} is not a number") from error
     return found
 
 

@@ -25,7 +25,7 @@ Names = str | list[str]
 
 
 class Modifier(Strict):
-    """What every modifier has."""
+    """Keys of every modifier."""
 
     start_epoch: Number = Field(-1.0, description="First epoch.")
     end_epoch: Number = Field(-1.0, description="Last epoch; -1 for none.")
@@ -120,7 +120,7 @@ class Constant(Modifier):
 
 
 class Pruning(Modifier):
-    """What every pruning modifier has."""
+    """Keys of every pruning modifier."""
 
     params: Names = Field("__ALL_PRUNABLE__", description="Parameters: names, 're:...', or all.")
     init_sparsity: UnitText | Literal["__FROM_PARAM__"] = Field(
@@ -161,14 +161,14 @@ class UniformPruning(Pruning):
 
 
 class SampledPruning(Pruning):
-    """What modifiers have that sample gradients."""
+    """Keys of modifiers that sample gradients."""
 
     num_grads: Count | dict[str, Count] = Field(1024, description="Gradients behind a score, or sparsity -> so many.")
     grad_sampler_kwargs: dict[str, Any] | None = Field({}, description="batch_size: samples behind each gradient.")
 
 
 class SecondOrderPruning(SampledPruning):
-    """What the second-order modifiers have beside that."""
+    """Further keys of the second-order modifiers."""
 
     scope = "global"
     damp: PositiveText | None = Field(None, description="Dampening.")

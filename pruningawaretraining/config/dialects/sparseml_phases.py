@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Piece:
-    """What one modifier prunes, in our words.
+    """One pruning modifier in the native form's terms.
 
     Args:
         name: its place in the recipe.

@@ -52,7 +52,7 @@ class TimeCache:
     folder: Path = field(default_factory=cache_folder)
 
     def get(self, what: Mapping[str, Any]) -> Any | None:
-        """What was stored for it, or None."""
+        """The stored value, or None."""
         text = self._text(what)
         try:
             found = json.loads(self._path(text).read_text(encoding="utf-8"))

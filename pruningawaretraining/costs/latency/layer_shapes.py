@@ -1,4 +1,4 @@
-"""What decides how long a layer takes: its kind, its sizes and what it is given."""
+"""The properties that decide a layer's latency: kind, sizes and input shapes."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ the clock on a quiet machine, and other processes disturb it less."""
 
 
 class Meter(Protocol):
-    """What a latency target needs to have measured."""
+    """Measurements for a latency target."""
 
     def tables(self, shapes: Mapping[str, LayerShape]) -> dict[str, LayerTable]:
         """A table for every layer."""
@@ -58,7 +58,7 @@ class Meter(Protocol):
         ...
 
     def remembered(self, what: Mapping[str, Any], measure: Callable[[], list[float]]) -> list[float]:
-        """What was measured before, or is measured now."""
+        """The stored measurement, or a new one."""
         ...
 
     def inputs(self, example_inputs: Any) -> Any:
@@ -103,7 +103,7 @@ class RuntimeMeter:
 
     @property
     def _device(self) -> torch.device | None:
-        """What computes, where that is not the processor."""
+        """Name of the device, if it is not the CPU."""
         if self.name in ("cuda", "tensorrt"):
             return torch.device("cuda", int(self._spec.get("device", 0)))
         device = self._spec.get("device") if self.name in FOLLOWING else None

@@ -171,7 +171,7 @@ class LatencyCost:
         return self._all.neighbours()
 
     def marginal_G(self, keep_G: Tensor) -> Tensor:
-        """What adding each group alone would cost, the others as they are (0 for groups that stay)."""
+        """Cost of adding each group alone, with the others unchanged (0 for kept groups)."""
         kept_S = torch.zeros(self._sets, dtype=torch.float64)
         kept_S.index_add_(0, self._set_ids, keep_G.detach().cpu().double())
         more_SS = torch.cat([kept_S.unsqueeze(0), kept_S + torch.eye(self._sets, dtype=torch.float64)])

@@ -24,7 +24,7 @@ CHUNK = (16, 256)
 
 @dataclass(frozen=True)
 class Budget:
-    """What the Fisher may cost.
+    """Memory limits of the Fisher.
 
     Args:
         num_grads: gradients behind it.
@@ -210,7 +210,7 @@ def storage(device: str | None, folder: str | None) -> Storage:
     """Where the Fisher lives, from a config's options.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: the device does not exist.
     """
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"fisher_inv_device: there is no {device!r} here. Allowed: 'cpu', or leave it out")

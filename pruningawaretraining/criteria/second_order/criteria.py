@@ -60,14 +60,16 @@ def _check_places(device: object, folder: object) -> None:
     try:
         torch.device(str(device or "cpu"))
     except RuntimeError as error:
-        raise ValueError(f"fisher_inv_device: {device!r} is no device. Allowed: 'cpu', 'cuda', 'cuda:1' ...") from error
+        raise ValueError(
+            f"fisher_inv_device: {device!r} is not a device. Allowed: 'cpu', 'cuda', 'cuda:1' ..."
+        ) from error
     if folder is not None and not isinstance(folder, (str, os.PathLike)):
-        raise ValueError(f"traces_backup_dir: {folder!r} is no folder. Allowed: a path")
+        raise ValueError(f"traces_backup_dir: {folder!r} is not a folder. Allowed: a path")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What every second-order criterion takes.
+    """Options of every second-order criterion.
 
     Args:
         num_grads: gradients behind the curvature.
@@ -123,7 +125,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class BlockFisher(Sampling):
-    """What criteria with a Fisher block for every run of weights take.
+    """Options of criteria with a Fisher block for every run of weights.
 
     Args:
         damp: added to the diagonal of the Fisher.
@@ -155,7 +157,7 @@ class BlockFisher(Sampling):
         return self.fisher_block_size
 
     def method(self) -> BlockMethod:
-        """What is done with the blocks."""
+        """The method that scores and updates the blocks."""
         raise NotImplementedError
 
     def solver(self, weights: Sequence[PrunableWeight], calibration: Calibration, choose: Choose) -> Solver:

@@ -3,7 +3,7 @@
 Shape suffixes: ``_B`` blocks, ``_D`` entries of a block (``_DD`` a square), ``_M`` gradients.
 
 ``F_b = damp I + 1/m sum g g'`` for every block b of a weight, over m gradients. Gradients are gathered in chunks, and a
-chunk is added by one batched product; nothing is inverted before all are there. What is stored is the Gram matrices
+chunk is added by one batched product; nothing is inverted before all are there. Stored are the Gram matrices
 (blocks, width, width), or the gradients themselves when there are fewer than the block is wide; either is turned into
 what is asked for a few blocks at a time, in float64.
 
@@ -191,7 +191,7 @@ def make_fisher(blocks: int, width: int, damp: float, num_grads: int, storage: S
 
 
 def stored_bytes(blocks: int, width: int, num_grads: int) -> int:
-    """What :func:`make_fisher` allocates."""
+    """Bytes that :func:`make_fisher` allocates."""
     return 4 * blocks * width * min(width, num_grads)
 
 
@@ -232,7 +232,7 @@ def factor(square_BDD: Tensor, damp: float) -> Tensor:
 
 
 def inverse_of(lower_BDD: Tensor) -> Tensor:
-    """``(L L')^-1``. Off the CPU there is no kernel for many at once but the triangular solve's."""
+    """``(L L')^-1``, batched; off the CPU only the triangular solve has a batched kernel."""
     if lower_BDD.device.type == "cpu" or len(lower_BDD) == 1:
         return torch.cholesky_inverse(lower_BDD)
     return inverse_by_triangles(lower_BDD)

@@ -91,11 +91,11 @@ class Calibration:
         """The loss of one micro-batch.
 
         Raises:
-            ConfigError: the loss is no function.
-            ModelError: it is no single finite number.
+            ConfigError: the loss is not a function.
+            ModelError: the loss is not a single finite number.
         """
         if not callable(self.loss_fn):
-            raise ConfigError(f"loss_fn: {shown(self.loss_fn)} is no function of (outputs, targets)")
+            raise ConfigError(f"loss_fn: {shown(self.loss_fn)} is not a function of (outputs, targets)")
         outputs = self._outputs(inputs)
         try:
             loss = self.loss_fn(outputs, targets)
@@ -113,7 +113,7 @@ class Calibration:
         return loss.reshape(())
 
     def _outputs(self, inputs: Any) -> Any:
-        """What the model gives for the inputs of a micro-batch.
+        """Outputs of the model for a micro-batch.
 
         Raises:
             ModelError: it does not run on them.
@@ -165,7 +165,7 @@ class Calibration:
         return done
 
     def each_backward(self, count: int, consume: Callable[[], None]) -> None:
-        """Leave the gradients of one micro-batch after the other in ``.grad``, for models that are no one's but ours.
+        """Leave the gradients of one micro-batch after the other in ``.grad``; for private copies only.
 
         Args:
             count: micro-batches; fewer if the data ends for good.

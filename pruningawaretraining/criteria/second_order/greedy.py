@@ -82,7 +82,7 @@ class Order:
 
 @dataclass
 class _Work:
-    """What is left of each block: weights, inverse, and which tile of the block each remaining one is."""
+    """The remainder of each block: weights, inverse, and tile numbers."""
 
     weights_BD: Tensor
     inverse_BDD: Tensor
@@ -97,7 +97,7 @@ class _Work:
         return self.tiles_BT.shape[1] - self.gone
 
     def shrink(self, group: int) -> None:
-        """Drop what has gone: the same number in every block."""
+        """Drop removed tiles; their number is the same in every block."""
         blocks = self.tiles_BT.shape[0]
         keep_BT = torch.argsort(self.gone_BT.byte(), dim=1, stable=True)[:, : self.left]
         offsets = torch.arange(group, device=keep_BT.device)
@@ -166,7 +166,7 @@ def _scores(work: _Work, group: int) -> Tensor:
 
 
 def _with_identity(work: _Work, group: int) -> Tensor:
-    """H; for tiles of several entries with the identity where a tile has gone, so that it can be solved with."""
+    """H; removed tiles of several entries are replaced by the identity, so that H stays solvable."""
     if group > 1 and work.gone:
         diagonal = work.inverse_BDD.diagonal(dim1=-2, dim2=-1)
         diagonal.copy_(torch.where(work.gone_BT.repeat_interleave(group, -1), 1.0, diagonal))
@@ -190,7 +190,7 @@ def _remove(work: _Work, pick_B: Tensor, group: int) -> None:
 
 
 def _close_full_runs(work: _Work, budget_BR: Tensor, full_B: Tensor, run: int) -> None:
-    """Count the tile that has gone (from run ``full_B`` of each block), and close the runs that are full."""
+    """Count the removed tile (from run ``full_B`` of each block), and close full runs."""
     was_open = budget_BR.gather(1, full_B[:, None]) > 0
     budget_BR.scatter_add_(1, full_B[:, None], -was_open.to(budget_BR.dtype))
     work.open_BT &= budget_BR.gather(1, work.tiles_BT // run) > 0

@@ -28,7 +28,7 @@ SHRINK = 0.7
 
 
 def removal_losses(square_QQ: Tensor, gram_QQ: Tensor) -> Tensor:
-    """``tr(square^-1 gram)`` of many small matrices (..., Q, Q). What is not positive definite gives no number."""
+    """``tr(square^-1 gram)`` of many small matrices (..., Q, Q). NaN where a matrix is not positive definite."""
     if square_QQ.shape[-1] == 1:
         return (gram_QQ / square_QQ)[..., 0, 0]
     lower_QQ = torch.linalg.cholesky_ex(square_QQ).L
@@ -78,7 +78,7 @@ class IndexedReader:
         self._rows_KD = self.inverse_DD.new_empty(going * self.size, self.inverse_DD.shape[0])
 
     def losses(self) -> Tensor:
-        """What each group costs if it goes alone, (groups); no number for those that have gone."""
+        """Loss of removing each group alone (groups); NaN for removed groups."""
         weight_NOQ = self.weight_OD.view(len(self.weight_OD), -1, self.size).movedim(0, 1)
         return removal_losses(self.blocks_NQQ, weight_NOQ.mT @ weight_NOQ)
 
@@ -107,7 +107,7 @@ class IndexedReader:
         self.__post_init__()
 
     def _rows(self, rows_R: Tensor, columns_X: Tensor | None) -> Tensor:
-        """Rows of H at some columns (None: at all), what has gone taken into account."""
+        """Rows of H at some columns (None for all), updated for the removed groups."""
         found, known_KD = self.inverse_DD.index_select(0, rows_R), self._rows_KD[: self.pending]
         across_KX = known_KD if columns_X is None else known_KD.index_select(1, columns_X)
         found = found if columns_X is None else found.index_select(1, columns_X)
@@ -191,7 +191,7 @@ class _Pools:
         )
 
     def losses(self, open_SP: Tensor) -> Tensor:
-        """What each group of each set costs these readers."""
+        """Loss of each group of each set, over these readers."""
         loss_BP = removal_losses(diagonal_blocks(self.square_BXX, self.size), diagonal_blocks(self.gram_BXX, self.size))
         return self.owners_SB @ torch.where(open_SP[self.owner_B], loss_BP, 0.0)
 

@@ -35,7 +35,7 @@ def check_supported(name: str, module: nn.Module) -> None:
 
 
 def unfolded(module: nn.Module, inputs: Tensor) -> Tensor:
-    """What each output position sees: (groups, positions, inputs), inputs channel by channel as in the weight."""
+    """Inputs of each output position: (groups, positions, inputs), inputs channel by channel as in the weight."""
     if isinstance(module, nn.Linear):
         return inputs.reshape(1, -1, inputs.shape[-1])
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))

@@ -187,7 +187,7 @@ def _padded(hessian_GDD: Tensor, inputs: int, padded: int, kernel: int) -> Tenso
 
 
 def _shared(weight: PrunableWeight, value_W: Tensor, keep_W: Tensor, number: int, ranks: Ranks) -> Pruned:
-    """What the layer's owner found, on every rank."""
+    """The result of the layer's owner, on every rank."""
     owner = number % ranks.world
     value_W = ranks.broadcast(value_W.to(weight.parameter), owner)
     return Pruned(value_W, ranks.broadcast(keep_W.to(torch.uint8), owner).bool())

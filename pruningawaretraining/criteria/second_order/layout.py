@@ -3,7 +3,7 @@
 Shape suffixes: ``_W`` the shape of the weight, ``_B`` blocks, ``_D`` the entries of a block, ``_T`` tiles of a block.
 
 Unstructured weights are flattened row-major. Where tiles or N:M runs live or die together, the weight is laid out so
-that each lies in one piece: outputs, kernel positions, inputs. What does not fill a tile or the last block is padded;
+that each lies in one piece: outputs, kernel positions, inputs. Incomplete tiles and blocks are padded;
 padded entries are 0, in no gradient, and never counted.
 """
 
@@ -29,7 +29,7 @@ WIDEST = 4096
 
 @dataclass(frozen=True)
 class Tile:
-    """What lives or dies together in one weight: ``rows`` output channels by ``cols`` inputs.
+    """The unit of pruning in one weight: ``rows`` output channels by ``cols`` inputs.
 
     Args:
         rows, cols: its size; tiles at the end of a dimension that it does not divide are smaller.
@@ -141,7 +141,7 @@ class Layout:
 
     @cached_property
     def whole(self) -> bool:
-        """Whether there is no padding."""
+        """Whether nothing is padded."""
         return self.blocks * self.width == math.prod(self.shape)
 
     def rows_of(self, values_W: Tensor) -> Tensor:

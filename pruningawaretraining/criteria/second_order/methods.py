@@ -61,7 +61,7 @@ def independent_ranking(scores_BT: Tensor, open_BT: Tensor, layout: Layout) -> R
     if not tile.of:
         return Ranking(scores_BT.masked_fill(~open_BT, torch.inf), tiles_BT)
     blocks = scores_BT.shape[0]
-    # What is dead goes first within its run, and takes its place among the M - N.
+    # Pruned weights go first within their run, and count among its M - N.
     ranked_BR = scores_BT.masked_fill(~open_BT, -torch.inf).reshape(blocks, -1, tile.of)
     going_BT = lowest_of_each(ranked_BR, tile.of - tile.keep).reshape(blocks, -1)
     places = torch.argsort((~going_BT).byte(), dim=1, stable=True)[:, : slots(layout)]

@@ -80,8 +80,7 @@ class Reconstruction:
         reading = grouping.of_role("in").members
         if not reading:
             raise ConfigError(
-                "criterion: 'reconstruction' scores channels by the layers that read them, and there are none. "
-                "Allowed: with 'channel' or 'head'"
+                "criterion: 'reconstruction' requires layers that read the channels. Allowed: with 'channel' or 'head'"
             )
         known = [(member, statistics.tensors.get(f"{MOMENTS}.{member.name}")) for member in reading]
         readings = [
@@ -193,7 +192,7 @@ def _batches(readings: Sequence[_Reading]) -> list[list[_Reading]]:
 
 
 def _scores(readings: Sequence[_Reading]) -> list[Tensor]:
-    """What each group of some sets adds to the loss when its turn comes, rising in that order; asked for once."""
+    """Increase of the loss by each group of some sets in the order of removal, non-decreasing; can be read once."""
     found = cheapest_first([one.opened() for one in readings])
     joined_2N = torch.stack([torch.cat([order.double() for order, _ in found]), torch.cat([loss for _, loss in found])])
     scores = []

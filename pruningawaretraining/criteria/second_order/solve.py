@@ -64,7 +64,7 @@ class FisherBlocks:
 
 
 class BlockMethod(Protocol):
-    """What OBS and CAP do with blocks."""
+    """Scores and updates of blocks, by OBS or CAP."""
 
     def rank(self, blocks: FisherBlocks) -> Ranking:
         """Score every tile."""
@@ -91,7 +91,7 @@ Results = dict[float, dict[str, Pruned]]
 
 @dataclass(frozen=True)
 class Candidates:
-    """What may be pruned of one layer, in the order in which ties are broken.
+    """Candidates of one layer, in the order that breaks ties.
 
     Args:
         scores_N: the lowest go first.

@@ -152,7 +152,7 @@ def _choose(scores_GRC: Tensor, alive_GRC: Tensor, valid_GRC: Tensor, grid: Grid
     """Keep mask of a chunk."""
     scores_GTT = _tiled(scores_GRC, grid).sum((2, 4))
     alive_GTT, valid_GTT = (_tiled(mask, grid).any(4).any(2) for mask in (alive_GRC, valid_GRC))
-    order_GTT = torch.where(alive_GTT, scores_GTT, -torch.inf)  # what has gone is chosen first
+    order_GTT = torch.where(alive_GTT, scores_GTT, -torch.inf)  # pruned weights are chosen first
     order_GN = torch.argsort(torch.where(valid_GTT, order_GTT, torch.inf).flatten(1), dim=1, stable=True)
     drop_GN = torch.arange(order_GN.shape[1], device=order_GN.device) < going_G[:, None]
     keep_GTT = ~torch.zeros_like(drop_GN).scatter_(1, order_GN, drop_GN).view(valid_GTT.shape)
