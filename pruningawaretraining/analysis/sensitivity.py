@@ -73,9 +73,9 @@ def measure(config: ExperimentConfig, options: SensitivityOptions, track: Track 
         track: shows progress over the sets.
 
     Returns:
-        The content of ``sensitivity.json``: ``accuracy`` of the dense model, ``images``, ``tolerance``, and ``sets``: for
-        each its number of ``groups``, ``rows`` of ``sparsity``, ``kept`` and ``accuracy``, and ``max_sparsity``: the
-        largest sparsity up to which no measured one costs more than the tolerance.
+        The content of ``sensitivity.json``: ``accuracy`` of the dense model, ``images``, ``tolerance``, and ``sets``:
+        for each its number of ``groups``, ``rows`` of ``sparsity``, ``kept`` and ``accuracy``, and ``max_sparsity``:
+        the largest sparsity up to which no measured one costs more than the tolerance.
 
     Raises:
         ConfigError: there are no trained weights, no rule on channels, or anything that the config gets wrong.

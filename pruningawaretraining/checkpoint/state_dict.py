@@ -30,8 +30,8 @@ def load_state_dict_pruned(model: nn.Module, weights: Mapping[str, Any]) -> tupl
 
     Args:
         model: a model of the class that was pruned, as it was built before pruning; wrapped or not.
-        weights: tensors by name, as ``state_dict()`` gave them. Prefixes that DataParallel, torch.compile and FSDP put into
-            names (``module.``, ``_orig_mod.``) is passed over, here and in the model.
+        weights: tensors by name, as ``state_dict()`` gave them. Prefixes by DataParallel, torch.compile and FSDP
+            (``module.``, ``_orig_mod.``) are ignored, here and in the model.
 
     Returns:
         The same model, the model's tensors that the weights do not have, and names that the model does not have.

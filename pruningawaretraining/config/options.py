@@ -11,7 +11,9 @@ from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import lookup, names, spelled
 
 IN_PLACE = frozenset({"mode", "keep_zeros", "release", "progressive"})
-REMOVED = frozenset({"application", "final_sparsity", "max_sparsity_from", "target.macs", "target.parameters"})
+REMOVED = frozenset(
+    {"application", "final_sparsity", "max_sparsity_from", "target.macs", "target.parameters", "target.costs"}
+)
 BY_WIDTH = REMOVED | {
     "allocation", "compensation", "multiple", "widths", "target.latency", "target.latency_ms", "target.peak_memory"
 }  # fmt: skip
@@ -58,7 +60,7 @@ class RuleOptions(Protocol):
 
 
 def support_of(pattern: Any) -> Support:
-    """What a pattern (or its class) declares; by default, that of patterns inside layers."""
+    """Support declared by a pattern or its class; by default that of patterns inside layers."""
     found: Support = getattr(pattern, "support", WEIGHTS)
     return found
 

@@ -2,9 +2,9 @@
 
 Shape suffixes: ``_G`` groups.
 
-Models write widths into their code (a view, a constant that is added, attention heads). Anything that a trace cannot see shows
-when a channel of every set is gone, or half of them, and the model runs on its example inputs; then all is put back.
-Meanwhile weights that start constant or tiny are random: a branch that starts at zero would hide what it does.
+Models write widths into their code (a view, a constant that is added, attention heads). A trace cannot see them; they
+show when a channel of every set is removed, or half of them, and the model runs on its example inputs. Then all is
+restored. Meanwhile weights that start constant or tiny are random: a branch that starts at zero would hide its effect.
 """
 
 from __future__ import annotations

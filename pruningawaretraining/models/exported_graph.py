@@ -48,8 +48,8 @@ class ExportedGraph:
     def __init__(self, model: nn.Module, graph: nn.Module) -> None:
         if not is_exported(graph):
             raise ModelError(
-                f"graph: {type(graph).__name__} is not an exported graph. Allowed: torch.export.export(model, inputs).module() "
-                "gives, prepared or not"
+                f"graph: {type(graph).__name__} is not an exported graph. Allowed: "
+                "torch.export.export(model, inputs).module(), prepared or not"
             )
         assert isinstance(graph, fx.GraphModule)
         self.graph = graph
