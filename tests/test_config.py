@@ -402,7 +402,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"target": {"sparsity": True}}, "rules[0].target.sparsity: True is not allowed"),
     (
         {"target": {"mac": 0.5}},
-        "rules[0].target.mac: 'mac' is not known; did you mean 'macs'? Allowed: batch, costs, "
+        "rules[0].target.mac: 'mac' is not known; did you mean 'macs'? Allowed: batch, costs, latency, "
         "latency_ms, macs, parameters, peak_memory, runtime, sparsity",
     ),
     ({"target": {}}, "rules[0].target: nothing to reach. Allowed: sparsity, macs, parameters, latency"),
