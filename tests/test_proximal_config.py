@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,30 @@ from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.proximal import CoupledChannelGrouper, PruneOptimizer
 
 ROWS = {"group_type": "pat.group.Dim0Grouper", "prox_type": "pat.prox.ProxGroupLasso", "reg_lambda": 2e-4}
+
+
+def test_the_optimizer_only_interface_is_imported_as_from_pat() -> None:
+    group, optim, prox = (
+        importlib.import_module(f"pruningawaretraining.{name}") for name in ("group", "optim", "prox")
+    )
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    weights = [weight for name, weight in model.named_parameters() if name.endswith("weight")]
+    others = [weight for name, weight in model.named_parameters() if not name.endswith("weight")]
+    groups = [
+        {
+            "params": weights,
+            "group_type": "pruningawaretraining.group.Dim0Grouper",
+            "prox_type": prox.ProxGroupLasso,
+            "reg_lambda": 1e3,
+        },
+        {"params": others},
+    ]
+    optimizer = optim.PruneOptimizer(torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-4))
+    assert optim.PruneOptimizer is PruneOptimizer and group.CoupledChannelGrouper is CoupledChannelGrouper
+    for _ in range(2):
+        model(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+    assert all(not weight.any() for weight in weights)
 
 
 class MyLinear(nn.Linear):

@@ -28,6 +28,7 @@ from pruningawaretraining.proximal import (
     PruneOptimizer,
     head_grouping,
 )
+from pruningawaretraining.proximal.low_rank import thresholds
 from pruningawaretraining.proximal.maps import removed_count
 
 GROUPERS: list[tuple[Grouper, tuple[int, ...]]] = [
@@ -147,12 +148,12 @@ ROWS = [[3.0, 4.0], [0.0, 0.0], [0.6, 0.8], [-6.0, 8.0]]
         ({"prox_type": "NMSparseConstraint", "n_nonzero": 2}, 1.0, ROWS),
         (
             {"prox_type": "ProxGroupLasso", "gamma_index_slope": 0.5},
-            math.sqrt(2),  # thresholds 1, 5/3, 7/3, 3
+            2 * math.sqrt(2),  # thresholds 1, 5/3, 7/3, 3
             [[2.4, 3.2], [0, 0], [0, 0], [-4.2, 5.6]],
         ),
         (
             {"prox_type": "ProxLasso", "gamma_index_slope": 3.0},
-            1.0,  # multipliers max(0, -2), 0, 2, 4
+            2.0,  # multipliers max(0, -1), 0, 1, 2
             [[3, 4], [0, 0], [0, 0], [-2, 4]],
         ),
     ],
@@ -244,6 +245,14 @@ def test_other_precisions_round_only_the_result(dtype: torch.dtype, options: dic
 # Singular values
 
 
+@pytest.mark.parametrize(
+    ("slope", "expected"),
+    [(0.5, [0.25, 5 / 12, 7 / 12, 0.75]), (1.0, [0.0, 1 / 3, 2 / 3, 1.0]), (3.0, [0.0, 0.0, 1.0, 2.0])],
+)
+def test_the_spread_of_thresholds_is_that_of_torchao(slope: float, expected: list[float]) -> None:
+    assert thresholds(slope, 4, torch.zeros(1)).tolist() == pytest.approx(expected, abs=1e-6)
+
+
 def low_rank(rows: int, columns: int, values: list[float]) -> Tensor:
     generator = torch.Generator().manual_seed(6)
     left = torch.linalg.qr(torch.randn(rows, len(values), generator=generator))[0]
@@ -255,7 +264,7 @@ def low_rank(rows: int, columns: int, values: list[float]) -> Tensor:
     ("options", "gamma", "expected"),
     [
         ({"prox_type": "ProxNuclearNorm"}, 1.5, [2.5, 1.5, 0, 0]),
-        ({"prox_type": "ProxNuclearNorm", "gamma_index_slope": 1.0}, 1.5, [4, 2, 0, 0]),  # thresholds 0, 1, 2, 3
+        ({"prox_type": "ProxNuclearNorm", "gamma_index_slope": 1.0}, 3.0, [4, 2, 0, 0]),  # thresholds 0, 1, 2, 3
         ({"prox_type": "MinRankConstraint", "min_sparsity": 0.5}, 1.5, [4, 3, 0, 0]),
         ({"prox_type": "MinRankConstraint", "min_sparsity": 0.6}, 1.5, [4, 0, 0, 0]),
     ],

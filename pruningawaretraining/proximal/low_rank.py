@@ -139,8 +139,8 @@ class Factors:
 
 
 def thresholds(slope: float, size: int, like: Tensor) -> Tensor:
-    """``linspace(1 - slope, 1 + slope, size)``, at least 0: what ``gamma_index_slope`` multiplies thresholds by."""
-    return torch.linspace(1 - slope, 1 + slope, size, dtype=like.dtype, device=like.device).clamp_(min=0.0)
+    """``linspace(1 - slope, 1 + slope, size) / 2``, at least 0: what ``gamma_index_slope`` multiplies thresholds by."""
+    return torch.linspace(1 - slope, 1 + slope, size, dtype=like.dtype, device=like.device).div_(2.0).clamp_(min=0.0)
 
 
 def shrunk_values(prox: SpectralMap, values_BK: Tensor, scale: Scale, slope: float, fraction: float) -> Tensor:

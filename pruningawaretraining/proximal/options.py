@@ -37,7 +37,7 @@ class GroupOptions:
         grouper: how its weights are grouped.
         prox: what happens to the groups.
         prox_freq: steps between proximal steps.
-        gamma_index_slope: thresholds are multiplied by ``linspace(1 - slope, 1 + slope, groups)``.
+        gamma_index_slope: thresholds are multiplied by ``linspace(1 - slope, 1 + slope, groups) / 2``.
         schedule: registered schedule of a hard map's fraction; "one_shot" holds it from the start.
         through_heal: whether singular values stay cut while healing.
     """
