@@ -1,4 +1,4 @@
-"""The command line: ``pat run``, ``pat demo``, ``pat oneshot``, ``pat inspect``, ``pat schema``.
+"""The command line: ``pat run``, ``pat demo``, ``pat oneshot``, ``pat inspect``, ``pat check``, ``pat convert`` ...
 
 Bad input ends with one line on stderr for each problem and exit code 2; ``--debug`` adds the traceback.
 """
@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pruningawaretraining.cli import analysis, latency
+from pruningawaretraining.cli import analysis, check, latency
 from pruningawaretraining.cli.common import check_out, experiment_of, reported, shape_of
 from pruningawaretraining.version import __version__
 
@@ -156,6 +156,7 @@ def schema(of: Annotated[Schema, typer.Argument(help="Of which kind of config.")
 
 
 analysis.add_to(app)
+check.add_to(app)
 latency.add_to(app)
 
 

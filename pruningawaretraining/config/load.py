@@ -72,6 +72,13 @@ def translate(mapping: Mapping[str, Any]) -> PruningConfig:
     raise ConfigError(_unrecognised(mapping, known))
 
 
+def form_of(mapping: Mapping[str, Any]) -> str | None:
+    """The form that a config is written in: "native", the name of a dialect, or None where nothing recognises it."""
+    if "rules" in mapping:
+        return "native"
+    return next((name for name in names("dialect") if build("dialect", name).recognises(mapping)), None)
+
+
 def _unrecognised(mapping: Mapping[str, Any], known: Mapping[str, Dialect]) -> str:
     native = list(PruningConfig.model_fields)
     allowed = [*native, *(key for dialect in known.values() for key in dialect.keys)]

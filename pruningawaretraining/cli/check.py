@@ -1,0 +1,139 @@
+"""``pat check`` and ``pat convert``: what a config of any form will do, and the same in the native form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pruningawaretraining.cli.common import BAD_INPUT, check_out, reported
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pruningawaretraining.config.plan import Plan
+
+Variables = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Variable that a recipe leaves open.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the library's log.")]
+
+
+def check(
+    configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="Configs in any form that is understood.")],
+    model: Annotated[str | None, typer.Option(help="A model by name, or an experiment config: shows layers.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of an epoch, for fractions of epochs.")] = None,
+    variables: Variables = None,
+    debug: Debug = False,
+) -> None:
+    """Print what configs will do: form, rules, layers, sparsities, learning rates, and keys without effect."""
+    failed = False
+    for number, config in enumerate(configs):
+        if number:
+            typer.echo("")
+        try:
+            with reported(debug):
+                _check(config, model, steps, _values(variables))
+        except typer.Exit as stop:
+            failed = failed or bool(stop.exit_code)
+    if failed:
+        raise typer.Exit(BAD_INPUT)
+
+
+def convert(
+    config: Annotated[str, typer.Argument(help="A config in any form that is understood.")],
+    out: Annotated[Path | None, typer.Option(help="Write to this file (.yaml or .json) instead of the screen.")] = None,
+    variables: Variables = None,
+    debug: Debug = False,
+) -> None:
+    """Write a config in the native form, with what was read and has no effect as comments."""
+    with reported(debug):
+        from pruningawaretraining.config.plan import read_plan
+        from pruningawaretraining.errors import ConfigError
+
+        if out is not None and check_out(out).suffix.lower() not in (".yaml", ".yml", ".json"):
+            raise ConfigError(f"--out: {str(out)!r} has another ending. Allowed: .yaml, .yml, .json")
+        plan = read_plan(config, _values(variables))
+        text = _native(plan, is_json=out is not None and out.suffix.lower() == ".json")
+        if out is None:
+            typer.echo(text, nl=False)
+        else:
+            out.write_text(text, encoding="utf-8")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.command()(check)
+    app.command()(convert)
+
+
+def _values(given: Sequence[str] | None) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs; numbers where they are numbers."""
+    from pruningawaretraining.errors import ConfigError
+
+    values: dict[str, Any] = {}
+    for pair in given or ():
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set: {pair!r} is no assignment. Allowed: name=value")
+        try:
+            values[name] = int(text) if text.lstrip("-").isdigit() else float(text)
+        except ValueError:
+            values[name] = text
+    return values
+
+
+def _check(config: str, model: str | None, steps: int | None, variables: dict[str, Any]) -> None:
+    from pruningawaretraining.config.plan import note_lines, rate_lines, read_plan, rule_lines
+
+    plan = read_plan(config, variables)
+    network = None if model is None else _model(model)
+    epochs = "" if plan.epochs is None else f", {plan.epochs} epochs"
+    typer.echo(f"{plan.path}: {plan.form}{epochs}")
+    for number, rule in enumerate(plan.config.rules):
+        layers = None if network is None or not rule.enabled else _chosen(network, rule, number)
+        typer.echo("\n".join(rule_lines(rule, number, layers, steps)))
+    if plan.config.distillation is not None:
+        options = plan.config.distillation
+        typer.echo(f"distillation: weight {options.weight:g}, temperature {options.temperature:g}")
+    for lines in (rate_lines(plan, steps), note_lines(plan)):
+        if lines:
+            typer.echo("\n".join(lines))
+
+
+def _model(name: str) -> nn.Module:
+    from pruningawaretraining.experiment.inspection import load_inspected
+    from pruningawaretraining.experiment.shipped import shipped_configs
+
+    return load_inspected(str(shipped_configs().get(name, name))).model
+
+
+def _chosen(model: nn.Module, rule: Any, number: int) -> list[str]:
+    """The layers that a rule chooses in a model."""
+    from pruningawaretraining.patterns.channel_labels import producer_names
+    from pruningawaretraining.registry import build
+
+    key = rule.name or f"rules[{number}]"
+    pattern = build("pattern", rule.pattern, f"{key}.pattern")
+    if hasattr(pattern, "chosen"):
+        chosen = pattern.chosen(model, rule.layers, rule.exclude, key)
+        return [name for name in producer_names(model) if name in chosen] or sorted(chosen)
+    return [one.name for one in pattern.build(model, rule.layers, rule.exclude).sets]
+
+
+def _native(plan: Plan, is_json: bool) -> str:
+    """The native form as text."""
+    import json
+
+    import yaml
+
+    values = plan.config.model_dump(mode="json", exclude_defaults=True)
+    if is_json:
+        return json.dumps(values, indent=2) + "\n"
+    comments = [f"# From {Path(plan.path).name} ({plan.form})."]
+    if plan.rates.modifiers:
+        comments.append("# Its learning rates are the loop's: load_recipe(file).rates, or 'rates' of an experiment.")
+    comments += [f"# {note}" for note in plan.notes]
+    return "\n".join(comments) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)

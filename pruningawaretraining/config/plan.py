@@ -1,0 +1,193 @@
+"""What a config in any form will do, before training: events, sparsities, learning rates, keys without effect."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pruningawaretraining.config.load import find_file, form_of, load_config, read_mapping
+from pruningawaretraining.config.rates import LearningRates
+from pruningawaretraining.config.recipe import load_recipe
+from pruningawaretraining.config.schema import PruningConfig, Rule
+
+BARS = "▁▂▃▄▅▆▇█"
+MOST_COLUMNS = 12
+"""Events in a table; more are thinned out."""
+WIDTH = 60
+"""Characters of a drawing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config, and what is said about it.
+
+    Args:
+        path: of the file.
+        form: "native", or the name of the dialect.
+        config: in the native form.
+        rates: learning rates of a recipe.
+        epochs: how long a recipe trains; None for other forms.
+        notes: keys that have no effect here, or another one than where they come from, with the reason.
+    """
+
+    path: str
+    form: str
+    config: PruningConfig
+    rates: LearningRates
+    epochs: int | None
+    notes: tuple[str, ...]
+
+
+class _Notes(logging.Handler):
+    """Keeps messages."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one."""
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """What reading configs warns of inside the block, as a list, and not in the log."""
+    logger, handler = logging.getLogger("pruningawaretraining.config"), _Notes()
+    before = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield handler.messages
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+
+
+def read_plan(source: str | os.PathLike[str], variables: Mapping[str, Any] | None = None) -> Plan:
+    """The plan of a config file.
+
+    Args:
+        source: the file, or a folder with one.
+        variables: see :func:`~pruningawaretraining.config.load.load_config`.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    path = find_file(source)
+    form = form_of({**read_mapping(path), **(variables or {})}) or "none"
+    with noted() as notes:
+        if form == "sparseml":
+            recipe = load_recipe(path, variables)
+            return Plan(str(path), form, recipe.pruning, recipe.rates, recipe.epochs, tuple(dict.fromkeys(notes)))
+        config = load_config(path, variables)
+    return Plan(str(path), form, config, LearningRates(), None, tuple(dict.fromkeys(notes)))
+
+
+def events_of(rule: Rule, steps: int | None = None) -> list[tuple[int, float]]:
+    """(tick, sparsity) of every event of a rule; nothing for one that only locks, lifts or regularises."""
+    if not rule.enabled or rule.mode != "prune" or not rule.target.given:
+        return []
+    times = rule.timeline(steps)
+    return [(now, times.sparsity(now)) for now in times.events()]
+
+
+def table(columns: Sequence[tuple[str, str]], head: tuple[str, str]) -> list[str]:
+    """Two lines of a table, with a column for each pair; thinned out in the middle where there are many."""
+    shown = list(columns)
+    if len(shown) > MOST_COLUMNS:
+        half = MOST_COLUMNS // 2
+        shown = [*shown[:half], ("...", "..."), *shown[-half:]]
+    widths = [max(map(len, pair)) for pair in shown]
+    first = max(map(len, head))
+    rows = [
+        [head[row].ljust(first), *(pair[row].rjust(w) for pair, w in zip(shown, widths, strict=True))] for row in (0, 1)
+    ]
+    return ["  " + "  ".join(row) for row in rows]
+
+
+def drawing(values: Sequence[float], most: float | None = None) -> str:
+    """Values as a line of bars, one for each, thinned out to :data:`WIDTH`."""
+    if len(values) > WIDTH:
+        values = [values[round(place * (len(values) - 1) / (WIDTH - 1))] for place in range(WIDTH)]
+    top = max(values) if most is None else most
+    return "".join(BARS[min(int(value / top * len(BARS)), len(BARS) - 1)] if top > 0 else BARS[0] for value in values)
+
+
+def curve(events: Sequence[tuple[int, float]], until: int) -> list[float]:
+    """The sparsity that holds at each tick from 0 on."""
+    values, reached, known = [], 0.0, dict(events)
+    for now in range(min(0, *known, 0), until + 1):
+        reached = max(reached, known.get(now, 0.0))
+        if now >= 0:
+            values.append(reached)
+    return values
+
+
+def rule_lines(rule: Rule, number: int, layers: Sequence[str] | None, steps: int | None) -> list[str]:
+    """What one rule will do, line by line.
+
+    Args:
+        rule: the rule.
+        number: of it, where it has no name.
+        layers: those that it chooses in a model; None where there is no model.
+        steps: optimizer steps of an epoch, where they are known.
+    """
+    lines = [f"rule {rule.name or f'rules[{number}]'}: {_spec(rule.pattern)} by {_spec(rule.criterion)}, {rule.scope}"]
+    if not rule.enabled:
+        return [f"{lines[0]}: off"]
+    entries = "all" if rule.layers is None else ", ".join(rule.layers)
+    without = f"; without {', '.join(rule.exclude)}" if rule.exclude else ""
+    lines.append(f"  layers  {entries}{without}")
+    if layers is not None:
+        lines.append(f"  chosen  {len(layers)}: {', '.join(layers[:6])}{', ...' if len(layers) > 6 else ''}")
+    lines += _target_lines(rule, steps)
+    if rule.regularizer is not None:
+        lines.append(f"  penalty {_spec(rule.regularizer)}")
+    return lines
+
+
+def _target_lines(rule: Rule, steps: int | None) -> list[str]:
+    if rule.mode != "prune":
+        what = {"lock": "keep the zeros that are there", "unprune": "lift the masks"}[rule.mode]
+        return [f"  {rule.unit} {rule.timeline(steps).first}: {what}"]
+    events, unit = events_of(rule, steps), rule.timeline(steps).counts
+    costs = rule.target.model_dump(
+        exclude_none=True, include={"macs", "parameters", "peak_memory", "latency", "latency_ms"}
+    )
+    lines = [f"  until   {key} <= {value:g}" for key, value in costs.items()]
+    if events:
+        name = "at most" if costs else "sparsity"
+        lines += table([(str(now), f"{value:.4g}") for now, value in events], (unit, name))
+        lines.append(f"  {drawing(curve(events, events[-1][0] + max(1, events[-1][0] // 10)), 1.0)}")
+    if rule.at_init and rule.start <= 0:
+        lines.append("  at once, when the pruner is made")
+    return lines
+
+
+def _spec(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return str(value)
+    options = ", ".join(f"{key} {inner}" for key, inner in value.items() if key != "type" and inner is not None)
+    return f"{value['type']} ({options})" if options else str(value["type"])
+
+
+def rate_lines(plan: Plan, steps: int | None) -> list[str]:
+    """The learning rates of a recipe, as a table and a drawing."""
+    if not plan.rates.modifiers or plan.epochs is None:
+        return []
+    parts = 4
+    moments = [number / parts for number in range(plan.epochs * parts)]
+    values = [plan.rates.at(moment, steps) for moment in moments]
+    known = [(moment, value) for moment, value in zip(moments, values, strict=True) if value is not None]
+    whole = [(f"{moment:g}", f"{value:.3g}") for moment, value in known if moment == int(moment)]
+    return ["learning rate", *table(whole, ("epoch", "rate")), f"  {drawing([value for _, value in known])}"]
+
+
+def note_lines(plan: Plan) -> list[str]:
+    """Keys that have no effect, or another one."""
+    return ["without effect, or different here", *(f"  {note}" for note in plan.notes)] if plan.notes else []

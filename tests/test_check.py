@@ -1,0 +1,112 @@
+"""``pat check`` and ``pat convert``: what they print of every form, and that the native form means the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from pruningawaretraining.cli.main import app
+from pruningawaretraining.config.load import load_config
+from pruningawaretraining.config.plan import curve, drawing, table
+
+RECIPE = """
+training_modifiers:
+  - !EpochRangeModifier {start_epoch: 0, end_epoch: 4}
+  - !LearningRateFunctionModifier
+    {start_epoch: 0, end_epoch: 4, lr_func: linear, init_lr: 0.1, final_lr: 0.0, cycle_epochs: 2}
+  - !SetWeightDecayModifier {weight_decay: 0.1}
+pruning_modifiers:
+  - !GlobalMagnitudePruningModifier
+    {params: ["re:stages.*weight"], init_sparsity: 0.4, final_sparsity: eval(last), start_epoch: 0, end_epoch: 2,
+     update_frequency: 1, inter_func: linear}
+"""
+CHANNELS = {
+    "channel_sparsity_args": {
+        "start_epoch": 1,
+        "end_epoch": 2,
+        "mac_target": 0.5,
+        "epochs_ft": 2,
+        "layers": ["stages.0.0.conv1"],
+    }
+}
+STEPS = {
+    "target_sparsity": 0.9,
+    "pattern": "4x1",
+    "end_step": 20,
+    "pruning_frequency": 10,
+    "sparsity_decay_type": "linear",
+}
+
+
+def pat(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    recipe, channels, steps = (tmp_path / name for name in ("recipe.yaml", "pruning_config.json", "steps.yaml"))
+    recipe.write_text(RECIPE, encoding="utf-8")
+    channels.write_text(json.dumps(CHANNELS), encoding="utf-8")
+    steps.write_text(yaml.safe_dump(STEPS), encoding="utf-8")
+    return {"recipe": recipe, "channels": channels, "steps": steps}
+
+
+def test_a_recipe_is_shown(files: dict[str, Path]) -> None:
+    shown = pat(
+        "check", files["recipe"], "--set", "last=0.9", "--model", "pruningawaretraining.experiment.models:DigitsResNet"
+    )
+    assert shown.exit_code == 0, shown.output
+    lines = shown.output.splitlines()
+    assert lines[0] == f"{files['recipe']}: sparseml, 4 epochs"
+    assert lines[1] == "rule pruning_modifiers[0]: unstructured by magnitude (p 1.0, normalize none), global"
+    assert lines[2] == "  layers  param:stages.*weight"
+    assert lines[3].startswith("  chosen  ") and "stages.0.0.conv1" in lines[3]
+    assert lines[4:7] == ["  epoch       0     1    2", "  sparsity  0.4  0.65  0.9", "  ▄▆██"]
+    assert lines[7:9] == ["learning rate", "  epoch    0     1    2     3"]
+    assert lines[9] == "  rate   0.1  0.05  0.1  0.05"
+    assert lines[11:] == [
+        "without effect, or different here",
+        "  training_modifiers[2] (SetWeightDecayModifier) is ignored: the weight decay is the optimizer's",
+    ]
+
+
+def test_channels_and_steps_are_shown(files: dict[str, Path]) -> None:
+    shown = pat("check", files["channels"], files["steps"])
+    assert shown.exit_code == 0, shown.output
+    assert "  until   macs <= 0.5\n  epoch      1  2\n  at most  0.5  1\n" in shown.output
+    assert "channel_sparsity_args.epochs_ft is ignored: the loop decides how long it trains" in shown.output
+    assert "  step      0    10   20\n  sparsity  0  0.45  0.9\n" in shown.output
+
+
+def test_every_file_is_looked_at_and_a_bad_one_ends_with_2(files: dict[str, Path]) -> None:
+    shown = pat("check", files["recipe"], files["steps"])
+    assert shown.exit_code == 2
+    assert "has 'last' in it" in shown.output and f"{files['steps']}: intel" in shown.output
+    assert pat("check", files["recipe"], "--set", "last").exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["recipe", "channels", "steps"])
+@pytest.mark.parametrize("ending", [".yaml", ".json"])
+def test_the_native_form_means_the_same(files: dict[str, Path], tmp_path: Path, name: str, ending: str) -> None:
+    out = tmp_path / f"native{ending}"
+    variables: dict[str, Any] = {"last": 0.9} if name == "recipe" else {}
+    options = [f"--set={key}={value}" for key, value in variables.items()]
+    done = pat("convert", files[name], "--out", out, *options)
+    assert done.exit_code == 0, done.output
+    assert load_config(out) == load_config(files[name], variables)
+    assert ("# From" in out.read_text(encoding="utf-8")) == (ending == ".yaml")
+    assert pat("convert", files[name], "--out", tmp_path / "native.txt", *options).exit_code == 2
+
+
+def test_tables_and_drawings() -> None:
+    assert table([("0", "0.5"), ("10", "1")], ("epoch", "x")) == ["  epoch    0  10", "  x      0.5   1"]
+    assert table([(str(number), "1") for number in range(30)], ("a", "b"))[0] == (
+        "  a  0  1  2  3  4  5  ...  24  25  26  27  28  29"
+    )
+    assert drawing([0.0, 0.5, 1.0]) == "▁▅█" and len(drawing([1.0] * 500)) == 60
+    assert curve([(1, 0.5), (3, 0.9)], 4) == [0.0, 0.5, 0.5, 0.9, 0.9]
