@@ -190,7 +190,7 @@ def test_what_one_shot_and_calibration_refuse() -> None:
     with pytest.raises(ConfigError, match=r"sparsities: \[\] asks for nothing"):
         one_shot(model, options, data, functional.cross_entropy, [])
     pruner = Pruning(model, rule(), example_inputs=data[0][0])
-    with pytest.raises(ConfigError, match="loss_fn: 'ce' is no function"):
+    with pytest.raises(ConfigError, match="loss_fn: 'ce' is not a function"):
         pruner.calibrate_with(data, "ce")  # type: ignore[arg-type]
 
 

@@ -110,7 +110,7 @@ class Needs:
 
 
 def needs_of(criterion: Any) -> Needs:
-    """What a criterion (or its class) declares, together with the one that it weighs, if it has one."""
+    """The needs of a criterion (or its class), combined with those of the criterion that it weighs, if any."""
     own: Needs | None = getattr(criterion, "needs", None)
     base = getattr(criterion, "base", None)
     if base is None or isinstance(base, (str, Mapping)):  # the class itself has only the name of its default

@@ -38,7 +38,7 @@ class CoupledRule(ActiveRule):
     grouping: Grouping
 
     def limits(self) -> Limits:
-        """What every allocation respects."""
+        """Limits of every allocation of the rule."""
         return limits_of(self.rule)
 
 

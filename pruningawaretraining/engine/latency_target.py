@@ -119,7 +119,7 @@ def _anchors(found: ChannelGroups) -> list[Tensor]:
 
 
 def _signature(model: nn.Module, inputs: Any) -> str:
-    """What decides how long a model takes: its structure and its inputs."""
+    """Everything that decides how long a model takes: its structure and its inputs."""
     shapes = [(name, list(one.shape), str(one.dtype)) for name, one in model.state_dict().items()]
     given = [(list(one.shape), str(one.dtype)) for one in tensors_of(inputs)]
     text = json.dumps([str(model), shapes, given])

@@ -223,7 +223,7 @@ class Targets:
         allocate: Callable[[Task], Tensor],
         copied: Callable[[Tensor], nn.Module],
     ) -> tuple[Tensor, bool, LatencyReached | None]:
-        """Measure the copy; at the last event choose anew with the corrected prediction, until the budget is used.
+        """Measure the copy; at the last event choose again with the corrected prediction, until the budget is used.
 
         Of the masks that hold, those that use most of it are taken; where none does, the last, and that is said.
         """

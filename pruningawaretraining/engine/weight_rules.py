@@ -42,7 +42,7 @@ class WeightRule(ActiveRule):
         return 1.0 - sum(self.masks.kept_by_set) / self.grouping.size if self.grouping.size else 0.0
 
     def limits(self) -> Limits:
-        """What every allocation respects."""
+        """Limits of every allocation of the rule."""
         return limits_of(self.rule)
 
 

@@ -46,7 +46,7 @@ class Regularizer:
 
     @torch.no_grad()
     def factors(self, keep_G: Tensor | None = None) -> Tensor:
-        """What each group's weights are multiplied with in the penalty's gradient, at the weights as they are now.
+        """The factor of each group's weights in the penalty's gradient, at the weights as they are now.
 
         Args:
             keep_G: groups that are not masked (True), on the index's device; None for all.

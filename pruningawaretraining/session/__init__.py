@@ -1,1 +1,1 @@
-"""What a user's loop talks to: Pruning, Pruner, one_shot; optimizer hooks, state, reports, teacher."""
+"""The side that a user's loop talks to: Pruning, Pruner, one_shot; optimizer hooks, state, reports, teacher."""

@@ -72,7 +72,7 @@ def check_inputs(given: Any) -> None:
     """Refuse example inputs in which there is no tensor, or one that shows nothing.
 
     Raises:
-        ModelError: there is none; what a shape should have been is said. Or a tensor is empty, or not finite.
+        ModelError: there is no tensor (a shape is said to be one), or a tensor is empty, or not finite.
     """
     tensors = [] if given is None else list(tensors_of(given))
     for tensor in tensors:
@@ -91,7 +91,7 @@ def check_inputs(given: Any) -> None:
 
 
 def check_model(given: Any, key: str = "model") -> None:
-    """Refuse what is no model.
+    """Refuse anything but a module.
 
     Raises:
         ModelError: it is no ``nn.Module``.
@@ -104,7 +104,7 @@ def check_given(model: Any, teacher: Any, example_inputs: Any) -> None:
     """Check the arguments of a new pruner.
 
     Raises:
-        ModelError: a model or teacher that is none, or example inputs without a tensor.
+        ModelError: a model or teacher is not a module, or example inputs without a tensor.
     """
     if model is not None:
         check_model(model)

@@ -15,7 +15,7 @@ from pruningawaretraining.session.session import Session
 
 @dataclass
 class NoChannels:
-    """What ``channel_pruner`` is where no rule prunes channels: loops that read the flag of a removal go on."""
+    """A stand-in for ``channel_pruner`` where no rule prunes channels: loops that read its flag go on."""
 
     reset_optimizer: bool = False
 

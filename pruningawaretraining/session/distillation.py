@@ -125,7 +125,7 @@ class Distiller:
         return loss
 
     def _taken(self, taps: Taps) -> dict[str, Tensor]:
-        """What the taps hold, channels last; they let go of it."""
+        """Take the outputs out of the taps, channels last."""
         missing = [name for name in self.names if name not in taps.outputs]
         if missing:
             raise ModelError(f"features: {missing[0]!r} has not been run. Allowed: modules of every forward pass")

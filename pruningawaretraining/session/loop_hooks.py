@@ -43,10 +43,10 @@ class LoopHooks(Bound):
             loss_fn: ``(outputs, targets) -> loss``.
 
         Raises:
-            ConfigError: the loss is no function.
+            ConfigError: the loss is not a function.
         """
         if not callable(loss_fn):
-            raise ConfigError(f"loss_fn: {loss_fn!r} is no function. Allowed: a function of (outputs, targets)")
+            raise ConfigError(f"loss_fn: {loss_fn!r} is not a function. Allowed: a function of (outputs, targets)")
         self._session.calibrate_with(dataloader, loss_fn)
 
     def on_epoch_begin(self, epoch: int = 0) -> None:
@@ -56,7 +56,7 @@ class LoopHooks(Bound):
         """At the start of a step: rules that count steps have the event that is due.
 
         Args:
-            step: not used: loops count anew in every epoch, and the pruner counts the optimizer's real steps itself.
+            step: not used: loops count from 0 in every epoch, and the pruner counts the optimizer's real steps itself.
         """
         self._session.on_step_begin()
 

@@ -48,7 +48,7 @@ __all__ = ["AfterPruning", "accuracy", "one_shot"]
 
 @dataclass(frozen=True)
 class AfterPruning:
-    """What is done to a model once weights or channels have gone.
+    """Repairs of a model after weights or channels have gone.
 
     Args:
         compensation: how the layers that read removed channels follow: "least_squares", "bias", "bias_variance" or
@@ -207,14 +207,14 @@ class _Everything:
     key: str = "rule"
 
     def limits(self) -> Limits:
-        """What every allocation respects."""
+        """Limits of every allocation of the rule."""
         return limits_of(self.rule)
 
 
 def _keeps(
     model: nn.Module, rule: Rule, found: ChannelGroups, inputs: Any, scores_G: Tensor, sparsities: Sequence[float]
 ) -> dict[float, Tensor]:
-    """What stays, by sparsity: at those that are wanted, or where the rule's target is met."""
+    """Keep masks by sparsity: at those that are wanted, or where the rule's target is met."""
     grouping = found.grouping
     if sparsities:
         allocator = Allocator(grouping, scores_G, limits_of(rule), rule.scope)

@@ -29,7 +29,7 @@ class HasApply(Protocol):
 
 
 class OptimizerEvents(Protocol):
-    """What happens at the moments of a real step."""
+    """Callbacks at the moments of a real step."""
 
     def on_round(self) -> None:
         """A real step begins: gradients are complete, no weight has moved yet."""
@@ -123,14 +123,14 @@ class Steps:
 
     @property
     def counts(self) -> range:
-        """What ``count`` may be, as far as that is known without waiting for the device."""
+        """The values that ``count`` may have, as far as that is known without waiting for the device."""
         last = self._last if self._round else 0
         unsure = self._unsure + isinstance(last, Tensor)
         most = self._rounds - (0 if isinstance(last, Tensor) else last)
         return range(most - unsure, most + 1)
 
     def end_round(self) -> None:
-        """Whatever steps next begins a real step: after masks or the model have changed."""
+        """The next optimizer step begins a real step: after masks or the model have changed."""
         if self._round and isinstance(self._last, Tensor):
             self._skipped, self._unsure = self._skipped + self._last, self._unsure + 1
         elif self._round:

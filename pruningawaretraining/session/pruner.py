@@ -101,6 +101,6 @@ class Pruner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :meth:`Pruning.load_state_dict`."""
         if not isinstance(state, Mapping) or not {"epoch", "pruning"} <= state.keys():
-            raise CheckpointError("state: it is no state of Pruner.state_dict(); that of Pruning is another")
+            raise CheckpointError("state: it is not from Pruner.state_dict(); that of Pruning is another")
         self.pruning.load_state_dict(state["pruning"])
         self.epoch = int(state["epoch"])

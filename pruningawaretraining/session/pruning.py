@@ -110,7 +110,7 @@ class Pruning(LoopHooks, Results):
         """The model; it may be assigned once where the pruner was made without one.
 
         Raises:
-            ModelError: there is none yet, or another is assigned.
+            ModelError: no model has been assigned yet, or another one is.
         """
         return self._session.model
 
@@ -144,7 +144,7 @@ class Pruning(LoopHooks, Results):
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """What the file said of the model, where it came from ``load_pruned``."""
+        """The description in the file that the model came from, where that was ``load_pruned``."""
         return None if self._known is None else self._known.record
 
     @property

@@ -1,4 +1,4 @@
-"""What a session has reached: phase, sparsity, MACs, masks, and the rows of a report.
+"""Results of a session: phase, sparsity, MACs, masks, and the rows of a report.
 
 Shape suffixes: ``_G1`` groups and one more for "outside".
 """
@@ -121,7 +121,7 @@ def report_of(session: Session) -> Report:
 
 
 def description_of(session: Session) -> dict[str, Any]:
-    """What ``save_pruned`` writes beside the tensors: phase, sparsity, MACs, parameters and widths."""
+    """Everything that ``save_pruned`` writes beside the tensors: phase, sparsity, MACs, parameters and widths."""
     if not session.engine.domains:
         return dict(session.record or {})
     report = report_of(session)

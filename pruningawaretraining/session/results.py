@@ -1,4 +1,4 @@
-"""The part of the facade that says what has been reached."""
+"""Results of a pruner: the part of the facade that reports."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class Results(Bound):
         return reporting.sets_of(self._session)
 
     def report(self) -> Report:
-        """What has been reached: per layer, and in all; prints as a table, has ``to_dict()``."""
+        """A report of each layer and the whole model; prints as a table, has ``to_dict()``."""
         return reporting.report_of(self._session)
 
     def describe(self) -> dict[str, Any]:
-        """What ``save_pruned`` writes beside the tensors: phase, sparsity, MACs, parameters and widths."""
+        """Everything that ``save_pruned`` writes beside the tensors: phase, sparsity, MACs, parameters and widths."""
         return reporting.description_of(self._session)

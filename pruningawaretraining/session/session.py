@@ -93,7 +93,7 @@ class Session(StepEvents):
         self.engine.at_init()
 
     def change_config(self, config: PruningConfig, distill: bool) -> None:
-        """Begin anew with another config, before training; ``distill`` says whether the teacher changes."""
+        """Start again with another config, before training; ``distill`` says whether the teacher changes."""
         self.config = config
         if distill:
             self.distill()

@@ -43,7 +43,7 @@ def read_pruner_state(folder: str | Path) -> dict[str, Any]:
     """The pruner's state in a checkpoint, to be loaded before ``fully_shard``: it brings masks to a fresh pruner.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the folder has no state of a pruner.
     """
     path = Path(folder) / PRUNER
     if not path.is_file():

@@ -17,7 +17,7 @@ from pruningawaretraining.errors import CheckpointError
 VERSION = 1
 PLAIN = (Tensor, str, int, float, bool, type(None))
 DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError)
-"""What reading a state that is not what it should be raises."""
+"""Errors that reading a damaged state raises."""
 
 
 def rng_state() -> dict[str, Any]:
@@ -73,14 +73,14 @@ def _is_plain(nest: Any) -> bool:
 
 
 def check_version(state: Any) -> None:
-    """Refuse what was never a state of ours.
+    """Refuse a state of something else.
 
     Raises:
-        CheckpointError: it is none, or of another version.
+        CheckpointError: it is not one of ours, or of another version.
     """
     if not isinstance(state, Mapping) or "version" not in state:
         shown = sorted(map(str, state))[:4] if isinstance(state, Mapping) else type(state).__name__
-        raise CheckpointError(f"state: {shown} is no state of Pruning.state_dict()")
+        raise CheckpointError(f"state: {shown} is not from Pruning.state_dict()")
     if state["version"] != VERSION:
         raise CheckpointError(f"state: version {state['version']!r} is not known. Allowed: {VERSION}")
 

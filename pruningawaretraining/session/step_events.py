@@ -1,4 +1,4 @@
-"""What a session does in a training step; see :mod:`pruningawaretraining.session.optimizer_hooks`."""
+"""Events of a session in a training step; see :mod:`pruningawaretraining.session.optimizer_hooks`."""
 
 from __future__ import annotations
 
