@@ -205,7 +205,7 @@ class _Cleared:
 
 
 def _cleared(parameters: list[Tensor], factors: list[Tensor]) -> list[_Cleared]:
-    """Rows and columns to set to 0, one entry for each parameter; nothing if some mask is not one of rows or columns."""
+    """Rows and columns to set to 0, one entry for each parameter; empty if some mask is neither."""
     found: dict[int, tuple[Tensor, Tensor, list[Tensor]]] = {}
     for parameter, factor in zip(parameters, factors, strict=True):
         rows, columns = torch.zeros(len(parameter), dtype=torch.bool), torch.zeros(0, dtype=torch.int64)

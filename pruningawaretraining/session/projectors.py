@@ -27,7 +27,7 @@ def projected(projector: nn.Module, student_F: Tensor) -> Tensor:
 
 
 def adam_of(projectors: nn.Module) -> torch.optim.Adam | None:
-    """The optimizer of projectors (rate 1e-3), None where they have no parameters; off the CPU it counts on the device."""
+    """The optimizer of projectors (rate 1e-3), None where they have no parameters; on a GPU it counts steps there."""
     parameters = list(projectors.parameters())
     return torch.optim.Adam(parameters, lr=1e-3, capturable=parameters[0].is_cuda) if parameters else None
 
