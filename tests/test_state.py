@@ -217,8 +217,8 @@ def changed(state: Any, value: Any, *path: Any) -> Any:
 
 
 DAMAGED: list[tuple[Callable[[Any], Any], str]] = [
-    (lambda state: [1, 2], "list is no state"),
-    (lambda state: {"model": 1, "epoch": 2}, r"\['epoch', 'model'\] is no state"),
+    (lambda state: [1, 2], "list is not from"),
+    (lambda state: {"model": 1, "epoch": 2}, r"\['epoch', 'model'\] is not from"),
     (lambda state: changed(state, 99, "version"), "version 99 is not known. Allowed: 1"),
     (lambda state: other_model(), "saved for other channel groups.*before pruning"),
     (lambda state: without(state, "steps"), "'steps' is missing"),
