@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pruningawaretraining import Pruning
 from pruningawaretraining.criteria import input_moments as moments
 from pruningawaretraining.criteria.input_moments import ActivationCollector
-from pruningawaretraining.distributed.ddp import outdated, rewrap_in_place
+from pruningawaretraining.distributed.ddp import outdated
 from pruningawaretraining.patterns.block import Unstructured
 
 
@@ -23,8 +23,18 @@ def group(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_wrapper_made_anew_keeps_its_options(group, in_place):
+class Task(nn.Module):
+    """As timm's: it trains through a wrapper that it holds itself."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.trainable_module = wrapped
+
+    def forward(self, images):
+        return {"loss": self.trainable_module(images).sum()}
+
+
+def test_a_wrapper_made_anew_keeps_its_options_and_serves_whoever_holds_it(group):
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
     pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=torch.randn(1, 1, 8, 8))
     wrapped = DistributedDataParallel(model, bucket_cap_mb=3, find_unused_parameters=True, gradient_as_bucket_view=True)
@@ -33,16 +43,16 @@ def test_a_wrapper_made_anew_keeps_its_options(group, in_place):
     assert pruner.rewrap(wrapped) is wrapped and not outdated(wrapped)
     pruner.prune(wrapped, 0)
     assert outdated(wrapped)
-    if in_place:
-        rewrap_in_place(wrapped)
-        new = wrapped
-    else:
-        new = pruner.rewrap(wrapped)
-        assert new is not wrapped
+    task, seen = Task(wrapped), []
+    wrapped.register_forward_hook(lambda *_: seen.append("forward"))
+    new = pruner.rewrap(wrapped)
+    assert new is wrapped and task.trainable_module is new
     assert not outdated(new) and new.module is model and not new.training
     assert new.bucket_bytes_cap == 3 * 1024 * 1024 and new.find_unused_parameters and new.gradient_as_bucket_view
     assert [hook for hook, _ in new._comm_hooks] == [bf16_compress_hook]
-    new.train()(torch.randn(2, 1, 8, 8)).sum().backward()
+    new.train()
+    task(torch.randn(2, 1, 8, 8))["loss"].backward()
+    assert seen == ["forward"], "hooks of the user's stay"
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert pruner.rewrap(model) is model
 

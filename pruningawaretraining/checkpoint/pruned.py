@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.checkpoint.consistency import check_smaller, disagreements
 from pruningawaretraining.checkpoint.files import ATTRIBUTES, KEY, read_file, write_file
-from pruningawaretraining.checkpoint.records import remember, summary_of
+from pruningawaretraining.checkpoint.records import own_state, remember, summary_of
 from pruningawaretraining.distributed.fsdp import any_sharded
 from pruningawaretraining.errors import CheckpointError, nearest
 from pruningawaretraining.files import BROKEN, write_atomically
@@ -62,7 +62,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
         raise CheckpointError(f"path: {str(path)!r} is a folder. Allowed: the path of a file")
     passed = passed_blocks(model)
     gone = tuple(f"{name}." for name in passed)
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith(gone)}
+    state = {name: value for name, value in own_state(model).items() if not name.startswith(gone)}
     tensors, aliases = _without_copies(state)
     widths = {name: _widths(one) for name, one in model.named_modules() if not name.startswith(gone)}
     description = {
@@ -175,7 +175,7 @@ def _take_out_blocks(model: nn.Module, passed: dict[str, int], surgery: Surgery)
 
 
 def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    wanted = {name: value for name, value in own_state(model).items() if isinstance(value, Tensor)}
     missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or unexpected:
         name = (missing or unexpected)[0]

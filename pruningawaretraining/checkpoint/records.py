@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 _DESCRIBERS: WeakKeyDictionary[nn.Module, Callable[[], dict[str, Any]]] = WeakKeyDictionary()
+PRUNER_KEY = "pruner_state (make a Pruning of this model and call its state_in before load_state_dict, or drop it)"
+"""Name of the pruner's state in a state dict. A model without a pruner names it as unexpected: it says what to do."""
 ATTRIBUTE = "_pruning_record"
 """Where a module has its record: plain data that a copy, a moving average and a pickle take along."""
 
@@ -32,3 +34,8 @@ def summary_of(model: nn.Module) -> dict[str, Any]:
     """Sparsity, MACs, parameters and kept groups of a model, from its pruner or its file; empty without either."""
     describe = _DESCRIBERS.get(model)
     return describe() if describe is not None else dict(record_of(model) or {})
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model without the state of a pruner that may travel in it."""
+    return {name: value for name, value in model.state_dict().items() if not name.endswith(PRUNER_KEY)}

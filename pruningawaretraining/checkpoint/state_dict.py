@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.checkpoint.records import own_state
 from pruningawaretraining.checkpoint.widths_from_shapes import Layer, read_widths
 from pruningawaretraining.errors import CheckpointError, nearest
 from pruningawaretraining.files import BROKEN
@@ -103,7 +104,7 @@ def _canonical(name: str) -> str:
 
 def _match(model: nn.Module, slots: Slots, weights: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The weights under the model's names, and names of weights that the model does not have."""
-    own = {*slots, *model.state_dict()}
+    own = {*slots, *own_state(model)}
     times = Counter(_canonical(name) for name in own)
     by_canonical = {_canonical(name): name for name in own if times[_canonical(name)] == 1}
     renamed = {name: value for name, value in weights.items() if name in own}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pruningawaretraining.distributed.collectives import world_size
 from pruningawaretraining.errors import ModelError
 
 KEPT_OPTIONS: dict[str, Any] = {
@@ -24,35 +26,11 @@ KEPT_OPTIONS: dict[str, Any] = {
 """Options of DistributedDataParallel that it keeps under their names, with their defaults."""
 
 
-def rewrapped(wrapped: nn.Module) -> nn.Module:
-    """A new DistributedDataParallel around the same module, with the options and communication hooks of the old one.
-
-    DistributedDataParallel holds on to the parameters that it was made with, so it has to be made anew once channels
-    have been removed. A torch.compile wrapper around it is made anew too; any other module is returned as it is.
-
-    Args:
-        wrapped: the wrapper, on every process.
-
-    Raises:
-        ModelError: its gradients are delayed or taken to an optimizer of its own, which cannot be carried over.
-    """
-    if isinstance(wrapped, torch._dynamo.OptimizedModule if hasattr(torch, "_dynamo") else ()):
-        inner = rewrapped(wrapped._orig_mod)
-        return wrapped if inner is wrapped._orig_mod else type(wrapped)(inner, wrapped.dynamo_ctx)
-    if not isinstance(wrapped, DistributedDataParallel):
-        return wrapped
-    if getattr(wrapped, "_delay_all_reduce_params", None):
-        raise ModelError("model: its gradients are delayed (delay_all_reduce_named_params). Allowed: wrap it by hand")
-    new = DistributedDataParallel(wrapped.module, **_options_of(wrapped))
-    for hook, state in getattr(wrapped, "_comm_hooks", ()):
-        new.register_comm_hook(state, hook)
-    new.training = wrapped.training
-    new.require_backward_grad_sync = wrapped.require_backward_grad_sync
-    return new
-
-
 def rewrap_in_place(wrapped: nn.Module) -> None:
-    """Make an outdated DistributedDataParallel anew where it is, for trainers that hold on to the wrapper itself.
+    """Make an outdated DistributedDataParallel anew where it is, with its options and hooks.
+
+    DistributedDataParallel holds on to the parameters that it was made with. Whoever holds the wrapper, a task or a
+    saver, has the new one then: a second wrapper would leave the first with its hooks on the parameters that stay.
 
     Args:
         wrapped: the wrapper, on every process; anything else, and one that is up to date, stays as it is.
@@ -67,7 +45,9 @@ def rewrap_in_place(wrapped: nn.Module) -> None:
         raise ModelError("model: its gradients are delayed (delay_all_reduce_named_params). Allowed: wrap it by hand")
     options, hooks = _options_of(inner), list(getattr(inner, "_comm_hooks", ()))
     training, synchronises, module = inner.training, inner.require_backward_grad_sync, inner.module
+    users = {name: value for name, value in vars(inner).items() if name.endswith("_hooks") and isinstance(value, dict)}
     DistributedDataParallel.__init__(inner, module, **options)
+    vars(inner).update(users)
     for hook, state in hooks:
         inner.register_comm_hook(state, hook)
     inner.training, inner.require_backward_grad_sync = training, synchronises
@@ -98,3 +78,11 @@ def outdated(wrapped: nn.Module) -> bool:
     now = [one for name, one in wrapped.module.named_parameters() if one.requires_grad and name not in ignored]
     there = {id(one) for one in wrapped.module.parameters()}
     return any(id(one) not in known for one in now) or not known <= there
+
+
+def wrappers_of(model: nn.Module) -> list[nn.Module]:
+    """Every DistributedDataParallel around a model, for trainers that hand none over."""
+    if world_size() == 1:
+        return []
+    found = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+    return [one for one in found if getattr(one.module, "_orig_mod", one.module) is model]

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pruningawaretraining.config.rates import LearningRates
 from pruningawaretraining.distributed.collectives import Ranks, rank, same_buffers, world_size
-from pruningawaretraining.distributed.ddp import outdated, rewrapped
+from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import initial_model
 from pruningawaretraining.experiment.calibration import TrainingBatches, loss_of
@@ -227,8 +227,8 @@ class Runner:
     def _rewrap(self, stage: Stage) -> Learner:
         """The stage's learner; several processes get a new wrapper where channels have gone."""
         wrapped = stage.learner.wrapped
-        if wrapped is not None and outdated(wrapped):
-            stage.learner = replace(stage.learner, wrapped=rewrapped(wrapped))
+        if wrapped is not None:
+            rewrap_in_place(wrapped)
         return stage.learner
 
     def _events(self, learner: Learner, epoch: int) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from pruningawaretraining.distributed.ddp import rewrap_in_place
+from pruningawaretraining.distributed.ddp import rewrap_in_place, wrappers_of
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.integrations.common import Attached, imported, read_state, wrappers_of, write_state
+from pruningawaretraining.integrations.common import Attached, imported, read_state, write_state
 from pruningawaretraining.models.calling import ForwardFn, unwrap
 from pruningawaretraining.session.pruning import Pruning, Source
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import logging
 import weakref
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from pruningawaretraining.config.load import load_config
-from pruningawaretraining.distributed.collectives import rank, world_size
+from pruningawaretraining.distributed.collectives import rank
 from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.files import read_torch_mapping, write_atomically
@@ -175,11 +174,3 @@ def read_state(folder: str | Path) -> dict[str, Any]:
             f"resume_from: {str(folder)!r} holds no {STATE}. Allowed: a checkpoint of such a training"
         )
     return read_torch_mapping(path, "resume_from")
-
-
-def wrappers_of(model: nn.Module) -> list[nn.Module]:
-    """Every DistributedDataParallel around a model, for trainers that hand none to a callback."""
-    if world_size() == 1:
-        return []
-    kind = nn.parallel.DistributedDataParallel
-    return [one for one in gc.get_objects() if issubclass(type(one), kind) and unwrap(one) is model]

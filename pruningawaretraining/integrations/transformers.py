@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from pruningawaretraining.distributed.ddp import rewrap_in_place
+from pruningawaretraining.distributed.ddp import rewrap_in_place, wrappers_of
 from pruningawaretraining.errors import CheckpointError, ConfigError
-from pruningawaretraining.integrations.common import STATE, Attached, imported, read_state, wrappers_of, write_state
+from pruningawaretraining.integrations.common import STATE, Attached, imported, read_state, write_state
 from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.session.pruning import Pruning, Source
 

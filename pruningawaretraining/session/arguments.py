@@ -16,6 +16,7 @@ from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.models.exported_graph import is_exported
 from pruningawaretraining.models.trees import tensors_of
+from pruningawaretraining.session.averages import module_in
 
 
 def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:
@@ -36,20 +37,27 @@ def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:
 
 
 def followers_of(given: Any) -> list[nn.Module]:
-    """None, a moving average of the model or a list of them, as a list.
+    """The modules of None, a moving average of the model or a list of them; an object is looked through for its module.
 
     Raises:
         ConfigError: it is something else.
     """
-    if given is None:
-        return []
-    several = list(given) if isinstance(given, (list, tuple)) else [given]
-    for one in several:
-        if not isinstance(one, nn.Module):
+    modules = []
+    for one in given_averages(given):
+        module = module_in(one)
+        if module is None:
             raise ConfigError(
                 f"ema: {one!r} is a {type(one).__name__}. Allowed: a torch.nn.Module, such as AveragedModel, or several"
             )
-    return several
+        modules.append(module)
+    return modules
+
+
+def given_averages(given: Any) -> list[Any]:
+    """None, an average or a list of them, as a list; not looked through."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
 def epoch_of(given: Any) -> int:
@@ -140,17 +148,19 @@ class Given:
     Args:
         forward_fn: how to run the model, if not as ``model(*inputs)``.
         inputs: example inputs, or None until the model shows some.
-        followers: moving averages.
+        averages: moving averages, as they were given.
         teacher: for distillation.
         before_removal: called when the model is masked as it will be removed.
+        after_removal: called when channels have gone.
         changed: called after every event.
     """
 
     forward_fn: ForwardFn | None
     inputs: Any
-    followers: list[nn.Module]
+    averages: list[Any]
     teacher: nn.Module | None
     before_removal: Callable[[], None]
+    after_removal: Callable[[], None]
     changed: Callable[[], None]
 
 

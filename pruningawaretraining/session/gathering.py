@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from pruningawaretraining.checkpoint.records import own_state
 from pruningawaretraining.distributed.fsdp import full_of, reshard
 from pruningawaretraining.errors import ModelError
 
@@ -21,7 +22,7 @@ def copy_whole(sharded: nn.Module, whole: nn.Module) -> None:
         ModelError: the models have other tensors.
     """
     reshard(sharded)
-    own, others = sharded.state_dict(), whole.state_dict()
+    own, others = own_state(sharded), own_state(whole)
     if own.keys() != others.keys():
         name = sorted(own.keys() ^ others.keys())[0]
         raise ModelError(f"model: {name!r} is in one model only. Allowed: the dense model as it was built")

@@ -16,7 +16,7 @@ from pruningawaretraining.checkpoint.records import describe_with
 from pruningawaretraining.config.dialects.intel_update import updated
 from pruningawaretraining.config.load import load_config
 from pruningawaretraining.config.schema import PruningConfig
-from pruningawaretraining.distributed.ddp import outdated, rewrapped
+from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.engine import Engine
 from pruningawaretraining.engine.removal import spare
@@ -29,10 +29,12 @@ from pruningawaretraining.session.arguments import (
     check_given,
     check_prunable,
     followers_of,
+    given_averages,
     optimizers_of,
     weak_call,
 )
 from pruningawaretraining.session.bound import NoChannels
+from pruningawaretraining.session.companions import Companions
 from pruningawaretraining.session.gathering import copy_whole
 from pruningawaretraining.session.loop_hooks import Log, LoopHooks
 from pruningawaretraining.session.reporting import Macs
@@ -48,7 +50,7 @@ Source = str | Path | Mapping[str, Any] | PruningConfig
 __all__ = ["Log", "Macs", "NoChannels", "Pruning", "Source"]
 
 
-class Pruning(LoopHooks, Results):
+class Pruning(LoopHooks, Companions, Results):
     """Prunes a model while it trains.
 
     Args:
@@ -62,13 +64,15 @@ class Pruning(LoopHooks, Results):
             shapes are used, and without those the first forward pass of the model shows them.
         optimizer: the optimizer, or several; masks and regularisers then act by themselves in every step, and removal
             keeps its state. Without it the optimizer is found at its first step.
-        ema: a moving average of the model (``AveragedModel`` or a copy), or several; sliced as the model is.
+        ema: a moving average of the model (``AveragedModel``, a copy, or an object that has one as ``.ema`` or
+            ``.module``), or several; sliced as the model is.
         teacher: a module for :meth:`distill_loss`; without it a config with ``distillation`` makes a frozen copy of the
             model, before anything is pruned.
 
     Attributes:
         before_removal: a function of nothing, yours if you like: called when channels are about to be removed, when the
             model is masked as it will be removed.
+        after_removal: likewise, called when channels have gone and optimizers and averages have followed.
 
     Raises:
         ValueError: a configuration, layer, target or input that cannot be used; one line that names it.
@@ -82,7 +86,7 @@ class Pruning(LoopHooks, Results):
         *,
         example_inputs: Any = None,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
-        ema: nn.Module | list[nn.Module] | None = None,
+        ema: Any = None,
         teacher: nn.Module | None = None,
     ) -> None:
         if config is None and not isinstance(model, nn.Module):
@@ -92,12 +96,14 @@ class Pruning(LoopHooks, Results):
         check_given(model, teacher, example_inputs)
         optimizers = optimizers_of(optimizer)
         self._config = load_config(config)
-        before, changed = weak_call(self, "_before_removal"), weak_call(self, "_note")
-        self._given = Given(forward_fn, example_inputs, followers_of(ema), teacher, before, changed)
+        followers_of(ema)
+        calls = (weak_call(self, name) for name in ("_before_removal", "_after_removal", "_note"))
+        self._given = Given(forward_fn, example_inputs, given_averages(ema), teacher, *calls)
         super().__init__()
         self._described: dict[str, Any] = {}  # what save_pruned writes once this pruner is gone
         self._no_channels = NoChannels()
         self.before_removal: Callable[[], None] = lambda: None
+        self.after_removal: Callable[[], None] = lambda: None
         if isinstance(model, nn.Module):
             self.model = model
         for one in optimizers:
@@ -132,6 +138,9 @@ class Pruning(LoopHooks, Results):
 
     def _before_removal(self) -> None:
         self.before_removal()
+
+    def _after_removal(self) -> None:
+        self.after_removal()
 
     def _note(self) -> None:
         if self._known is not None:
@@ -208,10 +217,11 @@ class Pruning(LoopHooks, Results):
             self._steps.attach(one)
 
     def rewrap(self, wrapped: nn.Module) -> nn.Module:
-        """The same model in a new DistributedDataParallel with the options of the old one, once channels have gone.
+        """Make a DistributedDataParallel anew with the options it has, once channels have gone.
 
         ``ddp_model = pruner.rewrap(ddp_model)`` after ``pruner.prune`` costs nothing while no parameter has been
-        exchanged: the given wrapper comes back. Every process has to call it.
+        exchanged. It is made anew where it is and comes back, so whatever else holds it (a task, a saver) has the new
+        one too. Every process has to call it.
 
         Args:
             wrapped: the model in its wrapper.
@@ -220,7 +230,8 @@ class Pruning(LoopHooks, Results):
             ModelError: another model, or a wrapper whose options cannot be carried over.
         """
         self._check_same(wrapped)
-        return rewrapped(wrapped) if outdated(wrapped) else wrapped
+        rewrap_in_place(wrapped)
+        return wrapped
 
     def follow(self, graph: nn.Module) -> None:
         """Let a graph that was exported from the model, and prepared for quantization-aware training, be pruned too.

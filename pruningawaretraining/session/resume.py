@@ -55,6 +55,8 @@ def load_session(session: Session, state: Mapping[str, Any]) -> None:
         follow_configs(session.model)
     session.steps.count, session.ended = steps, ended
     session.begun = session.begun or steps > 0
+    if removed:
+        session.follow_removal()
 
 
 def _find_coupled(session: Session) -> None:

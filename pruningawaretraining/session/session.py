@@ -23,6 +23,7 @@ from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.hugging_face import follow_configs
 from pruningawaretraining.models.optimizer_state import clear_state
 from pruningawaretraining.session.arguments import Given, weak_call
+from pruningawaretraining.session.averages import Averages
 from pruningawaretraining.session.build import BuiltRules, build_coupled, build_weights, built_rules, inputs_of
 from pruningawaretraining.session.by_hand import keep_without
 from pruningawaretraining.session.counted_macs import CountedMacs
@@ -46,7 +47,8 @@ class Session(StepEvents):
     def __init__(self, model: nn.Module, config: PruningConfig, given: Given) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self.forward_fn, self.followers, self.teacher = given.forward_fn, given.followers, given.teacher
+        self.forward_fn, self.averages, self.teacher = given.forward_fn, Averages(given.averages), given.teacher
+        self.followers = self.averages.modules
         self.graphs: list[ExportedGraph] = []
         self.steps = Steps(model, self)
         self.record: dict[str, Any] | None = record_of(model)
@@ -172,6 +174,12 @@ class Session(StepEvents):
         if self.config.reset_optimizer:
             for optimizer in self.steps.optimizers:
                 clear_state(optimizer)
+        self.follow_removal()
+
+    def follow_removal(self) -> None:
+        """Channels have gone, here or with a state that was loaded."""
+        self.averages.removed()
+        self._given.after_removal()
 
     def calibrate_with(self, dataloader: Iterable[Any], loss_fn: LossFn) -> None:
         """Remember data for criteria and compensation, and hand it to the engine."""

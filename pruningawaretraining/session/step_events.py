@@ -11,6 +11,7 @@ from torch import Tensor
 from pruningawaretraining.engine.engine import Engine
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.penalties import Regularizer
+from pruningawaretraining.session.averages import Averages
 from pruningawaretraining.session.optimizer_hooks import Steps
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ class StepEvents(ABC):
 
     engine: Engine
     steps: Steps
+    averages: Averages
     sharded: bool
     begun: bool
 
@@ -69,6 +71,7 @@ class StepEvents(ABC):
 
     def on_stepped(self) -> None:
         """A step is over: rules that count steps may have their last event."""
+        self.averages.stepped()
         if self.acts:
             self.tick(last=True)
 
@@ -96,8 +99,37 @@ class StepEvents(ABC):
     def tell(self, lines: list[str], target: Any = None) -> None:
         """Log what has happened, and hand it to a logger or a function of one line."""
         for line in lines:
-            logger.info(line)
-            if target is not None:
-                (target.info if isinstance(target, logging.Logger) else target)(line)
+            tell_once(logger, target, line)
         if lines:
             self.begun = True
+
+
+def tell_once(own: logging.Logger, target: Any, line: str) -> None:
+    """Log a line, and hand it to a logger or a function; where both loggers write to the same place, once.
+
+    Args:
+        own: the library's logger.
+        target: a logger, its ``info``, another function of one line, or None.
+        line: what has happened.
+    """
+    other = target if isinstance(target, logging.Logger) else getattr(target, "__self__", None)
+    if not isinstance(other, logging.Logger):
+        own.info(line)
+        if target is not None:
+            target(line)
+        return
+    mine, others = _reached(own), _reached(other)
+    if not mine <= others:
+        own.info(line)
+    if not mine or mine <= others or not others <= mine:
+        other.info(line)
+
+
+def _reached(one: logging.Logger) -> set[int]:
+    """The handlers that write an INFO line of a logger."""
+    here: logging.Logger | None = one if one.isEnabledFor(logging.INFO) else None
+    found: set[int] = set()
+    while here is not None:
+        found |= {id(handler) for handler in here.handlers}
+        here = here.parent if here.propagate else None
+    return found

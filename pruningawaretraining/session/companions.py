@@ -1,0 +1,62 @@
+"""The part of the facade for what trainers keep beside the model: checkpoints and averages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pruningawaretraining.errors import ModelError
+from pruningawaretraining.session.arguments import followers_of, given_averages
+from pruningawaretraining.session.bound import Bound
+from pruningawaretraining.session.state_in import StateHandle, put_state_in
+
+
+class Companions(Bound):
+    """Checkpoints and averages of a trainer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`pruningawaretraining.Pruning.state_dict`."""
+        raise NotImplementedError
+
+    def state_in(self, model: nn.Module | None = None) -> StateHandle:
+        """Let the pruner's state travel inside ``model.state_dict()``: a trainer's own checkpoints then hold the run.
+
+        ``model.load_state_dict`` gives the model the architecture of the checkpoint before its weights are loaded, its
+        optimizers and averages included, and brings masks, phases and random generators back. Any trainer's resume
+        works so, before and after a removal; give the optimizer, and the average where there is one, before it.
+        Weights without a pruner's state are loaded as always. A model without a pruner names the state as unexpected
+        where loading is strict. Copies of the model neither write nor read it.
+
+        Args:
+            model: the model given at construction, or its wrapper.
+
+        Returns:
+            What takes the state out again with ``remove()``.
+
+        Raises:
+            ModelError: another model. Loading raises CheckpointError where the state is damaged or does not fit.
+        """
+        self._check_same(model)
+        return put_state_in(self._session.model, self)  # type: ignore[arg-type]
+
+    def attach_ema(self, average: Any) -> None:
+        """Let a moving average that was made after the pruner follow removals; as with ``ema=``.
+
+        Args:
+            average: a module, an object that has one as ``.ema`` or ``.module``, or several.
+
+        Raises:
+            ConfigError: it is none of these.
+            ModelError: it is no copy of the model as it is now.
+        """
+        own = {name: one.shape for name, one in self._session.model.named_parameters()}
+        for given, module in zip(given_averages(average), followers_of(average), strict=True):
+            inner = (one for one in (module, getattr(module, "module", None), getattr(module, "ema", None)))
+            shapes = [dict(one.named_parameters()) for one in inner if isinstance(one, nn.Module)]
+            if not any(own.items() <= {name: one.shape for name, one in found.items()}.items() for found in shapes):
+                raise ModelError(
+                    f"ema: {type(given).__name__} holds no copy of the {type(self._session.model).__name__} as it is "
+                    "now. Allowed: an average that is made from it, after any removal"
+                )
+            self._session.averages.add(given)
