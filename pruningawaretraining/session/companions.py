@@ -1,4 +1,4 @@
-"""The part of the facade for what trainers keep beside the model: checkpoints and averages."""
+"""The part of the facade for what trainers keep beside the model: checkpoints, averages and wrappers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.session.arguments import followers_of, given_averages
 from pruningawaretraining.session.bound import Bound
@@ -13,7 +14,7 @@ from pruningawaretraining.session.state_in import StateHandle, put_state_in
 
 
 class Companions(Bound):
-    """Checkpoints and averages of a trainer."""
+    """Checkpoints, averages and wrappers of a trainer."""
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`pruningawaretraining.Pruning.state_dict`."""
@@ -60,3 +61,20 @@ class Companions(Bound):
                     "now. Allowed: an average that is made from it, after any removal"
                 )
             self._session.averages.add(given)
+
+    def rewrap(self, wrapped: nn.Module) -> nn.Module:
+        """Make a DistributedDataParallel anew with the options it has, once channels have gone.
+
+        ``ddp_model = pruner.rewrap(ddp_model)`` after ``pruner.prune`` costs nothing while no parameter has been
+        exchanged. It is made anew where it is and comes back, so whatever else holds it (a task, a saver) has the new
+        one too. Every process has to call it.
+
+        Args:
+            wrapped: the model in its wrapper.
+
+        Raises:
+            ModelError: another model, or a wrapper whose options cannot be carried over.
+        """
+        self._check_same(wrapped)
+        rewrap_in_place(wrapped)
+        return wrapped

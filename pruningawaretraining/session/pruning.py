@@ -16,7 +16,6 @@ from pruningawaretraining.checkpoint.records import describe_with
 from pruningawaretraining.config.dialects.intel_update import updated
 from pruningawaretraining.config.load import load_config
 from pruningawaretraining.config.schema import PruningConfig
-from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.engine import Engine
 from pruningawaretraining.engine.removal import spare
@@ -215,23 +214,6 @@ class Pruning(LoopHooks, Companions, Results):
         """Let masks and regularisers act in every step of an optimizer, and let a removal keep its state."""
         for one in optimizers_of(optimizer):
             self._steps.attach(one)
-
-    def rewrap(self, wrapped: nn.Module) -> nn.Module:
-        """Make a DistributedDataParallel anew with the options it has, once channels have gone.
-
-        ``ddp_model = pruner.rewrap(ddp_model)`` after ``pruner.prune`` costs nothing while no parameter has been
-        exchanged. It is made anew where it is and comes back, so whatever else holds it (a task, a saver) has the new
-        one too. Every process has to call it.
-
-        Args:
-            wrapped: the model in its wrapper.
-
-        Raises:
-            ModelError: another model, or a wrapper whose options cannot be carried over.
-        """
-        self._check_same(wrapped)
-        rewrap_in_place(wrapped)
-        return wrapped
 
     def follow(self, graph: nn.Module) -> None:
         """Let a graph that was exported from the model, and prepared for quantization-aware training, be pruned too.
