@@ -86,3 +86,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
     lines += ["| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def add_penalties(engine: Any) -> None:
+    """Add every active regulariser of an engine to the gradients."""
+    for ready, factor_G in engine.gradient_penalties():
+        ready.add(factor_G)

@@ -11,7 +11,7 @@ from typing import Any
 import proximal
 import torch
 import torchvision
-from common import interleaved
+from common import add_penalties, interleaved
 from gpu_setting import Run, Setting, row
 from torch import Tensor, nn
 from torch.nn import functional
@@ -70,7 +70,7 @@ def _steps_of(name: str, setting: Setting, size: int, count: int) -> list[dict[s
     times = interleaved({"bare": setting.waited(bare), "ours": setting.waited(step)}, rounds, warmup=rounds // 5 + 1)
     engine = pruner.channel_pruner
     parts = {
-        "regulariser_ms": setting.milliseconds(pruner.engine.regularize),
+        "regulariser_ms": setting.milliseconds(lambda: add_penalties(pruner.engine)),
         "masks_ms": setting.milliseconds(engine.masks.apply),
         "Torch-Pruning's_regulariser_ms": _peer(name, setting, example),
     }

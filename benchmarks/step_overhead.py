@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch_pruning as tp
 import torchvision
-from common import interleaved, markdown, save
+from common import add_penalties, interleaved, markdown, save
 from torch import nn
 
 from pruningawaretraining import Pruning
@@ -78,15 +78,19 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
     forward_backward()
     engine = pruner.engine
-    difference = largest_difference(model, engine.regularize, lambda: theirs.regularize(model))
+    difference = largest_difference(model, lambda: add_penalties(engine), lambda: theirs.regularize(model))
     dense = interleaved(
-        {"step": forward_backward, "ours": engine.regularize, "theirs": lambda: theirs.regularize(model)},
+        {"step": forward_backward, "ours": lambda: add_penalties(engine), "theirs": lambda: theirs.regularize(model)},
         rounds,
         clock=time.process_time,
     )
     pruner.prune(model, 0)  # 30% of the channels are masked from here on
     masked = interleaved(
-        {"step": forward_backward, "regulariser": engine.regularize, "masks": pruner.channel_pruner.masks.apply},
+        {
+            "step": forward_backward,
+            "regulariser": lambda: add_penalties(engine),
+            "masks": pruner.channel_pruner.masks.apply,
+        },
         rounds,
         clock=time.process_time,
     )

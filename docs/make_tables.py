@@ -118,7 +118,7 @@ def keys_of(model: type[BaseModel], beside: type[BaseModel] | None = None) -> st
     return table(("key", "allowed", "default", "meaning"), rows)
 
 
-NAMED = ("pattern", "criterion", "regularizer", "schedule", "scope", "allocation")
+NAMED = ("pattern", "criterion", "regularizer", "dynamic", "schedule", "scope", "allocation")
 
 
 def _default(field: Any) -> str:
@@ -223,7 +223,7 @@ TABLES: dict[str, Callable[[], str]] = {
         kind: registered(kind)
         for kind in (
             *("pattern", "criterion", "normalizer", "mac_weighting", "schedule", "scope", "regularizer", "allocation"),
-            "runtime",
+            *("dynamic", "runtime"),
         )
     },
 }

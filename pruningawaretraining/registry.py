@@ -34,6 +34,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     ),
     "dataset": ("experiment.datasets",),
     "dialect": ("config.dialects",),
+    "dynamic": ("masks.dynamics", "masks.changing_masks"),
     "exporter": ("runtimes.exporter_choice", "runtimes.exporters"),
     "grouper": ("proximal",),
     "head_unit": ("patterns.head",),

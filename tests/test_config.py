@@ -104,6 +104,7 @@ CHANNELS = {
     "sparsity_per_layer": None,
     "final_sparsity": 1.0,
     "widths": "free",
+    "dynamic": "frozen",
     "min_sparsity": 0.0,
     "max_sparsity": 0.9,
     "max_sparsity_from": None,

@@ -58,6 +58,24 @@ SAME: dict[str, dict[str, Any]] = {
     },
     "cap": {"rule": {**PATTERNS["unstructured"], **SCHEDULE, "criterion": CAP}, "calibrated": True},
     "cap on channels": {"rule": {**PATTERNS["channel"], **SCHEDULE, "criterion": CAP}, "calibrated": True},
+    "straight through": {
+        "rule": {
+            **PATTERNS["unstructured"],
+            **SCHEDULE,
+            "criterion": "l1",
+            "dynamic": {"type": "straight_through", "refresh": 2},
+        }
+    },
+    "straight through, channels": {
+        "rule": {**PATTERNS["channel"], **SCHEDULE, "dynamic": "straight_through"}
+    },
+    "regrow": {"rule": {**PATTERNS["unstructured"], "start": 0, "end": 3, "dynamic": "regrow"}},
+    "regrow at random": {
+        "rule": {**PATTERNS["unstructured"], "start": 0, "end": 3, "dynamic": {"type": "regrow", "by": "random"}}
+    },
+    "alternate": {"rule": {**PATTERNS["slice"], "start": 0, "end": 2, "dynamic": "alternate"}},
+    "soft": {"rule": {**PATTERNS["2:4"], **SCHEDULE, "dynamic": {"type": "soft", "steps": 3}}},
+    "rewind": {"rule": {**PATTERNS["unstructured"], **SCHEDULE, "dynamic": {"type": "rewind", "to": 1}}},
     "compensation": {
         "rule": {**PATTERNS["channel"], **SCHEDULE, "compensation": "least_squares"},
         "calibrated": True,

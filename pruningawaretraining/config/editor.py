@@ -14,7 +14,7 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnno
 
 from pruningawaretraining.registry import lookup, names, spellings
 
-NAMED = ("pattern", "criterion", "regularizer", "schedule", "scope")
+NAMED = ("pattern", "criterion", "regularizer", "dynamic", "schedule", "scope")
 """Fields of a rule that hold something registered, each under the kind of its own name."""
 
 

@@ -20,6 +20,10 @@ BY_WIDTH = REMOVED | {
 NEUTRAL = {"allocation": (None, "ranking")}
 """Values that any pattern may have, where these are more than the default."""
 
+FROZEN = "frozen"
+FINAL = {"progressive": 1, "mode": "prune", "keep_zeros": False, "application": "mask"}
+"""Options that need masks which are final unless they have this value."""
+
 
 @dataclass(frozen=True)
 class Support:
@@ -56,6 +60,9 @@ class RuleOptions(Protocol):
     def regularizer(self) -> str | Mapping[str, Any] | None: ...
 
     @property
+    def dynamic(self) -> str | Mapping[str, Any]: ...
+
+    @property
     def target(self) -> Target: ...
 
 
@@ -84,7 +91,7 @@ def check_supported(rule: RuleOptions, defaults: Mapping[str, Any]) -> None:
     """
     neutral = {option: NEUTRAL.get(option, (defaults[option],)) for option in OPTIONS}
     given = [option for option in OPTIONS if getattr(rule, option) not in neutral[option]]
-    if not given and not rule.target.about_costs and rule.regularizer is None:
+    if not given and not rule.target.about_costs and rule.regularizer is None and rule.dynamic == FROZEN:
         return
     support = support_of(lookup("pattern", type_of("pattern", rule.pattern)))
     for option in given:
@@ -100,6 +107,29 @@ def check_supported(rule: RuleOptions, defaults: Mapping[str, Any]) -> None:
         if acts not in support.penalties:
             fitting = [one for one in names("regularizer") if lookup("regularizer", one).acts in support.penalties]
             raise ConfigError(_refusal(rule, "regularizer", rule.regularizer, ", ".join(fitting)))
+    if rule.dynamic != FROZEN:
+        _check_dynamic(rule, support.removable)
+
+
+def _check_dynamic(rule: RuleOptions, removable: bool) -> None:
+    """Refuse a dynamic on groups that it does not work for, and options that speak of final masks."""
+    entry = lookup("dynamic", type_of("dynamic", rule.dynamic))
+    pattern = lookup("pattern", type_of("pattern", rule.pattern))
+    if not (entry.removable if removable else entry.windows or not hasattr(pattern, "window")):
+        fitting = [
+            name
+            for name in names("dynamic")
+            if (lookup("dynamic", name).removable if removable else lookup("dynamic", name).windows)
+        ]
+        raise ConfigError(
+            f"dynamic: {rule.dynamic!r} is not supported by the pattern {rule.pattern!r}. Allowed: {', '.join(fitting)}"
+        )
+    for option, final in FINAL.items():
+        if (not entry.nested or entry.rewinds) and getattr(rule, option) != final:
+            raise ConfigError(
+                f"{option}: {getattr(rule, option)!r} needs masks that are final, and dynamic is {rule.dynamic!r}. "
+                f"Allowed: {final!r}, or dynamic: frozen"
+            )
 
 
 def _refusal(rule: RuleOptions, option: str, value: Any, allowed: str) -> str:

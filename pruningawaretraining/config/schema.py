@@ -119,6 +119,9 @@ class Rule(Strict):
     regularizer: str | dict[str, Any] | None = Field(
         None, description="Penalty that pushes groups towards zero: a name, {type: name, ...its options}, or none."
     )
+    dynamic: str | dict[str, Any] = Field(
+        "frozen", description="What masked weights do meanwhile: a name, or {type: name, ...its options}."
+    )
     at_init: bool = Field(False, description="Prune when the pruner is made if start <= 0, else at start, all at once.")
     enabled: bool = Field(True, description="False: the rule is read and checked, and does nothing.")
     mode: Literal["prune", "unprune", "lock"] = Field(
@@ -149,7 +152,7 @@ class Rule(Strict):
         stretches = tuple(phase.stretch() for phase in self.phases) or (own,)
         return Timeline(self.unit, stretches, self.steps_per_epoch or steps)
 
-    @field_validator("pattern", "criterion", "regularizer", "schedule", "scope", "allocation", mode="before")
+    @field_validator("pattern", "criterion", "regularizer", "dynamic", "schedule", "scope", "allocation", mode="before")
     @classmethod
     def _is_registered(cls, value: Any, info: ValidationInfo) -> Any:
         kind = str(info.field_name)

@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ("out", "in", "norm", "element")
 
 
-def magnitude_scores(grouping: Grouping, p: float) -> Tensor:
-    """Mean over a group's weight members of the sum of ``|w|^p`` (Fang et al. 2023, DepGraph, eq. 4)."""
+def power_sums(grouping: Grouping, p: float) -> Tensor:
+    """Sums of ``|w|^p`` over a group's weight members; on a GPU nothing waits for the device."""
     weights = grouping.of_role(*WEIGHTS)
 
     def power(values_W: Tensor) -> Tensor:
@@ -32,10 +32,15 @@ def magnitude_scores(grouping: Grouping, p: float) -> Tensor:
         return values_W.square() if p == 2 else values_W.abs().pow(p)
 
     if device_of(weights).type == "cpu" or any(member.slots is not None for member in weights.members):
-        sums_G = weights.reduce_of(power)
-    else:  # by views: adding by an index is slow there, and rounds in another order each time
-        sums_G = reduce_sum(weights, lambda member: power(member.parameter.detach()))
-    count_S = members_per_set(weights).clamp(min=1)
+        return weights.reduce_of(power)
+    # by views: adding by an index is slow there, and rounds in another order each time
+    return reduce_sum(weights, lambda member: power(member.parameter.detach()))
+
+
+def magnitude_scores(grouping: Grouping, p: float) -> Tensor:
+    """Mean over a group's weight members of the sum of ``|w|^p`` (Fang et al. 2023, DepGraph, eq. 4)."""
+    sums_G = power_sums(grouping, p)
+    count_S = members_per_set(grouping.of_role(*WEIGHTS)).clamp(min=1)
     if bool((count_S == 1).all()):
         return sums_G
     return sums_G / count_S[grouping.set_ids].to(sums_G)
@@ -122,6 +127,10 @@ class Magnitude:
         if self.p <= 0:
             raise ValueError(f"p: {self.p!r} must be above 0")
         lookup("normalizer", self.normalize, "normalize")
+
+    def plain(self, grouping: Grouping) -> Tensor:
+        """Sums that rank the groups of one set as the scores do, without waiting for the device."""
+        return power_sums(grouping, self.p)
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
         scores_G = magnitude_scores(grouping, self.p)

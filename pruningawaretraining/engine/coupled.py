@@ -30,8 +30,11 @@ from pruningawaretraining.engine.coupled_rules import (
     check_data,
     check_schedule,
     check_sharded,
+    common_dynamic,
     set_of_layer,
+    started_from,
 )
+from pruningawaretraining.engine.dynamics import go_back
 from pruningawaretraining.engine.per_layer import fractions_of, limited
 from pruningawaretraining.engine.phases import tell_of_whole_epochs
 from pruningawaretraining.engine.rule import Decision
@@ -42,6 +45,7 @@ from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.pruned_copy import pruned_copy
+from pruningawaretraining.masks.snapshot import Snapshot
 from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.models.example_inputs import Example
 from pruningawaretraining.models.widths import conv_linear_widths
@@ -91,7 +95,9 @@ class CoupledGroups:
         self.rules = assign(found.grouping, rules)
         self.make_feeds()
         self.spared: frozenset[str] = frozenset()
-        self._masks = Masks.coupled(model, found)
+        self.dynamic = common_dynamic(self.rules)
+        self._masks = Masks.coupled(model, found, dynamic=self.dynamic)
+        self._masks.snapshot = Snapshot.of(model, self.dynamic)
         self.reset_optimizer = False
         self.sharded = False
 
@@ -117,8 +123,9 @@ class CoupledGroups:
 
     def mask_again(self, keep_G: Tensor) -> None:
         """Build the masks again, after groups or tensors have changed."""
-        self._masks = Masks.coupled(self.model, self.found, self.spared)
-        self._masks.set(keep_G)
+        masks = Masks.coupled(self.model, self.found, self.spared, self.dynamic)
+        masks.snapshot, self._masks = self._masks.snapshot, masks
+        masks.set(keep_G)
 
     @property
     def removed(self) -> bool:
@@ -166,19 +173,18 @@ class CoupledGroups:
 
     def decide(self, one: CoupledRule, now: int, calibration: Calibration | None) -> Decision:
         """The rule's next masks, and whether its target is met with them."""
-        rule = one.rule
-        scores_R = self.scores(one, calibration)
+        rule, taken_D = one.rule, started_from(one, self.keep_D, self.live_D)
+        with self.masks.dense():
+            scores_R = self.scores(one, calibration)
         if rule.target.about_costs:
-            keep_R, met, reached = self.targets.decide(
-                one, scores_R, self.keep_D, one.times.progress(now), self._copy_of
-            )
+            keep_R, met, reached = self.targets.decide(one, scores_R, taken_D, one.times.progress(now), self._copy_of)
             if reached is not None:
                 one.state.latencies = [*one.state.latencies, {"at": now, **vars(reached)}]
             return Decision(self._even(one, keep_R, scores_R), met)
         limits, asked = one.limits(), one.asked(now)
         if one.fractions is not None:
             limits, asked = limited(limits, one.fractions, asked), 0.0
-        allocator = Allocator(one.grouping, scores_R, limits, scope_of(one), ~self.keep_D[one.groups_D])
+        allocator = Allocator(one.grouping, scores_R, limits, scope_of(one), ~taken_D[one.groups_D])
         return Decision(self._even(one, allocator.at(asked), scores_R), one.is_last(now))
 
     def _even(self, one: CoupledRule, keep_R: Tensor, scores_R: Tensor) -> Tensor:
@@ -195,8 +201,7 @@ class CoupledGroups:
             ModelError: there are NaN among them, or no step has been seen yet.
         """
         grouping = self.found.grouping.select_sets(one.sets)
-        mine_G = torch.isin(self.live_D, one.groups_D)
-        live_R = torch.isin(one.groups_D, self.live_D)
+        mine_G, live_R = torch.isin(self.live_D, one.groups_D), torch.isin(one.groups_D, self.live_D)
         cost = LiveCost(self.macs_cost, self.keep_D, self.live_D[mine_G])
         tensors = one.feed.statistics(calibration)
         statistics = Statistics(cost, self.keep_D[self.live_D[mine_G]], one.state.scale, tensors=tensors)
@@ -213,6 +218,7 @@ class CoupledGroups:
 
     def put(self, one: CoupledRule, keep_R: Tensor, context: RemovalContext, calibration: Calibration | None) -> None:
         """Mask; before it the layers that read what goes make up for it, after it norms are measured again."""
+        go_back(one, self.masks, context.optimizers)
         if not one.compensates or calibration is None:
             self.mask(one, keep_R, context.optimizers)
             return
@@ -234,6 +240,10 @@ class CoupledGroups:
     def keep_of(self, one: CoupledRule) -> Tensor:
         """The rule's masks."""
         return self.keep_D[one.groups_D]
+
+    def settle(self) -> None:
+        """Masked weights are 0 from now on, whatever the dynamics were."""
+        self.masks.settle_for_good()
 
     def summary(self, one: CoupledRule) -> tuple[str, str]:
         """The verb of an event, and what has been reached, for the log."""
@@ -287,4 +297,4 @@ class CoupledGroups:
         for one in self.rules:
             one.feed.follow(keep_G[torch.isin(self.live_D, one.groups_D)])
         self.live_D = self.live_D[keep_G]
-        self._masks = Masks.coupled(self.model, self.found, self.spared)
+        self._masks = Masks.coupled(self.model, self.found, self.spared, self.dynamic)

@@ -17,9 +17,11 @@ from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import LinearCost
 from pruningawaretraining.criteria.base import measures
 from pruningawaretraining.criteria.second_order import Calibration
+from pruningawaretraining.engine.dynamics import check_sharded_dynamic
 from pruningawaretraining.engine.rule import ActiveRule
 from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.groups.grouping import Grouping, GroupSet
+from pruningawaretraining.masks.dynamics import FROZEN, Dynamic
 from pruningawaretraining.schedules import PRESENT
 
 
@@ -97,6 +99,36 @@ def _share(grouping: Grouping, numbers: list[int]) -> tuple[Tensor, Grouping]:
     return groups_D, Grouping(grouping.name, (), tuple(sets))
 
 
+def common_dynamic(rules: Sequence[CoupledRule]) -> Dynamic:
+    """The dynamic of all rules of coupled groups, which share their masks.
+
+    Raises:
+        ConfigError: two rules have different ones.
+    """
+    for one in rules[1:]:
+        if one.dynamic != rules[0].dynamic:
+            raise ConfigError(
+                f"{one.key}.dynamic: {one.rule.dynamic!r} is another than that of {rules[0].key}, and coupled groups "
+                f"share their masks. Allowed: {rules[0].rule.dynamic!r}"
+            )
+    return rules[0].dynamic if rules else FROZEN
+
+
+def started_from(one: CoupledRule, keep_D: Tensor, live_D: Tensor) -> Tensor:
+    """The masks that an event starts from: without those of its own rule that may be lifted again.
+
+    Args:
+        one: the rule.
+        keep_D: masks of the dense model's groups.
+        live_D: numbers of the groups that are still there.
+    """
+    if one.dynamic.nested:
+        return keep_D
+    taken_D = keep_D.clone()
+    taken_D[one.groups_D] = torch.isin(one.groups_D, live_D)
+    return taken_D
+
+
 def set_of_layer(grouping: Grouping) -> dict[str, str]:
     """Layer -> the set that its output channels belong to."""
     found: dict[str, str] = {}
@@ -147,6 +179,7 @@ def check_sharded(one: CoupledRule, calibration: Calibration | None) -> None:
     Raises:
         ConfigError: it names the option.
     """
+    check_sharded_dynamic(one)
     if one.rule.application == "remove":
         raise ConfigError(f"{one.key}.application: 'remove' at every event cannot follow fully_shard. Allowed: mask")
     if one.compensates:

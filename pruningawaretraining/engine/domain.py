@@ -52,6 +52,9 @@ class Domain(Protocol):
     def summary(self, one: Any) -> tuple[str, str]:
         """The verb of an event, and what has been reached, for the log."""
 
+    def settle(self) -> None:
+        """Masked weights are 0 from now on, whatever the dynamics were."""
+
     def rebind(self, calibration: Calibration | None) -> None:
         """Take the model's parameters as they are now, by their names."""
 

@@ -19,8 +19,9 @@ from pruningawaretraining.distributed.collectives import agreed
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.domain import Domain
+from pruningawaretraining.engine.dynamics import await_gradients, observe
 from pruningawaretraining.engine.observing import Observing
-from pruningawaretraining.engine.parts import advance, complete, settle
+from pruningawaretraining.engine.parts import advance, complete, complete_all, settle
 from pruningawaretraining.engine.penalties import ActivePenalties
 from pruningawaretraining.engine.removal import remove_masked
 from pruningawaretraining.engine.rule import PHASES, ActiveRule
@@ -140,7 +141,7 @@ class Engine(Observing):
     def _fire(self, domain: Domain, one: ActiveRule, now: int) -> list[str]:
         domain.check(self.calibration)
         if not domain.ready(one, self.calibration):
-            one.state.waiting = now
+            await_gradients(one, now)
             return []
         one.state.waiting = None
         context = self._context()
@@ -159,6 +160,7 @@ class Engine(Observing):
             else:
                 settle(one)
                 domain.put(one, keep_G, context, self.calibration)
+                self.apply_masks()
             lines = [f"{one.key}: {one.times.counts} {now}: {' '.join(domain.summary(one))}"]
             lines += self._remove_at(domain, one, now, met, context)
             if met and one.rule.release:
@@ -223,8 +225,7 @@ class Engine(Observing):
             scale: what the gradients are still multiplied with.
         """
         if not self._observed:
-            for one in self.rules:
-                one.feed.observe(scale)
+            observe(self.rules, scale)
             self._observed = True
         return self._fire_waiting()
 
@@ -238,6 +239,11 @@ class Engine(Observing):
         if self.weights is not None:
             self.penalties.shrink(self.weights, fresh, rates)
 
+    def apply_masks(self) -> None:
+        """Set masked weights to exactly 0."""
+        for one in self.masks:
+            one.apply()
+
     def mask_gradients(self) -> None:
         """Set the gradients of masked weights to 0."""
         for one in self.masks:
@@ -247,20 +253,13 @@ class Engine(Observing):
         """Every active regulariser of the gradients with its factors at these weights."""
         return [] if self.coupled is None else self.penalties.of_gradients(self.coupled)
 
-    def regularize(self, scale: Tensor | float = 1.0) -> None:
-        """Add every active regulariser to the gradients in place, in the gradients' own ``scale``."""
-        for ready, factor_G in self.gradient_penalties():
-            ready.add(factor_G * scale)
-
     def loss_penalty(self, ended: bool = False) -> Tensor:
         """The differentiable penalty of all rules that have one and are not done; 0 once training has ended."""
         return self.penalties.of_loss(None if ended else self.weights)
 
     def finish(self) -> None:
         """Training ends: events in parts are completed, and nothing is observed any more."""
-        for domain in self.domains:
-            for one in domain.rules:
-                complete(domain, one, self._context())
+        complete_all(self.domains, self._context)
         self._listens = False
         self.release()
 

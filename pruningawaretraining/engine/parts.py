@@ -5,7 +5,7 @@ Shape suffixes: ``_G`` groups of one rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pruningawaretraining.allocation.threshold import progressive
 from pruningawaretraining.engine.context import RemovalContext
@@ -41,6 +41,14 @@ def complete(domain: Domain, one: ActiveRule, context: RemovalContext) -> None:
         keep_G = one.next_G
         settle(one)
         domain.mask(one, keep_G, context.optimizers)
+
+
+def complete_all(domains: Iterable[Domain], context: Callable[[], RemovalContext]) -> None:
+    """Take the parts that are left of every rule, and settle what masked weights are: 0 from now on."""
+    for domain in domains:
+        for one in domain.rules:
+            complete(domain, one, context())
+        domain.settle()
 
 
 def settle(one: ActiveRule) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.criteria.base import Criterion
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.masks.dynamics import Dynamic, Event
+from pruningawaretraining.registry import build
 from pruningawaretraining.schedules import Timeline
 
 logger = logging.getLogger(__name__)
@@ -67,6 +70,8 @@ class ActiveRule:
         times: when it has its events, and how far each goes.
         state: where it stands.
         fractions: the fraction of each of its sets that is to go, where the config gives them one by one.
+        dynamic: what masked weights do meanwhile.
+        gradient_G: sums of squared gradients of its groups, where an event waits for them.
         next_G, scores_G: the masks that an event in parts leads to, and the scores that order it.
     """
 
@@ -75,14 +80,17 @@ class ActiveRule:
     pattern: Any
     criterion: Criterion
     times: Timeline = field(init=False)
+    dynamic: Dynamic = field(init=False)
     feed: StatisticsFeed = field(init=False)
     state: RuleState = field(default_factory=RuleState, init=False)
     fractions: tuple[float, ...] | None = field(default=None, init=False)
     next_G: Tensor | None = field(default=None, init=False)
     scores_G: Tensor | None = field(default=None, init=False)
+    gradient_G: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.times = self.rule.timeline()
+        self.dynamic = build("dynamic", self.rule.dynamic, f"{self.key}.dynamic")
 
     @property
     def works(self) -> bool:
@@ -125,6 +133,22 @@ class ActiveRule:
     def asked(self, now: int) -> float:
         """The sparsity that the event at ``now`` asks for."""
         return self.times.sparsity(now, self.state.initial)
+
+    def event(
+        self, now: int, grouping: Grouping, keep_G: Tensor, scores_G: Tensor, sparsity: float, number: int
+    ) -> Event:
+        """The event at ``now``, as the rule's dynamic sees it.
+
+        Args:
+            now: the epoch or step.
+            grouping: the rule's groups.
+            keep_G: its masks.
+            scores_G: the scores of its groups.
+            sparsity: what it asks for.
+            number: how many events there were before it.
+        """
+        last, progress = self.is_last(now), self.times.progress(now)
+        return Event(grouping, keep_G, scores_G, number, last, progress, sparsity, self.gradient_G)
 
     @property
     def parts(self) -> int:

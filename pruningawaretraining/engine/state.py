@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.engine.dynamics import load_dynamic, state_of_dynamic
 from pruningawaretraining.engine.engine import Engine
 from pruningawaretraining.engine.rule import PHASES, RuleState
 from pruningawaretraining.engine.weight_rules import WeightRule
@@ -46,6 +47,7 @@ def _state_of_coupled(coupled: CoupledGroups) -> dict[str, Any]:
         "rules": [vars(one.state).copy() for one in coupled.rules],
         "heard": [one.feed.state_dict() for one in coupled.rules],
         "reset_optimizer": coupled.reset_optimizer,
+        "dynamic": state_of_dynamic(coupled.masks),
     }
 
 
@@ -68,6 +70,7 @@ def _state_of_rule(one: WeightRule) -> dict[str, Any]:
         "next": None if one.next_G is None else one.next_G.cpu().clone(),
         "scores": None if one.scores_G is None else one.scores_G.cpu().clone(),
         "collector": one.feed.state_dict(),
+        "dynamic": state_of_dynamic(one.masks),
     }
 
 
@@ -100,6 +103,7 @@ class _Coupled:
     statistics: list[Any]
     widths: Mapping[str, Any]
     reset_optimizer: bool
+    dynamic: Mapping[str, Any] | None
 
 
 def _read_coupled(coupled: CoupledGroups, state: Mapping[str, Any]) -> _Coupled:
@@ -125,7 +129,9 @@ def _read_coupled(coupled: CoupledGroups, state: Mapping[str, Any]) -> _Coupled:
             raise CheckpointError(f"state: the first scores of {one.key} are not those of its groups")
         if known is not None and not isinstance(known, Mapping):
             raise CheckpointError(f"state: the statistics of {one.key} are damaged")
-    return _Coupled(keep_D, removed_D, rules, statistics, state["widths"], bool(state["reset_optimizer"]))
+    return _Coupled(
+        keep_D, removed_D, rules, statistics, state["widths"], bool(state["reset_optimizer"]), state.get("dynamic")
+    )
 
 
 def _check_keys(weights: WeightGroups, state: Mapping[str, Any]) -> list[RuleState]:
@@ -216,6 +222,7 @@ def _load_coupled(coupled: CoupledGroups, read: _Coupled) -> None:
         one.feed.load_state_dict(known)
     coupled.keep_D = read.keep_D
     coupled.masks.set(read.keep_D[coupled.live_D])
+    load_dynamic(coupled.masks, read.dynamic)
     for one, rule_state in zip(coupled.rules, read.rules, strict=True):
         one.state = rule_state
     coupled.reset_optimizer = read.reset_optimizer
@@ -225,6 +232,7 @@ def _load_rule(one: WeightRule, rule_state: RuleState, values: Mapping[str, Any]
     device = one.masks.keep_G.device
     one.feed.load_state_dict(values["collector"])
     one.masks.set(values["keep"])
+    load_dynamic(one.masks, values.get("dynamic"), rule_state.waiting is not None)
     one.state = rule_state
     one.next_G = None if values["next"] is None else values["next"].to(device)
     one.scores_G = None if values["scores"] is None else values["scores"].to(device)
@@ -238,7 +246,8 @@ def _memory(engine: Engine, surgeries: list[Surgery]) -> Callable[[], None]:
     keep_G = None if coupled is None else coupled.masks.keep_G
     rules = [] if weights is None else list(weights.rules)
     known = [(one, replace(one.state), one.next_G, one.scores_G, one.feed.state_dict()) for one in engine.rules]
-    kept = [one.masks.keep_G for one in rules]
+    kept = [(one.masks.keep_G, state_of_dynamic(one.masks)) for one in rules]
+    living = None if coupled is None else state_of_dynamic(coupled.masks)
 
     def undo() -> None:
         engine.release()
@@ -252,10 +261,12 @@ def _memory(engine: Engine, surgeries: list[Surgery]) -> Callable[[], None]:
                 setattr(coupled, name, value)
             coupled.make_feeds()
             coupled.mask_again(keep_G)
+            load_dynamic(coupled.masks, living)
         if weights is not None:
             weights.rules[:] = rules
-            for one, keep in zip(rules, kept, strict=True):
+            for one, (keep, dynamic) in zip(rules, kept, strict=True):
                 one.masks.set(keep)
+                load_dynamic(one.masks, dynamic, one.masks.passing)
         for rule, rule_state, next_G, scores_G, statistics in known:
             rule.state, rule.next_G, rule.scores_G = rule_state, next_G, scores_G
             rule.feed.load_state_dict(statistics)

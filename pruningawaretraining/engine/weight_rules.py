@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pruningawaretraining.allocation.ranking import Limits, limits_of
 from pruningawaretraining.config.schema import Rule
@@ -18,6 +18,7 @@ from pruningawaretraining.engine.phases import outside_phase
 from pruningawaretraining.engine.rule import ActiveRule
 from pruningawaretraining.errors import ConfigError, ModelError, TargetError
 from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.views import slot_sums
 from pruningawaretraining.masks.masks import Masks
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,18 @@ class WeightRule(ActiveRule):
     def limits(self) -> Limits:
         """Limits of every allocation of the rule."""
         return limits_of(self.rule)
+
+    def described(self) -> list[dict[str, Any]]:
+        """One dict for each of its layers: source, dependencies (none), size and kept groups."""
+        kept = zip(self.grouping.members, self.masks.kept_of_members(), strict=True)
+        return [{"source": one.name, "dependencies": [], "size": one.n_slots, "kept": left} for one, left in kept]
+
+    def norms(self) -> dict[str, Tensor]:
+        """L2 norms of its groups by the name of their weight, on the CPU."""
+        return {
+            member.name: slot_sums(member, member.parameter.detach().float().square()).sqrt().cpu()
+            for member in self.grouping.members
+        }
 
 
 def grouping_of(model: nn.Module, key: str, rule: Rule, pattern: Any) -> Grouping:

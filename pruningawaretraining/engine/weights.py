@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from pruningawaretraining.criteria.base import Statistics, refined, scorable
 from pruningawaretraining.criteria.second_order import Calibration, Sampling
 from pruningawaretraining.engine.compensation import prune_by_curvature, weight_pattern
 from pruningawaretraining.engine.context import RemovalContext
+from pruningawaretraining.engine.dynamics import between_events, check_final, check_sharded_dynamic, go_back, heard
 from pruningawaretraining.engine.per_layer import fractions_of, limited
 from pruningawaretraining.engine.phases import outside_phase, tell_of_whole_epochs, tell_what_stays
 from pruningawaretraining.engine.rule import Decision
@@ -27,10 +29,11 @@ from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.weight_rules import WeightRule, check_phases, check_target, grouping_of, same_tensors
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.groups.views import slot_sums
 from pruningawaretraining.masks.masks import Masks
+from pruningawaretraining.masks.snapshot import Snapshot
 from pruningawaretraining.patterns.elements import input_dims
 from pruningawaretraining.patterns.slice import pruned_channels
+from pruningawaretraining.registry import build
 from pruningawaretraining.schedules import Asked
 
 logger = logging.getLogger(__name__)
@@ -63,8 +66,11 @@ class WeightGroups:
         own = {each.name: each.name for each in grouping.sets}
         per_layer = None if fractions is None else fractions_of(self.model, grouping, own, fractions, key)
         tell_what_stays(self.model, key, rule, grouping)
-        one = WeightRule(key, rule, pattern, criterion, grouping, Masks(grouping), stacked)
+        masks = Masks(grouping, dynamic=build("dynamic", rule.dynamic, f"{key}.dynamic"))
+        one = WeightRule(key, rule, pattern, criterion, grouping, masks, stacked)
         one.fractions = per_layer
+        masks.choose = between_events(self.model, one)
+        masks.snapshot = Snapshot.of(self.model, one.dynamic)
 
         def grouping_on(model: nn.Module) -> Grouping:
             return one.grouping if model is self.model else grouping_of(model, key, rule, pattern)
@@ -79,7 +85,7 @@ class WeightGroups:
 
     def ready(self, one: WeightRule, calibration: Calibration | None) -> bool:
         """Whether the rule's event can take place; it waits for the first gradients where it needs them."""
-        return one.rule.mode != "prune" or one.feed.ready(calibration)
+        return one.rule.mode != "prune" or (one.feed.ready(calibration) and heard(one))
 
     def check(self, calibration: Calibration | None) -> None:
         """Refuse rules of second order that cannot prune their pattern, once there is data for them.
@@ -90,6 +96,7 @@ class WeightGroups:
         for one in self.rules:
             if calibration is not None and isinstance(one.criterion, Sampling):
                 weight_pattern(one.pattern, f"{one.key}.pattern")
+                check_final(one)
 
     # --- events -------------------------------------------------------------------------------------------------
 
@@ -113,8 +120,12 @@ class WeightGroups:
                 keep_G = prune_by_curvature(calibration, one, one.grouping, keep_G, asked)
                 continue
             statistics = Statistics(keep_G=keep_G, tensors=one.feed.statistics(calibration))
-            scores_G = self.scores(one, statistics)
-            keep_G = self._allocated(one, scores_G, statistics, asked)
+            with one.masks.dense():
+                scores_G = self.scores(one, statistics)
+                event = one.event(now, one.grouping, keep_G, scores_G, asked.sparsity, one.state.event)
+                keep_G = one.dynamic.choose(event, partial(self._allocated, one, scores_G, statistics, asked))
+        if one.dynamic.listens:
+            one.masks.passing, one.gradient_G = False, None
         return Decision(keep_G, one.is_last(now), scores_G)
 
     def scores(self, one: WeightRule, statistics: Statistics) -> Tensor:
@@ -143,7 +154,7 @@ class WeightGroups:
         if one.fractions is not None:
             limits, sparsity = limited(limits, one.fractions, sparsity), 0.0
         untouched = so_far_G is None or (so_far_G is one.masks.keep_G and not one.masks.active)
-        removed_G = None if untouched or so_far_G is None else ~so_far_G
+        removed_G = None if untouched or so_far_G is None or not one.dynamic.nested else ~so_far_G
         classes_S = classes_of(one.grouping, one.rule.scope)
         window = getattr(one.pattern, "window", None)
         if window is not None:
@@ -160,6 +171,7 @@ class WeightGroups:
 
     def put(self, one: WeightRule, keep_G: Tensor, context: RemovalContext, calibration: Calibration | None) -> None:
         """Apply the masks of an event."""
+        go_back(one, one.masks, context.optimizers)
         self.mask(one, keep_G, context.optimizers)
         for each, kept in zip(one.grouping.sets, one.masks.kept_by_set, strict=True):
             if not kept and (one.key, each.name) not in self._empty:  # the model may be cut in two there
@@ -169,7 +181,9 @@ class WeightGroups:
                 )
 
     def mask(self, one: WeightRule, keep_G: Tensor, optimizers: Optimizers) -> None:
-        """Mask weights, gradients and optimizer state."""
+        """Mask weights, gradients and optimizer state, as far as the rule's dynamic says."""
+        if one.dynamic.defers(one.masks, keep_G):
+            return
         one.masks.set(keep_G)
         one.masks.apply_to_gradients()
         one.masks.apply_to_state(optimizers)
@@ -177,6 +191,11 @@ class WeightGroups:
     def keep_of(self, one: WeightRule) -> Tensor:
         """The rule's masks."""
         return one.masks.keep_G
+
+    def settle(self) -> None:
+        """Masked weights are 0 from now on, whatever the dynamics were."""
+        for one in self.rules:
+            one.masks.settle_for_good()
 
     def summary(self, one: WeightRule) -> tuple[str, str]:
         """The verb of an event, and what has been reached, for the log."""
@@ -197,11 +216,7 @@ class WeightGroups:
 
     def norms(self) -> dict[str, Tensor]:
         """L2 norms of all groups by the name of their weight, on the CPU."""
-        return {
-            member.name: slot_sums(member, member.parameter.detach().float().square()).sqrt().cpu()
-            for one in self.rules
-            for member in one.grouping.members
-        }
+        return {name: norm_S for one in self.rules for name, norm_S in one.norms().items()}
 
     def keep_masks(self) -> dict[str, Tensor]:
         """Name of each weight -> keep mask of its groups, on the CPU."""
@@ -209,11 +224,7 @@ class WeightGroups:
 
     def describe_sets(self) -> list[dict[str, Any]]:
         """One dict for each layer of each rule: source, dependencies (none), size and kept groups."""
-        return [
-            {"source": member.name, "dependencies": [], "size": member.n_slots, "kept": kept}
-            for one in self.rules
-            for member, kept in zip(one.grouping.members, one.masks.kept_of_members(), strict=True)
-        ]
+        return [row for one in self.rules for row in one.described()]
 
     # --- changes of the model, and state ------------------------------------------------------------------------
 
@@ -232,6 +243,7 @@ class WeightGroups:
         for one in self.rules:
             members = tuple(replace(m, parameter=self.model.get_parameter(m.name)) for m in one.grouping.members)
             one.grouping = replace(one.grouping, members=members, _cache={})
+            check_sharded_dynamic(one)
             one.masks = one.masks.on(one.grouping)
             one.feed.rebind()
 
@@ -251,7 +263,10 @@ class WeightGroups:
         for now in [*one.times.ends_before(one.state.last), one.state.last]:
             for asked in one.times.asked(now, one.state.initial):
                 statistics = Statistics(keep_G=one.masks.keep_G, tensors=one.feed.statistics(None, required=False))
-                keep_G = self._allocated(one, self.scores(one, statistics), statistics, asked)
+                scores_G = self.scores(one, statistics)
+                event = one.event(now, one.grouping, one.masks.keep_G, scores_G, asked.sparsity, one.state.event - 1)
+                keep_G = one.dynamic.choose(event, partial(self._allocated, one, scores_G, statistics, asked))
+                one.masks.set(keep_G)  # at once: nothing fades a second time
                 self.mask(one, keep_G, optimizers)
 
     def relabel(self) -> list[WeightRule]:

@@ -187,6 +187,16 @@ def fill_groups(member: Member, values_W: Tensor, chosen_S: Tensor, value: float
     kernels.clear_chosen(view_F.view(across, inside, along).numpy(), chosen_PQ.numpy())
 
 
+def scale_groups(member: Member, values_W: Tensor, chosen_S: Tensor, factor: float) -> None:
+    """Multiply every entry of the chosen slots (bool) with ``factor`` in place; entries outside every group stay."""
+    factor_S = torch.where(chosen_S.to(values_W.device), factor, 1.0).to(values_W.dtype)
+    fold = fold_of(member)
+    if fold is None:
+        values_W.mul_(member.spread(factor_S, outside=1.0))
+    else:
+        fold.view(values_W).mul_(factor_S.view(fold.spread_shape))
+
+
 def entry_vectors(member: Member, values_W: Tensor) -> Tensor:
     """The entries of every slot as a row, in the order of the tensor: [slots, entries], short rows ending in 0.
 

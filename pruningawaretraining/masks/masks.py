@@ -5,12 +5,14 @@ Shape suffixes: ``_G`` groups, ``_W`` any weight.
 A masked group is 0 in every member, the input columns of its consumers included, so an activation with f(0) != 0 does
 no harm. A *writer* holds the masked entries of the parameters in the form that is fastest for the grouping's labels;
 *attachments* let modules without weights of their own in the grouping (norms over channels, blocks that are skipped)
-know what is masked, so that the masked model equals the removed one.
+know what is masked, so that the masked model equals the removed one. A *dynamic* says what masked weights do meanwhile:
+those that live on have their dense values in a store, and are 0 in the parameters between steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -19,8 +21,11 @@ from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.groups.lowest import counts_of
+from pruningawaretraining.masks.dense_store import DenseStore, check_optimizer
+from pruningawaretraining.masks.dynamics import FROZEN, Dynamic
 from pruningawaretraining.masks.factor_writer import FactorWriter
 from pruningawaretraining.masks.hooks import BlockHooks, NormHooks
+from pruningawaretraining.masks.snapshot import Snapshot
 from pruningawaretraining.masks.view_writer import ViewWriter, kept_of_members
 from pruningawaretraining.models.optimizer_state import mask_state
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
@@ -73,12 +78,29 @@ class Masks:
         grouping: its groups.
         writer: holds the masked entries; by default in views of the weights, which needs consecutive slots.
         attachments: told of every change.
+        dynamic: what masked weights do.
+
+    Attributes:
+        passing: whether gradients of masked weights pass, as these train on or their gradients are asked for.
+        choose: gives masks by the weights that there are now, for dynamics that change them between events.
+        steps: optimizer steps so far.
+        next_G: masks that a dynamic is on the way to.
+        snapshot: of the weights that a dynamic goes back to.
     """
 
     def __init__(
-        self, grouping: Grouping, writer: Writer | None = None, attachments: Sequence[Attachment] = ()
+        self,
+        grouping: Grouping,
+        writer: Writer | None = None,
+        attachments: Sequence[Attachment] = (),
+        dynamic: Dynamic = FROZEN,
     ) -> None:
-        self.grouping, self.attachments = grouping, list(attachments)
+        self.grouping, self.attachments, self.dynamic = grouping, list(attachments), dynamic
+        self.store = DenseStore() if dynamic.lives else None
+        self.passing, self.steps = dynamic.lives, 0
+        self.choose: Callable[[], Tensor] | None = None
+        self.next_G: Tensor | None = None
+        self.snapshot: Snapshot | None = None
         self._writer = ViewWriter(grouping) if writer is None else writer
         self._keep_G = torch.ones(grouping.size, dtype=torch.bool, device=self._writer.device)
         self.kept_by_set = [one.size for one in grouping.sets]  # groups of each set that are not masked
@@ -87,17 +109,24 @@ class Masks:
         self.active = False  # whether anything is masked
 
     @classmethod
-    def coupled(cls, model: torch.nn.Module, found: ChannelGroups, spared: frozenset[str] = frozenset()) -> Masks:
+    def coupled(
+        cls,
+        model: torch.nn.Module,
+        found: ChannelGroups,
+        spared: frozenset[str] = frozenset(),
+        dynamic: Dynamic = FROZEN,
+    ) -> Masks:
         """Masks of coupled groups; buffers are never masked, so that a norm's statistics survive.
 
         Args:
             model: the model.
             found: its groups, with the norms and blocks that have to know.
             spared: tensors that are not masked: those that an exported graph divides by.
+            dynamic: what masked weights do.
         """
         grouping = found.grouping.without_role("buffer").without_tensors(spared)
         attachments = (NormHooks(model, found.norms), BlockHooks(model, found.blocks))
-        return cls(grouping, FactorWriter(grouping), attachments)
+        return cls(grouping, FactorWriter(grouping), attachments, dynamic)
 
     @property
     def keep_G(self) -> Tensor:
@@ -113,7 +142,8 @@ class Masks:
         return self._keep_on[device]
 
     def set(self, keep_G: Tensor) -> None:
-        """Take new masks (True = keep) and zero what they switch off."""
+        """Take new masks (True = keep) and zero what they switch off; dense values that live on follow them."""
+        was_open = self._open()
         self._unhook()
         self._keep_G = keep_G.detach().to(self._writer.device, torch.bool, copy=True)
         self._keep_on = {}
@@ -126,7 +156,14 @@ class Masks:
             device = masked[0].device if masked else torch.device("cpu")
             for one in self.attachments:
                 one.mask(self.keep_on(torch.device("cpu")), device)
-        self.apply()
+        self._close(was_open)
+
+    def exchange(self, keep_G: Tensor) -> None:
+        """Take new masks that keep as many groups of every set, without counting: nothing waits for the device."""
+        was_open = self._open()
+        self._keep_G, self._keep_on = keep_G, {}
+        self._writer.build(keep_G, self.kept_by_set)
+        self._close(was_open)
 
     def clear(self) -> None:
         """Forget the masks and take the hooks out; the weights stay as they are."""
@@ -142,23 +179,82 @@ class Masks:
             other.set(keep_G)
         return other
 
+    # --- dense values -------------------------------------------------------------------------------------------
+
+    def _open(self) -> bool:
+        """Let the weights hold their dense values; returns whether they did."""
+        if self.store is None or self.store.is_open:
+            return self.store is not None
+        self.apply()  # what has come back meanwhile, from a loaded state, does not count
+        self.store.put_back()
+        return False
+
+    def _close(self, stay_open: bool = False) -> None:
+        """Mask the weights for the masks that there are now, and keep their dense values."""
+        if self.store is not None:
+            self.store.follow(self._writer.factors() if self.active else ())
+            self.store.take_out()
+        self.apply()
+        if stay_open and self.store is not None:
+            self.store.put_back()
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Inside the block the weights hold their dense values, where masked ones live on."""
+        was_open = self._open()
+        try:
+            yield
+        finally:
+            if self.store is not None and not was_open:
+                self.apply()
+
+    def before_step(self, optimizer: torch.optim.Optimizer | None, closure: bool) -> None:
+        """An optimizer is about to step: masked weights that live on get their dense values, and their decay.
+
+        Raises:
+            ConfigError: see :func:`~pruningawaretraining.masks.dense_store.check_optimizer`.
+        """
+        if self.snapshot is not None and optimizer is not None:
+            self.snapshot.before_step(optimizer, self.steps)
+        if self.store is not None:
+            check_optimizer(type(self.dynamic).__name__, optimizer, closure)
+            self._open()
+            if self.dynamic.decay and optimizer is not None:
+                self.store.pull(self.dynamic.decay, optimizer)
+
+    def settle_for_good(self) -> None:
+        """Masked weights are 0 from now on, whatever the dynamic was."""
+        self.apply()
+        self.dynamic, self.store, self.passing = FROZEN, None, False
+        if self.next_G is not None:
+            self.set(self.next_G)
+            self.next_G = None
+
+    def after_step(self) -> None:
+        """Weights have moved: mask them, and let the dynamic act."""
+        self.steps += 1
+        self.dynamic.stepped(self)
+        self.apply()
+
     @torch.no_grad()
     def apply(self) -> None:
-        """Set masked weights to exactly 0."""
+        """Set masked weights to exactly 0; dense values that are in the weights are kept aside first."""
+        if self.store is not None and self.store.is_open:
+            self.store.take_out()
         if self.active:
             self._writer.clear_weights()
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Set the gradients of masked weights to 0, so that they enter no norm and no moving average."""
-        if self.active:
+        if self.active and not self.passing:
             self._writer.clear_gradients()
 
     @torch.no_grad()
     def apply_to_state(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Set the optimizers' state of masked weights (momenta, averages) to 0."""
         known = list(optimizers)
-        if known and self.active:
+        if known and self.active and self.store is None:
             for parameter, keep_W in self._writer.factors():
                 mask_state(known, [parameter], [keep_W])
 
@@ -178,7 +274,8 @@ class Masks:
 
     @torch.no_grad()
     def _accumulated(self, parameter: Tensor) -> None:
-        self._writer.accumulated(parameter)
+        if not self.passing:
+            self._writer.accumulated(parameter)
 
     def _unhook(self) -> None:
         for handle in self._handles:

@@ -8,7 +8,7 @@ that the gradients have then. This module finds those moments through the optimi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,15 +17,17 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.models.optimizer_state import catch_up, latest
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+from pruningawaretraining.session.step_arguments import Arguments, closure_in
 
 
 class HasApply(Protocol):
     """Masks, as far as a step knows them."""
 
-    def apply(self) -> None:
-        """Set masked weights to 0."""
+    def before_step(self, optimizer: torch.optim.Optimizer | None, closure: bool) -> None:
+        """An optimizer is about to step; None for one that has stepped without hooks."""
+
+    def after_step(self) -> None:
+        """Weights have moved."""
 
 
 class OptimizerEvents(Protocol):
@@ -89,9 +91,7 @@ class Steps:
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._strangers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._by_hand = False  # whether this round's gradients have been dealt with by an explicit call
-        self._expected: list[int] | None = (
-            None  # versions of the weights when an explicit call first left a round to hooks
-        )
+        self._expected: list[int] | None = None  # the weights' versions when a round was first left to hooks
         self._round: set[int] = set()  # optimizers that have stepped in this round
         self._done: set[int] = set()  # parameters dealt with in this round
         self._all_done = False  # whether every parameter has been dealt with in this round
@@ -206,6 +206,8 @@ class Steps:
         """An explicit call after a step, for loops whose optimizer has no hooks."""
         listener = self._listener()
         assert listener is not None
+        for one in listener.masks:
+            one.before_step(None, False)
         self._by_hand = False
         self._rounds += 1
         self.fresh = 1
@@ -220,7 +222,8 @@ class Steps:
             if not self._by_hand:
                 self._start()
         self._round.add(id(optimizer))
-        closure, replace = _closure_in(args, kwargs)
+        closure, replace = closure_in(args, kwargs)
+        self._open(optimizer, closure is not None)
         if closure is None:
             if not self._by_hand:
                 self._deal_with(optimizer)
@@ -235,6 +238,11 @@ class Steps:
             return loss
 
         return replace(evaluate)
+
+    def _open(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
+        listener = self._listener()
+        for one in () if listener is None else listener.masks:
+            one.before_step(optimizer, closure)
 
     def _start(self) -> None:
         listener = self._listener()
@@ -276,20 +284,9 @@ def _moved(listener: OptimizerEvents) -> None:
     """Weights have moved: apply masks before anything else looks at them."""
     listener.on_moved()
     for one in listener.masks:
-        one.apply()
+        one.after_step()
     listener.on_stepped()
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _closure_in(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Callable[[], Any] | None, Callable[[Callable[[], Any]], Arguments]]:
-    """The closure among the arguments of ``step`` (the optimizer comes first), and how to put another in its place."""
-    if len(args) > 1 and callable(args[1]):
-        return args[1], lambda new: ((args[0], new, *args[2:]), kwargs)
-    if callable(kwargs.get("closure")):
-        return kwargs["closure"], lambda new: (args, {**kwargs, "closure": new})
-    return None, lambda new: (args, kwargs)

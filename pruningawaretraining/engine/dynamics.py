@@ -1,0 +1,158 @@
+"""Dynamics at work: masks between events, gradients for events that ask for them, going back, and their state.
+
+Shape suffixes: ``_G`` groups of one rule.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.allocation.threshold import allocate_windows
+from pruningawaretraining.engine.rule import ActiveRule
+from pruningawaretraining.engine.weight_rules import WeightRule
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.groups.grouping import Member
+from pruningawaretraining.groups.views import slot_sums
+from pruningawaretraining.masks.dynamics import top_of_sets
+from pruningawaretraining.masks.masks import Masks
+from pruningawaretraining.patterns.elements import input_dims
+
+logger = logging.getLogger(__name__)
+
+
+def between_events(model: nn.Module, one: WeightRule) -> Callable[[], Tensor] | None:
+    """What chooses a rule's masks between events, as many groups of every set as now, by the weights that there are.
+
+    None for criteria that need more than the weights: their masks change at events only.
+    """
+    plain: Callable[[Any], Tensor] | None = getattr(one.criterion, "plain", None)
+    if plain is None:
+        return None
+    window = getattr(one.pattern, "window", None)
+
+    @torch.no_grad()
+    def choose() -> Tensor:
+        masks = one.masks
+        scores_G = plain(one.grouping).to(masks.keep_G.device)
+        if window is None:
+            return top_of_sets(scores_G, one.grouping, masks.kept_by_set)
+        whole = window[0] / window[1]
+        if one.rule.target.sparsity is None or one.sparsity < min(one.rule.target.sparsity, whole) - 1e-3:
+            return masks.keep_G  # only some of the windows are pruned so far: events choose which
+        return allocate_windows(scores_G, one.grouping, window, whole, input_dims(model, one.grouping))
+
+    return choose
+
+
+def await_gradients(one: ActiveRule, now: int) -> None:
+    """An event waits for the gradients of the next step; those of masked weights pass, where it asks for them."""
+    one.state.waiting = now
+    if isinstance(one, WeightRule) and one.dynamic.listens:
+        one.masks.passing = True
+
+
+def observe(rules: Iterable[ActiveRule], scale: Tensor | float) -> None:
+    """Gradients are complete: criteria look at them, and events that wait for those of masked weights.
+
+    Args:
+        rules: all rules.
+        scale: what the gradients are still multiplied with.
+    """
+    for one in rules:
+        one.feed.observe(scale)
+        if isinstance(one, WeightRule) and one.dynamic.listens and one.masks.passing:
+            one.gradient_G = torch.cat([_squares(member) for member in one.grouping.members])
+
+
+def _squares(member: Member) -> Tensor:
+    """Sums of squared gradients of a member's slots; 0 where there is none. Their scale does not matter."""
+    gradient_W = member.parameter.grad
+    if gradient_W is None or gradient_W.layout is not torch.strided:
+        gradient_W = torch.zeros_like(member.parameter)
+    return slot_sums(member, gradient_W.detach().float().square())
+
+
+def go_back(one: ActiveRule, masks: Masks, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Before the masks of an event: back to earlier weights, where the rule's dynamic does that."""
+    if not one.dynamic.goes_back(one.state.last is None or one.is_last(one.state.last)):
+        return
+    known = masks.snapshot is not None and (masks.snapshot.restore(optimizers) or masks.steps <= masks.snapshot.at)
+    if not known:
+        logger.warning("%s.dynamic: no weights to go back to: step %d has not been seen", one.key, one.dynamic.to)
+
+
+def heard(one: WeightRule) -> bool:
+    """Whether an event has the gradients of masked weights that its dynamic looks at."""
+    return not one.dynamic.listens or one.state.event == 0 or one.gradient_G is not None
+
+
+def check_final(one: ActiveRule) -> None:
+    """Refuse masks that are not final where an event moves the weights that stay to make up for those that go.
+
+    Raises:
+        ConfigError: it names the dynamic and the criterion.
+    """
+    if not one.dynamic.nested:
+        raise ConfigError(
+            f"{one.key}.dynamic: {one.rule.dynamic!r} lifts masks again, and {one.rule.criterion!r} with data of its "
+            "own moves the other weights to make up for them. Allowed: frozen, rewind"
+        )
+
+
+def check_sharded_dynamic(one: ActiveRule) -> None:
+    """Refuse dynamics that follow whole weights, once ``fully_shard`` has spread them.
+
+    Raises:
+        ConfigError: it names the dynamic.
+    """
+    if one.rule.dynamic != "frozen":
+        raise ConfigError(
+            f"{one.key}.dynamic: {one.rule.dynamic!r} follows whole weights, and fully_shard has spread them. "
+            "Allowed: frozen, or DistributedDataParallel"
+        )
+
+
+# --- state ----------------------------------------------------------------------------------------------------------
+
+
+def state_of_dynamic(masks: Masks) -> dict[str, Any]:
+    """What a dynamic keeps beside the masks: tensors and plain data."""
+    return {
+        "steps": masks.steps,
+        "next": None if masks.next_G is None else masks.next_G.cpu().clone(),
+        "aside": None if masks.store is None else masks.store.packed(_names(masks)),
+        "snapshot": None if masks.snapshot is None else masks.snapshot.state_dict(),
+    }
+
+
+def load_dynamic(masks: Masks, state: Mapping[str, Any] | None, waits: bool = False) -> None:
+    """Take what :func:`state_of_dynamic` gave; the masks are those of the state already.
+
+    Args:
+        masks: the masks.
+        state: None in states of earlier versions, which knew frozen weights only.
+        waits: whether an event waits for gradients of masked weights.
+
+    Raises:
+        CheckpointError: it is of other masks.
+    """
+    masks.passing = masks.dynamic.lives or (masks.dynamic.listens and waits)
+    if state is None:
+        return
+    if masks.store is not None and state["aside"] is None:  # of a run that has ended, or had frozen weights
+        masks.settle_for_good()
+    masks.steps = int(state["steps"])
+    masks.next_G = None if state["next"] is None else state["next"].to(masks.keep_G.device)
+    if masks.store is not None:
+        masks.store.load(state["aside"], _names(masks))
+    if masks.snapshot is not None and state["snapshot"] is not None:
+        masks.snapshot.load_state_dict(state["snapshot"])
+
+
+def _names(masks: Masks) -> dict[int, str]:
+    return {id(member.parameter): member.name for member in masks.grouping.members}

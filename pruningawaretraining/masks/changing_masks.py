@@ -1,0 +1,219 @@
+"""Dynamics whose masks change at events: regrowth, dense and sparse phases, fading.
+
+Shape suffixes: ``_G`` groups of one rule, ``_N`` groups of one set, ``_S`` sets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.views import scale_groups
+from pruningawaretraining.masks.dynamics import Dynamic, Event, Held, top_of_sets
+from pruningawaretraining.registry import register
+
+SLACK = 1e-9
+
+
+@register("dynamic", "regrow", "rigl", "set")
+@dataclass(frozen=True)
+class Regrow(Dynamic):
+    """At every event after the first, the lowest weights go and as many others come back, from 0.
+
+    By gradient: Evci et al. 2020, RigL. At random: Mocanu et al. 2018, SET.
+
+    Args:
+        by: which weights come back: those of the largest "gradient", or "random" ones.
+        fraction: of the weights that are left, exchanged at the first events; it falls to 0 by a cosine.
+        layers: sparsity of each layer: "erk" leaves thin layers denser, "uniform" gives all the same, "criterion"
+            leaves it to the rule's allocation at the first event.
+        seed: of the random choice.
+    """
+
+    nested: ClassVar[bool] = False
+    listens: ClassVar[bool] = True
+    removable: ClassVar[bool] = False
+    windows: ClassVar[bool] = False
+
+    by: str = "gradient"
+    fraction: float = 0.3
+    layers: str = "erk"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction: {self.fraction!r} must be in (0, 1]")
+        for name, allowed in (("by", ("gradient", "random")), ("layers", ("erk", "uniform", "criterion"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not known. Allowed: {', '.join(allowed)}")
+
+    def choose(self, event: Event, pick: Callable[[], Tensor]) -> Tensor:
+        """Drop and grow in every layer; the first event only drops."""
+        if event.number == 0:
+            if self.layers == "criterion":
+                return pick()
+            return top_of_sets(event.scores_G, event.grouping, self._kept(event))
+        fraction = self.fraction / 2 * (1 + math.cos(math.pi * event.progress))
+        keep_G = event.keep_G.clone()
+        grown_G = self._growth(event).to(keep_G.device)
+        for one, count in zip(event.grouping.sets, self._kept(event), strict=True):
+            mine = slice(one.start, one.stop)
+            keep_G[mine] = exchanged(event.keep_G[mine], event.scores_G[mine], grown_G[mine], count, fraction)
+        return keep_G
+
+    def _growth(self, event: Event) -> Tensor:
+        """What ranks the masked groups."""
+        if self.by == "gradient" and event.gradient_G is not None:
+            return event.gradient_G
+        generator = torch.Generator().manual_seed(self.seed + event.number)
+        return torch.rand(event.grouping.size, generator=generator)
+
+    def _kept(self, event: Event) -> list[int]:
+        """How many groups each set keeps at an event."""
+        if self.layers == "criterion":
+            return [int(event.keep_G[one.start : one.stop].sum()) for one in event.grouping.sets]
+        sizes = [one.size for one in event.grouping.sets]
+        density_S = [1 - event.sparsity] * len(sizes)
+        if self.layers == "erk":
+            density_S = erk(shapes_of(event.grouping), sizes, 1 - event.sparsity)
+        return [round(density * size) for density, size in zip(density_S, sizes, strict=True)]
+
+
+def exchanged(keep_N: Tensor, scores_N: Tensor, grown_N: Tensor, count: int, fraction: float) -> Tensor:
+    """The mask of one set after an exchange.
+
+    Args:
+        keep_N: its mask before.
+        scores_N: importance; the lowest of those that are kept go.
+        grown_N: the highest of those that are masked come back.
+        count: how many are kept afterwards.
+        fraction: of these, how many are exchanged (rounded down); all that are masked, if there are fewer.
+    """
+    left = int(keep_N.sum())
+    masked = len(keep_N) - left
+    stay = min(left, count) - min(int(fraction * count + SLACK), masked)
+    survivors = torch.topk(torch.where(keep_N, scores_N, -torch.inf), max(stay, 0), sorted=False).indices
+    grown = torch.topk(
+        torch.where(keep_N, -torch.inf, grown_N), min(count - max(stay, 0), masked), sorted=False
+    ).indices
+    next_N = torch.zeros_like(keep_N)
+    return next_N.index_fill_(0, survivors, True).index_fill_(0, grown, True)
+
+
+def shapes_of(grouping: Grouping) -> list[tuple[int, ...]]:
+    """The shape of the weight of every set, for groupings with one weight each."""
+    return [tuple(member.parameter.shape) for member in grouping.members]
+
+
+def erk(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], density: float) -> list[float]:
+    """The density of every layer: in proportion to the sum of its dimensions over their product (Erdos-Renyi kernel).
+
+    Layers that would have to be more than dense are dense, and the others share what is left.
+
+    Args:
+        shapes: of the weights.
+        sizes: groups of each.
+        density: fraction of all groups that is kept.
+    """
+    raw = [sum(shape) / math.prod(shape) for shape in shapes]
+    dense: set[int] = set()
+    while True:
+        budget = density * sum(sizes) - sum(sizes[number] for number in dense)
+        weight = sum(raw[number] * sizes[number] for number in range(len(sizes)) if number not in dense)
+        scale = budget / weight if weight else 0.0
+        over = {number for number in range(len(sizes)) if number not in dense and raw[number] * scale > 1}
+        if not over:
+            return [1.0 if number in dense else raw[number] * scale for number in range(len(sizes))]
+        dense |= over
+
+
+@register("dynamic", "alternate", "acdc", "ac_dc")
+@dataclass(frozen=True)
+class Alternate(Dynamic):
+    """Sparse and dense phases in turn (Peste et al. 2021, AC/DC): the first event masks, the second lifts the masks,
+    and so on; the last one masks for good. A phase is as long as the rule's ``every``.
+    """
+
+    nested: ClassVar[bool] = False
+    removable: ClassVar[bool] = False
+
+    def choose(self, event: Event, pick: Callable[[], Tensor]) -> Tensor:
+        """Mask at events 0, 2, 4 and so on, and at the last; lift the masks at the others."""
+        return pick() if event.last or event.number % 2 == 0 else torch.ones_like(event.keep_G)
+
+
+@register("dynamic", "soft", "fade")
+@dataclass(frozen=True)
+class Soft(Dynamic):
+    """What an event chooses is not masked at once: it fades by a factor at every step, and is masked after that.
+
+    Until then it is not counted as pruned.
+
+    Args:
+        factor: by which weights shrink after every optimizer step, in [0, 1).
+        steps: optimizer steps until they are masked.
+    """
+
+    removable: ClassVar[bool] = False
+
+    factor: float = 0.9
+    steps: int = 50
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.factor < 1:
+            raise ValueError(f"factor: {self.factor!r} must be in [0, 1)")
+        if not self.steps >= 1:
+            raise ValueError(f"steps: {self.steps!r} must be 1 or more")
+
+    def defers(self, masks: Held, keep_G: Tensor) -> bool:
+        """Begin to fade what is to go; what was fading before is masked now."""
+        if masks.next_G is not None:
+            masks.set(masks.next_G)
+        masks.next_G, masks.steps = keep_G, 0
+        return True
+
+    def stepped(self, masks: Held) -> None:
+        """Fade, and mask after the last step."""
+        if masks.next_G is None:
+            return
+        masks.next_G = masks.next_G.to(masks.keep_G.device)
+        fading_G = masks.keep_G & ~masks.next_G
+        for member in masks.grouping.members:
+            chosen_S = fading_G[member.offset : member.offset + member.n_slots]
+            scale_groups(member, member.parameter.detach(), chosen_S, self.factor)
+        if masks.steps >= self.steps:
+            next_G, masks.next_G = masks.next_G, None
+            masks.set(next_G)
+
+
+@register("dynamic", "rewind", "lottery_ticket")
+@dataclass(frozen=True)
+class Rewind(Dynamic):
+    """At an event weights, buffers and optimizer state go back to those of an earlier step, and the masks stay on
+    (Frankle et al. 2020; lottery tickets with ``to: 0``). The learning rate is the loop's own.
+
+    Args:
+        to: optimizer steps before the one whose weights are kept.
+        at: "events": at every event, as in iterative pruning; "last": at the last one only.
+    """
+
+    rewinds: ClassVar[bool] = True
+
+    to: int = 0
+    at: str = "events"
+
+    def __post_init__(self) -> None:
+        if not self.to >= 0:
+            raise ValueError(f"to: {self.to!r} must be 0 or more")
+        if self.at not in ("events", "last"):
+            raise ValueError(f"at: {self.at!r} is not known. Allowed: events, last")
+
+    def goes_back(self, last: bool) -> bool:
+        """Whether an event goes back."""
+        return last or self.at == "events"

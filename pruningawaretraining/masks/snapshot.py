@@ -1,0 +1,101 @@
+"""A snapshot of weights, buffers and optimizer state at one step, to go back to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.errors import CheckpointError, ModelError
+from pruningawaretraining.masks.dynamics import Dynamic
+
+
+class Snapshot:
+    """Weights, buffers and optimizer state of a model as they were before one step.
+
+    Args:
+        model: the model.
+        at: optimizer steps before the one at which it is taken.
+    """
+
+    def __init__(self, model: nn.Module, at: int) -> None:
+        self.model, self.at = model, at
+        self.tensors: dict[str, Tensor] = {}
+        self.optimizer: dict[str, dict[str, Any]] = {}  # name of a parameter -> its state
+
+    @classmethod
+    def of(cls, model: nn.Module, dynamic: Dynamic) -> Snapshot | None:
+        """What a dynamic goes back to; None for those that do not."""
+        return cls(model, dynamic.to) if dynamic.rewinds else None
+
+    def before_step(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        """Take it, if its step is about to come.
+
+        Args:
+            optimizer: what is about to step.
+            steps: optimizer steps so far.
+        """
+        if self.tensors or steps != self.at:
+            return
+        self.tensors = {name: value.detach().clone() for name, value in _tensors_of(self.model)}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for parameter, state in optimizer.state.items():
+            if id(parameter) in names:
+                self.optimizer[names[id(parameter)]] = {key: _copied(value) for key, value in state.items()}
+
+    @torch.no_grad()
+    def restore(self, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+        """Put everything back; returns False where it has not been taken yet.
+
+        Args:
+            optimizers: their state of the model's parameters goes back too; their rates stay.
+
+        Raises:
+            ModelError: a tensor has another shape than it had then; nothing has changed.
+        """
+        if not self.tensors:
+            return False
+        now = dict(_tensors_of(self.model))
+        for name, value in self.tensors.items():
+            if name in now and now[name].shape != value.shape:
+                raise ModelError(
+                    f"dynamic: 'rewind' cannot go back: {name} had the shape {tuple(value.shape)} then and has "
+                    f"{tuple(now[name].shape)} now"
+                )
+        for name, value in self.tensors.items():
+            if name in now:
+                now[name].copy_(value)
+        for optimizer in optimizers:
+            for name, parameter in self.model.named_parameters():
+                if name in self.optimizer:
+                    optimizer.state[parameter] = {key: _copied(value) for key, value in self.optimizer[name].items()}
+                elif parameter in optimizer.state:
+                    del optimizer.state[parameter]
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data."""
+        return {"tensors": {**self.tensors}, "optimizer": {name: {**one} for name, one in self.optimizer.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what :meth:`state_dict` gave.
+
+        Raises:
+            CheckpointError: a tensor is of no parameter or buffer of this model.
+        """
+        now = dict(_tensors_of(self.model))
+        for name in state["tensors"]:
+            if name not in now:
+                raise CheckpointError(f"state: the weights to rewind to have {name!r}, and the model has not")
+        self.tensors = {name: value.to(now[name].device) for name, value in state["tensors"].items()}
+        self.optimizer = {name: dict(one) for name, one in state["optimizer"].items()}
+
+
+def _tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
