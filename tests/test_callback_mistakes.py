@@ -161,7 +161,7 @@ def test_transformers_refuses_two_callbacks(trainer: Any) -> None:
     with pytest.raises(ConfigError, match="two PruningCallbacks are of the same Labelled"):
         trainer(trainer_callback(), trainer_callback()).train()
     callback = trainer_callback()
-    with pytest.raises(ConfigError, match="this PruningCallback is there twice"):
+    with pytest.raises(ConfigError, match="this PruningCallback is given twice"):
         trainer(callback, callback).train()
 
 

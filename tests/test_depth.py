@@ -174,7 +174,7 @@ def test_a_mac_target_is_met_and_no_block_could_be_given_back() -> None:
         more = engine.keep_D.clone()
         more[group] = True
         assert engine.macs_cost(more) > 0.7 * engine.macs_cost.dense
-    assert pruner.describe_groups()[0]["kept"] == 5 - masked[-1]
+    assert pruner.describe_sets()[0]["kept"] == 5 - masked[-1]
 
 
 def test_blocks_of_a_resnet_are_those_that_keep_the_shape() -> None:

@@ -323,7 +323,7 @@ class Shared(nn.Module):
 
 def test_shared_and_parametrised_layers_and_outputs_stay() -> None:
     pruner = Pruning(Shared(), {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=torch.randn(2, 8))
-    assert [group["source"] for group in pruner.describe_groups()] == ["fourth"]
+    assert [group["source"] for group in pruner.describe_sets()] == ["fourth"]
 
 
 @pytest.mark.parametrize("pattern", ["slice", "4x1", "2:4", "unstructured"])

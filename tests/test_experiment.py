@@ -318,7 +318,7 @@ BAD_RUNS: list[tuple[dict[str, Any], type[PruningError], str]] = [
     ({"optimizer": {"kwargs": {"momentun": 1}}}, ConfigError, "momentun' is not known; did you mean 'momentum'"),
     ({"optimizer": {"kwargs": {"momentum": -1}}}, ConfigError, "optimizer: SGD refuses lr=0.1, momentum=-1"),
     ({"scheduler": {"name": "StepLR"}}, ConfigError, "scheduler: StepLR refuses no arguments: .*step_size"),
-    ({"device": "cuda:99"}, ConfigError, "device: 'cuda:99' is not here"),
+    ({"device": "cuda:99"}, ConfigError, "device: 'cuda:99' is not available"),
     ({"pruning": {"rules": [{"target": {"macs": 0.5}, "max_sparsity": 0.1}]}}, PruningError, "target.macs"),
 ]
 

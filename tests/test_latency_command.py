@@ -61,7 +61,7 @@ def test_other_runtimes_and_models_by_name() -> None:
     [
         (["missing.safetensors", *SHAPE], "--model: needed"),
         (["file.onnx"], "--input-shape: needed for 'file.onnx'"),
-        ([MODEL, MODEL, *SHAPE], "is there twice"),
+        ([MODEL, MODEL, *SHAPE], "is given twice"),
         ([MODEL, *SHAPE, "--runtime", "onnxruntim"], "did you mean 'onnxruntime'"),
         ([MODEL, *SHAPE, "--plot", "p.svg"], "--plot: no accuracy is known"),
         ([MODEL, *SHAPE, "--plot", "p.png"], "--plot: 'p.png' does not end in .svg. Allowed: 'p.svg'"),

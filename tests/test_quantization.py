@@ -91,7 +91,7 @@ def test_masks_hold_through_fake_quantization_and_removal_changes_nothing(name: 
     model = mlp(PREPARE[name])
     optimizer = adamw(model)
     pruner = pruner_of(model, optimizer)
-    assert [row["source"] for row in pruner.describe_groups()] == ["first", "second"]
+    assert [row["source"] for row in pruner.describe_sets()] == ["first", "second"]
     pruner.prune(model, 0)
     for _ in range(5):
         step(model, optimizer)

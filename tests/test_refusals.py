@@ -107,7 +107,7 @@ def test_a_lock_needs_no_end() -> None:
         (lambda: Distiller(net(), weight=-1), "weight: -1 is not allowed"),
         (lambda: Distiller(net(), temperature=0), "temperature: 0 is not allowed"),
         (lambda: to_semi_structured(3), "model: a int is not allowed"),  # type: ignore[arg-type]
-        (lambda: to_semi_structured(net(), layers="0"), "layers: '0' is a text"),
+        (lambda: to_semi_structured(net(), layers="0"), "layers: '0' is a string"),
         (lambda: pruner_of(net()).update_items_for_all_pruners(start_step="x"), "start_step: 'x' is not allowed"),
     ],
 )

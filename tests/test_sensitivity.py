@@ -140,7 +140,7 @@ def test_a_rule_keeps_to_its_caps() -> None:
     pruner = Pruning(model, {"rules": [rule]}, example_inputs=EXAMPLE)
     pruner.prune(epoch=0)
     assert pruner.phase == "finetune"
-    kept = {group["source"]: (group["kept"], group["size"]) for group in pruner.describe_groups()}
+    kept = {group["source"]: (group["kept"], group["size"]) for group in pruner.describe_sets()}
     assert kept["stages.0.0.conv1"] == (8, 8) and kept["conv1"][0] >= 6
 
 

@@ -22,7 +22,7 @@ def test_allocations_with_a_sparsity_alone() -> None:
     torch.manual_seed(0)
     uniform = Pruning(Net(), {"rules": [{"target": {"sparsity": 0.5}, "allocation": "uniform"}]}, example_inputs=INPUT)
     uniform.prune(None, 0)
-    assert [[row["size"], row["kept"]] for row in uniform.describe_groups()] == [[32, 16], [48, 24], [64, 32]]
+    assert [[row["size"], row["kept"]] for row in uniform.describe_sets()] == [[32, 16], [48, 24], [64, 32]]
     for name in ("macs", "parameters", "latency"):
         with pytest.raises(
             ConfigError, match=rf"rules\[0\].allocation: '{name}' weighs .* Allowed with it: ranking, unif"

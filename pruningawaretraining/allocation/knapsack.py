@@ -1,4 +1,4 @@
-"""Allocation by widths: importance lost for each unit of a cost that is saved, along the staircase of the hardware.
+"""Allocation by widths: least importance lost per unit of cost saved, along the staircase of the hardware.
 
 Shape suffixes: ``_G`` groups of one rule, ``_S`` sets of the model, ``_N`` candidates, ``_K`` widths of one set.
 
@@ -45,7 +45,7 @@ class Goal:
     unit: str = ""
 
     def out_of_reach(self, least: float) -> TargetError:
-        """The error where the limits leave more of the cost than the budget."""
+        """The error if the limits leave more of the cost than the budget."""
         dense = self.cost.dense
         asked = self.asked or f"{self.budget / dense:.4g} of the dense cost"
         amount = f", {least:.4g} of {dense:.4g} {self.unit}" if self.unit else ""
@@ -136,7 +136,7 @@ class WidthSearch:
         return self.allocator.smallest()
 
     def mask(self, kept_S: Tensor) -> Tensor:
-        """The best groups of every set, so many as it keeps."""
+        """Keep mask of the best groups of every set."""
         kept = torch.tensor([float(kept_S[one]) for one in self.sets], dtype=torch.float64)
         return (self.allocator.place_G < kept[self.allocator.set_ids]) & ~self.allocator.forced_G
 
@@ -146,7 +146,7 @@ class WidthSearch:
         return whole
 
     def check(self, goals: Sequence[Goal]) -> None:
-        """Refuse goals that no widths reach; the smallest widths may be odd ones, and slower than round ones.
+        """Refuse unreachable goals; the smallest widths may be odd, and slower than round ones.
 
         Raises:
             TargetError: the message names the goal, and what is reachable.
@@ -196,7 +196,7 @@ class WidthSearch:
         return kept_S
 
     def _driver(self, over: Sequence[Goal], kept_S: Tensor, driver: SetCost | None) -> tuple[SetCost, float | None]:
-        """The cost to save now, and how much of it is needed where it has a goal itself."""
+        """The cost to save next, and how much of it is needed if it has a goal itself."""
         row = kept_S.unsqueeze(0)
         worst = max(over, key=lambda goal: float(goal.cost.of_sets(row)[0]) / goal.budget)
         mine = worst if driver is None else next((goal for goal in over if goal.cost is driver), None)
@@ -208,7 +208,7 @@ class WidthSearch:
     def _best_step(
         self, cost: SetCost, kept_S: Tensor, savings: dict[int, Tensor], need: float | None
     ) -> tuple[int, int] | None:
-        """The set and width that save most for what they lose; or, if one step is enough, the one that loses least."""
+        """The set and width with the best saving per importance lost; if one step is enough, the least loss."""
         missing = [one for one in self.sets if one not in savings]
         self._fill(cost, kept_S, savings, missing)
         best: tuple[float, int, int] | None = None

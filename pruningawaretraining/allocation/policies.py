@@ -101,7 +101,7 @@ class Task:
 
 
 class SubCost:
-    """A cost of the model as a function of one rule's groups, the others being as they are."""
+    """A cost of the model as a function of one rule's groups, with the others fixed."""
 
     def __init__(self, cost: Any, groups_D: Tensor, keep_D: Tensor) -> None:
         self.cost, self.groups_D, self.keep_D = cost, groups_D, keep_D
@@ -185,31 +185,31 @@ def scope_of(share: RuleView) -> str:
 
 @register("allocation", "ranking", "global")
 def allocate_by_ranking(task: Task) -> Tensor:
-    """The lowest scores of the rule's scope go, until every goal holds; then what fits is given back."""
+    """Remove the lowest scores of the rule's scope until every goal holds; then give back what fits."""
     return _ranked(task, task.allocator())
 
 
 @register("allocation", "uniform")
 def allocate_uniformly(task: Task) -> Tensor:
-    """The same fraction of every set goes, until every goal holds."""
+    """Remove the same fraction of every set until every goal holds."""
     return _ranked(task, task.allocator("local"))
 
 
 @register("allocation", "latency")
 def allocate_by_latency(task: Task) -> Tensor:
-    """The least importance for each millisecond saved, along the widths that the runtime is fast at."""
+    """Remove the least importance per millisecond saved, along widths that are fast on the runtime."""
     return _weighed(task, "latency")
 
 
 @register("allocation", "macs")
 def allocate_by_macs(task: Task) -> Tensor:
-    """The least importance for each MAC saved."""
+    """Remove the least importance per MAC saved."""
     return _weighed(task, "macs")
 
 
 @register("allocation", "parameters")
 def allocate_by_parameters(task: Task) -> Tensor:
-    """The least importance for each parameter saved."""
+    """Remove the least importance per parameter saved."""
     return _weighed(task, "parameters")
 
 

@@ -68,7 +68,7 @@ class Limits:
         return [self.min_sparsity] * count if self.per_set is None else [least for least, _ in self.per_set]
 
     def most_of(self, grouping: Grouping) -> Tensor:
-        """Largest fraction of each set that goes."""
+        """Largest fraction of each set that may be removed."""
         if self.per_set is not None:
             return torch.tensor([most for _, most in self.per_set], dtype=torch.float64)
         most = [min(self.max_sparsity, self.caps.get(one.name, 1.0)) for one in grouping.sets]
@@ -143,7 +143,7 @@ class Allocator:
         return self.place_G >= torch.maximum(kept_S, self.floor_S)[self.set_ids]
 
     def at(self, fraction: float) -> Tensor:
-        """Keep mask at a sparsity: ``floor(fraction * groups)`` lowest groups of every class go, within the limits."""
+        """Keep mask at a sparsity: removes the ``floor(fraction * groups)`` lowest groups per class, within limits."""
         wanted_C = torch.floor(fraction * self.class_sizes.double() + SLACK).long()
         removed_C = torch.maximum(torch.minimum(wanted_C, self.most_C), self.least_C)
         keep_G = self.rank_G >= removed_C[self.classes]
@@ -155,7 +155,7 @@ class Allocator:
         return (self.place_G < kept_S[self.set_ids]) & ~self.forced_G
 
     def smallest(self) -> Tensor:
-        """Keep mask with everything gone that the limits allow."""
+        """Smallest keep mask that the limits allow."""
         return self.at(1.0)
 
     def check_sparsity(self, fraction: float, key: str) -> None:
@@ -168,8 +168,8 @@ class Allocator:
         reachable = int((~self.smallest()).sum())
         if wanted - reachable > len(self.grouping.sets):
             raise TargetError(
-                f"{key}: {fraction:.4g} is out of reach: caps and multiples let at most "
-                f"{reachable / self.grouping.size:.4f} of the groups go. Lower it, or raise max_sparsity"
+                f"{key}: {fraction:.4g} is out of reach: caps and multiples allow removing at most "
+                f"{reachable / self.grouping.size:.4f} of the groups. Lower it, or raise max_sparsity"
             )
 
     def to_cost(self, cost: Cost, budget: float, *, at_least: float = 0.0, key: str = "target") -> Tensor:

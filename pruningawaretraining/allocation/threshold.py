@@ -82,7 +82,7 @@ def allocate(
 def _wanted(
     sparsity: float, counted: Sequence[int], least: Sequence[int], most: Sequence[int], classes: Sequence[int]
 ) -> dict[int, int]:
-    """How many groups go from each ranking class."""
+    """Number of groups to remove from each ranking class."""
     wanted = {}
     for number in sorted(set(classes)):
         mine = [index for index, one in enumerate(classes) if one == number]
@@ -99,7 +99,7 @@ def _prepared(scores_G: Tensor, sizes_S: Sequence[int], removed_G: Tensor | None
     finite = torch.finfo(scores_G.dtype)
     values_G = scores_G.clamp(finite.min, finite.max)
     if bool(torch.isnan(values_G).any()):
-        raise ValueError("scores: there are NaN among them; the weights or gradients are not finite")
+        raise ValueError("scores: they contain NaN; the weights or gradients are not finite")
     if removed_G is not None:
         values_G.masked_fill_(removed_G.to(values_G.device), -math.inf)
     if exempt_G is not None:
@@ -108,7 +108,7 @@ def _prepared(scores_G: Tensor, sizes_S: Sequence[int], removed_G: Tensor | None
 
 
 def _counts(sizes_S: Sequence[int], removed_G: Tensor | None, exempt_G: Tensor | None) -> tuple[list[int], list[int]]:
-    """For each set, how many groups count, and how many of these are gone already."""
+    """For each set, the number of groups that count, and how many of these are removed already."""
     counted = list(sizes_S)
     if exempt_G is not None:
         counted = [size - out for size, out in zip(sizes_S, lowest.counts_of(exempt_G, sizes_S), strict=True)]
@@ -119,7 +119,7 @@ def _counts(sizes_S: Sequence[int], removed_G: Tensor | None, exempt_G: Tensor |
 
 
 def _bounds(counted: Sequence[int], gone: Sequence[int], limits: Limits) -> tuple[list[int], list[int]]:
-    """The least and the most groups that may be gone from each set."""
+    """Least and greatest number of removed groups of each set."""
     floors = limits.least_of(len(counted))
     caps = [limits.max_sparsity] * len(counted) if limits.per_set is None else [one for _, one in limits.per_set]
     least = [max(math.floor(floor * n + SLACK), out) for floor, n, out in zip(floors, counted, gone, strict=True)]

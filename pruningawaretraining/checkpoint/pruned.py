@@ -165,7 +165,7 @@ def _check_whole(model: nn.Module, before: Collection[str], trial: Trial) -> Non
 
 
 def _take_out_blocks(model: nn.Module, passed: dict[str, int], surgery: Surgery) -> None:
-    """Let blocks that are gone in the file hand on their input; those of a model that lacks them already stay so."""
+    """Replace blocks that the file lacks by identities; those that the model lacks already stay so."""
     modules = dict(model.named_modules())
     for name, outputs in passed.items():
         if name not in modules:
@@ -213,7 +213,7 @@ def _put_tensors(model: nn.Module, tensors: dict[str, Tensor], surgery: Surgery)
 
 
 def _laid_out_like(old: Tensor, new: Tensor) -> Tensor:
-    """A copy in the memory format of the tensor that it takes the place of."""
+    """A copy in the memory format of the tensor that it replaces."""
     channels_last = old.dim() == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last)
     return new.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 

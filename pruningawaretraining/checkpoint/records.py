@@ -16,7 +16,7 @@ ATTRIBUTE = "_pruning_record"
 
 
 def describe_with(model: nn.Module, describe: Callable[[], dict[str, Any]]) -> None:
-    """Let a pruner say what ``save_pruned`` writes beside the tensors: plain data."""
+    """Register the function whose plain data ``save_pruned`` writes beside the tensors."""
     _DESCRIBERS[model] = describe
 
 
@@ -26,7 +26,7 @@ def record_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def remember(model: nn.Module, record: dict[str, Any]) -> None:
-    """Keep what was written beside the tensors of the file that a model was loaded from."""
+    """Remember the record of the file that a model was loaded from."""
     vars(model)[ATTRIBUTE] = record
 
 

@@ -179,7 +179,7 @@ def _kept_tensors(slots: Slots, renamed: Mapping[str, Any], changed: Mapping[str
 
 
 def _exchange(slots: Slots, renamed: Mapping[str, Any], changed: Mapping[str, Any], surgery: Surgery) -> None:
-    """Put tensors of the new shapes in place, still without values; what was shared stays shared."""
+    """Allocate tensors of the new shapes, without values; shared tensors stay shared."""
     made: dict[int, Tensor] = {}
     shared = {name: _tensor(slots[name]) for name in changed}
     for name, old in shared.items():

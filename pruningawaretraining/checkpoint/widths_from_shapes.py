@@ -95,7 +95,7 @@ def read_widths(layers: Sequence[Layer]) -> list[tuple[Layer, Widths]]:
 
 
 def _is_unread(module: nn.Module) -> bool:
-    """Whether a layer of torch's own has widths that no reader knows of."""
+    """Whether a layer of torch has widths that no reader knows."""
     raw = isinstance(module, (nn.ParameterList, nn.ParameterDict))
     return not raw and type(module).__module__.startswith("torch.nn.modules.")
 
@@ -117,7 +117,7 @@ def _outputs(layer: Layer, widths: Widths) -> tuple[int, int]:
 
 
 def _check_vectors(layer: Layer, width: int, attributes: Sequence[str]) -> None:
-    """Tensors with one entry for each output agree with the weight."""
+    """Check that tensors with one entry per output agree with the weight."""
     for attribute in attributes:
         tensor = getattr(layer.module, attribute, None)
         if isinstance(tensor, Tensor) and tensor.shape[0] != width:

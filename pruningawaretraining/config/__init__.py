@@ -1,4 +1,4 @@
-"""Configs: the native form, how it is read, and the other forms that are understood."""
+"""Configs: the native form, its reader, and dialects."""
 
 from pruningawaretraining.config.load import load_config
 from pruningawaretraining.config.schema import PruningConfig, Rule, json_schema

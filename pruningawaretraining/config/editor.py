@@ -79,7 +79,7 @@ def _object_form(kind: str, name: str) -> dict[str, Any]:
 
 
 def _plain(documentation: str) -> str:
-    """Without the markup of cross-references and literals."""
+    """Strip the markup of cross-references and literals."""
     return re.sub(r":\w+:`~?([^`]*)`", r"\1", documentation).replace("``", "")
 
 
@@ -91,7 +91,7 @@ def _options(documentation: str) -> dict[str, str]:
 
 
 def _json_type(hint: Any) -> dict[str, Any]:
-    """The JSON schema of a type; anything goes ({}) where the type has no plain JSON form."""
+    """The JSON schema of a type; {} (anything) if the type has no plain JSON form."""
     try:
         found = TypeAdapter(hint).json_schema()
     except (PydanticSchemaGenerationError, PydanticUserError, PydanticUndefinedAnnotation):

@@ -1,4 +1,4 @@
-"""How large a config may be: by aliases and nesting a few bytes can stand for more than any memory holds."""
+"""Limits on the size of a config: with aliases and nesting, a few bytes can expand beyond any memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads a config from wherever it is and in whichever form it is written; never writes."""
+"""Read configs of any source and dialect; nothing is written."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
-            raise ConfigError(f"{key}: it is there twice, with {seen[key]!r} and {value!r}")
+            raise ConfigError(f"{key}: given twice, with {seen[key]!r} and {value!r}")
         seen[key] = value
     return seen
 

@@ -1,4 +1,4 @@
-"""The phases of a rule: when its events are, and the sparsity that each asks for."""
+"""Phases of a rule: the times of its events, and the sparsity of each."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class ConfigLoader(yaml.SafeLoader):
             if key.tag != _TEXT:
                 raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} is not text", key.start_mark)
             if key.value in seen:
-                raise yaml.composer.ComposerError(None, None, f"{key.value}: it is there twice", key.start_mark)
+                raise yaml.composer.ComposerError(None, None, f"{key.value}: given twice", key.start_mark)
             seen.add(key.value)
         return node
 

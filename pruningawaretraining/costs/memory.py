@@ -25,7 +25,7 @@ from pruningawaretraining.models.trees import tensors_of
 
 @dataclass
 class Lives:
-    """Tensors of a forward pass, in the order in which they are made.
+    """Tensors of a forward pass in order of allocation.
 
     Attributes:
         bytes_T: size of each.
@@ -51,7 +51,7 @@ class Lives:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every new storage, and when it goes."""
+    """Records each new storage and when it is freed."""
 
     def __init__(self, known: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

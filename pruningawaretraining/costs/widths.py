@@ -1,4 +1,4 @@
-"""Costs as functions of how many groups every set keeps: what a search over widths asks, for many candidates at once.
+"""Costs as functions of the number of kept groups of each set, for many candidates at once (search over widths).
 
 Shape suffixes: ``_N`` candidates, ``_S`` sets, ``_L`` layers, ``_G`` groups.
 
@@ -23,7 +23,7 @@ class SetCost(Protocol):
 
     @property
     def dense(self) -> float:
-        """Of the dense model."""
+        """The dense model's cost."""
         ...
 
     def __call__(self, keep_G: Tensor) -> float:
@@ -117,7 +117,7 @@ def _share(kept_NL: Tensor, widths_L: Tensor) -> Tensor:
 
 
 class KeptGroups:
-    """How many groups stay, some of them counted.
+    """Number of kept groups, with weights.
 
     Args:
         counted_S: which sets count.

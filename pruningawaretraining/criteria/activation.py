@@ -1,4 +1,4 @@
-"""Criteria that need the activations: what a weight multiplies tells how much it matters.
+"""Criteria from activations: weights matter by the inputs they multiply.
 
 Shape suffixes: ``_G`` groups, ``_S`` slots of one member, ``_R`` rows (output channels), ``_W`` any weight.
 """
@@ -46,7 +46,7 @@ class _FromActivations:
 
 
 def _factors(grouping: Grouping, statistics: Statistics, key: str, who: object) -> dict[str, Tensor]:
-    """The statistic of every weight member by parameter name; ones where no activation has been seen at all."""
+    """The statistic of every weight member by parameter name; ones before any activation is seen."""
     names = [member.name for member in grouping.members if member.role in WEIGHTS]
     found = {name: statistics.tensors[f"{key}.{name}"] for name in names if f"{key}.{name}" in statistics.tensors}
     if not found:
@@ -114,7 +114,7 @@ def _consumers(grouping: Grouping) -> Grouping:
 
 
 def _known_last(scores_G: Tensor, grouping: Grouping, known: dict[str, Tensor]) -> Tensor:
-    """Groups whose activation nobody reads score infinity."""
+    """Give groups whose activation is unread an infinite score."""
 
     def ones(member: Member) -> Tensor | None:
         return torch.ones_like(member.parameter) if member.name in known else None

@@ -25,7 +25,7 @@ class GroupCost(Protocol):
 
 @dataclass
 class Statistics:
-    """Handed to every criterion.
+    """Statistics passed to every criterion.
 
     Args:
         macs: the MACs of the model as a function of its masks, None for patterns that save none.
@@ -51,13 +51,13 @@ class Criterion(Protocol):
 
 
 class Collector(Protocol):
-    """Gathers what a criterion needs from training, and hands it over in :attr:`Statistics.tensors`."""
+    """Collects statistics during training for :attr:`Statistics.tensors`."""
 
     def attach(self, model: nn.Module, grouping: Grouping) -> None:
-        """Begin to listen, with forward hooks where activations are needed."""
+        """Start collecting, with forward hooks if activations are needed."""
 
     def detach(self) -> None:
-        """Take the hooks out again."""
+        """Remove the hooks."""
 
     def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:
         """Once in every real optimizer step, after gradients have been reduced over ranks: read ``.grad``.
@@ -77,7 +77,7 @@ class Collector(Protocol):
         """The collected statistics."""
 
     def restrict(self, grouping: Grouping, keep_G: Tensor) -> None:
-        """Follow a removal of groups; ``grouping`` is what is left."""
+        """Follow a removal of groups; ``grouping`` is the remainder."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data."""

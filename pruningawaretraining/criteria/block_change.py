@@ -1,4 +1,4 @@
-"""The criterion of whole blocks: how little a block changes what it is given."""
+"""Criterion of whole blocks: the change of their input."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def block_names(grouping: Grouping) -> list[str]:
 
 
 class BlockChangeCollector:
-    """Means of ``1 - cos`` over what blocks have seen.
+    """Means of ``1 - cos`` over the inputs of blocks.
 
     With several processes each sees its own part of a batch. Their statistics are combined at events.
 
@@ -92,7 +92,7 @@ class BlockChangeCollector:
             self._handles.append(modules[name].register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
-        """Take the hooks out."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -126,7 +126,7 @@ class BlockChangeCollector:
         return {name: row for name, row in found.items() if float(row[1]) > 0}
 
     def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:
-        """Nothing to read before a step."""
+        """Do nothing before a step."""
 
     def tensors(self) -> dict[str, Tensor]:
         """``block_change.NAME`` of every block."""

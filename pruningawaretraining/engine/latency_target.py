@@ -24,7 +24,7 @@ from pruningawaretraining.models.calling import ForwardFn, tensors_of
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.runtimes.runtime import Model
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 ANCHORS = (0.5, 0.25)  # widths of the copies that are measured at first, beside the dense model and one of mixed widths
 ROUNDED = 8
@@ -100,7 +100,7 @@ class LatencyTarget:
         found = self.meter.milliseconds({"dense": (self._dense, self.inputs), "copy": (copied, self.inputs)})
         measured = self.dense_ms * found["copy"] / found["dense"]  # on the scale of the first measurement
         self.cost.correct(keep_D, measured)
-        log.info("latency: %.4g ms predicted, %.4g ms measured, dense %.4g ms", predicted, measured, self.dense_ms)
+        logger.info("latency: %.4g ms predicted, %.4g ms measured, dense %.4g ms", predicted, measured, self.dense_ms)
         return LatencyReached(predicted, measured, self.dense_ms, budget)
 
 

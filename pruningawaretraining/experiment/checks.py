@@ -1,4 +1,4 @@
-"""What is looked at before a run spends anything."""
+"""Checks before a run starts."""
 
 from __future__ import annotations
 

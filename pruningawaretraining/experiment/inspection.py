@@ -93,7 +93,7 @@ def groups_text(inspected: Inspected) -> str:
         ConfigError, ModelError: nothing can be pruned, or the model rejects the inputs.
     """
     pruner = Pruning(inspected.model, inspected.pruning, example_inputs=inspected.inputs)
-    groups = pruner.describe_groups()
+    groups = pruner.describe_sets()
     lines: list[str] = []
     for group in groups:
         source = f"Source conv: {group['source']}"

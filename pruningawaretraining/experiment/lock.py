@@ -86,7 +86,7 @@ def refuse_locked(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside the block the folder, which is made if need be, is this process's; what killed runs locked is taken over.
+    """Lock the folder for this process inside the block, creating it if needed; locks of killed runs are taken over.
 
     Raises:
         ConfigError: another run is writing to it.

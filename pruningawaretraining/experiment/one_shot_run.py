@@ -81,7 +81,7 @@ def run_one_shot(config: ExperimentConfig, options: OneShotOptions) -> list[dict
     data = load_data(config.data)
     model = build_model(config.model, len(data.classes), data.shape[0]).to(device).eval()
     if config.model.weights is None:
-        logger.warning("model.weights: none are given; what is pruned is as the model's name builds it")
+        logger.warning("model.weights: none given; pruning the model as model.name builds it")
     pipeline = Pipeline(data.mean, data.std, channels_last=config.channels_last)
     train = TrainingBatches(pipeline, data.train, config.batch_size, device)
     test = SourceBatches(pipeline, data.test, TEST_BATCH, device)

@@ -83,7 +83,7 @@ def _run_here(
     folder = config.folder()
     refuse_locked(folder)
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out: {str(folder)!r} is a file. Allowed: a folder, which is made if need be")
+        raise ConfigError(f"out: {str(folder)!r} is a file. Allowed: a folder, created if needed")
     if resume and (folder / record.SUMMARY).is_file():
         _check_finished(config, folder)
         display.say(f"{folder} is finished")
@@ -174,4 +174,6 @@ def find_device(name: str) -> torch.device:
     try:
         return torch.zeros(1, device=name).device  # with its number: that of this process's own GPU
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device: {name!r} is not here: {str(error).splitlines()[0]}. Allowed: auto, cpu") from error
+        raise ConfigError(
+            f"device: {name!r} is not available: {str(error).splitlines()[0]}. Allowed: auto, cpu"
+        ) from error

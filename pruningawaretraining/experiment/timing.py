@@ -179,7 +179,7 @@ def timed(
     names = [one.name for one in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigError(f"{twice!r} is there twice. Allowed: models of different names")
+        raise ConfigError(f"{twice!r} is given twice. Allowed: models of different names")
     resize = RuntimeMeter(runtime, batch, threads).inputs
     pairs = {one.name: (one.model, resize(one.inputs)) for one in found}
     latencies = compare_latency(pairs, runtime, threads, repeats).latencies

@@ -81,7 +81,7 @@ class Learner:
 
 @dataclass
 class Sums:
-    """What an epoch has come to so far.
+    """Progress of an epoch.
 
     Attributes:
         loss: sum of the losses of all images.

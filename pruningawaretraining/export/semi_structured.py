@@ -138,7 +138,7 @@ def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Line
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: a {type(model).__name__} is not allowed. Allowed: a torch.nn.Module")
     if isinstance(layers, str):
-        raise ModelError(f"layers: {layers!r} is a text. Allowed: a list of names, such as [{layers!r}]")
+        raise ModelError(f"layers: {layers!r} is a string. Allowed: a list of names, such as [{layers!r}]")
     linear = {name: one for name, one in model.named_modules() if type(one) is nn.Linear}
     named = list(linear) if layers is None else list(layers)
     for name in named:

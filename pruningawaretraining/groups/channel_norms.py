@@ -33,7 +33,7 @@ BLOCK = 1 << 18
 
 @dataclass(frozen=True)
 class _Side:
-    """A dimension of a weight whose channels belong to groups: where its entries lie, and each channel's group."""
+    """A dimension of a weight with the group of each channel."""
 
     dim: int
     first: int
@@ -100,7 +100,7 @@ class GroupIndex:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are now, and with them what is computed here."""
+        """Current device of the weights, on which everything is computed."""
         return self.weights[0].parameter.device if self.weights else torch.device("cpu")
 
     @property
@@ -215,7 +215,7 @@ class GroupIndex:
                     sums.addmv_(square.t(), self._ones(part)[: part.shape[0]])
 
     def _scratch(self, like: Tensor) -> Tensor:
-        """Room for one block, reused for all: allocating it every time costs more than filling it."""
+        """Scratch memory for one block, reused because allocation costs more than filling."""
         if self._room is None or self._room.dtype != like.dtype or self._room.device != like.device:
             self._room = torch.empty(self._largest_block(), dtype=like.dtype, device=like.device)
         return self._room[: like.numel()].view(like.shape)

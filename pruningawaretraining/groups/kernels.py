@@ -119,7 +119,7 @@ def _clear(w_ON: Any, cleared_O: Any, columns: Any) -> None:
 
 
 def _clear_chosen(w_PRQ: Any, chosen_PQ: Any) -> None:
-    """Rows in which all that is chosen is 0 already are only read."""
+    """Clear chosen entries; rows whose chosen entries are 0 already are only read."""
     for p in range(w_PRQ.shape[0]):
         chosen = chosen_PQ[p]
         if w_PRQ.shape[2] == 1:

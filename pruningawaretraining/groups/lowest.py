@@ -75,7 +75,7 @@ def ordered_bits(values_N: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Where runs of groups lie in rows of :data:`ROW`: each begins a row, and its last row is filled up.
+    """Layout of runs of groups in rows of :data:`ROW`: each run begins a row, and its last row is padded.
 
     Args:
         sizes: groups of each run, in the order of the groups.
@@ -127,7 +127,7 @@ class Runs:
         self.number_R = torch.repeat_interleave(numbers_S, rows_S, output_size=sum(rows))
 
     def count(self, flags_RC: Tensor) -> Tensor:
-        """How many flags of each run are set, int64."""
+        """Number of set flags of each run, int64."""
         totals_R = torch.nn.functional.pad(_row_counts(flags_RC).cumsum(0), (1, 0))
         return totals_R[self.ends_S] - totals_R[self.starts_S]
 
@@ -169,7 +169,7 @@ def _row_counts(flags_RC: Tensor) -> Tensor:
 
 
 def counts_of(flags_G: Tensor, sizes: Sequence[int]) -> list[int]:
-    """How many flags of each run are set; the host waits for a device once."""
+    """Number of set flags of each run; synchronizes with the device once."""
     if on_host(flags_G):
         return [int(part.count_nonzero()) for part in torch.split(flags_G, list(sizes))]
     rows = Rows(tuple(sizes), tuple(range(len(sizes))))

@@ -26,7 +26,7 @@ Reduction = Callable[[Grouping, Values, torch.dtype], Tensor]
 
 
 def device_of(grouping: Grouping) -> torch.device:
-    """Where the grouping's first tensor is; vectors over groups are kept there."""
+    """Device of the grouping's first tensor, on which vectors over groups are kept."""
     return grouping.members[0].parameter.device if grouping.members else torch.device("cpu")
 
 
@@ -64,7 +64,7 @@ def reduce_mean(grouping: Grouping, values: Values, dtype: torch.dtype = torch.f
 
 
 def _group_counts(grouping: Grouping) -> Tensor:
-    """How many entries each group has, at least 1, float32 on the CPU; counted once."""
+    """Number of entries of each group, at least 1, float32 on the CPU; counted once."""
     if "entries" not in grouping._cache:
         count_G1 = torch.zeros(grouping.size + 1, dtype=torch.float32, device="cpu")
         for member in grouping.members:

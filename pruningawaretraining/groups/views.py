@@ -26,7 +26,7 @@ from pruningawaretraining.groups.placed import placed
 
 @dataclass(frozen=True)
 class Fold:
-    """How a member's tensor is seen so that every group lies along axes of its own.
+    """View of a member's tensor in which every group lies along its own axes.
 
     Args:
         narrowed: (dimension, first, length) of dimensions of which only a part is in groups.

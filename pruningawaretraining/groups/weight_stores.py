@@ -94,7 +94,7 @@ class WeightStore:
     _waiting: list[Sided] = field(default_factory=list)
 
     def take(self, one: Sided) -> None:
-        """Take a weight in; vectors come first."""
+        """Add a weight; vectors come first."""
         if one.parameter.dim() == 1 and len(one.sides) == 1:
             self.vectors.append(one.parameter)
             self.parts.append(one.sides[0][1])
@@ -102,7 +102,7 @@ class WeightStore:
             self._waiting.append(one)
 
     def close(self) -> None:
-        """Lay out what has been taken in."""
+        """Lay out the added weights."""
         shaped = [(one, _order(one)) for one in self._waiting]
         for one, order in shaped:
             if order is not None:
@@ -189,7 +189,7 @@ class WeightStore:
             torch._foreach_addcmul_(gradients, values, scales)
 
     def _add_to_run(self, run: Sequence[_Matrix], factors: Sequence[Tensor], only: set[int] | None) -> None:
-        """Spell out the factors of many weights, and add them all at once."""
+        """Expand the factors of many weights, and add them all at once."""
         found: list[tuple[_Matrix, Tensor]] = []
         for one in run:
             gradient_W = _gradient(one.parameter, only)

@@ -68,10 +68,10 @@ class PruningCallback(_TrainerCallback):  # type: ignore[misc]
 
         Raises:
             CheckpointError: only one of ``resume_from`` and ``resume_from_checkpoint`` was given.
-            ConfigError: the callback is there twice, or another one prunes the same model.
+            ConfigError: the callback is given twice, or another one prunes the same model.
         """
         if self._training is not None and self._training() is state:
-            raise ConfigError("callbacks: this PruningCallback is there twice. Allowed: once")
+            raise ConfigError("callbacks: this PruningCallback is given twice. Allowed: once")
         self._training = weakref.ref(state)
         self._check_resumed(Path(args.output_dir), state.global_step)
         self._attached.make(model)

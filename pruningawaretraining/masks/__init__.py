@@ -1,1 +1,1 @@
-"""Masks, removal, penalties and the dry run: what is done to a model's weights."""
+"""Masks, removal, penalties and the dry run of removals."""

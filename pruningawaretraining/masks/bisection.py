@@ -1,4 +1,4 @@
-"""Which of many parts work together: halves are tried until those that do not are found."""
+"""Find the parts that do not work together, by bisection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A removal rehearsed before any training is spent on it: sets that cannot lose channels are left out, with the reason.
+"""Dry-run the removal before training: sets that cannot lose channels are left out, with the reason.
 
 Shape suffixes: ``_G`` groups.
 
@@ -55,7 +55,7 @@ def _all_but_one(number: int, size: int) -> int:
 
 
 def _a_part(number: int, size: int) -> int:
-    """About half, and another part of every set: sets whose widths have to be equal show that."""
+    """About half of every set, a different part of each, which reveals sets whose widths must be equal."""
     return math.ceil(size * (0.35 + 0.3 * (number * 0.618034 % 1)))
 
 
@@ -100,12 +100,12 @@ class _Rehearsal:
         self.told = True  # whether every comparison told something
 
     def problem_without(self, keep_G: Tensor) -> str:
-        """Why the model cannot do with these groups alone; "" if it can."""
+        """Why the model fails with these groups alone; "" if it works."""
         outputs = self._without(keep_G, self.comparison.outputs)
         return outputs if isinstance(outputs, str) else self._misread(keep_G, outputs)
 
     def problem(self, numbers: Sequence[int]) -> str:
-        """Why the model cannot do without a channel of each of these sets, or about half of them; "" if it can."""
+        """Why the model fails without a channel of each of these sets, or about half of them; "" if it works."""
         ran = self._without(self._keep(numbers, _all_but_one), self._run)
         if isinstance(ran, str):
             return ran
@@ -142,7 +142,7 @@ class _Rehearsal:
             return Outputs(outputs_of(self.model, self.inputs, self.forward_fn), exact=False)
 
     def _misread(self, keep_G: Tensor, removed: Outputs) -> str:
-        """Why groups are not what they are thought to be: removed, they leave another model than masked; "" if not."""
+        """Why groups are misread: the removed model differs from the masked one; "" if they agree."""
         if all(one.is_meta for one in removed.tensors):
             return ""
         with _masked(self.model, self.found, keep_G):
@@ -244,7 +244,7 @@ def removable_blocks(
 
 
 def _needed(rehearsal: _Rehearsal, names: Sequence[str]) -> dict[str, str]:
-    """Block -> why the model cannot do without it; found out one by one where the model cannot do with the ends."""
+    """Block -> why it cannot be removed; tried one by one if the model fails without all of them."""
     one_by_one = ~torch.eye(len(names), dtype=torch.bool)
     if not any(rehearsal.problem_without(~one_by_one[end]) for end in (0, -1)):
         return {}

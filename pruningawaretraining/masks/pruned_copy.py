@@ -1,4 +1,4 @@
-"""A copy of a model without the channels that are masked: for measurements; the user's model stays as it is."""
+"""Copies of a model without its masked channels, for measurements; the user's model is unchanged."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def bare_copy(model: nn.Module, device: torch.device | str | None = None) -> nn.
 def pruned_copy(
     model: nn.Module, found: ChannelGroups, keep_G: Tensor, device: torch.device | str | None = None
 ) -> nn.Module:
-    """A copy from which the groups that are not kept are removed.
+    """A copy with only the kept groups.
 
     Args:
         model: the model, masked or not.

@@ -27,7 +27,7 @@ from pruningawaretraining.patterns.projections import is_transposed_linear
 
 
 def kept_indices(grouping: Grouping, keep_G: Tensor, gone: Container[str] = ()) -> dict[str, Keep]:
-    """For every tensor that loses something: dimension -> indices that stay (int64, ascending).
+    """For every sliced tensor: dimension -> indices to keep (int64, ascending).
 
     Args:
         grouping: groups whose members each index one dimension.
@@ -122,7 +122,7 @@ def _bare_norm_widths(model: nn.Module, norms: Mapping[str, Tensor], keep_G: Ten
 
 
 def _kept_heads(heads: Mapping[str, Heads], keep_G: Tensor) -> dict[str, Kept]:
-    """Block -> what is left of its attributes, for blocks that lose heads."""
+    """Block -> its remaining attributes, for blocks that lose heads."""
     keep_G1 = torch.cat([keep_G.cpu().bool(), torch.ones(1, dtype=torch.bool)])
     counts = {name: (int(keep_G1[one.groups_H.cpu()].sum()), len(one.groups_H)) for name, one in heads.items()}
     return {name: Kept(*counts[name], heads[name].attributes) for name in heads if counts[name][0] < counts[name][1]}

@@ -1,4 +1,4 @@
-"""Example inputs in every form a user has them, and how a model is called with them."""
+"""Example inputs in all their forms, and calls of a model with them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def move(inputs: Any, device: torch.device) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Where a model computes: the device of all its parameters (of its buffers if it has none).
+    """Device of a model: the device of all its parameters (of its buffers if it has none).
 
     None for a model without tensors, and for one that is spread over several devices.
     """
@@ -65,7 +65,7 @@ def _computed_on(weight: Tensor) -> torch.device:
 
 
 def beside(model: nn.Module, inputs: Any) -> Any:
-    """Inputs on the device of the model that is to run on them; as they are for a model on none or several."""
+    """Inputs on the model's device; unchanged for a model on no device or several."""
     device = device_of(model)
     if device is None or all(one.device == device for one in tensors_of(inputs)):
         return inputs
@@ -140,7 +140,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Without the autocast of a surrounding block, whose copies of weights would outlive a change of the weights."""
+    """Disable a surrounding autocast, whose cached copies of weights would outlive a change of the weights."""
     device = next((one.device.type for one in model.parameters()), "cpu")
     if not torch.amp.autocast_mode.is_autocast_available(device):
         yield
@@ -194,7 +194,7 @@ def generator_devices(model: nn.Module) -> list[torch.device]:
 
 @contextmanager
 def same_generators(model: nn.Module) -> Iterator[None]:
-    """PyTorch's random generators are after the block as before it, whatever a forward pass draws."""
+    """Restore PyTorch's random generators after the block."""
     with torch.random.fork_rng(generator_devices(model)):
         yield
 

@@ -1,4 +1,4 @@
-"""Forward passes that draw random numbers, made repeatable: the same seeds, and draws that no width changes.
+"""Make random forward passes repeatable: the same seeds, and draws that do not depend on widths.
 
 Two passes of one seed draw the same numbers only while tensors have the same shapes. A removed model has fewer
 channels, so random operations give constants inside :class:`Still`: dropout hands its input on, noise is the same
@@ -24,7 +24,7 @@ HALF = 0.5
 
 @contextmanager
 def same_draws(model: nn.Module) -> Iterator[None]:
-    """Generators of PyTorch, Python and NumPy are after the block as before it, whatever forward passes draw."""
+    """Restore the generators of PyTorch, Python and NumPy after the block."""
     numpy = getattr(sys.modules.get("numpy"), "random", None)
     states = random.getstate(), None if numpy is None else numpy.get_state()
     try:
@@ -58,7 +58,7 @@ def has_drawn(model: nn.Module, number: int) -> bool:
 
 
 class Still(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Random operations give constants: a dropout its input, noise one half, a permutation the order as it is."""
+    """Replace random operations by constants: dropout by its input, noise by one half, permutations by the identity."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

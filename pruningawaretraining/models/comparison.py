@@ -67,7 +67,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How two states of a model compare.
+    """Result of comparing two states of a model.
 
     Attributes:
         difference: the largest, as a fraction of the largest output; 0 where rounding explains it.
@@ -148,7 +148,7 @@ class Comparison:
         return Verdict(worst, informative)
 
     def _movement(self) -> list[tuple[float, float]]:
-        """How far each output moves by rounding, and from one seed to another."""
+        """Movement of each output by rounding, and between seeds."""
         with self._settings():
             first = self._outputs().tensors
             runs = [self._outputs().tensors, *(self._outputs(Rounding(one)).tensors for one in range(SEEDS))]

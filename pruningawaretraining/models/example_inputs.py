@@ -1,4 +1,4 @@
-"""Example inputs of a model: taken from a call of it, and moved when it is."""
+"""Example inputs of a model, taken from a call; they follow the model's moves."""
 
 from __future__ import annotations
 

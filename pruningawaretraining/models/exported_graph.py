@@ -1,4 +1,4 @@
-"""Graphs that torch.export made of a model: they lose channels when the model does.
+"""Graphs of torch.export that follow removals of their model.
 
 Quantizers for exported graphs (``prepare_qat_pt2e``) train a graph of plain operations whose parameters are the model's
 own. So masks of the model hold in the graph, and groups, costs and criteria are those of the model. What a removal has
@@ -74,7 +74,7 @@ class ExportedGraph:
         return frozenset(found & {name for name, _ in self.graph.named_parameters()})
 
     def slice(self, model: nn.Module, kept: Mapping[str, Keep], surgery: Surgery) -> None:
-        """Let the graph follow a removal.
+        """Slice the graph after a removal.
 
         Args:
             model: with its channels removed already.
@@ -127,7 +127,7 @@ class ExportedGraph:
 
 
 class _Quiet(nn.Module):
-    """Runs a graph as it would run in eval mode, without quantization and without a trace in it."""
+    """Runs a graph in eval mode, without quantization and without changing it."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class _Quiet(nn.Module):
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs operation by operation; guards, observers and the counters of batch norms are passed over."""
+    """Runs operation by operation, skipping guards, observers and the counters of batch norms."""
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)

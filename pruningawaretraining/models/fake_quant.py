@@ -1,4 +1,4 @@
-"""Fake quantization: its scales follow the channels of their weights, and it rests while a removal is checked.
+"""Fake quantization: scales follow the channels of their weights; disabled while a removal is checked.
 
 Shape suffixes: ``_O`` outputs of a layer.
 
@@ -44,7 +44,7 @@ def _is_switched(module: nn.Module) -> bool:
 
 @contextmanager
 def resting(model: nn.Module) -> Iterator[None]:
-    """Inside the block fake quantizers pass values through and observers see nothing; afterwards all is as it was."""
+    """Disable fake quantizers and observers inside the block."""
     switches = [module for module in model.modules() if _is_switched(module) and module.enabled]
     buffers = [
         buffer

@@ -1,4 +1,4 @@
-"""Norms over channels while some of these are masked: statistics over the kept ones, as the removed model will have.
+"""Norms over masked channels: statistics over the kept ones, as in the removed model.
 
 Shape suffixes: ``_C`` channels, ``_GC`` channels in groups, ``_B`` batch, ``_P`` positions.
 """

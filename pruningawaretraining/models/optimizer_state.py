@@ -95,7 +95,7 @@ def catch_up(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _drop(optimizer: torch.optim.Optimizer, lost: Sequence[Tensor], gone: set[int], surgery: Surgery) -> None:
-    """Take parameters out of their groups, and their state away; a group may be empty afterwards."""
+    """Drop parameters and their state; a group may be empty afterwards."""
     for group in optimizer.param_groups:
         left = [one for one in group["params"] if id(one) not in gone]
         if isinstance(optimizer, torch.optim.LBFGS) and left and group["params"][0] in optimizer.state:
@@ -184,7 +184,7 @@ def _slice_row(optimizer: torch.optim.LBFGS, exchanged: Exchanged, surgery: Surg
 def mask_state(
     optimizers: Iterable[torch.optim.Optimizer], parameters: Sequence[Tensor], factors: Sequence[Tensor]
 ) -> None:
-    """Set what optimizers remember of masked weights to 0; factors broadcast to their parameter's shape, or to that of
+    """Set the state of masked weights to 0; factors broadcast to their parameter's shape, or to that of
     this process's part of it."""
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -210,7 +210,7 @@ def _mask_row(optimizer: torch.optim.LBFGS, parameters: Sequence[Tensor], factor
 
 @torch.no_grad()
 def clear_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer start afresh, as if it had just been made; its parameter groups stay as they are."""
+    """Reset the state of an optimizer to that of a new one; its parameter groups are unchanged."""
     optimizer.state.clear()
     if isinstance(optimizer, torch.optim.LBFGS):
         optimizer._numel_cache = None

@@ -1,4 +1,4 @@
-"""Attention blocks that have lost heads: their attributes, and blocks of torch and torchvision that can do with fewer.
+"""Attention blocks with fewer heads: their attributes, and replacements for blocks of torch and torchvision.
 
 Shape suffixes: ``_BTE`` batch, positions, width; ``_BHTC`` batch, heads, positions, width of a head; ``_BYXC`` images,
 channels last; ``_BVUTC`` batch, rows and columns of windows, positions in a window, channels.
@@ -144,7 +144,7 @@ def replacement_of(module: nn.Module) -> Any:
 
 
 def shrink_heads(model: nn.Module, kept: Mapping[str, Kept], surgery: Surgery) -> None:
-    """Let attention blocks work with the heads that are left, once their tensors have been sliced.
+    """Adapt attention blocks to the kept heads, once their tensors have been sliced.
 
     Args:
         model: the model; blocks that cannot do with fewer heads are replaced, see :func:`replacement_of`.

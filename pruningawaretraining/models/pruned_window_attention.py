@@ -17,7 +17,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 
 class PrunedWindowAttention(ShiftedWindowAttention):  # type: ignore[misc]
-    """torchvision's shifted window attention (both versions of Swin) that can do with fewer heads."""
+    """torchvision's shifted window attention (both versions of Swin) with fewer heads."""
 
     @classmethod
     def of(cls, module: Any) -> PrunedWindowAttention:

@@ -1,4 +1,4 @@
-"""Whole blocks that are gone: what takes their place in a model, and what a masked one hands on."""
+"""Replacements for removed blocks, and bypass hooks for masked ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def handed_on(x: Tensor, outputs: int) -> Any:
 
 
 class PassThrough(nn.Module):
-    """Takes the place of a removed block: it hands on its input, and takes whatever the block took.
+    """Replacement of a removed block: returns its input, and accepts the block's arguments.
 
     Args:
         outputs: see :class:`Block`.
@@ -78,7 +78,7 @@ class PassThrough(nn.Module):
 
 
 class Bypass:
-    """Forward hook of a masked block: it hands on its input, as the model without it will.
+    """Forward hook of a masked block: returns its input, as the model without it does.
 
     Zero weights alone would not do: a norm behind the residual sum still works on what it is given.
 

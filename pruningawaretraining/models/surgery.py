@@ -1,4 +1,4 @@
-"""Changes to models and optimizers that can be undone, and the tensors that take the place of sliced ones.
+"""Reversible changes to models and optimizers, and the successors of sliced tensors.
 
 Shape suffixes: ``_D`` entries of one dimension.
 """
@@ -64,11 +64,11 @@ class Surgery:
         self._undo.append(lambda: target.__setitem__(key, old))
 
     def when_undone(self, action: Callable[[], Any]) -> None:
-        """Call this once everything that is changed from here on has been put back."""
+        """Call an action on undo, after all later changes are undone."""
         self._undo.append(action)
 
     def undo(self) -> None:
-        """Put everything back."""
+        """Undo all changes."""
         for step in reversed(self._undo):
             step()
         self._undo = []

@@ -1,1 +1,1 @@
-"""Patterns: which weights live or die together. Each makes groupings for a model."""
+"""Patterns: weights that are pruned together. Each builds groupings for a model."""

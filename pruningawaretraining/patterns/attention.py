@@ -1,4 +1,4 @@
-"""Attention blocks of a model: which tensors hold their heads, and in which order.
+"""Attention blocks of a model: the tensors that hold their heads, and the order of heads.
 
 Shape suffixes: ``_D`` entries of one dimension of a tensor.
 
@@ -164,7 +164,7 @@ def _head_dim(module: nn.Module, total: int) -> int:
 
 
 def _key_value_heads(inputs: list[Projection], heads: int, width: int) -> int:
-    """How many key and value heads there are; 0 if the widths do not say."""
+    """Number of key and value heads; 0 if the widths do not determine it."""
     if len(inputs) == 3:
         query, key, value = (one.outputs for one in inputs)
         return key // width if query == heads * width and key == value and key % width == 0 else 0

@@ -127,7 +127,7 @@ class Unstructured:
 @register("pattern", "n_of_m", "n:m")
 @dataclass(frozen=True)
 class NofM:
-    """N of every M weights that follow each other along the input channels go; 2:4 keeps 2. Written "2:4".
+    """N of every M consecutive weights along the input channels are pruned; 2:4 keeps 2. Written "2:4".
 
     Groups are single weights; :func:`pruningawaretraining.allocation.threshold.allocate_windows` chooses among them. A
     last window that is short keeps as many as the others.
@@ -154,7 +154,7 @@ class NofM:
 
     @property
     def window(self) -> tuple[int, int]:
-        """(how many go, of how many)."""
+        """(pruned weights, window size)."""
         return self.drop, self.of
 
     def build(self, model: nn.Module, layers: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> Grouping:

@@ -43,7 +43,7 @@ class StructuredPattern(Protocol):
         ...
 
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
-        """Selected attention block -> what goes together there."""
+        """Selected attention block -> its unit of pruning."""
         ...
 
 
@@ -92,7 +92,7 @@ class Channel:
         return chosen | chosen_heads(model, layers, exclude, key) if self.heads else chosen
 
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
-        """Attention block -> what goes together there."""
+        """Attention block -> its unit of pruning."""
         return dict.fromkeys(chosen - set(producer_names(model)), "group")
 
 
@@ -155,7 +155,7 @@ def find_channels(
 
 
 def _useless_heads(found: ChannelGroups) -> Iterator[tuple[int, str]]:
-    """Sets of heads that cannot be pruned beside the others: single heads, and what is cut into channels already."""
+    """Sets of heads that cannot be pruned: single heads, and blocks that are pruned by channels."""
     taken: dict[tuple[str, int], int] = {}
     for member in found.grouping.members:
         assert member.slots is not None

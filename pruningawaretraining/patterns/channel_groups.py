@@ -92,7 +92,7 @@ class ChannelGroups:
         return ChannelGroups(grouping, {**self.skipped, **skipped}, norms, heads, blocks)
 
     def beside(self, grouping: Grouping, heads: dict[str, Heads], skipped: dict[str, str]) -> ChannelGroups:
-        """These groups, and heads behind them."""
+        """These groups followed by heads."""
         first, both = self.grouping.size, concat([self.grouping, grouping], self.grouping.name)
         norms = {name: torch.where(groups >= first, both.size, groups) for name, groups in self.norms.items()}
         moved = {name: replace(one, groups_H=one.groups_H + first) for name, one in heads.items()}

@@ -1,4 +1,4 @@
-"""Coupled channels as groups: which sets they form, and which tensors they index."""
+"""Coupled channels as groups: their sets, and the tensors that they index."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class DependencyMap:
 
 
 class Deadline:
-    """A time by which the graph has to be done."""
+    """Time limit of the graph."""
 
     def __init__(self, limit: float) -> None:
         self.limit, self.end = limit, time.monotonic() + limit
@@ -97,7 +97,7 @@ def has_multiplier(module: Any) -> bool:
 
 
 def ties(space: Space) -> tuple[Indices, Indices]:
-    """Channels that only go together: equal positions in every group of a grouped convolution or GroupNorm."""
+    """Channels that must be pruned together: equal positions in every group of a grouped convolution or GroupNorm."""
     groups, module = 1, space.owner
     if isinstance(module, nn.GroupNorm):
         groups = module.num_groups

@@ -1,4 +1,4 @@
-"""Which channels of a model are coupled: the closure of Torch-Pruning's dependency graph.
+"""Coupled channels of a model: the closure of Torch-Pruning's dependency graph.
 
 Torch-Pruning traces the model into nodes (layers and operations) and dependencies between their channel indices. It
 then walks that graph once for every root layer. Here every dependency is followed once, with whole index vectors, and

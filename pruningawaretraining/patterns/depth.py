@@ -1,4 +1,4 @@
-"""Depth: a group is a whole residual block; without it, its input is handed on.
+"""Depth: a group is a whole residual block, which is replaced by the identity when removed.
 
 A block is a child of an ``nn.Sequential`` or ``nn.ModuleList`` that runs once, adds its input to what it computes, and
 gives out one tensor of its input's shape. Whatever else is there stays, with the reason.
@@ -88,7 +88,7 @@ class _Run:
 
 
 class _Additions(TorchDispatchMode):
-    """Notes which of the open blocks add their input (or a view of it) to something."""
+    """Records which of the running blocks add their input, or a view of it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -145,7 +145,7 @@ def _run(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) -> dict[st
 
 
 def _problem(run: _Run, module: nn.Module, owners: Counter[int]) -> str:
-    """Why a candidate cannot go; "" if its form allows it."""
+    """Why a candidate cannot be removed; "" if it can."""
     if run.calls != 1:
         return f"it runs {run.calls} times on the example inputs"
     first, *others = run.made if isinstance(run.made, tuple) and run.made else (run.made,)

@@ -91,7 +91,7 @@ def _need_coupled(session: Session) -> None:
 
 
 def sets_of(session: Session) -> list[dict[str, Any]]:
-    """See :meth:`pruningawaretraining.Pruning.describe_groups`."""
+    """See :meth:`pruningawaretraining.Pruning.describe_sets`."""
     _need_coupled(session)
     coupled, weights = session.engine.coupled, session.engine.weights
     rows = [] if coupled is None else _set_rows(coupled)

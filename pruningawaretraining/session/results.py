@@ -50,7 +50,7 @@ class Results(Bound):
         """Group name -> L2 norms of the groups that are there, on the CPU."""
         return reporting.norms_of(self._session)
 
-    def describe_groups(self) -> list[dict[str, Any]]:
+    def describe_sets(self) -> list[dict[str, Any]]:
         """One dict for each set of coupled layers: number, source, dependencies, size and kept groups."""
         return reporting.sets_of(self._session)
 

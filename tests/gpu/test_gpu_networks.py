@@ -83,7 +83,7 @@ def test_a_layer_whose_channels_are_mixed_stays(device: torch.device) -> None:
     images = torch.randn(4, 3, 16, 16, device=device)
     pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=images)
     pruner.prune(model, 0)
-    assert [group["source"] for group in pruner.describe_groups()] == ["second"]
+    assert [group["source"] for group in pruner.describe_sets()] == ["second"]
     assert (model.first.out_channels, model.second.out_channels) == (32, 16)
 
 

@@ -139,7 +139,7 @@ def read_config(source: Source) -> dict[Key, dict[str, Any]]:
         if "params" in options:
             raise ConfigError(f"{key!r}.params: not allowed: the key says which parameters")
         if parsed in found:
-            raise ConfigError(f"{key!r}: it is there twice")
+            raise ConfigError(f"{key!r}: given twice")
         found[parsed] = dict(options)
     return found
 

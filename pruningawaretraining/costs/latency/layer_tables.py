@@ -50,7 +50,7 @@ class LayerTable:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Plain data for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""How single layers are timed: as modules in PyTorch, or as graphs of one node in onnxruntime."""
+"""Timers of single layers: as modules in PyTorch, or as graphs of one node in onnxruntime."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SWEEPS = 3  # over all points, so that a slow moment of the machine spoils none
 
 
 def least_ms(run: Callable[[], Any]) -> float:
-    """The shortest of several runs: what disturbs a run only makes it longer."""
+    """Minimum over several runs: disturbances only make runs longer."""
     run()
     found: list[float] = []
     spent = 0.0

@@ -54,7 +54,7 @@ class Meter(Protocol):
         ...
 
     def ready(self, model: nn.Module, example_inputs: Any) -> Model:
-        """The model in a form that can be timed again and again, and does not change with it."""
+        """A snapshot of the model that can be timed repeatedly."""
         ...
 
     def remembered(self, what: Mapping[str, Any], measure: Callable[[], list[float]]) -> list[float]:
@@ -111,7 +111,7 @@ class RuntimeMeter:
 
     @property
     def cache(self) -> TimeCache:
-        """Where times are kept."""
+        """The cache of measured times."""
         if self._cache is None:
             where = {"runtime": self._spec, "version": runtime_version(self.name), "threads": self.threads}
             if self._device is not None:
@@ -157,7 +157,7 @@ class RuntimeMeter:
 
     @property
     def on_processor(self) -> bool:
-        """Whether all that is timed runs on the thread that calls: then the time that the processor spent counts."""
+        """Whether everything timed runs on the calling thread, so that CPU time can be used."""
         return self.threads == 1 and self.name in ONE_THREAD and self._device is None
 
     def _milliseconds(self, models: Mapping[str, tuple[Model, Any]]) -> dict[str, float]:
@@ -197,5 +197,5 @@ class RuntimeMeter:
 
 
 def _decile(times: list[float]) -> float:
-    """The 10th percentile: what disturbs a run only makes it longer."""
+    """10th percentile: disturbances only make runs longer."""
     return statistics.quantiles(times, n=10, method="inclusive")[0]

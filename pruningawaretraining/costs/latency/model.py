@@ -74,7 +74,7 @@ def _periodic(factors: Sequence[float]) -> list[float]:
 
 
 def _place(grid_LK: Tensor, last_L: Tensor, width_NL: Tensor) -> tuple[Tensor, Tensor]:
-    """The grid point below each width, and how far it lies on the way to the next; outside the grid, its ends."""
+    """The grid point below each width and the fraction of the way to the next; clamped to the grid."""
     above = torch.searchsorted(grid_LK, width_NL.T.contiguous(), right=True).T
     low = torch.minimum((above - 1).clamp(min=0), last_L - 1)
     layer = torch.arange(width_NL.shape[1]).expand_as(low)
@@ -196,7 +196,7 @@ class LatencyCost:
         self.fitted = fit(numbers, tables, ms_A)
 
     def correct(self, keep_G: Tensor, ms: float) -> None:
-        """Let the prediction for these masks be what was measured."""
+        """Correct the prediction for these masks to the measurement."""
         known = self.fitted
         self.fitted = Fit(known.fixed, known.per_number, known.layers, known.correction * ms / self(keep_G))
 
@@ -209,7 +209,7 @@ class LatencyCost:
         return self._completed(sides[0], sides[1])
 
     def _completed(self, out_NL: Tensor, in_NL: Tensor) -> tuple[Tensor, Tensor]:
-        """Dense widths where the groups know none; channels of grouped convolutions counted in full."""
+        """Fill in dense widths of layers outside the groups, and count channels of grouped convolutions in full."""
         out_NL = torch.where(self._macs.out.widths_L[self._chosen] > 0, out_NL, self._dense_out_L)
         known = self._macs.in_.widths_L[self._chosen] > 0
         return out_NL, torch.where(known, in_NL * self._groups_L, self._dense_in_L)

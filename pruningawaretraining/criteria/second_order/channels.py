@@ -161,7 +161,7 @@ def compensate_readers(found: list[LosingReader], hooks: InputHessians, compensa
     unseen = [reader.name for reader in found if reader.name not in hooks.sums]
     if unseen:
         logger.warning(
-            "compensation: not of %s, run as no module of its own (in nn.MultiheadAttention)", ", ".join(unseen)
+            "compensation: skipped for %s, which nn.MultiheadAttention does not call as a module", ", ".join(unseen)
         )
     for reader in found:
         if reader.name in unseen:

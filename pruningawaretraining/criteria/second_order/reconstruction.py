@@ -91,7 +91,7 @@ class Reconstruction:
         if len(unread) == len(grouping.sets):
             raise ConfigError(
                 f"criterion: 'reconstruction' knows no layer that reads {', '.join(unread[:4])} and can be fitted; "
-                "nn.MultiheadAttention runs its output projection as no module of its own. Allowed: another criterion"
+                "nn.MultiheadAttention does not call its output projection as a module. Allowed: another criterion"
             )
         if unread:
             logger.warning("reconstruction: no layer that can be fitted reads %s; pruned last", ", ".join(unread[:8]))

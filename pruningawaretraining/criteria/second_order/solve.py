@@ -257,7 +257,7 @@ def share_of(layout: Layout, sparsity: float, key: str = "sparsities") -> float:
         return sparsity
     only = tile.most
     if abs(sparsity - only) > 1e-6:
-        raise TargetError(f"{key}: {sparsity} cannot be had with {tile.keep}:{tile.of}. Allowed: {only:.4g}")
+        raise TargetError(f"{key}: {sparsity} is not possible with {tile.keep}:{tile.of}. Allowed: {only:.4g}")
     return 1.0
 
 
