@@ -86,13 +86,32 @@ def test_masked_removed_reloaded_and_onnx_agree(finished: Path) -> None:
 def test_metrics_tell_the_phases(finished: Path) -> None:
     rows = rows_of(finished)
     assert [(row["model"], row["epoch"]) for row in rows] == [(m, e) for m in ("dense", "pruned") for e in range(4)]
-    assert [row["phase"] for row in rows] == ["train"] * 4 + ["regularize", "regularize", "prune", "finetune"]
+    assert [row["phase"] for row in rows] == ["train"] * 4 + ["regularize", "prune", "prune", "finetune"]
     macs = [row["macs"] for row in rows]
     assert macs[:5] == [1.0] * 5 and 0.6 < macs[5] < 1 and macs[6] == macs[7] <= 0.6
     assert all(row["seconds"] > 0 and math.isfinite(row["loss"]) for row in rows)
     rates = [row["lr"] for row in rows[:4]]  # a cosine over the run, by default
     assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)])
     assert rates == [row["lr"] for row in rows[4:]]
+
+
+@pytest.mark.parametrize(
+    ("rule", "prune_at", "phases"),
+    [
+        ({"start": 1}, "end", ["regularize", "prune", "finetune"]),  # at once: the target is met by the first event
+        ({"start": 1}, "begin", ["regularize", "prune", "finetune"]),
+        ({"start": 0, "end": 2, "every": 2}, "end", ["prune", "prune", "prune"]),  # between two events
+        ({"start": 7, "unit": "step"}, "end", ["regularize", "prune", "finetune"]),  # 5 steps an epoch
+        ({"start": 0, "at_init": True}, "end", ["finetune"] * 3),
+    ],
+)
+def test_an_epoch_is_named_by_what_happened_in_it(
+    rule: dict[str, Any], prune_at: str, phases: list[str], tmp_path: Path
+) -> None:
+    rule = {"pattern": "unstructured", "target": {"sparsity": 0.5}, **rule}
+    changes = {"epochs": 3, "dense_baseline": False, "prune_at": prune_at, "latency": None, "onnx": None}
+    run(tmp_path / "run", pruning={"rules": [rule]}, **changes)
+    assert [row["phase"] for row in rows_of(tmp_path / "run")] == phases
 
 
 def test_norms_count_every_group(finished: Path) -> None:
@@ -123,10 +142,10 @@ def test_events_take_place_at_the_end_of_an_epoch_or_at_its_begin(
 ) -> None:
     seen: list[float] = []
 
-    def watched(learner: Any, batches: Any, tick: Any) -> tuple[float, float]:
+    def watched(learner: Any, *rest: Any) -> tuple[float, float]:
         weights = torch.cat([weight.flatten() for weight in learner.model.parameters() if weight.dim() > 1])
         seen.append(float((weights == 0).double().mean()))
-        return whole(learner, batches, tick)
+        return whole(learner, *rest)
 
     whole = runner.train_epoch
     monkeypatch.setattr(runner, "train_epoch", watched)

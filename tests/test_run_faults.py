@@ -87,12 +87,12 @@ FIRST_PRUNED = EPOCHS * STEPS
 @pytest.mark.parametrize(
     ("step", "goes_on"),
     [
-        (1, "epoch 1, step 2"),
-        (STEPS + 3, "epoch 2, step 4"),
-        (FIRST_PRUNED + 2, "epoch 1, step 3"),
-        (FIRST_PRUNED + 2 * STEPS + 1, "epoch 3, step 2"),  # channels are masked
-        (FIRST_PRUNED + 3 * STEPS + 4, "epoch 4, step 5"),  # channels have been removed
-        (FIRST_PRUNED + 2 * STEPS, "after epoch 2"),  # the last step of an epoch
+        (1, "epoch 0, step 1"),
+        (STEPS + 3, "epoch 1, step 3"),
+        (FIRST_PRUNED + 2, "epoch 0, step 2"),
+        (FIRST_PRUNED + 2 * STEPS + 1, "epoch 2, step 1"),  # channels are masked
+        (FIRST_PRUNED + 3 * STEPS + 4, "epoch 3, step 4"),  # channels have been removed
+        (FIRST_PRUNED + 2 * STEPS, "after epoch 1"),  # the last step of an epoch
     ],
 )
 def test_a_run_that_is_told_to_end_goes_on_in_the_middle_of_an_epoch(

@@ -22,6 +22,9 @@ DenseModel = Annotated[
     typer.Option(help="Of checkpoints and folders of runs: the dense model by name, or an experiment config."),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Let folders of runs import the models that their configs name.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Folder (or .npz file) of the data of experiments, instead of their data.root.")
+]
 Rows = Annotated[Path | None, typer.Option(help="Write the rows to this JSON file; its folder must be there.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw accuracy against latency into this file (.svg).")]
 
@@ -30,6 +33,7 @@ def latency(
     sources: Sources,
     model: DenseModel = None,
     trust: Trust = False,
+    data: Data = None,
     input_shape: Annotated[str | None, typer.Option(help="Shape of the example input, e.g. 1,3,224,224.")] = None,
     runtime: Annotated[str, typer.Option(help="onnxruntime, torch, torch_compile, cuda or tensorrt.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
@@ -53,7 +57,7 @@ def latency(
             if path is not None:
                 check_out(path, suffix, key)
         shape = None if input_shape is None else shape_of(input_shape)
-        rows = timed(candidates(sources, model, shape, trusted=trust), runtime, threads, batch, repeats)
+        rows = timed(candidates(sources, model, shape, trusted=trust, data=data), runtime, threads, batch, repeats)
         title = f"{runtime}, batch {batch}, {threads} thread{'s' if threads > 1 else ''}"
         console = Console()
         for table in timing_tables(rows, title, console.width):

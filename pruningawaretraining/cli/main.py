@@ -127,6 +127,7 @@ def oneshot(
 def inspect(
     source: Annotated[str, typer.Argument(metavar="MODEL_OR_CONFIG", help="A model by name, or an experiment config.")],
     input_shape: Annotated[str | None, typer.Option(help="Shape of the example input, e.g. 1,3,224,224.")] = None,
+    data: Data = None,
     picture: Annotated[Path | None, typer.Option(help="Draw which layers are coupled, as an SVG file.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -138,7 +139,7 @@ def inspect(
         if picture is not None:
             check_out(picture, key="--picture")
         shape = None if input_shape is None else shape_of(input_shape)
-        inspected = load_inspected(str(shipped_configs().get(source, source)), shape)
+        inspected = load_inspected(str(shipped_configs().get(source, source)), shape, data=data)
         typer.echo(groups_text(inspected))
         if picture is not None:
             picture.write_text(groups_picture(inspected), encoding="utf-8")

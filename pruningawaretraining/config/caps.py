@@ -28,7 +28,7 @@ def read_caps(path: str) -> dict[str, Any]:
 
 
 def anchored_caps(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A native config whose rules take relative files of caps from ``folder``; anything else as it is."""
+    """A native config whose rules name files of caps by absolute paths, relative ones taken from ``folder``; anything else as it is."""
     rules = mapping.get("rules")
     if not isinstance(rules, list):
         return dict(mapping)
@@ -37,4 +37,4 @@ def anchored_caps(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _anchored(rule: Any, folder: Path) -> Any:
     given = rule.get(KEY) if isinstance(rule, Mapping) else None
-    return {**rule, KEY: str(folder / Path(os.path.expanduser(given)))} if isinstance(given, str) else rule
+    return {**rule, KEY: os.path.abspath(folder / Path(given).expanduser())} if isinstance(given, str) else rule

@@ -34,6 +34,11 @@ def _kept(row: Mapping[str, Any]) -> str:
     return f"{text}  sparsity {100 * zeros:.1f}%" if zeros > 0 and row["macs"] == 1 else text
 
 
+def epochs_text(epochs: int) -> str:
+    """How many epochs there are, and their numbers, which are those of the config and the report."""
+    return f"{epochs} epoch{'s, 0 to' if epochs > 1 else ':'} {epochs - 1}"
+
+
 def time_left(seconds: float) -> str:
     """``93.1 -> '1:33'``, hours only where there are any."""
     whole = round(seconds)
@@ -119,7 +124,7 @@ class Display:
         )
         self.say(title)
         with Progress(*columns, console=self.console) as progress:
-            now = f"{min(done + 1, epochs)}/{epochs}"
+            now = f"{min(done, epochs - 1)}/{epochs - 1}"
             task = progress.add_task("", total=epochs * steps, completed=done * steps, epoch=now, note="")
             yield _bar(progress, task, epochs, steps)
 
@@ -135,7 +140,7 @@ class Display:
 
     def _plain(self, row: Mapping[str, Any], epochs: int, left: float) -> None:
         took = f"{row['seconds']:.1f} s, {time_left(left)} left"
-        self.say(f"  epoch {row['epoch'] + 1:>3}/{epochs}  {epoch_text(row)}  {took}")
+        self.say(f"  epoch {row['epoch']:>3}/{epochs - 1}  {epoch_text(row)}  {took}")
 
 
 def _bar(progress: Progress, task: TaskID, epochs: int, steps: int) -> StageDisplay:
@@ -143,7 +148,7 @@ def _bar(progress: Progress, task: TaskID, epochs: int, steps: int) -> StageDisp
 
     def after_epoch(row: Mapping[str, Any]) -> None:
         done = int(row["epoch"]) + 1
-        now = f"{min(done + 1, epochs)}/{epochs}"
+        now = f"{min(done, epochs - 1)}/{epochs - 1}"
         progress.update(task, completed=done * steps, epoch=now, note=short_text(row))
 
     return StageDisplay(lambda: progress.advance(task), after_epoch)

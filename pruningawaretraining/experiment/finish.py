@@ -177,7 +177,7 @@ def _summary(
         "version": __version__,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "environment": _environment(trained.device),
-        "config": config.model_dump(mode="json"),
+        "config": config.resolved(),
         "data": {
             "name": data.name,
             "classes": len(data.classes),

@@ -46,13 +46,22 @@ class Inspected:
     pruning: PruningConfig
 
 
-def load_inspected(source: str, input_shape: Sequence[int] | None = None, *, trusted: bool = True) -> Inspected:
+def load_inspected(
+    source: str,
+    input_shape: Sequence[int] | None = None,
+    *,
+    trusted: bool = True,
+    data: Path | None = None,
+    known: tuple[int, tuple[int, int, int]] | None = None,
+) -> Inspected:
     """The model of an experiment config, or a model by name.
 
     Args:
         source: path of an experiment config, or a name as in a config's ``model.name``.
         input_shape: of the example input, with its batch dimension; without it, what the config or the model says.
         trusted: whether the config may name a ``module:callable`` to import.
+        data: where the data lies, instead of the config's ``data.root``.
+        known: number of classes, and channels, height and width of an image; without it the data is looked at.
 
     Raises:
         ConfigError: unknown config or model, or an invalid shape.
@@ -74,7 +83,8 @@ def load_inspected(source: str, input_shape: Sequence[int] | None = None, *, tru
         spec = config.pruning.example_inputs
         inputs = from_shapes(spec.shape, spec.container, getattr(torch, spec.dtype))
         return Inspected(build_model(config.model), inputs, config.pruning)
-    classes, shape = data_shape(config.data)
+    found = config.data if data is None else config.data.model_copy(update={"root": str(data)})
+    classes, shape = known or data_shape(found)
     model = build_model(config.model, classes, shape[0])
     return Inspected(model, torch.zeros(list(input_shape or (1, *shape))), config.pruning)
 

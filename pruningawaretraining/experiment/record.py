@@ -10,8 +10,9 @@ A run folder holds:
 
         {"model": "dense" | "pruned",    which of the two is trained
          "epoch": 0,                     counted from 0
-         "phase": "regularize",          the pruner's phase during the epoch's training: "regularize" | "prune" |
-                                         "finetune" | "done"; always "train" for the dense model
+         "phase": "regularize",          "prune" if groups were masked or removed in the epoch, else the pruner's phase
+                                         when it began: "regularize" | "prune" | "finetune" | "done"; always "train"
+                                         for the dense model
          "loss": 0.31,                   mean training loss over the epoch
          "train_accuracy": 0.91,         fraction of the training images, while training
          "accuracy": 0.95,               fraction of the test images, after the epoch's pruning step

@@ -100,7 +100,7 @@ def _run(
     config: ExperimentConfig, resume: bool, overwrite: bool, display: Display, stop: StopRequest
 ) -> dict[str, Any]:
     folder = config.folder()
-    resolved = config.model_dump(mode="json")
+    resolved = config.resolved()
     runner = Runner(config, load_data(config.data), find_device(config.device), display, stop)
     if config.onnx is not None and config.onnx.opset is not None:
         check_opset(config.onnx.exporter, config.onnx.opset, "onnx.opset")
@@ -123,7 +123,7 @@ def _trained(runner: Runner, resume: bool, display: Display, resolved: dict[str,
         runner.state = load_state(folder, resolved)
         runner.recorder = runner.new_recorder(runner.state.rows, runner.state.norms)
         runner.restored(runner.new_stage(runner.state.stage))  # before anything is written
-        display.say(f"going on in {folder}: {runner.state.stage} model, epoch {runner.state.epoch + 1}")
+        display.say(f"going on in {folder}: {runner.state.stage} model, epoch {runner.state.epoch}")
     else:
         runner.state.config = resolved
         for name in record.FILES if runner.writes else ():
@@ -140,7 +140,7 @@ def _check_finished(config: ExperimentConfig, folder: Path) -> None:
         before = ExperimentConfig.model_validate(read_mapping(folder / record.CONFIG))
     except PruningError:
         return  # of another version, or taken away: there is nothing to compare with
-    check_same(config.model_dump(mode="json"), before.model_dump(mode="json"), folder)
+    check_same(config.resolved(), before.resolved(), folder)
 
 
 @contextlib.contextmanager

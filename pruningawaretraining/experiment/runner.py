@@ -21,7 +21,7 @@ from pruningawaretraining.experiment.build import initial_model
 from pruningawaretraining.experiment.calibration import TrainingBatches, loss_of
 from pruningawaretraining.experiment.checks import check_scores, check_share, late_ends
 from pruningawaretraining.experiment.data import Batch, DataSet, Pipeline
-from pruningawaretraining.experiment.display import Display, StageDisplay
+from pruningawaretraining.experiment.display import Display, StageDisplay, epochs_text
 from pruningawaretraining.experiment.finish import Trained, prunes, save_dense
 from pruningawaretraining.experiment.lock import check_mine
 from pruningawaretraining.experiment.optim import (
@@ -30,6 +30,7 @@ from pruningawaretraining.experiment.optim import (
     check_scheduler,
     step_scheduler,
 )
+from pruningawaretraining.experiment.phase import EpochPhase
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.stage import SilentRecorder, Stage
 from pruningawaretraining.experiment.state import ALLOWED, RunState, rng_state, save_state, set_rng_state
@@ -150,7 +151,7 @@ class Runner:
         """Train one model from where the run's state says it is; a signal ends that with a KeyboardInterrupt."""
         stage = self.restored(self.new_stage(name))
         config, steps = self.config, self.data.steps(self.config.batch_size)
-        title = f"{name} {config.model.name} on {config.data.name}: {config.epochs} epochs on {self.device}"
+        title = f"{name} {config.model.name} on {config.data.name}: {epochs_text(config.epochs)} on {self.device}"
         with self.display.stage(title, config.epochs, self.state.epoch, steps) as shown:
             for epoch in range(self.state.epoch, config.epochs):
                 self._epoch(stage, epoch, shown)
@@ -172,11 +173,11 @@ class Runner:
     def _epoch(self, stage: Stage, epoch: int, shown: StageDisplay) -> None:
         started, learner, pruner = time.perf_counter(), stage.learner, stage.learner.pruner
         begins, within = self.config.prune_at == "begin", self.state.within
+        phase = EpochPhase(pruner, within.get("phase"))
         if begins and not within:
             self._events(learner, epoch)
             learner = self._rewrap(stage)
         steps = self.data.steps(self.config.batch_size)
-        phase = within.get("phase") or ("train" if pruner is None else pruner.phase)
         rate = self.rates.apply(learner.optimizer, epoch, steps) or float(learner.optimizer.param_groups[0]["lr"])
         started -= float(within.get("seconds", 0.0))
         loss, train_accuracy = self._steps(stage, epoch, shown, {"phase": phase, "started": started})
@@ -189,7 +190,7 @@ class Runner:
         row = {
             "model": stage.name,
             "epoch": epoch,
-            "phase": phase,
+            "phase": phase.name,
             "loss": loss,
             "train_accuracy": train_accuracy,
             "accuracy": accuracy,
@@ -206,7 +207,7 @@ class Runner:
         if self.display.watch is not None:
             self.display.watch(row)
         if self.stop.signal is not None:  # during the last step, or after it
-            raise self.stop.error(f"--resume goes on after epoch {epoch + 1}")
+            raise self.stop.error(f"--resume goes on after epoch {epoch}")
 
     def _steps(self, stage: Stage, epoch: int, shown: StageDisplay, line: Mapping[str, Any]) -> tuple[float, float]:
         """The steps of an epoch that are left; after a signal the checkpoint is written between two of them."""
@@ -217,8 +218,8 @@ class Runner:
             shown.tick()
             if self.stop.signal is not None and sums.steps < steps:
                 seconds = time.perf_counter() - line["started"]
-                self._save(stage, {**sums.values(), "phase": line["phase"], "seconds": seconds})
-                raise self.stop.error(f"--resume goes on from epoch {epoch + 1}, step {sums.steps + 1}")
+                self._save(stage, {**sums.values(), "phase": line["phase"].name, "seconds": seconds})
+                raise self.stop.error(f"--resume goes on from epoch {epoch}, step {sums.steps}")
 
         batches = self._rated(learner.optimizer, epoch, int(within.get("steps", 0)))
         with self.stop.waiting() if world_size() == 1 else contextlib.nullcontext():

@@ -15,13 +15,13 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 import pruningawaretraining.runtimes.timing  # noqa: F401  (importing it registers the runtimes)
 from pruningawaretraining.config import PruningConfig, load_config
-from pruningawaretraining.config.caps import anchored_caps
 from pruningawaretraining.config.dialects.sparseml_keys import RateFunction, RateSchedule, SetRate
 from pruningawaretraining.config.editor import complete_schema
 from pruningawaretraining.config.load import find_file, read_mapping
 from pruningawaretraining.config.recipe import is_recipe, load_recipe
 from pruningawaretraining.config.strict import Amount, Count, Fraction, Positive, Strict, within
 from pruningawaretraining.errors import ConfigError, unknown
+from pruningawaretraining.experiment.paths import anchored
 from pruningawaretraining.registry import canonical
 
 NEEDS_MORE = ("LBFGS", "SparseAdam", "Muon")
@@ -212,6 +212,10 @@ class ExperimentConfig(Strict):
         """Where the run goes."""
         return Path(self.out) if self.out else Path("runs") / self.name
 
+    def resolved(self) -> dict[str, Any]:
+        """The experiment as plain data, every default filled in and every path absolute."""
+        return anchored(self.model_dump(mode="json"), Path.cwd())
+
 
 def load_experiment(source: str | os.PathLike[str] | Mapping[str, Any] | ExperimentConfig) -> ExperimentConfig:
     """Read an experiment. Its pruning config comes inline; paths in a file are relative to that file.
@@ -229,7 +233,7 @@ def load_experiment(source: str | os.PathLike[str] | Mapping[str, Any] | Experim
         return ExperimentConfig.model_validate(_with_recipe(source))
     path = find_file(source)
     _refuse_pruning_alone(path)
-    values = _with_recipe(_anchored(read_mapping(path), path.parent))
+    values = _with_recipe(anchored(read_mapping(path), path.parent))
     if isinstance(values.get("pruning"), str):
         values["pruning"] = load_config(values["pruning"])
     try:
@@ -263,20 +267,6 @@ def _with_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
         values.setdefault("epochs", recipe.epochs)
         if recipe.rates.modifiers and "scheduler" not in values:
             values.setdefault("rates", list(recipe.rates.modifiers))
-    return values
-
-
-def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The mapping with the relative paths in it taken from ``folder``."""
-    values = dict(values)
-    if isinstance(values.get("pruning"), str):
-        values["pruning"] = str(folder / Path(os.path.expanduser(values["pruning"])))
-    if isinstance(values.get("pruning"), Mapping):
-        values["pruning"] = anchored_caps(values["pruning"], folder)
-    for section, key in (("data", "root"), ("model", "weights")):
-        inner = values.get(section)
-        if isinstance(inner, Mapping) and isinstance(inner.get(key), str):
-            values[section] = {**inner, key: str(folder / Path(os.path.expanduser(inner[key])))}
     return values
 
 

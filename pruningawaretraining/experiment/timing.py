@@ -82,6 +82,7 @@ def candidates(
     input_shape: Sequence[int] | None = None,
     *,
     trusted: bool = False,
+    data: Path | None = None,
 ) -> list[Candidate]:
     """Load what the command line names: folders of runs, checkpoints, ONNX files, models and experiments.
 
@@ -90,6 +91,7 @@ def candidates(
         model: of checkpoints and folders of runs: the dense model by name, or an experiment config.
         input_shape: of the example input.
         trusted: whether the configs in folders of runs may name a ``module:callable`` to import.
+        data: where the data of experiments lies, instead of their ``data.root``.
 
     Raises:
         ConfigError: a source of another kind, or a checkpoint without ``model``.
@@ -99,14 +101,15 @@ def candidates(
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            found += _of_run(path, functools.partial(_of_folder, path, model, input_shape, trusted))
+            found += _of_run(path, functools.partial(_of_folder, path, model, input_shape, trusted, data))
         elif path.suffix == ".onnx":
             inputs = torch.zeros(list(_needed(input_shape, source)))
             found.append(Candidate(path.name, source, path, inputs, path.stat().st_size))
         elif path.suffix == ".safetensors":
-            found += _of_checkpoint(path, model, input_shape, [one.family for one in found])
+            look = functools.partial(_of_name, str(model), input_shape, data)
+            found += _of_checkpoint(path, model, look, [one.family for one in found])
         else:
-            seen = load_inspected(str(shipped_configs().get(source, source)), input_shape)
+            seen = _of_name(source, input_shape, data)
             found.append(Candidate(f"{source} (dense)", source, seen.model, seen.inputs, weight_bytes(seen.model)))
     return found
 
@@ -117,11 +120,23 @@ def _needed(input_shape: Sequence[int] | None, source: str) -> Sequence[int]:
     return input_shape
 
 
-def _of_folder(folder: Path, model: str | None, input_shape: Sequence[int] | None, trusted: bool) -> Inspected:
-    """The dense model of a run: the one that is given, or what the run's config says."""
+def _of_name(name: str, input_shape: Sequence[int] | None, data: Path | None) -> Inspected:
+    """A model, an experiment or a shipped experiment by name."""
+    return load_inspected(str(shipped_configs().get(name, name)), input_shape, data=data)
+
+
+def _of_folder(
+    folder: Path, model: str | None, input_shape: Sequence[int] | None, trusted: bool, data: Path | None
+) -> Inspected:
+    """The dense model of a run: the one that is given, or what the run's config and summary say."""
     if model is not None:
-        return load_inspected(str(shipped_configs().get(model, model)), input_shape)
-    return load_inspected(str(folder / record.CONFIG), input_shape, trusted=trusted)
+        return _of_name(model, input_shape, data)
+    summary_file = folder / record.SUMMARY
+    with reading(summary_file):
+        found = read_object(summary_file)["data"]
+        channels, height, width = map(int, found["shape"])
+        known = int(found["classes"]), (channels, height, width)
+    return load_inspected(str(folder / record.CONFIG), input_shape, trusted=trusted, known=known)
 
 
 def _of_run(folder: Path, look: Callable[[], Inspected]) -> list[Candidate]:
@@ -141,14 +156,13 @@ def _of_run(folder: Path, look: Callable[[], Inspected]) -> list[Candidate]:
 
 
 def _of_checkpoint(
-    path: Path, model: str | None, input_shape: Sequence[int] | None, families: Sequence[str]
+    path: Path, model: str | None, look: Callable[[], Inspected], families: Sequence[str]
 ) -> list[Candidate]:
     """A pruned checkpoint, after the dense model that it was made from."""
     if model is None:
         raise ConfigError(f"--model: needed for {str(path)!r}: the dense model by name, or an experiment config")
-    source = str(shipped_configs().get(model, model))
-    seen = load_inspected(source, input_shape)
-    pruned = load_pruned(load_inspected(source, input_shape).model, path)
+    seen = look()
+    pruned = load_pruned(look().model, path)
     one = Candidate(path.stem, model, pruned, seen.inputs, path.stat().st_size)
     dense = Candidate(f"{model} (dense)", model, seen.model, seen.inputs, weight_bytes(seen.model))
     return [one] if model in families else [dense, one]
