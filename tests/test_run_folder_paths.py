@@ -1,4 +1,4 @@
-"""A finished run's folder stands by itself: paths in its config are absolute, whatever folder the next command runs in."""
+"""The folder of a finished run stands by itself: its config runs again from anywhere, and its models need no data."""
 
 from __future__ import annotations
 

@@ -28,7 +28,12 @@ def read_caps(path: str) -> dict[str, Any]:
 
 
 def anchored_caps(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A native config whose rules name files of caps by absolute paths, relative ones taken from ``folder``; anything else as it is."""
+    """A native config whose rules name files of caps by absolute paths; anything else as it is.
+
+    Args:
+        mapping: the config.
+        folder: relative paths are taken from it.
+    """
     rules = mapping.get("rules")
     if not isinstance(rules, list):
         return dict(mapping)
