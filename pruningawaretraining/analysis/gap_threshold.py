@@ -86,7 +86,7 @@ def _reason_of_none(norms: Mapping[str, Any]) -> str:
 
 
 def _reason_of_one(threshold: float, depth: float | None, moment: Mapping[str, Any], near: float) -> str:
-    """The reason where there is a single moment, of which the norms say nothing of time."""
+    """The reason for a single moment, whose norms say nothing about time."""
     where = f"in {moment['file']}" if moment.get("file") else f"after epoch {moment['epoch']}"
     if depth is None:
         return (
@@ -142,7 +142,7 @@ def _gone(moment: Mapping[str, Any]) -> int:
 
 
 def with_removed(norms: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded norms that say how many groups of each set are gone, by its size in the first epoch that has it."""
+    """Recorded norms with the number of removed groups of each set, relative to the first epoch with that set."""
     first: dict[str, int] = {}
     epochs = []
     for moment in norms.get("epochs") or []:

@@ -26,7 +26,7 @@ def load_sources(
     page: Path | None = None,
     track: Track | None = None,
 ) -> list[Compared]:
-    """Every source as one run: a folder of checkpoints is a training, a file given by name stands for itself.
+    """Load every source as one run: a folder of checkpoints is a training, a single file is one moment.
 
     Args:
         sources: folders or files.

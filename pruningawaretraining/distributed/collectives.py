@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 def world_size() -> int:
-    """How many processes there are; 1 without a process group."""
+    """Number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -179,5 +179,5 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def backend_device() -> torch.device:
-    """Where tensors have to be for the backend."""
+    """Device on which the backend needs tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Weights that FSDP2 (``fully_shard``) has spread over processes: what of a grouping lies here.
+"""Weights that FSDP2 (``fully_shard``) has sharded: the local part of a grouping.
 
 Shape suffixes: ``_W`` any weight, ``_G`` groups.
 
@@ -114,7 +114,7 @@ class Shards:
 
 
 def across(total_G: Tensor, weights: Iterable[Tensor], largest: bool = False) -> Tensor:
-    """Reduce over all processes what their parts come to, by one all-reduce for each mesh dimension that shards.
+    """Reduce partial results over all processes, by one all-reduce for each sharding dimension of the mesh.
 
     Args:
         total_G: this process's sums (or maxima) over the weights; overwritten.
@@ -195,7 +195,7 @@ def check_plan(model: nn.Module) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of whole parameters that a forward pass has left behind, so that changes reach the next one."""
+    """Free whole parameters left by a forward pass, so that changes reach the next one."""
     for module in model.modules():
         if _is_fsdp(module):
             module.reshard()  # type: ignore[operator]

@@ -209,7 +209,7 @@ def _decoded(folder: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _streamed(config: DataConfig, train: Any, test: Any) -> DataSet:
-    """An ImageFolder decoded as it is needed: random resized crops to train on, centre crops to test on."""
+    """An ImageFolder decoded lazily: random resized crops for training, centre crops for testing."""
     from torchvision.transforms import v2
 
     size = config.size or 0

@@ -40,7 +40,7 @@ def epochs_text(epochs: int) -> str:
 
 
 def time_left(seconds: float) -> str:
-    """``93.1 -> '1:33'``, hours only where there are any."""
+    """``93.1 -> '1:33'``, with hours only if needed."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

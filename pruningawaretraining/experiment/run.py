@@ -145,7 +145,7 @@ def _check_finished(config: ExperimentConfig, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """So many CPU threads inside the block; 0 leaves the number as it is."""
+    """Set the number of CPU threads inside the block; 0 leaves it unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -164,7 +164,7 @@ def _refuse_occupied(folder: Path) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a config; "auto" is a GPU if there is one.
+    """The device of a config; "auto" is a GPU if available.
 
     Raises:
         ConfigError: no such device here.

@@ -84,7 +84,7 @@ class Runner:
         return rank() == 0
 
     def new_recorder(self, rows: int = 0, norms: int = 0) -> record.Recorder:
-        """The metrics so far, up to so many epochs."""
+        """A recorder with the metrics of the first epochs."""
         return (record.Recorder if self.writes else SilentRecorder)(self.folder, rows, norms)
 
     def new_model(self) -> nn.Module:
@@ -226,7 +226,7 @@ class Runner:
             return train_epoch(learner, batches, tick, sums)
 
     def _rewrap(self, stage: Stage) -> Learner:
-        """The stage's learner; several processes get a new wrapper where channels have gone."""
+        """The stage's learner; with several processes it is rewrapped after a removal."""
         wrapped = stage.learner.wrapped
         if wrapped is not None:
             rewrap_in_place(wrapped)

@@ -209,7 +209,7 @@ class ExperimentConfig(Strict):
         return {key: values[key] for key in values if key != "$schema"} if isinstance(values, Mapping) else values
 
     def folder(self) -> Path:
-        """Where the run goes."""
+        """Folder of the run."""
         return Path(self.out) if self.out else Path("runs") / self.name
 
     def resolved(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pruningawaretraining.experiment.train import Learner
 
 
 class SilentRecorder(record.Recorder):
-    """Of a process that writes nothing: the first one writes what all have come to."""
+    """Recorder of processes that write nothing; the first one writes the results of all."""
 
     def add(self, row: Mapping[str, Any], norms: Mapping[str, Tensor] | None = None) -> None:
         self.rows.append(dict(row))

@@ -1,4 +1,4 @@
-"""The checkpoint of a run in progress: all that a killed run needs to go on as if nothing had happened."""
+"""Checkpoint of a run in progress: everything that a killed run needs to continue exactly."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _checked(values: dict[str, Any]) -> RunState:
 
 
 def check_same(now: Mapping[str, Any], before: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to go on with another experiment than the one that was begun.
+    """Refuse to resume with another experiment.
 
     Args:
         now: the resolved experiment that is asked for.

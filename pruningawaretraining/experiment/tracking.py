@@ -79,7 +79,7 @@ def on_board(folder: Path | None, *, resume: bool = False) -> Iterator[Watch]:
 
 
 def _clear(folder: Path, resume: bool) -> None:
-    """Take away the event files of an earlier run, unless it goes on."""
+    """Delete the event files of an earlier run, unless it is resumed."""
     for stale in folder.glob("events.out.tfevents.*"):
         if not resume:
             stale.unlink()

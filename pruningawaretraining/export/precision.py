@@ -22,7 +22,7 @@ Convert = Callable[[Path, FlatGraph, Sequence[tuple[Tensor, ...]]], Path]
 
 @register("precision", "float32", "fp32")
 def keep_precision(written: Path, graph: FlatGraph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
-    """The file as it is."""
+    """Keep the file unchanged."""
     return written
 
 

@@ -62,7 +62,7 @@ def to_semi_structured(
     rows: int = 1024,
     only_faster: bool = True,
 ) -> Converted:
-    """Put semi-structured sparse tensors in the place of the weights of linear layers, for inference.
+    """Replace the weights of linear layers by semi-structured sparse tensors, for inference.
 
     Each layer is timed dense, with cuSPARSELt and with CUTLASS, and takes the fastest form; layers that stay dense are
     logged. Outputs change by rounding only. Converted parameters are frozen and out of reach of masks: convert last, in
@@ -130,7 +130,7 @@ def convert(layers: Mapping[str, nn.Linear], rows_of: Mapping[str, int], bench: 
 
 
 def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Linear]:
-    """The linear layers that are to be converted.
+    """The linear layers to convert.
 
     Raises:
         ModelError: no layer fits, or a named one does not exist or fit.

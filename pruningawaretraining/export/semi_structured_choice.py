@@ -84,7 +84,7 @@ class LayerSpeed:
 def choose(
     name: str, rows: int, dense_ms: float, sparse_ms: Mapping[Setting, float], only_faster: bool = True
 ) -> LayerSpeed:
-    """The fastest setting of a layer, and whether it is to be used.
+    """The fastest setting of a layer, and whether to use it.
 
     Args:
         name, rows, dense_ms: as in :class:`LayerSpeed`.

@@ -29,7 +29,7 @@ Labels: TypeAlias = tuple[tuple[Tensor | None, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, eq=False)
 class GroupView:
-    """A part of a weight that is grouped in one go.
+    """A part of a weight whose groups are regular.
 
     Args:
         view: view of the weight.

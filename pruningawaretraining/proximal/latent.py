@@ -67,7 +67,7 @@ class LatentBinding(Protocol):
 
 
 def take_own(state: dict[Tensor, Any], weights: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """Take our entries out of the optimizer's state; a state that is then empty goes."""
+    """Remove this library's entries from the optimizer's state, and states that become empty."""
     taken = []
     for weight in weights:
         inner = state.pop(weight, None) or {}

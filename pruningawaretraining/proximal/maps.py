@@ -188,7 +188,7 @@ class GlobalMinSparsityConstraint(_Constraint, GroupMap):
 
 
 def zero_smallest_(keep_G: Tensor, scores_G: Tensor, fraction: float) -> None:
-    """Zero exactly ``ceil(fraction * G)`` entries, those of lowest score; equal scores go by what topk says."""
+    """Zero exactly ``ceil(fraction * G)`` entries of lowest score; topk breaks ties."""
     count = removed_count(fraction, keep_G.numel())
     if count >= keep_G.numel():
         keep_G.zero_()

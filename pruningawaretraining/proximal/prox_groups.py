@@ -165,7 +165,7 @@ def weight_name(group: ParamGroup, number: int, index: int) -> str:
 
 
 def watched(groups: Sequence[ParamGroup]) -> list[tuple[Any, ...]]:
-    """The options of all groups as they are now, to notice a change."""
+    """Current options of all groups, to detect changes."""
     return [(group.get("prox_type") is not None, *(group.get(key) for key in WATCHED_KEYS)) for group in groups]
 
 

@@ -1,4 +1,4 @@
-"""Runs of groups that are ranked among themselves, all of them in one go.
+"""Ranking within runs of groups, all runs at once.
 
 Shape suffixes: ``_G`` groups.
 """

@@ -1,4 +1,4 @@
-"""A picture of which layers are coupled: layers from input to output, and lines through those that go together.
+"""Picture of coupled layers: layers from input to output, with lines through those that are pruned together.
 
 Lines of sets that do not overlap share a lane, so that the picture of a ResNet-50 is as wide as that of a small one.
 """

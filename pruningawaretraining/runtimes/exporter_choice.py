@@ -21,7 +21,7 @@ def usual_exporter() -> str:
 
 
 def chosen_exporter(name: str) -> str:
-    """The exporter that a name, an alias or "auto" stands for.
+    """The exporter of a name, an alias or "auto".
 
     Raises:
         ConfigError: unknown exporter.

@@ -60,7 +60,7 @@ def check_window(start: int, end: int | None, end_key: str, start_key: str) -> N
 
 
 def schedule_name(name: str, where: str) -> str:
-    """The registered schedule that ``name`` stands for."""
+    """Registered schedule of ``name``."""
     return canonical("schedule", name, where) if names("schedule") else name
 
 

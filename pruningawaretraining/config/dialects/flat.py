@@ -82,7 +82,7 @@ def _is_section(value: Any) -> bool:
 
 
 def channel_target(sparsity: float | None, macs: float | None) -> dict[str, float]:
-    """The MACs decide where they are given: the sparsity is then but the way there."""
+    """The target: MACs if given, else the sparsity."""
     if macs is not None:
         return {"macs": macs}
     return {} if sparsity is None else {"sparsity": sparsity}

@@ -126,7 +126,7 @@ def _rules(
 
 
 def pruner_rule(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The rule that one pruner's settings stand for.
+    """Translate one pruner's settings into a rule.
 
     Args:
         values: every key of :data:`DEFAULTS`.

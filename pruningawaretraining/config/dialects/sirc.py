@@ -72,7 +72,7 @@ class Sirc:
 
 
 def channel_rule(args: ChannelArgs) -> dict[str, Any]:
-    """The rule that ``channel_sparsity_args`` stands for.
+    """Translate ``channel_sparsity_args`` into a rule.
 
     With a MAC target the schedule heads for 100%, so that each event is mild, and stops at the target. Pruning at init
     is one event with the full ratio.
@@ -138,7 +138,7 @@ def channel_regularizer(args: ChannelArgs) -> dict[str, Any] | None:
 
 
 def slice_rule(args: SliceArgs) -> dict[str, Any]:
-    """The rule that ``slice_sparsity_args`` stands for.
+    """Translate ``slice_sparsity_args`` into a rule.
 
     There a slice event takes place at multiples of epoch_rate, here every so many epochs from the start on: so the rule
     starts at the first such multiple. A rate of 0 prunes nothing, and a rule that does not even regularise is off.

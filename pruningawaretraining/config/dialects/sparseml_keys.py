@@ -155,7 +155,7 @@ class GlobalPruning(Pruning):
 
 
 class UniformPruning(Pruning):
-    """Magnitudes in each layer by itself."""
+    """Magnitude pruning, each layer separately."""
 
     fixed_scope = True
 

@@ -95,7 +95,7 @@ class LosingReader:
 
 
 def losing_readers(model: nn.Module, grouping: Grouping, keep_G: Tensor) -> Iterator[LosingReader]:
-    """Linear layers and one- and two-dimensional, ungrouped convolutions that read a channel that goes."""
+    """Linear layers and ungrouped 1d and 2d convolutions that read a removed channel."""
     modules = dict(model.named_modules())
     keep_G1 = torch.cat([keep_G.cpu(), torch.ones(1, dtype=torch.bool)])
     for member in grouping.of_role("in").members:
@@ -119,7 +119,7 @@ def leave(weight_OD: Tensor, moments_XX: Tensor, lost_D: Tensor) -> tuple[Tensor
 
 @register("channel_compensation", "bias")
 def shift_bias(weight_OD: Tensor, moments_XX: Tensor, lost_D: Tensor) -> tuple[Tensor, Tensor]:
-    """``b += sum over removed of W[:, c] mu_c``: the mean of what goes."""
+    """``b += sum over removed of W[:, c] mu_c``: the mean of the removed inputs."""
     means_D = moments_XX[-1, :-1]
     return weight_OD, (weight_OD * lost_D) @ means_D
 
@@ -154,7 +154,7 @@ def least_squares(weight_OD: Tensor, moments_XX: Tensor, lost_D: Tensor) -> tupl
 
 @torch.no_grad()
 def compensate_readers(found: list[LosingReader], hooks: InputHessians, compensate: Compensate) -> None:
-    """Change the layers that read what goes, in place; what they lose is 0 afterwards.
+    """Update, in place, the layers that read removed channels; their removed columns become 0.
 
     A layer without a bias keeps none: a norm behind it is recalibrated, or the shift is lost.
     """
@@ -206,7 +206,7 @@ def measure(readers_found: list[LosingReader], calibration: Calibration, count: 
 
 
 def compensate(model: nn.Module, grouping: Grouping, keep_G: Tensor, calibration: Calibration, how: str) -> None:
-    """Let the layers that read what goes make up for it, in place, before it goes.
+    """Compensate, in place and before the removal, the layers that read removed channels.
 
     Args:
         model, grouping: the channels, those that are masked already included.

@@ -59,7 +59,7 @@ class Storage:
         return self if self.device is not None else replace(self, device=workplace(device))
 
     def zeros(self, *shape: int) -> Tensor:
-        """A tensor of zeros, in memory or in a file that goes when the tensor does.
+        """A tensor of zeros, in memory or in a file that is deleted with the tensor.
 
         Raises:
             ConfigError: the folder cannot be written to.

@@ -39,7 +39,7 @@ def solved(squares: Tensor, right: Tensor) -> Tensor:
 
 
 def obs_scores(weights_BD: Tensor, inverse_BDD: Tensor, group: int = 1) -> Tensor:
-    """Rise of the quadratic loss when each tile alone goes and the rest adapts: ``1/2 w_Q' (H_QQ)^-1 w_Q``.
+    """Increase of the quadratic loss if one tile is removed and the others adapt: ``1/2 w_Q' (H_QQ)^-1 w_Q``.
 
     For single weights that is ``w^2 / (2 H_qq)``, with H the inverse Fisher (Hassibi and Stork 1993; Kurtic et al.
     2022).
@@ -69,7 +69,7 @@ def obs_update(weights_BD: Tensor, inverse_BDD: Tensor, prune_BT: Tensor, group:
 
 @dataclass(frozen=True)
 class Order:
-    """The order in which the tiles of each block go.
+    """Order of removal of the tiles of each block.
 
     Args:
         tiles_BS: the tile that goes at each step (int64).
@@ -151,7 +151,7 @@ def greedy_order(
 
 
 def _budgets(open_BT: Tensor, run: int, most: int) -> Tensor | None:
-    """How many tiles of each run may still go: those that are dead already count."""
+    """Number of tiles that each run may still lose; pruned ones count."""
     if not run:
         return None
     dead_BR = run - open_BT.reshape(open_BT.shape[0], -1, run).sum(-1)
@@ -159,7 +159,7 @@ def _budgets(open_BT: Tensor, run: int, most: int) -> Tensor | None:
 
 
 def _scores(work: _Work, group: int) -> Tensor:
-    """Scores of what is left; closed tiles come after all open ones, and gone ones never."""
+    """Scores of the remaining tiles; closed tiles come after all open ones, removed ones never."""
     score_BT = obs_scores(work.weights_BD, _with_identity(work, group), group)
     score_BT = torch.where(work.open_BT, score_BT, torch.finfo(score_BT.dtype).max)
     return score_BT.masked_fill_(work.gone_BT, torch.inf)

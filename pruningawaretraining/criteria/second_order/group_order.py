@@ -1,4 +1,4 @@
-"""In which order groups of inputs go, the cheapest first, and what each costs: many sets at once, nothing asked back.
+"""Greedy order of removal of groups of inputs, cheapest first, with losses: many sets at once, without host syncs.
 
 Shape suffixes: ``_S`` sets of a batch, ``_B`` their readers, ``_N`` groups of a set, ``_Q`` a reader's inputs of one
 group, ``_D`` all of these (group by group), ``_O`` its outputs, ``_P`` a pool of groups, ``_X`` a reader's inputs
@@ -89,7 +89,7 @@ class IndexedReader:
         return self._rows(inputs_X, inputs_X), weight_OX.mT @ weight_OX
 
     def drop(self, groups: Tensor) -> None:
-        """Take groups away; the rest is fitted anew. They must not be asked for again."""
+        """Remove groups and refit the others. Removed groups must not be queried again."""
         inputs_R = inputs_of(groups, self.size)
         rows_RD = self._rows(inputs_R, None)
         half_RD, pull_RD = _halves(rows_RD[:, inputs_R], rows_RD)
@@ -136,14 +136,14 @@ class ReadSet:
         self._open_N = torch.ones(self.count, dtype=torch.bool, device=device)
 
     def cheapest(self, most: int) -> tuple[Tensor, Tensor]:
-        """The groups that cost least if they go alone, and which of them are still there (those come first)."""
+        """The cheapest groups to remove alone, and which of them are not removed yet (those come first)."""
         losses_N = torch.stack([one.losses() for one in self.readers]).sum(0)
         losses_N = torch.where(self._open_N, losses_N, torch.inf)
         groups_P = torch.argsort(losses_N, stable=True)[:most]
         return groups_P, self._open_N[groups_P]
 
     def take(self, groups: Tensor, losses: Tensor) -> None:
-        """Note which groups have gone, and follow. Of more than there were, those behind count for nothing."""
+        """Record removed groups and update. Surplus entries are ignored."""
         self.order.append(self._names_N[groups])
         self.losses.append(losses)
         self.left = max(self.left - len(groups), 0)
@@ -214,7 +214,7 @@ def _rows_of(square_BXX: Tensor, inputs_BR: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cheapest_first(sets: Sequence[ReadSet]) -> list[tuple[Tensor, Tensor]]:
-    """For each set its groups in the order in which they go, and what each costs when its turn comes.
+    """For each set the order of removal of its groups, and the loss of each at its turn.
 
     Args:
         sets: of at least :data:`POOL` groups, or all of the same number; on one device. Used up.
@@ -240,7 +240,7 @@ def _round(sets: Sequence[ReadSet], most: int) -> None:
 
 
 def _eliminate(pools: Sequence[_Pools], open_SP: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The groups of each pool that go one after the other, (sets, steps), and what they cost."""
+    """The groups of each pool in order of removal (sets, steps), and their losses."""
     open_SP = open_SP.clone()
     picks, losses = [], []
     for step in range(steps):

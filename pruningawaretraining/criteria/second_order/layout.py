@@ -45,7 +45,7 @@ class Tile:
 
     @property
     def most(self) -> float:
-        """Largest fraction that can go."""
+        """Largest fraction that can be pruned."""
         return 1 - self.keep / self.of if self.of else 1.0
 
     @classmethod
@@ -131,7 +131,7 @@ class Layout:
 
     @property
     def blocks(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return math.ceil(self.length / self.width)
 
     @property

@@ -35,13 +35,13 @@ def compensate_independently(blocks: FisherBlocks, prune_BT: Tensor) -> Tensor:
 
 @register("compensation", "none")
 def compensate_nothing(blocks: FisherBlocks, prune_BT: Tensor) -> Tensor:
-    """The rest stays as it is."""
+    """Leave the other weights unchanged."""
     return torch.where(blocks.layout.spread(prune_BT), 0.0, blocks.weights_BD)
 
 
 @register("merge", "cumulative")
 def merge_cumulative(losses_BS: Tensor) -> Tensor:
-    """A tile's score is its block's whole loss once it has gone (Kuznedelev et al. 2023)."""
+    """Score a tile by the total loss of its block after its removal (Kuznedelev et al. 2023)."""
     return losses_BS.cumsum(1)
 
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ranking:
-    """The candidates of some blocks, those of a block in the order in which they have to go.
+    """Candidates of some blocks, those of each block in order of removal.
 
     Args:
         scores_BS: what decides, never falling along a block where the order matters; infinite for what must stay.
@@ -70,7 +70,7 @@ class BlockMethod(Protocol):
         """Score every tile."""
 
     def update(self, blocks: FisherBlocks, prune_BT: Tensor) -> Tensor:
-        """The weights once some tiles have gone, float64."""
+        """The updated weights after pruning tiles, float64."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class BlockSolver:
     passes_made: int = 0
 
     def solve(self, fractions: Sequence[float]) -> Results:
-        """The weights at each sparsity (fraction of the tiles that may go; see :func:`share_of`)."""
+        """The weights at each sparsity (fraction of the prunable tiles; see :func:`share_of`)."""
         passes = plan_passes(self.weights, self.budget, self.ranks)
         if len(passes) > 1:
             logger.info("the Fisher does not fit in max_memory: %d passes over the gradients, twice", len(passes))
@@ -204,7 +204,7 @@ class BlockSolver:
 def choose_tiles(
     weights: Sequence[PrunableWeight], tables: Sequence[Table], choose: Choose, fraction: float
 ) -> list[Tensor]:
-    """For every weight, the tiles that go (those that are gone already not among them)."""
+    """For every weight, the tiles to prune, without those pruned already."""
     pairs = list(zip(weights, tables, strict=True))
     candidates = [candidates_of(weight, table.scores_BS, table.tiles_BS) for weight, table in pairs]
     kept = choose(candidates, fraction_left(weights, candidates, fraction))
@@ -223,13 +223,13 @@ def _empty_table(weight: PrunableWeight) -> Table:
 
 
 def slots(layout: Layout) -> int:
-    """How many tiles of a block may go at most."""
+    """Largest number of tiles of a block that may be pruned."""
     of = layout.tile.of
     return layout.tiles // of * (of - layout.tile.keep) if of else layout.tiles
 
 
 def candidates_of(weight: PrunableWeight, scores_BS: Tensor, tiles_BS: Tensor) -> Candidates:
-    """A weight's scores as candidates. In N:M what N of M keeps is exempt, and so is what is gone already."""
+    """A weight's scores as candidates. In N:M the kept N of M are exempt, as are pruned tiles."""
     gone_BS = (weight.valid_BT & ~weight.open_BT).gather(1, tiles_BS.long())
     if weight.layout.tile.of:
         gone_BS = torch.zeros_like(gone_BS)
@@ -247,7 +247,7 @@ def fraction_left(weights: Sequence[PrunableWeight], candidates: Sequence[Candid
 
 
 def share_of(layout: Layout, sparsity: float, key: str = "sparsities") -> float:
-    """A sparsity as the fraction of what may go.
+    """A sparsity as the fraction of the tiles that may be pruned.
 
     Raises:
         TargetError: N:M, and another sparsity than the pattern's.

@@ -44,7 +44,7 @@ class Grid:
 
 
 class Quota:
-    """How many tiles have gone, so that the count is exact at the end of a layer.
+    """Running number of pruned tiles, which makes the count exact at the end of a layer.
 
     Args:
         fraction: of the tiles.
@@ -54,7 +54,7 @@ class Quota:
         self.fraction, self.seen, self.gone = fraction, 0, 0
 
     def next(self, tiles: int) -> int:
-        """Tiles that go from the next ``tiles``."""
+        """Number of tiles to prune among the next ``tiles``."""
         self.seen += tiles
         number = max(0, min(math.floor(self.fraction * self.seen + SLACK) - self.gone, tiles))
         self.gone += number

@@ -1,4 +1,4 @@
-"""A model, its buffers and the random states, as they were after data has been looked at."""
+"""Restore a model, its buffers and the random states after reading data."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class PrunableWeight:
 
     @property
     def device(self) -> torch.device:
-        """Where it is worked on: where it is, unless there is no float64."""
+        """Device of the computation: the weight's own, unless it lacks float64."""
         return workplace(self.parameter.device)
 
     @cached_property
