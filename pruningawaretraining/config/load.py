@@ -35,7 +35,7 @@ def load_config(
         source: a path (.json, .yaml, .yml, or .md that begins with YAML), a folder with a pruning_config.json, .yaml or
             .yml, a mapping, or a PruningConfig, which is given back as it is. Neither the file nor the mapping is
             changed.
-        variables: values for keys at the top, before those of ``source``: what recipes read as ``eval(name)``.
+        variables: what a recipe reads as ``eval(name)``, before its own values; other forms have no variables.
 
     Raises:
         ConfigError: the file is missing, cannot be parsed, or holds a key or value that is not allowed. One
@@ -44,11 +44,11 @@ def load_config(
     if isinstance(source, PruningConfig):
         return source
     if isinstance(source, Mapping):
-        return translate({**source, **(variables or {})})
+        return translate(with_variables(source, variables))
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(f"config: {source!r} is neither a path, a mapping nor a PruningConfig")
     path = find_file(source)
-    mapping = {**anchored_caps(read_mapping(path), path.parent), **(variables or {})}
+    mapping = with_variables(anchored_caps(read_mapping(path), path.parent), variables)
     try:
         return translate(mapping)
     except ConfigError as error:
@@ -70,6 +70,11 @@ def translate(mapping: Mapping[str, Any]) -> PruningConfig:
         if dialect.recognises(mapping):
             return dialect.translate(mapping)
     raise ConfigError(_unrecognised(mapping, known))
+
+
+def with_variables(mapping: Mapping[str, Any], variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A recipe with variables in place of its own of the same names; another form as it is."""
+    return {**mapping, **variables} if variables and form_of(mapping) == "sparseml" else dict(mapping)
 
 
 def form_of(mapping: Mapping[str, Any]) -> str | None:

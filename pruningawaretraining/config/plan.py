@@ -79,7 +79,7 @@ def read_plan(source: str | os.PathLike[str], variables: Mapping[str, Any] | Non
         ConfigError: it cannot be read.
     """
     path = find_file(source)
-    form = form_of({**read_mapping(path), **(variables or {})}) or "none"
+    form = form_of(read_mapping(path)) or "none"
     with noted() as notes:
         if form == "sparseml":
             recipe = load_recipe(path, variables)
