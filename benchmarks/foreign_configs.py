@@ -68,7 +68,7 @@ def text_model(kind: str) -> tuple[nn.Module, list[Any]]:
         ),
         "llama": lambda: t.LlamaForCausalLM(
             t.LlamaConfig(
-                hidden_size=32, intermediate_size=64, num_hidden_layers=32, num_attention_heads=2, vocab_size=50,
+                hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, vocab_size=50,
                 num_key_value_heads=2,
             )
         ),
@@ -126,10 +126,11 @@ class NamedLinear(Named):
 
 KNOWN: list[tuple[str, str, Callable[[], tuple[nn.Module, list[Any]]]]] = [
     (r"distilbert", "transformers DistilBERT", lambda: text_model("distilbert")),
-    (r"squad|question|qa", "transformers BERT", lambda: text_model("qa")),
+    (r"squad|question|qa_", "transformers BERT", lambda: text_model("qa")),
     (r"bert|mnli|qqp|mrpc|sst2|mlm|text-classification", "transformers BERT", lambda: text_model("bert")),
     (r"mobilenet|modifiers_refactor", "torchvision mobilenet_v2", lambda: torchvision_model("mobilenet_v2")),
-    (r"beans|image_recognition|template|predefined", "torchvision resnet50", lambda: torchvision_model("resnet50")),
+    (r"beans|template|predefined", "torchvision resnet50", lambda: torchvision_model("resnet50")),
+    (r"image_recognition", "torchvision resnet50", lambda: torchvision_model("resnet50")),
     (r"resnet", "timm resnet26d", lambda: image_model("resnet26d")),
     (r"convnext", "timm convnext_atto", lambda: image_model("convnext_atto")),
     (r"xcit", "timm xcit_nano_12_p16_224", lambda: image_model("xcit_nano_12_p16_224")),
@@ -211,6 +212,9 @@ def run(plan: Plan, model: nn.Module, batches: list[Any]) -> str:
             optimizer.step()
     pruner.on_train_end()
     finals = {f"{events[-1][1]:g}" for rule in config.rules if (events := events_of(rule))}
+    macs = [rule.target.macs for rule in config.rules if rule.enabled and rule.target.macs is not None]
+    if macs:
+        return f"{pruner.macs.fraction:.3f} of the MACs (asked {macs[0]:g})"
     return f"{pruner.sparsity:.3f} (asked {', '.join(sorted(finals)) or 'nothing'})"
 
 
