@@ -1,4 +1,4 @@
-"""The benchmark over files of other systems: what its table says of a file that runs, one that does not, and a bad one."""
+"""The benchmark over files of other systems: its table of a file that runs, one that does not, and a bad one."""
 
 from __future__ import annotations
 
