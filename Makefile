@@ -5,7 +5,7 @@ READY  := $(VENV)/.installed
 # One test process for each core, at most four; each keeps to one thread so that they do not fight over cores.
 JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
-.PHONY: help install test test-lowest test-newest test-slow test-gpu lint demo bench schemas docs clean
+.PHONY: help install test test-lowest test-newest test-slow reliability test-gpu lint demo bench schemas docs clean
 
 help:
 	@echo "make demo       train, prune, export and report on a small real data set; results in runs/demo"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-lowest  the tests on the lowest versions that pyproject.toml allows; PYTHON=python3.10 or python3.11"
 	@echo "make test-newest  the tests on what pip resolves today; both in an environment of their own, removed at the end"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make reliability  the fuzzers and the kill test in full; writes their counts into docs/reliability.md"
 	@echo "make test-gpu   the tests that need a GPU, skipped without one; DEVICE=cpu for a small dry run of them"
 	@echo "make bench      every benchmark of docs/benchmarks.md, on the CPU; DATA=FOLDER for those with CIFAR-10"
 	@echo "make docs       the site of docs/, in site/"
@@ -39,6 +40,9 @@ test-lowest test-newest:
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+reliability: $(READY)
+	$(BIN)/python scripts/reliability.py
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -q tests/gpu $(if $(DEVICE),--device $(DEVICE))

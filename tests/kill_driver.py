@@ -81,7 +81,7 @@ PRECISE: dict[str, Sabotage] = {
     "removal, optimizer half followed": in_the_removal(at_call(surgery.Surgery, "rename_key", 3)),
     "removed, not saved": at_call(runner, "difference", 1),
     "checkpoint half written": at_call(torch, "save", 4, half_a_file),
-    "checkpoint written, not synced": at_call(files.os, "fsync", 9),
+    "checkpoint written, not synced": at_call(files.os, "fsync", 10),
     "checkpoint synced, not renamed": at_call(files.os, "replace", 12),
     "last checkpoint half written": at_call(torch, "save", 12, half_a_file),
 }

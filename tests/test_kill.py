@@ -67,6 +67,9 @@ def test_a_run_that_is_killed_at_any_moment_ends_like_one_that_is_not(tmp_path: 
     counts = {moment: kills.count(moment) for moment in sorted(set(kills))}
     print(f"\n{len(kills)} random kills: {counts}; {len(result['precise'])} precise ones: {result['precise']}")
     assert len(kills) >= KILLS
+    if "RELIABILITY_COUNTS" in os.environ:
+        found = {"name": "kills", "random": counts, "precise": len(result["precise"])}
+        (Path(os.environ["RELIABILITY_COUNTS"]) / "kills.json").write_text(json.dumps(found))
     assert {"dense", "regularize", "prune", "finetune"} <= set(kills)
     phases = {row["phase"] for row in rows(tmp_path / "whole")}
     assert phases == {"train", "regularize", "prune", "finetune"}

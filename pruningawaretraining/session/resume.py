@@ -39,8 +39,8 @@ def session_state(session: Session) -> dict[str, Any]:
 def load_session(session: Session, state: Mapping[str, Any]) -> None:
     """See :meth:`pruningawaretraining.Pruning.load_state_dict`."""
     check_version(state)
-    _warn_of_another_config(session, state.get("config"))
     with all_or_nothing([session.model, *session.followers]) as undo:
+        _warn_of_another_config(session, state.get("config"))
         steps, ended = int(state["steps"]), bool(state["ended"])
         if session.inputs is None and state["inputs"] is not None:
             session.capture.set(state["inputs"])

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from pruningawaretraining.distributed.collectives import rank
 from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.files import BROKEN
 
 VERSION = 1
 PLAIN = (Tensor, str, int, float, bool, type(None))
-DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError)
-"""Errors that reading a damaged state raises."""
 
 
 def rng_state() -> dict[str, Any]:
@@ -44,7 +43,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     before = rng_state()
     try:
         _set_rng_state(state)
-    except DAMAGE:
+    except BROKEN:
         _set_rng_state(before)
         raise
 
@@ -106,7 +105,7 @@ def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[list[Callable[[], N
         with torch.no_grad():
             for tensor, values in backup:
                 tensor.copy_(values)
-        if isinstance(error, CheckpointError) or not isinstance(error, DAMAGE):
+        if isinstance(error, CheckpointError) or not isinstance(error, BROKEN):
             raise
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
         raise CheckpointError(f"state: it is damaged, or of another run: {' '.join(what.split())}") from error
