@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 LONGEST = 500
 """Most characters of a message: what it echoes may come from a stranger."""
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class PruningError(ValueError):

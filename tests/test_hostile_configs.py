@@ -134,7 +134,7 @@ def test_large_configs_of_real_networks_are_read(tmp_path: Path) -> None:
         ("a\nb", "a\nb"),
         ("x" * 40 + " Allowed: this", "x" * 15 + " ... Allowed: this"),
         ("x" * 60, "x" * 17 + " ... " + "x" * 11),
-        ("\x1b[2Jred", "\\x1b[2Jred"),
+        ("\x1b[2Jred\t", "\\x1b[2Jred\\t"),
         ("\n".join(["line"] * 30), "line\nline\nline\n... and 27 more"),
     ],
 )
