@@ -142,17 +142,10 @@ def test_events_take_place_at_the_end_of_an_epoch_or_at_its_begin(
 ) -> None:
     seen: list[float] = []
 
-<<<<<<< HEAD
     def watched(learner: Any, *rest: Any) -> tuple[float, float]:
         weights = torch.cat([weight.flatten() for weight in learner.model.parameters() if weight.dim() > 1])
         seen.append(float((weights == 0).double().mean()))
         return whole(learner, *rest)
-=======
-    def watched(learner: Any, *more: Any) -> tuple[float, float]:
-        weights = torch.cat([weight.flatten() for weight in learner.model.parameters() if weight.dim() > 1])
-        seen.append(float((weights == 0).double().mean()))
-        return whole(learner, *more)
->>>>>>> fbd0c30 (Fuzzers of configs, checkpoints, states and run folders, with a page of counts that a command writes)
 
     whole = runner.train_epoch
     monkeypatch.setattr(runner, "train_epoch", watched)
