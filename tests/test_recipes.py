@@ -281,6 +281,29 @@ def test_criteria_of_the_same_family() -> None:
     }
 
 
+def test_acdc_and_rigl_are_dynamics() -> None:
+    acdc = {"compression_sparsity": 0.8, "start_epoch": 0, "end_epoch": 10, "update_frequency": 2}
+    rigl = {
+        "final_sparsity": 0.75,
+        "start_epoch": 0,
+        "end_epoch": 3,
+        "update_frequency": 1,
+        "init_update_fraction": 0.2,
+    }
+    params = [ALL_OF_VIT]
+    (alternating,) = recipe({"!tag": "!ACDCPruningModifier", "params": params, **acdc}).rules
+    model = vit()
+    pruner = Pruning(model, PruningConfig(rules=[alternating]))
+    shares = []
+    for epoch in range(10):
+        pruner.prune(model, epoch)
+        shares.append(round(pruner.sparsity, 2))
+    assert shares == [0, 0, 0.8, 0.8, 0, 0, 0.8, 0.8, 0.8, 0.8]  # floor(epoch / 2) odd, or in the last phase
+    (growing,) = recipe({"!tag": "!RigLPruningModifier", "params": params, **rigl}).rules
+    assert growing.dynamic == {"type": "regrow", "by": "gradient", "fraction": 0.2, "layers": "erk"}
+    assert growing.timeline().events() == [0, 1, 2, 3] and growing.target.sparsity == 0.75
+
+
 def test_constant_modifiers_keep_the_zeros_that_are_there() -> None:
     model = vit()
     with torch.no_grad():

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from pruningawaretraining.config.dialects import sparseml_keys as keys
 from pruningawaretraining.config.dialects.base import native, note_ignored
 from pruningawaretraining.config.dialects.sparseml_criteria import criterion_of, pattern_of
+from pruningawaretraining.config.dialects.sparseml_dynamics import dynamic_rule
 from pruningawaretraining.config.dialects.sparseml_phases import Piece, rules_of
 from pruningawaretraining.config.dialects.sparseml_recipe import NAMES, Found, is_recipe, modifiers_of
 from pruningawaretraining.config.schema import PruningConfig
@@ -47,7 +48,7 @@ class SparseMl:
 
 def config_of(found: Sequence[Found]) -> PruningConfig:
     """The modifiers of a recipe as a native config."""
-    rules = rules_of([piece for one in found for piece in _pieces(one)])
+    rules = [*rules_of([piece for one in found for piece in _pieces(one)]), *_dynamic_rules(found)]
     rules += _locks([one for one in found if isinstance(one.modifier, keys.Constant)], rules)
     if not rules:
         note_ignored("recipe", "no modifier in it prunes: the model stays dense")
@@ -56,6 +57,14 @@ def config_of(found: Sequence[Found]) -> PruningConfig:
         if isinstance(one.modifier, keys.Quantization):
             note_ignored(f"{one.where} ({one.name})", "the loop quantizes; see docs/quantization.md")
     return native(rules, distillation=_distillation(found))
+
+
+def _dynamic_rules(found: Sequence[Found]) -> Iterator[dict[str, Any]]:
+    for one in found:
+        if isinstance(one.modifier, (keys.AlternatingPruning, keys.RegrowingPruning)):
+            rule = dynamic_rule(one, layers_of(one.modifier.params, one.where))
+            if rule is not None:
+                yield rule
 
 
 def _pieces(one: Found) -> Iterator[Piece]:

@@ -214,6 +214,45 @@ class MfacPruning(SecondOrderPruning):
     }
 
 
+class AlternatingPruning(Modifier):
+    """AC/DC: dense and sparse phases in turn."""
+
+    compression_sparsity: UnitText = Field(description="Sparsity of the sparse phases.")
+    params: Names = Field("__ALL_PRUNABLE__", description="Parameters: names, 're:...', or all.")
+    update_frequency: Count = Field(description="Epochs of a phase.")
+    global_sparsity: bool = Field(True, description="One ranking over all layers, or the same in each.")
+    leave_enabled: Literal[True] = Field(True, description="Masks stay after the end.")
+    mask_type: Literal["unstructured"] = Field("unstructured", description="Single weights.")
+    momentum_buffer_reset: bool = Field(True, description="Ignored.")
+
+    unused = {"momentum_buffer_reset": "the optimizer's state of masked weights is what the 'alternate' dynamic leaves"}
+
+
+class RegrowingPruning(Modifier):
+    """RigL: the lowest weights go, those with the largest gradients come back."""
+
+    final_sparsity: UnitText = Field(description="Sparsity from the start on.")
+    params: Names = Field("__ALL_PRUNABLE__", description="Parameters: names, 're:...', or all.")
+    update_frequency: Number = Field(description="Epochs between exchanges.")
+    init_update_fraction: UnitText = Field(0.3, description="Part of the weights that is exchanged at first.")
+    sparsity_strategy: Literal["erdos_renyi_kernel", "uniform"] = Field(
+        "erdos_renyi_kernel", description="How the sparsity is shared among layers."
+    )
+    global_sparsity: bool = Field(False, description="Ignored.")
+    leave_enabled: Literal[True] = Field(True, description="Masks stay after the end.")
+    mask_type: Literal["unstructured"] = Field("unstructured", description="Single weights.")
+    momentum_buffer_reset: bool = Field(True, description="Ignored.")
+    num_grads: Count = Field(1, description="Ignored.")
+    grad_sampler_kwargs: dict[str, Any] | None = Field(None, description="Ignored.")
+
+    unused = {
+        "momentum_buffer_reset": "weights that come back start without momentum",
+        "num_grads": "the gradients of training are read",
+        "grad_sampler_kwargs": "the gradients of training are read",
+        "global_sparsity": "sparsity_strategy shares the sparsity among layers",
+    }
+
+
 class OneShotPruning(Modifier):
     """SparseGPT and Wanda: all at once, from calibration data, the same in every layer."""
 

@@ -38,6 +38,8 @@ MODIFIERS: dict[str, type[keys.Modifier]] = {
     "CAPruningModifier": keys.SecondOrderPruning,
     "FastCAPruningModifier": keys.FastPruning,
     "MFACPruningModifier": keys.MfacPruning,
+    "ACDCPruningModifier": keys.AlternatingPruning,
+    "RigLPruningModifier": keys.RegrowingPruning,
     "SparseGPTModifier": keys.OneShotPruning,
     "WandaPruningModifier": keys.OneShotPruning,
     "QuantizationModifier": keys.Quantization,
@@ -64,8 +66,6 @@ OUTSIDE = {
 
 INSTEAD = "Allowed: GlobalMagnitudePruningModifier"
 REFUSED = {
-    "ACDCPruningModifier": f"masks that come and go are not supported. {INSTEAD}",
-    "RigLPruningModifier": f"masked weights that grow back are not supported. {INSTEAD}",
     "TopKASTPruningModifier": f"masked weights that grow back are not supported. {INSTEAD}",
     "STRPruningModifier": f"learned thresholds are not supported. {INSTEAD}",
     "PowerpropagationModifier": f"weights raised to a power are not supported. {INSTEAD}",
