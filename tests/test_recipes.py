@@ -299,6 +299,8 @@ def test_acdc_and_rigl_are_dynamics() -> None:
         pruner.prune(model, epoch)
         shares.append(round(pruner.sparsity, 2))
     assert shares == [0, 0, 0.8, 0.8, 0, 0, 0.8, 0.8, 0.8, 0.8]  # floor(epoch / 2) odd, or in the last phase
+    short = recipe({"!tag": "!ACDCPruningModifier", "params": params, **acdc, "end_epoch": 2}).rules[0]
+    assert short.timeline().events() == [0]
     (growing,) = recipe({"!tag": "!RigLPruningModifier", "params": params, **rigl}).rules
     assert growing.dynamic == {"type": "regrow", "by": "gradient", "fraction": 0.2, "layers": "erk"}
     assert growing.timeline().events() == [0, 1, 2, 3] and growing.target.sparsity == 0.75

@@ -165,10 +165,6 @@ def written(tmp_path, text):
         ("modifiers:\n  - !CAPruningModifier {final_sparsity: 1.5}\n", "final_sparsity"),
         ("modifiers:\n  - !CAPruningModifier {params: [a]}\n", r"modifiers\[0\].final_sparsity: missing"),
         ("modifiers:\n  - !STRPruningModifier {params: [a]}\n", "learned thresholds are not supported"),
-        (
-            "modifiers:\n  - !ACDCPruningModifier {compression_sparsity: 0.5, end_epoch: 3, update_frequency: 2}\n",
-            r"modifiers\[0\].end_epoch: no room for a dense and a sparse phase. Allowed: 4",
-        ),
         ("modifiers:\n  - !StructuredPruningModifier {final_sparsity: 0.5}\n", "'channel' rules"),
         ("a_stage:\n  b_modifiers:\n    CAPModifier: {final_sparsity: 0.5}\n", "did you mean 'CAPruningModifier'"),
         ("modifiers:\n  - !CAPruningModifier {final_sparsity: 0.5, mask_type: 3:2}\n", "mask_type"),

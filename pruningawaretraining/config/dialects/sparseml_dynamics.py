@@ -7,7 +7,6 @@ from typing import Any
 from pruningawaretraining.config.dialects import sparseml_keys as keys
 from pruningawaretraining.config.dialects.sparseml_criteria import MAGNITUDE
 from pruningawaretraining.config.dialects.sparseml_recipe import Found
-from pruningawaretraining.errors import ConfigError
 
 LAYERS = {"erdos_renyi_kernel": "erk", "uniform": "uniform"}
 
@@ -18,9 +17,6 @@ def dynamic_rule(one: Found, layers: list[str] | None) -> dict[str, Any] | None:
     Args:
         one: the modifier.
         layers: entries of its parameters.
-
-    Raises:
-        ConfigError: AC/DC without a sparse phase.
     """
     modifier = one.modifier
     common = {"name": one.where, "pattern": "unstructured", "layers": layers, "exclude": [], "criterion": MAGNITUDE}
@@ -43,15 +39,12 @@ def dynamic_rule(one: Found, layers: list[str] | None) -> dict[str, Any] | None:
     if not isinstance(modifier, keys.AlternatingPruning):
         return None
     length = modifier.update_frequency
-    if end - start < 2 * length:
-        raise ConfigError(
-            f"{one.where}.end_epoch: no room for a dense and a sparse phase. Allowed: {start + 2 * length:g}"
-        )
-    return {  # phase 0 is dense, 1 sparse, and so on; the last one before the end is sparse for good
+    first = start if end - length <= start else start + length
+    return {  # phase 0 is dense, 1 sparse, and so on; the last before the end is sparse for good
         **common,
         "dynamic": "alternate",
         "scope": "global" if modifier.global_sparsity else "local",
         "schedule": "one_shot",
-        **{"start": start + length, "end": end - length, "every": length},
+        **{"start": first, "end": max(first, end - length), "every": length},
         "target": {"sparsity": modifier.compression_sparsity},
     }
