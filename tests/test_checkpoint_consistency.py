@@ -90,6 +90,8 @@ TENSORS: dict[str, dict[str, Tensor]] = {
     "a larger layer": {"9.weight": torch.zeros(5, 600)},
     "another kernel": {"0.weight": torch.zeros(8, 3, 3)},
     "whole numbers": {"0.weight": torch.zeros(8, 3, 3, 3, dtype=torch.int64)},
+    "whole numbers in a bias": {"9.bias": torch.zeros(5, dtype=torch.int64)},
+    "fractions of batches": {"1.num_batches_tracked": torch.tensor(0.5)},
 }
 
 

@@ -173,7 +173,7 @@ def reshaped(draw: st.DrawFn, tensors: dict[str, torch.Tensor]) -> dict[str, tor
         elif kind == "rename":
             found[f"{name}x"] = found.pop(name)
         elif kind == "type":
-            found[name] = tensors[name].to(draw(st.sampled_from((torch.int64, torch.float16, torch.bool))))
+            found[name] = tensors[name].to(draw(st.sampled_from((torch.int64, torch.bool, torch.float32))))
         elif kind == "dimensions" or not shape:
             found[name] = torch.zeros(draw(st.lists(st.integers(0, 4), max_size=5)))
         else:

@@ -20,7 +20,7 @@ from pruningawaretraining.checkpoint.files import ATTRIBUTES, KEY, read_file, wr
 from pruningawaretraining.checkpoint.records import own_state, remember, summary_of
 from pruningawaretraining.distributed.fsdp import any_sharded
 from pruningawaretraining.errors import CheckpointError, nearest
-from pruningawaretraining.files import BROKEN, write_atomically
+from pruningawaretraining.files import BROKEN, reason, write_atomically
 from pruningawaretraining.models.calling import unwrap
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.hugging_face import follow_configs
@@ -143,7 +143,7 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
         raise
     except BROKEN as error:
         surgery.undo()
-        raise CheckpointError(f"path: {str(path)!r} does not fit {type(model).__name__}: {error}") from error
+        raise CheckpointError(f"path: {str(path)!r} does not fit {type(model).__name__}: {reason(error)}") from error
     remember(model, description["record"])
     follow_configs(model)
     return wrapped
@@ -191,6 +191,8 @@ def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise CheckpointError(
                 f"model: {name!r} has {value.dim()} dimensions, in the file {tensors[name].dim()}: another architecture"
             )
+        if value.is_floating_point() != tensors[name].is_floating_point():
+            raise CheckpointError(f"path: {name!r} is {tensors[name].dtype} in the file and {value.dtype} in the model")
         if 0 in tensors[name].shape and 0 not in value.shape:
             raise CheckpointError(f"path: {name!r} is of shape {tuple(tensors[name].shape)} in the file: it is empty")
 
