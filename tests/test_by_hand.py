@@ -125,3 +125,19 @@ def test_channels_that_cannot_go_are_named_and_nothing_changes(channels: Any, me
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert pruner.sparsity == 0
+
+
+@pytest.mark.parametrize(("pattern", "kept"), [("channel", {"first": 5, "stem": 4, "grouped": 4}), ("4x1", None)])
+def test_so_many_stay_in_each_layer(pattern: str, kept: dict[str, int] | None) -> None:
+    model = net()
+    pruner = pruner_of(model, pattern=pattern, keep_per_layer=5)
+    pruner.prune(model, 0)
+    left = {name: int(keep.sum()) for name, keep in pruner.masks.items()}
+    assert left == (kept or dict.fromkeys(left, 5))  # sets of fewer groups stay whole
+
+
+def test_fractions_and_counts_do_not_go_together() -> None:
+    with pytest.raises(ConfigError, match="sparsity_per_layer: it stands for a target. Allowed: leave out keep_per_"):
+        pruner_of(net(), keep_per_layer=5, sparsity_per_layer={"first": 0.5})
+    with pytest.raises(ConfigError, match="keep_per_layer: it stands for a target. Allowed: leave out target.sparsity"):
+        pruner_of(net(), keep_per_layer=5, target={"sparsity": 0.5})

@@ -102,6 +102,7 @@ CHANNELS = {
     "phases": [],
     "target": Target(macs=0.7).model_dump(),
     "sparsity_per_layer": None,
+    "keep_per_layer": None,
     "final_sparsity": 1.0,
     "widths": "free",
     "dynamic": "frozen",

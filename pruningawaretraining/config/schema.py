@@ -88,6 +88,9 @@ class Rule(Strict):
         description="Fraction to remove of single layers, {layer: fraction}, instead of a target; layers are written "
         "as in 'layers', and all others stay whole.",
     )
+    keep_per_layer: Count | None = Field(
+        None, description="How many groups stay in each set of layers (heads, channels ...), instead of a target."
+    )
     final_sparsity: Fraction = Field(
         1.0,
         description="Sparsity that the schedule heads for while a MACs target is sought: 1 keeps each event mild; "
@@ -138,7 +141,7 @@ class Rule(Strict):
     @property
     def aims(self) -> bool:
         """Whether there is anything to reach."""
-        return self.target.given or self.sparsity_per_layer is not None
+        return self.target.given or self.sparsity_per_layer is not None or self.keep_per_layer is not None
 
     def timeline(self, steps: int | None = None) -> Timeline:
         """When its events are, and how far each goes.
@@ -212,7 +215,7 @@ class Rule(Strict):
             raise ConfigError("layers: [] names no layer. Allowed: at least one, or leave the key out for all")
         if self.enabled and names("pattern"):
             check_supported(self, {option: type(self).model_fields[option].default for option in OPTIONS})
-        check_per_layer(self.sparsity_per_layer, self.target)
+        check_per_layer(self.sparsity_per_layer, self.keep_per_layer, self.target)
         aimless = not self.aims and self.regularizer is None
         if self.enabled and self.mode == "prune" and aimless:
             raise ConfigError("target: nothing to reach. Allowed: sparsity, macs, parameters, latency and the like")

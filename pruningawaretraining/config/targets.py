@@ -107,16 +107,17 @@ class ExampleInputs(Strict):
         raise ValueError(f"{value!r} is not a shape. Allowed: [B, C, H, W], each at least 1, or a list of shapes")
 
 
-def check_per_layer(fractions: dict[str, float] | None, target: Target) -> None:
-    """Refuse fractions of single layers beside a target, and none at all.
+def check_per_layer(fractions: dict[str, float] | None, keep: int | None, target: Target) -> None:
+    """Refuse what is given for single layers beside a target, and a mapping without layers.
 
     Raises:
         ConfigError: it names what to leave out.
     """
-    if fractions is None:
+    names = [name for name, value in (("sparsity_per_layer", fractions), ("keep_per_layer", keep)) if value is not None]
+    if not names:
         return
-    if target.given:
-        given = next(name for name in ("sparsity", *COSTS) if getattr(target, name) is not None)
-        raise ConfigError(f"sparsity_per_layer: it stands for a target. Allowed: leave out target.{given}")
-    if not fractions:
+    given = [f"target.{name}" for name in ("sparsity", *COSTS) if getattr(target, name) is not None]
+    if others := [*names[1:], *given]:
+        raise ConfigError(f"{names[0]}: it stands for a target. Allowed: leave out {others[0]}")
+    if fractions is not None and not fractions:
         raise ConfigError("sparsity_per_layer: {} names no layer. Allowed: {layer: fraction}")

@@ -35,7 +35,7 @@ from pruningawaretraining.engine.coupled_rules import (
     started_from,
 )
 from pruningawaretraining.engine.dynamics import go_back
-from pruningawaretraining.engine.per_layer import fractions_of, limited
+from pruningawaretraining.engine.per_layer import fractions_by_rule, limited
 from pruningawaretraining.engine.phases import tell_of_whole_epochs
 from pruningawaretraining.engine.rule import Decision
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
@@ -142,9 +142,7 @@ class CoupledGroups:
         """
         for one in self.rules:
             check_schedule(one)
-            if one.rule.sparsity_per_layer is not None:
-                given = one.rule.sparsity_per_layer
-                one.fractions = fractions_of(self.model, one.grouping, self.set_of_layer, given, one.key)
+            one.fractions = fractions_by_rule(one.rule, self.model, one.grouping, self.set_of_layer, one.key)
             check_caps(one, self.model)
             allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), one.limits(), scope_of(one))
             if one.rule.target.about_costs and one.rule.enabled:

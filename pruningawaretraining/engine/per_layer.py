@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from pruningawaretraining.allocation.ranking import Limits
+from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.patterns.selection import select
@@ -44,6 +45,26 @@ def fractions_of(
                     f"{where}: {entry!r} and {other!r} are coupled by {name!r}. Allowed: the same fraction"
                 )
     return tuple(chosen.get(number, ("", 0.0))[1] for number in range(len(grouping.sets)))
+
+
+def without_all_but(grouping: Grouping, keep: int) -> tuple[float, ...]:
+    """The fraction of each set that goes where so many groups stay; smaller sets stay whole."""
+    return tuple(max(0.0, 1 - keep / one.size) for one in grouping.sets)
+
+
+def fractions_by_rule(
+    rule: Rule, model: nn.Module, grouping: Grouping, set_of: Mapping[str, str], key: str
+) -> tuple[float, ...] | None:
+    """The fraction of each set that a rule gives one by one; None where it has a target.
+
+    Args:
+        rule: the rule.
+        model, grouping, set_of, key: see :func:`fractions_of`.
+    """
+    if rule.keep_per_layer is not None:
+        return without_all_but(grouping, rule.keep_per_layer)
+    given = rule.sparsity_per_layer
+    return None if given is None else fractions_of(model, grouping, set_of, given, key)
 
 
 def limited(limits: Limits, fractions: tuple[float, ...], part: float) -> Limits:

@@ -22,7 +22,7 @@ from pruningawaretraining.criteria.second_order import Calibration, Sampling
 from pruningawaretraining.engine.compensation import prune_by_curvature, weight_pattern
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.dynamics import between_events, check_final, check_sharded_dynamic, go_back, heard
-from pruningawaretraining.engine.per_layer import fractions_of, limited
+from pruningawaretraining.engine.per_layer import fractions_by_rule, limited
 from pruningawaretraining.engine.phases import outside_phase, tell_of_whole_epochs, tell_what_stays
 from pruningawaretraining.engine.rule import Decision
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
@@ -62,9 +62,8 @@ class WeightGroups:
         grouping = grouping_of(self.model, key, rule, pattern)
         check_target(key, rule, pattern)
         check_phases(self.model, key, rule, grouping)
-        fractions = rule.sparsity_per_layer
         own = {each.name: each.name for each in grouping.sets}
-        per_layer = None if fractions is None else fractions_of(self.model, grouping, own, fractions, key)
+        per_layer = fractions_by_rule(rule, self.model, grouping, own, key)
         tell_what_stays(self.model, key, rule, grouping)
         masks = Masks(grouping, dynamic=build("dynamic", rule.dynamic, f"{key}.dynamic"))
         one = WeightRule(key, rule, pattern, criterion, grouping, masks, stacked)

@@ -102,10 +102,7 @@ def _rule(section: EpochSection, pruner: EpochPruner, name: str) -> dict[str, An
         raise ConfigError(unknown(f"{name}.prune_type", kind, TYPES))
     parameters = pruner.parameters or Parameters()
     if parameters.target is not None:
-        raise ConfigError(
-            f"{name}.parameters.target: {parameters.target!r} heads or neurons that stay are for 'head' and 'channel' "
-            "rules with target.sparsity. Allowed: a native config, see docs/heads.md"
-        )
+        return {"name": name, "start": start, "end": end, **_structured(pruner, parameters, name)}
     rule = {
         "name": name,
         "pattern": _pattern(parameters.pattern or pruner.pattern or "1x1", name),
@@ -121,6 +118,21 @@ def _rule(section: EpochSection, pruner: EpochPruner, name: str) -> dict[str, An
     if not target and "regularizer" not in rule:
         return {**rule, "enabled": False}
     return {**rule, **_schedule(start, end, max(1, int(every)), initial, target, name)}
+
+
+def _structured(pruner: EpochPruner, parameters: Parameters, name: str) -> dict[str, Any]:
+    """``gradient_sensitivity``: so many heads, or neurons of a hidden layer, stay in every block.
+
+    A pruner of the weights that read them (``transpose``) is part of the rule of those that make them, since coupled
+    weights go together here. Heads are ranked by ``|sum of w g|``, as by the gradient of a mask on their outputs.
+    """
+    layers = layers_of_names(pruner.names, name)
+    if parameters.transpose:
+        note_ignored(f"{name}.names", "they go together with the heads or neurons that they read")
+        return {"layers": layers, "enabled": False}
+    heads = parameters.importance_inputs == ["head_mask"]
+    keep = {"keep_per_layer": parameters.target, "scope": "local", "application": "mask"}
+    return {"pattern": "head" if heads else "channel", "layers": layers, "criterion": "taylor", **keep}
 
 
 def _schedule(start: int, end: int, every: int, initial: float, target: float, name: str) -> dict[str, Any]:
