@@ -85,6 +85,8 @@ class Attached:
         self.release()
         inputs, forward_fn = self.example_inputs, self.forward_fn
         self.made = Pruning(plain, self.config, forward_fn, example_inputs=inputs, **self.options)
+        self.made.best_begins_anew = True
+        self.made.state_in(plain)
         if self.state is not None:
             self.made.load_state_dict(self.state)
         else:
@@ -135,10 +137,20 @@ class Attached:
             raise ConfigError("callback: the pruner is made once the trainer has the model. Allowed: during training")
         return self.made
 
-    def epoch_ended(self, wrapped: nn.Module, epoch: int) -> None:
-        """Let what is due after an epoch take place; a DistributedDataParallel is made anew where it is."""
-        self.pruner.prune(None, epoch)
+    def epoch_ended(self, wrapped: nn.Module, epoch: int) -> bool:
+        """Let what is due after an epoch take place; a DistributedDataParallel is made anew where it is.
+
+        Returns:
+            Whether channels have gone.
+        """
+        removed = self.pruner.prune(None, epoch) == "removed"
         rewrap_in_place(wrapped)
+        return removed
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the pruner goes on from a state: a given one, or that in the model's weights."""
+        return self.state is not None or (self.made is not None and self.made.state_was_loaded)
 
 
 def _refuse_smaller(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -153,6 +165,16 @@ def _refuse_smaller(module: nn.Module, state_dict: Mapping[str, Any], prefix: st
                 f"{type(module).__name__}: channels have gone. Allowed: PruningCallback(..., resume_from=) with this "
                 "checkpoint"
             )
+
+
+def tell_of_best(known: list[str]) -> None:
+    """Warn where something had a best, once in a removal.
+
+    Args:
+        known: who had one.
+    """
+    if known:
+        logger.warning("best: channels have gone, so what was the best before counts no more (%s)", ", ".join(known))
 
 
 def write_state(pruner: Pruning, folder: str | Path) -> None:
@@ -174,3 +196,19 @@ def read_state(folder: str | Path) -> dict[str, Any]:
             f"resume_from: {str(folder)!r} holds no {STATE}. Allowed: a checkpoint of such a training"
         )
     return read_torch_mapping(path, "resume_from")
+
+
+def forget_hooks(copy: nn.Module) -> None:
+    """Take the library's hooks out of a copy of a pruned model; they came along, and a pickle of it would need them."""
+    own = __name__.partition(".")[0]
+    for module in copy.modules():
+        for name, hooks in vars(module).items():
+            if name.endswith("_hooks") and isinstance(hooks, dict):
+                for key in [key for key, hook in hooks.items() if _origin(hook).partition(".")[0] == own]:
+                    del hooks[key]
+
+
+def _origin(hook: Any) -> str:
+    """The module that a hook is defined in."""
+    hook = getattr(hook, "hook", hook)
+    return str(getattr(hook, "__module__", None) or type(hook).__module__)

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.errors import CheckpointError, ConfigError, unknown
 from pruningawaretraining.files import read_torch
-from pruningawaretraining.integrations.common import Attached, imported
+from pruningawaretraining.integrations.common import Attached, imported, tell_of_best
 from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.registry import build
 from pruningawaretraining.session.pruning import Pruning, Source
@@ -129,7 +130,8 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Prune; checkpoints of the epoch are written after it."""
-        self._attached.epoch_ended(trainer.strategy.model, trainer.current_epoch)
+        if self._attached.epoch_ended(trainer.strategy.model, trainer.current_epoch):
+            _begin_best_anew(trainer.callbacks)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.pruner.on_train_end()
@@ -145,10 +147,30 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
             CheckpointError: the training is gone on with, and ``resume_from`` was not given.
         """
         self._restored = True
-        if self._attached.state is None:
+        if not self._attached.resumed:
             raise CheckpointError(
                 "callback: the checkpoint is of a pruned training. Allowed: PruningCallback(..., resume_from=ckpt_path)"
             )
+
+
+def _worst(callback: Any) -> Tensor:
+    """What any score is better than."""
+    return torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+
+
+def _begin_best_anew(callbacks: list[Any]) -> None:
+    """Channels have gone: what callbacks took for the best so far is of another model. Files that are there stay."""
+    known = []
+    for one in callbacks:
+        if getattr(one, "best_k_models", None):  # ModelCheckpoint
+            known.append(type(one).__name__)
+            one.best_k_models, one.kth_best_model_path = {}, ""
+            one.kth_value = _worst(one)
+            one.best_model_path, one.best_model_score = "", None
+        elif isinstance(getattr(one, "best_score", None), Tensor) and hasattr(one, "wait_count"):  # EarlyStopping
+            known.append(type(one).__name__)
+            one.wait_count, one.best_score = 0, _worst(one)
+    tell_of_best(known)
 
 
 def _state_in(path: str | Path, key: str) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from pruningawaretraining.distributed.ddp import rewrap_in_place, wrappers_of
 from pruningawaretraining.errors import CheckpointError, ConfigError
-from pruningawaretraining.integrations.common import STATE, Attached, imported, read_state, write_state
+from pruningawaretraining.integrations.common import STATE, Attached, imported, read_state, tell_of_best, write_state
 from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.session.pruning import Pruning, Source
 
@@ -89,7 +89,7 @@ class PruningCallback(_TrainerCallback):  # type: ignore[misc]
                 "resume_from: the model has the checkpoint's architecture and not its weights: train was given no "
                 "checkpoint. Allowed: trainer.train(resume_from_checkpoint=), with the same folder"
             )
-        if self._attached.state is None and step > 0:
+        if not self._attached.resumed and step > 0:
             where = folder / f"checkpoint-{step}"
             if (where / STATE).is_file():
                 raise CheckpointError(
@@ -106,7 +106,9 @@ class PruningCallback(_TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Prune; a checkpoint of the epoch is written after it."""
-        self.pruner.prune(None, max(0, round(state.epoch) - 1))
+        if self.pruner.prune(None, max(0, round(state.epoch) - 1)) == "removed" and state.best_metric is not None:
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+            tell_of_best(["TrainerState"])
         for wrapped in wrappers_of(self.pruner.model):
             rewrap_in_place(wrapped)
 

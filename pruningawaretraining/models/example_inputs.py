@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 from pruningawaretraining.models.trees import map_tensors, tensors_of
 
 Place = tuple[torch.device, torch.dtype]
+LABELS = frozenset({"label", "labels", "target", "targets", "cls", "bboxes"})
+"""Names under which batches hold what the loss is computed with."""
 
 
 class Example:
@@ -51,6 +54,22 @@ def as_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if not args:
         return kwargs
     return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+
+
+def without_labels(module: nn.Module, inputs: Any) -> Any:
+    """Inputs of a call without what makes the model give a loss; None where they are a training batch as a whole.
+
+    Args:
+        module: the model.
+        inputs: as :func:`as_inputs` gives them.
+    """
+    if isinstance(inputs, tuple):
+        return None if any(isinstance(one, Mapping) and LABELS & one.keys() for one in inputs) else inputs
+    parameters = inspect.signature(module.forward).parameters
+    optional = {name for name in LABELS & inputs.keys() if name in parameters and parameters[name].default is None}
+    inputs = {name: value for name, value in inputs.items() if name not in optional}
+    whole = any(isinstance(one, Mapping) and LABELS & one.keys() for one in inputs.values())
+    return None if whole or not any(True for _ in tensors_of(inputs)) else inputs
 
 
 def one_example(inputs: Any) -> Any:

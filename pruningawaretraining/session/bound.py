@@ -21,9 +21,16 @@ class NoChannels:
 
 
 class Bound:
-    """Holds the session of a pruner."""
+    """Holds the session of a pruner.
+
+    Attributes:
+        best_begins_anew: set it where the loop begins its best metric anew when ``prune`` returns "removed"; nothing is
+            said of it then.
+        state_was_loaded: whether the state has come back with the model's weights; see ``state_in``.
+    """
 
     def __init__(self) -> None:
+        self.best_begins_anew = self.state_was_loaded = False
         self._known: Session | None = None
         self._says_before = False  # whether the loop calls on_before_optimizer_step
 

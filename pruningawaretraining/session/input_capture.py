@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from pruningawaretraining.models.example_inputs import Example, as_inputs, one_example
+from pruningawaretraining.models.example_inputs import Example, as_inputs, one_example, without_labels
 from pruningawaretraining.models.trees import tensors_of
+
+logger = logging.getLogger(__name__)
 
 
 class InputCapture:
@@ -22,6 +25,7 @@ class InputCapture:
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         self.model = model
         self._handle: RemovableHandle | None = None
+        self._told = False
         self.captured = False  # whether the model itself is to show the inputs, or has shown them
         self.set(inputs)
 
@@ -41,7 +45,21 @@ class InputCapture:
             self._handle = self.model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.inputs is None and any(True for _ in tensors_of((args, kwargs))):
-            self.set(one_example(as_inputs(module, args, kwargs)))
+        if self.inputs is not None or not any(True for _ in tensors_of((args, kwargs))):
+            return
+        inputs = without_labels(module, as_inputs(module, args, kwargs))
+        if inputs is None:
+            self._tell()
+        else:
+            self.set(one_example(inputs))
             if self._handle is not None:
                 self._handle.remove()
+
+    def _tell(self) -> None:
+        if not self._told:
+            logger.warning(
+                "example_inputs: the %s is called with a training batch, labels and all, and would give a loss; no "
+                "channel is pruned until it is called with inputs alone. Allowed: example_inputs=",
+                type(self.model).__name__,
+            )
+        self._told = True

@@ -133,13 +133,21 @@ class LoopHooks(Bound):
             log: a logger or a function of one line; told what happened.
 
         Returns:
-            "removed", "masked", or None where nothing has happened.
+            "removed", "masked", or None where nothing has happened. Once channels have gone, what the loop took for its
+            best checkpoint is of another model: begin the best metric anew.
 
         Raises:
             ValueError: another model, no example inputs, or a removal that would change the model's outputs.
         """
         self._check_same(model)
-        return self._session.prune(epoch_of(epoch), log)
+        done = self._session.prune(epoch_of(epoch), log)
+        if done == "removed" and not self.best_begins_anew:
+            self.best_begins_anew = True
+            logger.warning(
+                "best: channels have gone, and a best checkpoint of before is of the larger model. Allowed: begin the "
+                "best metric anew where prune returns 'removed'; pruner.best_begins_anew = True says that it does"
+            )
+        return done
 
     def remove(self) -> None:
         """Physically remove what is masked now, whatever the schedule says; zeros inside a weight stay there."""

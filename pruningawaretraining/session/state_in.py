@@ -29,6 +29,8 @@ class HasState(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
+    state_was_loaded: bool
+
 
 class StateHandle:
     """Keeps the state of a pruner in; :meth:`remove` takes it out.
@@ -143,5 +145,6 @@ def _read(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -
     if data is None or pruner is None:
         return
     pruner.load_state_dict(unpacked(data))
+    pruner.state_was_loaded = True
     for wrapped in wrappers_of(module):
         rewrap_in_place(wrapped)
