@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from pruningawaretraining.checkpoint.records import PRUNER_KEY
 from pruningawaretraining.errors import CheckpointError, ConfigError
 
 IMAGE = torch.randn(1, 3, 8, 8)
@@ -85,9 +87,15 @@ def test_an_average_of_another_model_is_refused(fit: Any) -> None:
         fit(callback)
 
 
-def test_lightning_resumes_with_both_or_with_none(fit: Any, tmp_path: Path) -> None:
+def test_lightning_resumes_with_the_checkpoint_alone(fit: Any, tmp_path: Path) -> None:
+    """Its weights hold the state. In one of an earlier version they do not: then both arguments or none."""
     path = tmp_path / "a.ckpt"
     fit(lightning_callback(HALF, IMAGE, part="model"), save=path)
+    callback = lightning_callback(HALF, IMAGE, part="model")
+    assert fit(callback, path=path, epochs=2).model[0].out_channels == 4 and callback.pruner.steps == 4
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["state_dict"][f"model.{PRUNER_KEY}"]
+    torch.save(checkpoint, path)
     with pytest.raises(CheckpointError, match=r"resume_from: .*fit was given no checkpoint.*ckpt_path"):
         fit(lightning_callback(HALF, IMAGE, part="model", resume_from=path))
     with pytest.raises(CheckpointError, match=r"resume_from: 0.weight is \(4, 3, 3, 3\) .* and \(8, 3, 3, 3\)"):
@@ -166,11 +174,18 @@ def test_transformers_refuses_two_callbacks(trainer: Any) -> None:
 
 
 @pytest.mark.parametrize("end", [0, 3])
-def test_transformers_resumes_with_both_or_with_none(end: int, trainer: Any) -> None:
+def test_transformers_resumes_with_the_checkpoint_alone(end: int, trainer: Any) -> None:
+    """Its weights hold the state. In one of an earlier version they do not: then both arguments or none."""
     config = {"rules": [{**HALF["rules"][0], "end": end}]}
     first = trainer(trainer_callback(config))
     first.train()
     folder = Path(first.args.output_dir) / "checkpoint-2"
+    alone = trainer(callback := trainer_callback(config), epochs=2)
+    alone.train(resume_from_checkpoint=str(folder))
+    assert alone.model.net[0].out_channels == first.model.net[0].out_channels and callback.pruner.steps == 4
+    weights = load_file(folder / "model.safetensors")
+    del weights[PRUNER_KEY]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"resume_from: .*train was given no checkpoint"):
         trainer(trainer_callback(config, resume_from=folder)).train()
     with pytest.raises(CheckpointError, match=r"resume_from: .*Allowed: PruningCallback\(..., resume_from="):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pruningawaretraining import Pruning, load_pruned
+from pruningawaretraining.checkpoint.records import PRUNER_KEY
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.experiment.models import DigitsResNet
 from pruningawaretraining.integrations.common import STATE, imported, read_state
@@ -118,6 +119,9 @@ def test_going_on_without_the_state_is_refused(tmp_path):
         max_epochs=2, callbacks=[callback], logger=False, enable_progress_bar=False, accelerator="cpu",
         enable_checkpointing=False, enable_model_summary=False,
     )  # fmt: skip
+    weights = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    del weights["state_dict"][f"model.{PRUNER_KEY}"]  # as earlier versions wrote it
+    torch.save(weights, tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError, match="resume_from=ckpt_path"):
         trainer.fit(lightning.Classifier(), lightning.loaders(512)[0], ckpt_path=tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError, match="holds no pruner.pt"):

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pruningawaretraining import Pruning, load_pruned, save_pruned
+from pruningawaretraining.checkpoint.records import PRUNER_KEY, own_state
 from pruningawaretraining.experiment.datasets import load_data
 from pruningawaretraining.experiment.models import DigitsResNet
 from pruningawaretraining.experiment.schema import DataConfig
 
-CONFIG = {"rules": [{"regularizer": "growing_l2", "start": 1, "end": 3, "target": {"macs": 0.6}}]}
+EXAMPLE = torch.randn(1, 1, 8, 8)
+CONFIG = {"rules": [{"regularizer": "growing_l2", "start": 1, "end": 3, "target": {"sparsity": 0.4}}]}
 EPOCHS = 5
 
 
@@ -32,41 +35,94 @@ def loader():
 
 def check(pruner: Pruning, average: nn.Module, path: Path) -> None:
     assert pruner.phase == "finetune" and pruner.macs.fraction <= 0.6
-    shapes = {name: value.shape for name, value in pruner.model.state_dict().items()}
+    shapes = {name: value.shape for name, value in own_state(pruner.model).items()}
     assert {name: value.shape for name, value in average.state_dict().items()} == shapes
     assert load_pruned(build(), path)(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
 
-def test_timms_loop(loader, tmp_path):
-    """As train.py of timm: its optimizer, scheduler, loss, scaler with clipping, and average."""
-    utils = pytest.importorskip("timm.utils")
-    from timm.loss import LabelSmoothingCrossEntropy
-    from timm.optim import create_optimizer_v2
-    from timm.scheduler import create_scheduler_v2
+class TimmRun:
+    """The objects of timm's train.py: task, average, saver, scheduler and clipping, with the lines of the docs."""
 
-    model = build()
-    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.05, momentum=0.9, weight_decay=1e-4)
-    scheduler, epochs = create_scheduler_v2(optimizer, sched="cosine", num_epochs=EPOCHS, warmup_epochs=1)
-    model_ema = utils.ModelEmaV3(model, decay=0.9)
-    loss_fn = LabelSmoothingCrossEntropy(0.1)
-    pruner = Pruning(model, CONFIG, example_inputs=torch.randn(1, 1, 8, 8), optimizer=optimizer, ema=model_ema)
+    def __init__(self, folder, resume=None):
+        task_module, utils = pytest.importorskip("timm.task"), pytest.importorskip("timm.utils")
+        from timm.loss import LabelSmoothingCrossEntropy
+        from timm.optim import create_optimizer_v2
+        from timm.scheduler import create_scheduler_v2
+
+        self.utils, self.task = utils, task_module.ClassificationTask(build(), LabelSmoothingCrossEntropy(0.1))
+        self.model = self.task.get_trainable_module()
+        self.optimizer = create_optimizer_v2(self.model, opt="sgd", lr=0.05, momentum=0.9, weight_decay=1e-4)
+        self.pruner = Pruning(self.model, CONFIG, example_inputs=EXAMPLE, optimizer=self.optimizer)
+        self.pruner.state_in(self.model)
+        self.first = 0
+        checkpoint = None if resume is None else torch.load(resume, weights_only=True)
+        if checkpoint is not None:
+            self.model.load_state_dict(checkpoint["state_dict"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.first = checkpoint["epoch"] + 1
+        self.task.setup_ema(decay=0.9)
+        if checkpoint is not None:
+            utils.unwrap_model(self.task.get_eval_model(ema=True)).load_state_dict(checkpoint["state_dict_ema"])
+        self.pruner.attach_ema(self.task.get_trainable_module(ema=True))
+        if dist.is_initialized():
+            self.task.prepare_distributed()
+            self.model = self.task.get_trainable_module()
+        folder.mkdir(exist_ok=True)
+        self.saver = utils.CheckpointSaver(
+            self.model, self.optimizer, checkpoint_dir=str(folder), recovery_dir=str(folder), task=self.task
+        )
+        self.scheduler, _ = create_scheduler_v2(self.optimizer, sched="cosine", num_epochs=EPOCHS, warmup_epochs=1)
+        self.scheduler.step(self.first)
+
+    def train(self, loader):
+        for epoch in range(self.first, EPOCHS):
+            self.task.get_trainable_module().train()
+            for images, labels in loader:
+                self.task(images, labels)["loss"].backward()
+                self.utils.dispatch_clip_grad(self.task.get_clip_parameters(), 1.0, mode="norm")
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.task.update_ema()
+            if self.pruner.prune(self.model, epoch) == "removed":
+                self.saver.best_metric = None
+            self.model = self.pruner.rewrap(self.model)
+            self.saver.save_checkpoint(epoch, metric=1.0 - epoch / 10)  # ever worse
+            self.scheduler.step(epoch + 1)
+        return self
+
+
+@pytest.fixture
+def one_process(request, tmp_path):
+    """The loop as it is, or in a group of one process, where timm's task wraps the model."""
+    if request.param:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    if request.param:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("one_process", [False, True], indirect=True)
+def test_timms_loop(loader, tmp_path, one_process, caplog):
+    """Its own checkpoints, best one and average; it goes on from before and after the removal and ends the same."""
+    whole = TimmRun(tmp_path / "whole").train(loader)
+    save_pruned(whole.model, tmp_path / "pruned.safetensors")
+    average = whole.task.get_trainable_module(ema=True)
+    check(whole.pruner, average.module, tmp_path / "pruned.safetensors")
+    assert "does not follow the model any more" not in caplog.text
+    sizes = {}
     for epoch in range(EPOCHS):
-        model.train()
-        losses = utils.AverageMeter()
-        for images, labels in loader:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = loss_fn(model(images), labels)
-            loss.backward()
-            utils.dispatch_clip_grad(model.parameters(), 1.0, mode="norm")
-            optimizer.step()
-            optimizer.zero_grad()
-            model_ema.update(model)
-            losses.update(loss.item(), len(images))
-        pruner.prune(model, epoch)
-        model = pruner.rewrap(model)
-        scheduler.step(epoch + 1, losses.avg)
-    save_pruned(model, tmp_path / "pruned.safetensors")
-    check(pruner, model_ema.module, tmp_path / "pruned.safetensors")
+        state = torch.load(tmp_path / "whole" / f"checkpoint-{epoch}.pth.tar", weights_only=True)["state_dict"]
+        sizes[epoch] = sum(value.numel() for name, value in state.items() if PRUNER_KEY not in name)
+    removed = next(epoch for epoch in sizes if sizes[epoch] < sizes[0])
+    assert 1 < removed < EPOCHS - 1
+    best = torch.load(tmp_path / "whole" / "model_best.pth.tar", weights_only=True)
+    assert best["epoch"] == removed, "the best checkpoint is pruned"
+    for epoch in (removed - 1, removed):
+        again = TimmRun(tmp_path / "again", tmp_path / "whole" / f"checkpoint-{epoch}.pth.tar").train(loader)
+        for one, other in ((whole.model, again.model), (average, again.task.get_trainable_module(ema=True))):
+            for (name, value), same in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+                if PRUNER_KEY not in name:
+                    torch.testing.assert_close(value, same, rtol=0, atol=1e-6, msg=name)
 
 
 def test_torchvisions_loop(loader, tmp_path):
@@ -79,7 +135,8 @@ def test_torchvisions_loop(loader, tmp_path):
         model_ema = torch.optim.swa_utils.AveragedModel(
             model, avg_fn=lambda old, new, count: 0.9 * old + 0.1 * new, use_buffers=True
         )
-        pruner = Pruning(model, CONFIG, example_inputs=torch.randn(1, 1, 8, 8), optimizer=optimizer, ema=model_ema)
+        pruner = Pruning(model, CONFIG, example_inputs=EXAMPLE, optimizer=optimizer, ema=model_ema)
+        pruner.state_in(model)
         return model, optimizer, scheduler, model_ema, pruner
 
     def train(parts, first, last):
@@ -103,13 +160,15 @@ def test_torchvisions_loop(loader, tmp_path):
     parts = begin()
     for first, last in ((0, 2), (2, 4), (4, EPOCHS)):  # masked at 2, removed at 4
         train(parts, first, last)
-        names = ("model", "optimizer", "lr_scheduler", "model_ema", "pruner")
-        torch.save(dict(zip(names, (one.state_dict() for one in parts), strict=True)), tmp_path / "checkpoint.pth")
+        names = ("model", "optimizer", "lr_scheduler", "model_ema")
+        torch.save(dict(zip(names, (one.state_dict() for one in parts[:4]), strict=True)), tmp_path / "checkpoint.pth")
         checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
         parts = begin()
-        for name, one in sorted(zip(names, parts, strict=True), key=lambda pair: pair[0] != "pruner"):
+        for name, one in zip(names, parts[:4], strict=True):
             one.load_state_dict(checkpoint[name])
     for (name, value), other in zip(whole[0].state_dict().items(), parts[0].state_dict().values(), strict=True):
+        if PRUNER_KEY in name:
+            continue
         torch.testing.assert_close(value, other, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
     save_pruned(parts[0], tmp_path / "pruned.safetensors")
     check(parts[4], parts[3].module, tmp_path / "pruned.safetensors")
