@@ -1,1 +1,3 @@
-"""A ``PruningCallback`` for each of Lightning, transformers' Trainer and Accelerate; see docs/integrations.md."""
+"""A ``PruningCallback`` for each of Lightning, transformers' Trainer, Accelerate and ultralytics; see
+docs/integrations.md.
+"""
