@@ -171,7 +171,7 @@ def build(kind: str, spec: Any, where: str | None = None) -> Any:
     check_fields(entry, options, where)
     try:
         return _construct(typing.cast("Callable[..., Any]", entry), options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"{where}: {error}") from error
 
 

@@ -45,6 +45,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "400 digits in JSON": (".json", json.dumps({"rules": [{"end": int(NINES)}]})),
     "400 digits, flat": (".yaml", f"start_epoch: {NINES}\nend_epoch: {NINES}\ninterval: 1\nmac_target: 0.5"),
     "1e999": (".yaml", RULE.format("min_sparsity: 1.0e+999")),
+    "an infinite size": (".yaml", RULE.format("pattern: {type: slice, block_size: .inf}")),
     "0x_": (".yaml", RULE.format("end: 0x_")),
     "0b_": (".yaml", RULE.format("end: 0b_")),
     "no such day": (".yaml", RULE.format("end: 2026-02-30")),
