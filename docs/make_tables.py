@@ -183,11 +183,12 @@ def registered(kind: str) -> Callable[[], str]:
     """The table of everything that is registered under a kind."""
 
     def make() -> str:
+        entries = known(kind)  # first: it loads what registers the aliases
         aliases: dict[str, list[str]] = {}
         for alias, name in _ALIASES.get(kind, {}).items():
             aliases.setdefault(name, []).append(alias)
         rows = []
-        for name, entry in known(kind):
+        for name, entry in entries:
             also = f" ({', '.join(f'`{alias}`' for alias in aliases[name])})" if name in aliases else ""
             rows.append((f"`{name}`{also}", described(entry), options_of(entry)))
         with_options = any(row[2] for row in rows)

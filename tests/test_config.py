@@ -120,6 +120,7 @@ CHANNELS = {
     "progressive": 1,
 }
 SLICES = CHANNELS | {
+    "final_sparsity": None,
     "name": "slices",
     "pattern": {
         "type": "slice",
@@ -210,6 +211,7 @@ def test_defaults() -> None:
     rule = load_config({"rules": [HALF]}).rules[0]
     assert rule.model_dump() == CHANNELS | {
         "name": None,
+        "final_sparsity": None,
         "layers": None,
         "criterion": "magnitude",
         "start": 0,

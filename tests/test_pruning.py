@@ -103,7 +103,8 @@ def test_the_loop_of_the_json_users_runs_unchanged(tmp_path: Path) -> None:
 
 def test_masking_stops_and_removal_happens_in_the_call_that_meets_the_target() -> None:
     model = net()
-    pruner = Pruning(model, rules(target={"macs": 0.6}, start=0, end=9), example_inputs=X[:1])
+    rule = rules(target={"macs": 0.6}, start=0, end=9, final_sparsity=1.0)
+    pruner = Pruning(model, rule, example_inputs=X[:1])
     widths = []
     for epoch in range(10):
         pruner.prune(model, epoch)
@@ -114,6 +115,22 @@ def test_masking_stops_and_removal_happens_in_the_call_that_meets_the_target() -
     assert widths[first][0] < 32
     assert first < 9  # computed as if towards 100%, so it is met before the last event
     assert 0.5 < pruner.macs.fraction <= 0.6
+
+
+@pytest.mark.parametrize("application", ["mask", "remove"])
+@pytest.mark.parametrize("target", [{"macs": 0.4}, {"parameters": 0.4}, {"macs": 0.5, "parameters": 0.4}])
+def test_events_share_the_cut_of_a_target_in_its_own_measure(target: dict[str, float], application: str) -> None:
+    """At progress t at most 1 - t (1 - target) is left; no event takes much more, and the last one meets the target."""
+    model = net()
+    rule = rules(target=target, start=0, end=4, application=application)
+    pruner = Pruning(model, rule, example_inputs=X[:1])
+    for epoch in range(5):
+        pruner.prune(model, epoch)
+        left = {"macs": pruner.macs.fraction, "parameters": pruner.report().parameters["fraction"]}
+        allowed = {name: 1 - (epoch + 1) / 5 * (1 - fraction) for name, fraction in target.items()}
+        assert all(left[name] <= fraction + 1e-9 for name, fraction in allowed.items()), (epoch, left, allowed)
+        assert any(left[name] > fraction - 0.08 for name, fraction in allowed.items()), (epoch, left, allowed)
+        assert (pruner.phase == "finetune") == (epoch == 4)
 
 
 @pytest.mark.parametrize(

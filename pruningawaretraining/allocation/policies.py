@@ -145,7 +145,7 @@ def _marginal(cost: Any, keep_D: Tensor) -> Tensor:
 
 
 RANKED = {"ranking": None, "uniform": "local"}
-"""Allocations that go by ranks, with the scope that they need; events on the way go by sparsity then."""
+"""Allocations that go by ranks, with the scope that they need; ``final_sparsity`` is for them."""
 
 
 def allocation_of(rule: Rule) -> str:

@@ -91,10 +91,11 @@ class Rule(Strict):
     keep_per_layer: Count | None = Field(
         None, description="How many groups stay in each set of layers (heads, channels ...), instead of a target."
     )
-    final_sparsity: Fraction = Field(
-        1.0,
-        description="Sparsity that the schedule heads for while a MACs target is sought: 1 keeps each event mild; "
-        "pruning stops as soon as the target is met.",
+    final_sparsity: Fraction | None = Field(
+        None,
+        description="Sparsity that the schedule heads for while a target of MACs and the like is sought; pruning stops "
+        "as soon as the target is met. Absent: events take the target's own measure: at progress t at most "
+        "1 - s(t) (1 - target) of it is left, and the target is met at 'end'.",
     )
     min_sparsity: UnitInterval = Field(0.0, description="Least fraction to remove from each set of layers, in [0, 1].")
     max_sparsity: UnitInterval = Field(
@@ -150,7 +151,7 @@ class Rule(Strict):
             steps: optimizer steps of an epoch, where they are known; steps_per_epoch goes first.
         """
         end = self.start if self.end is None or self.at_init else self.end
-        final = self.target.sparsity or self.final_sparsity
+        final = self.target.sparsity or self.final_sparsity or 1.0
         own = Stretch(self.start, end, self.every, self.schedule, self.initial, final)
         stretches = tuple(phase.stretch() for phase in self.phases) or (own,)
         return Timeline(self.unit, stretches, self.steps_per_epoch or steps)

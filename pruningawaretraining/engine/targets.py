@@ -204,8 +204,8 @@ class Targets:
         task = Task(share, scores_R, keep_D, self.set_ids_D, goals, self._costs_for(share), at_least)
         if progress >= 1:
             keep_R, met = allocate(task), True
-        elif name in RANKED:
-            keep_R, met = self._on_the_way(task, RANKED[name], progress, allocate)
+        elif name in RANKED and rule.final_sparsity is not None:
+            keep_R, met = self._by_sparsity(task, RANKED[name], progress, allocate)
         else:
             part = sparsity_at(rule.schedule, progress)
             mild = [replace(one, budget=one.cost.dense + part * (one.budget - one.cost.dense)) for one in goals]
@@ -256,12 +256,12 @@ class Targets:
         logger.warning(MISSED + "%s", timed.key, reached.measured_ms, timed.budget, missed)
         return keep_R, met, reached
 
-    def _on_the_way(
+    def _by_sparsity(
         self, task: Task, scope: str | None, progress: float, allocate: Callable[[Task], Tensor]
     ) -> tuple[Tensor, bool]:
-        """The masks of an event that goes by sparsity; when they meet every goal, those that meet them just so."""
+        """The masks of an event that heads for ``final_sparsity``; when they meet all goals, those that just do."""
         rule = task.share.rule
-        keep_R = task.allocator(scope).at(sparsity_at(rule.schedule, progress, 0.0, rule.final_sparsity))
+        keep_R = task.allocator(scope).at(sparsity_at(rule.schedule, progress, 0.0, rule.final_sparsity or 1.0))
         whole = task.keep_D.clone()
         whole[task.share.groups_D] = keep_R
         if any(goal.cost(whole) > goal.budget for goal in task.goals):

@@ -73,6 +73,7 @@ class Flat:
             "end": flat.end_epoch,
             "every": flat.interval,
             "target": channel_target(flat.global_sparsity, flat.mac_target),
+            "final_sparsity": None if flat.mac_target is None else 1.0,
         }
         return native([rule])
 
