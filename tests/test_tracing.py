@@ -118,11 +118,12 @@ class Stacked(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent_layers_are_left_out_and_the_rest_is_pruned(kind: type[nn.RNNBase]) -> None:
+def test_recurrent_layers_lose_states(kind: type[nn.RNNBase]) -> None:
     model, inputs = Stacked(kind).eval(), torch.randn(2, 5, 6)
-    pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=inputs)
+    pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}, "scope": "local"}]}, example_inputs=inputs)
     pruner.prune(epoch=0)
-    assert model.after.out_features == 5 and model.rnn.hidden_size == 8
+    assert (model.rnn.input_size, model.rnn.hidden_size, model.after.out_features) == (6, 4, 5)
+    assert model.rnn.weight_hh_l0.shape[1] == 4 and model(torch.randn(3, 7, 6)).shape == (3, 7, 2)
 
 
 def test_a_search_that_takes_too_long_leaves_the_rest_out_by_name() -> None:

@@ -75,7 +75,7 @@ class Shapes(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.up(self.depthwise(self.act(self.stem(x))))
         x = torch.relu(self.grouped(x)) * self.scale
-        left, right = torch.split(self.merge(torch.cat([x, self.side(x)], 1)), 8, dim=1)
+        left, right = self.merge(torch.cat([x, self.side(x)], 1)).chunk(2, dim=1)
         return self.head((self.left(left) + self.right(right)).mean((2, 3)))
 
 

@@ -17,7 +17,8 @@ KEY = "pruningawaretraining"
 ATTRIBUTES = (
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels",
     "normalized_shape", "num_parameters", "embedding_dim", "embed_dim", "head_dim", "hidden_dim", "attention_head_size",
-    "hidden_size", "intermediate_size", "kdim", "vdim", "nf", "nx", *HEADS, *KEY_VALUE_HEADS, *REPETITIONS, *WIDTHS,
+    "hidden_size", "input_size", "intermediate_size", "kdim", "vdim", "nf", "nx",
+    *HEADS, *KEY_VALUE_HEADS, *REPETITIONS, *WIDTHS,
 )  # fmt: skip
 """Attributes of layers that follow a removal."""
 
@@ -71,6 +72,9 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for attributes in description["modules"].values():
             if not attributes.keys() <= set(ATTRIBUTES) or not all(map(_is_width, attributes.values())):
                 raise ValueError(f"{attributes} are no widths")
+        for attributes in description.setdefault("counted", {}).values():
+            if not all(map(_is_name, attributes)) or not all(map(_is_width, attributes.values())):
+                raise ValueError(f"{attributes} are no widths")
         if not all(map(_is_number, description.setdefault("passed", {}).values())):
             raise ValueError(f"{description['passed']} are no blocks")
         description["record"].keys()
@@ -78,6 +82,11 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"path: the description in {str(path)!r} is damaged: {reason}") from error
     return tensors, description
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a text may be the name of an attribute of a user's module."""
+    return isinstance(value, str) and value.isidentifier() and not value.startswith("_")
 
 
 def _is_width(value: Any) -> bool:

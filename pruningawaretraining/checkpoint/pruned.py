@@ -24,6 +24,7 @@ from pruningawaretraining.files import BROKEN, reason, write_atomically
 from pruningawaretraining.models.calling import unwrap
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.hugging_face import follow_configs
+from pruningawaretraining.models.module_widths import counted_widths, set_count
 from pruningawaretraining.models.pruned_attention import with_fewer_heads
 from pruningawaretraining.models.skipped_blocks import PassThrough, pass_through, passed_blocks
 from pruningawaretraining.models.surgery import Surgery, successor
@@ -69,6 +70,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
         "version": __version__,
         "class": type(model).__qualname__,
         "modules": {name: found for name, found in widths.items() if found},
+        "counted": {name: found for name, one in model.named_modules() if (found := counted_widths(one))},
         "aliases": aliases,
         "passed": passed,
         "record": summary_of(model),
@@ -137,6 +139,7 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
         _check_names(model, tensors)
         _put_tensors(model, tensors, surgery)
         _put_widths(model, description["modules"], surgery)
+        _put_counts(model, description["counted"], surgery)
         _check_whole(model, before, trial)
     except CheckpointError:
         surgery.undo()
@@ -218,6 +221,18 @@ def _laid_out_like(old: Tensor, new: Tensor) -> Tensor:
     """A copy in the memory format of the tensor that it replaces."""
     channels_last = old.dim() == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last)
     return new.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _put_counts(model: nn.Module, counted: dict[str, dict[str, Any]], surgery: Surgery) -> None:
+    """Attributes of users' own modules that counted channels, where the model has them and they count still."""
+    modules = dict(model.named_modules())
+    for name, attributes in counted.items():
+        for attribute, value in attributes.items():
+            old = vars(modules[name])[attribute]
+            known = isinstance(old, int) or (isinstance(old, (list, tuple)) and len(old) == 1)
+            if isinstance(old, bool) or not known:
+                raise CheckpointError(f"model: {attribute!r} of {name!r} counts nothing; the file says it does")
+            set_count(modules[name], attribute, int(value[0] if isinstance(value, list) else value), surgery)
 
 
 def _put_widths(model: nn.Module, widths: dict[str, dict[str, Any]], surgery: Surgery) -> None:

@@ -205,6 +205,12 @@ def macs_cost(
     for name, groups_H in (heads or {}).items():
         bases[name] = float(_own_macs(name, per_layer))
         outputs.append((name, groups_H.cpu()))
+    for number, one in enumerate(grouping.products):
+        if one.layer not in (heads or {}):
+            name = f"{one.layer}@{number}"
+            bases[name] = float(one.macs)
+            outputs += [(name, one.out_N)] if one.out_N is not None else []
+            inputs += [(name, one.in_N)] if one.in_N is not None else []
     for name, group in (blocks or {}).items():
         known = sum(base for layer, base in bases.items() if layer.startswith(f"{name}."))
         bases[name] = float(per_layer.get(name, 0)) - known
@@ -259,9 +265,12 @@ def _dimensions(members: Sequence[Member]) -> tuple[Dimensions, Dimensions]:
     """Output and input dimensions."""
     outputs: Dimensions = []
     inputs: Dimensions = []
+    seen: set[str] = set()
     for member in members:
         assert member.slots is not None
-        (inputs if member.role == "in" else outputs).append((member.name, member.slots.cpu()))
+        again = member.name in seen and member.role == "raw"  # channels in two dimensions
+        seen.add(member.name)
+        (inputs if member.role == "in" or again else outputs).append((member.name, member.slots.cpu()))
     return outputs, inputs
 
 

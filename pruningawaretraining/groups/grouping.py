@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pruningawaretraining.distributed.fsdp import across, full_of, is_sharded, local_member, local_of
 from pruningawaretraining.groups.placed import placed
+from pruningawaretraining.groups.products import Product
 
 ROLES = ("out", "in", "norm", "bias", "raw", "element", "buffer")
 
@@ -38,8 +39,7 @@ class Member:
             where that is small.
         offset: the group of slot 0 when ``slots`` is None.
         role: what the tensor is to the group: "out" and "in" weights of a layer, a "norm" weight, a "bias", a "raw"
-            parameter,
-            an "element" of an unstructured or block pattern, or a "buffer" such as a running mean.
+            parameter, an "element" of an unstructured or block pattern, or a "buffer" such as a running mean.
     """
 
     name: str
@@ -145,12 +145,14 @@ class Grouping:
         members: the tensors and their labels; a tensor may appear more than once (out and in channels).
         sets: consecutive runs of groups that cover ``0 .. size - 1``.
         skipped: layers that were selected and have no group, each with the reason.
+        products: what modules compute of the groups in their own code; for costs of the dense model.
     """
 
     name: str
     members: tuple[Member, ...]
     sets: tuple[GroupSet, ...]
     skipped: tuple[str, ...] = ()
+    products: tuple[Product, ...] = ()
     _cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -197,7 +199,8 @@ class Grouping:
             slots = renumbered[member.slots.cpu()]
             if bool((slots < size).any()):
                 members.append(replace(member, slots=slots))
-        return Grouping(self.name, tuple(members), tuple(sets))
+        products = tuple(one.renumbered(renumbered) for one in self.products)
+        return Grouping(self.name, tuple(members), tuple(sets), products=products)
 
     def to(self, device: torch.device | str) -> Grouping:
         """The same grouping with its index vectors on ``device``."""
@@ -284,6 +287,7 @@ def concat(groupings: Sequence[Grouping], name: str | None = None) -> Grouping:
     total = sum(grouping.size for grouping in groupings)
     members: list[Member] = []
     sets: list[GroupSet] = []
+    products: list[Product] = []
     start = 0
     for grouping in groupings:
         for member in grouping.members:
@@ -292,5 +296,9 @@ def concat(groupings: Sequence[Grouping], name: str | None = None) -> Grouping:
                 slots = torch.where(slots >= grouping.size, total, slots + start)
             members.append(replace(member, slots=slots, offset=member.offset + start))
         sets.extend(replace(one, start=one.start + start, stop=one.stop + start) for one in grouping.sets)
+        whole_G1 = torch.cat([torch.arange(start, start + grouping.size), torch.tensor([total])])
+        products += [one.renumbered(whole_G1) for one in grouping.products]
         start += grouping.size
-    return Grouping(name or (groupings[0].name if groupings else ""), tuple(members), tuple(sets))
+    return Grouping(
+        name or (groupings[0].name if groupings else ""), tuple(members), tuple(sets), products=tuple(products)
+    )

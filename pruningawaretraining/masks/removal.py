@@ -17,11 +17,12 @@ from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.fake_quant import follow_weights
+from pruningawaretraining.models.module_widths import set_count
 from pruningawaretraining.models.optimizer_state import Exchanged, follow, mark_replaced
 from pruningawaretraining.models.pruned_attention import Kept, shrink_heads
 from pruningawaretraining.models.skipped_blocks import Block, remove_blocks
 from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor, successor
-from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.patterns.channel_groups import ChannelGroups, Width
 from pruningawaretraining.patterns.head import Heads
 from pruningawaretraining.patterns.projections import is_transposed_linear
 
@@ -82,11 +83,14 @@ def remove(
     blocks, gone = _removed_blocks(found, keep_G)
     kept = kept_indices(found.grouping, keep_G, gone)
     bare, heads = _bare_norm_widths(model, found.norms, keep_G), _kept_heads(found.heads, keep_G)
+    counts = _kept_counts(found.widths, keep_G)
     surgery = Surgery()
 
     def shrink(module: nn.Module) -> tuple[Exchanged, list[nn.Parameter]]:
         exchanged = _slice_module(module, kept, bare, surgery)
         shrink_heads(module, heads, surgery)
+        for (owner, attribute), count in counts.items():
+            set_count(module.get_submodule(owner), attribute, count, surgery)
         return exchanged, remove_blocks(module, blocks, surgery)
 
     try:
@@ -126,6 +130,13 @@ def _kept_heads(heads: Mapping[str, Heads], keep_G: Tensor) -> dict[str, Kept]:
     keep_G1 = torch.cat([keep_G.cpu().bool(), torch.ones(1, dtype=torch.bool)])
     counts = {name: (int(keep_G1[one.groups_H.cpu()].sum()), len(one.groups_H)) for name, one in heads.items()}
     return {name: Kept(*counts[name], heads[name].attributes) for name in heads if counts[name][0] < counts[name][1]}
+
+
+def _kept_counts(widths: Iterable[Width], keep_G: Tensor) -> dict[tuple[str, str], int]:
+    """(Module, attribute that counts channels) -> how many it counts then."""
+    keep_G1 = torch.cat([keep_G.cpu().bool(), torch.ones(1, dtype=torch.bool)])
+    kept = {(one.module, one.attribute): keep_G1[one.groups_C.cpu()] for one in widths}
+    return {place: int(keep_C.sum()) for place, keep_C in kept.items() if not bool(keep_C.all())}
 
 
 def _inner(follower: nn.Module, touched: Collection[str]) -> nn.Module:
@@ -183,6 +194,9 @@ def _update_widths(module: nn.Module, surgery: Surgery) -> None:
             surgery.set_attribute(module, "nx", weight.shape[0])
     elif isinstance(module, nn.Embedding):
         surgery.set_attribute(module, "embedding_dim", module.weight.shape[1])
+    elif isinstance(module, nn.RNNBase):
+        for attribute, first in (("input_size", "weight_ih_l0"), ("hidden_size", "weight_hh_l0")):
+            surgery.set_attribute(module, attribute, module.get_parameter(first).shape[1])
     elif isinstance(module, nn.PReLU):
         surgery.set_attribute(module, "num_parameters", module.weight.shape[0])
     else:

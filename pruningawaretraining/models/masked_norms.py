@@ -12,31 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pruningawaretraining.models.kept_norm import KeptNorm
+from pruningawaretraining.models.masked_modules import KeptModule, is_light
 
-class KeptNorm:
-    """Forward hook: a norm whose statistics are those of the kept channels, and whose output is 0 elsewhere.
-
-    It only multiplies, so that compiled code stays the same whichever and however many channels are kept.
-
-    Args:
-        channels: how many there are.
-        device: where they are.
-
-    Attributes:
-        keep_C: for each channel, 1 if it is kept, else 0; changed in place.
-    """
-
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self.keep_C = torch.ones(channels, device=device)
-
-    def __call__(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The output in place of the module's own."""
-        raise NotImplementedError
-
-    def _keep(self, x: Tensor) -> Tensor:
-        if self.keep_C.device != x.device:
-            self.keep_C = self.keep_C.to(x.device)
-        return self.keep_C
+__all__ = ["KeptNorm", "is_foreign_rms_norm", "kept_norm_of"]
 
 
 def _standardised(x: Tensor, keep: Tensor, dims: list[int], count: Tensor, eps: float) -> Tensor:
@@ -161,7 +140,9 @@ KEPT_NORMS: dict[type[nn.Module], KeptNormOf] = {
 
 
 def kept_norm_of(module: nn.Module) -> KeptNormOf | None:
-    """The replacement of a module whose channels are masked; None if it does not mix channels."""
+    """The replacement of a module whose channels are masked; None if it does not mix channels, or if its code cannot be
+    run on some of them alone."""
     if is_foreign_rms_norm(module):
         return KeptForeignRMSNorm
-    return next((hook for kind, hook in KEPT_NORMS.items() if isinstance(module, kind)), None)
+    known = next((hook for kind, hook in KEPT_NORMS.items() if isinstance(module, kind)), None)
+    return KeptModule if known is None and is_light(module) else known

@@ -22,6 +22,7 @@ from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.channel_labels import channel_groups, producer_names
 from pruningawaretraining.patterns.coupling import TRACE_LIMIT
 from pruningawaretraining.patterns.head import chosen_heads, find_heads, is_of_heads
+from pruningawaretraining.patterns.labels.trace import trace
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.registry import register
 
@@ -138,8 +139,6 @@ def find_channels(
     found = ChannelGroups(Grouping("channel", (), ()))
     if chosen - units.keys() or not units:
         with resting(model):
-            from pruningawaretraining.patterns.dependency import trace  # imports Torch-Pruning, which takes seconds
-
             dependencies = trace(model, inputs, forward_fn, limit)
         found = channel_groups(model, dependencies, chosen)
     if units:

@@ -16,6 +16,20 @@ from pruningawaretraining.patterns.head import Heads
 
 
 @dataclass(frozen=True, eq=False)
+class Width:
+    """An attribute of a module that says how many channels there are.
+
+    Args:
+        module, attribute: its place.
+        groups_C: the groups of the channels that it counts.
+    """
+
+    module: str
+    attribute: str
+    groups_C: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class ChannelGroups:
     """Groups of coupled channels of a model.
 
@@ -25,6 +39,7 @@ class ChannelGroups:
         norms: norm layer -> the group of each of its channels (``grouping.size`` for channels outside every group).
         heads: attention block -> its heads, where they are groups too.
         blocks: residual block -> its group, where whole blocks are groups.
+        widths: attributes of modules that count channels.
     """
 
     grouping: Grouping
@@ -32,6 +47,7 @@ class ChannelGroups:
     norms: dict[str, Tensor] = field(default_factory=dict)
     heads: dict[str, Heads] = field(default_factory=dict)
     blocks: dict[str, Block] = field(default_factory=dict)
+    widths: tuple[Width, ...] = ()
 
     def restrict(self, model: nn.Module, keep_G: Tensor) -> ChannelGroups:
         """The groups that are left after the others have been removed from the model."""
@@ -64,7 +80,9 @@ class ChannelGroups:
         }
         if blocks:  # the layers of a set of blocks are its groups
             sets = tuple(replace(one, layers=tuple(name for name in one.layers if name in blocks)) for one in sets)
-        return ChannelGroups(Grouping(self.grouping.name, tuple(members), sets), self.skipped, norms, heads, blocks)
+        widths = tuple(replace(one, groups_C=_restricted(one.groups_C, alive_G1, renumbered)) for one in self.widths)
+        grouping = Grouping(self.grouping.name, tuple(members), sets)
+        return ChannelGroups(grouping, self.skipped, norms, heads, blocks, widths)
 
     def on(self, copy: nn.Module) -> ChannelGroups:
         """The same groups on the tensors of a copy of the model."""
@@ -89,17 +107,24 @@ class ChannelGroups:
         blocks = {name: replace(one, group=int(renumbered[one.group])) for name, one in self.blocks.items()}
         blocks = {name: one for name, one in blocks.items() if one.group < grouping.size}
         skipped = {self.grouping.sets[number].name: reason for number, reason in reasons.items()}
-        return ChannelGroups(grouping, {**self.skipped, **skipped}, norms, heads, blocks)
+        widths = tuple(replace(one, groups_C=renumbered[one.groups_C]) for one in self.widths)
+        widths = tuple(one for one in widths if bool((one.groups_C < grouping.size).any()))
+        return ChannelGroups(grouping, {**self.skipped, **skipped}, norms, heads, blocks, widths)
 
     def beside(self, grouping: Grouping, heads: dict[str, Heads], skipped: dict[str, str]) -> ChannelGroups:
         """These groups followed by heads."""
         first, both = self.grouping.size, concat([self.grouping, grouping], self.grouping.name)
         norms = {name: torch.where(groups >= first, both.size, groups) for name, groups in self.norms.items()}
         moved = {name: replace(one, groups_H=one.groups_H + first) for name, one in heads.items()}
-        return ChannelGroups(both, {**self.skipped, **skipped}, norms, {**self.heads, **moved}, self.blocks)
+        widths = tuple(
+            replace(one, groups_C=torch.where(one.groups_C >= first, both.size, one.groups_C)) for one in self.widths
+        )
+        heads = {**self.heads, **moved}
+        return ChannelGroups(both, {**self.skipped, **skipped}, norms, heads, self.blocks, widths)
 
 
 def _restricted(groups: Tensor | None, alive_G1: Tensor, renumbered_G1: Tensor) -> Tensor:
+    """The groups that are left, renumbered, along the one dimension that they have."""
     assert groups is not None
     groups = groups.cpu()
-    return renumbered_G1[groups[alive_G1[groups]]]
+    return renumbered_G1[groups[alive_G1[groups]]].reshape(-1, *groups.shape[1:])

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.groups.products import Product
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.masked_norms import is_foreign_rms_norm
-from pruningawaretraining.patterns.channel_groups import ChannelGroups
-from pruningawaretraining.patterns.coupling import DependencyMap, Space
+from pruningawaretraining.patterns.channel_groups import ChannelGroups, Width
+from pruningawaretraining.patterns.coupling import DependencyMap, Indices, Space, WorkOf
 from pruningawaretraining.patterns.projections import is_transposed_linear
 
 Conv = nn.modules.conv._ConvNd
@@ -20,12 +21,14 @@ Norm = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def is_producer(module: object) -> bool:
-    """Whether a layer makes channels: convolutions and linear layers."""
-    return isinstance(module, (Conv, nn.Linear)) or (isinstance(module, nn.Module) and is_transposed_linear(module))
+    """Whether a layer makes channels: convolutions, linear and recurrent layers."""
+    return isinstance(module, (Conv, nn.Linear, nn.RNNBase)) or (
+        isinstance(module, nn.Module) and is_transposed_linear(module)
+    )
 
 
 def producer_names(model: nn.Module) -> list[str]:
-    """The layers that make channels: convolutions and linear layers."""
+    """The layers that make channels: convolutions, linear and recurrent layers."""
     return [name for name, module in model.named_modules() if is_producer(module)]
 
 
@@ -71,7 +74,8 @@ def _producers_of_components(dependencies: DependencyMap) -> dict[int, set[int]]
 
 def _blocked_by_parameters(model: nn.Module, dependencies: DependencyMap) -> dict[int, str]:
     """Components of layers whose tensors cannot be sliced: tied, parametrized or of an unusual shape."""
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    owners = Counter(id(tensor) for _, tensor in named)
     blocked: dict[int, str] = {}
     for space, components in zip(dependencies.spaces, dependencies.components, strict=True):
         problem = _layer_problem(space, owners)
@@ -83,15 +87,17 @@ def _blocked_by_parameters(model: nn.Module, dependencies: DependencyMap) -> dic
 
 def _layer_problem(space: Space, owners: Counter[int]) -> str:
     module = space.owner
-    if isinstance(module, nn.Parameter):
+    if isinstance(module, Tensor):
         return "a parameter that several modules share" if owners[id(module)] > 1 else ""
     assert module is not None
     if any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
         return "its weight is shared with another module"
     if any(is_converted(parameter) for parameter in module.parameters(recurse=False)):
         return "its weight is quantized already; prune before it is converted"
-    if nn.utils.parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
-        return "its weight is parametrized"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "its weight is parametrized; torch.nn.utils.parametrize.remove_parametrizations first makes it prunable"
+    if hasattr(module, "weight_g"):
+        return "its weight is parametrized; torch.nn.utils.remove_weight_norm first makes it prunable"
     if isinstance(module, Conv) and module.groups > 1:
         if space.side == "both" and module.in_channels != module.out_channels:
             return "a depthwise convolution with fewer outputs than inputs"
@@ -113,7 +119,9 @@ def _label(
 ) -> ChannelGroups:
     modules = dict(model.named_modules())
     total = sum(len(components) for _, components in runs)
-    highest = max((int(part.max()) for part in dependencies.components if len(part)), default=0)
+    known = [*dependencies.components, *dependencies.norms.values(), *dependencies.widths.values()]
+    known += [part for one in dependencies.works for part in (*one.outputs, *one.inputs)]
+    highest = max((int(part.max()) for part in known if part.size), default=0)
     group_of = np.full(highest + 1, total, dtype=np.int64)
     sets: list[GroupSet] = []
     start = 0
@@ -127,7 +135,8 @@ def _label(
         sets.append(GroupSet(dependencies.spaces[source].name, start, start + len(ordered), width))
         start += len(ordered)
     members: list[Member] = []
-    norms: dict[str, Tensor] = {}
+    norms = {name: torch.from_numpy(group_of[components]) for name, components in dependencies.norms.items()}
+    norms = {name: groups for name, groups in norms.items() if bool((groups < total).any())}
     touched: list[list[str]] = [[] for _ in sets]
     topology: list[list[str]] = [[] for _ in sets]
     set_of = np.repeat(np.arange(len(sets)), [one.size for one in sets])
@@ -138,12 +147,25 @@ def _label(
         members += _members(space, torch.from_numpy(groups), total)
         norm = _norm_of(space, modules)
         if norm is not None:
-            norms[norm] = torch.from_numpy(groups)
+            norms.setdefault(norm, torch.from_numpy(groups))
         for number in np.unique(set_of[groups[groups < total]]):
             touched[number].append(space.name)
             topology[number].append(f"{type(space.owner).__name__}:{space.side}")
     named = tuple(_finish(one, touched[index], topology[index], order, model) for index, one in enumerate(sets))
-    return ChannelGroups(Grouping("channel", tuple(members), named), skipped, norms)
+    counted = {place: torch.from_numpy(group_of[parts]) for place, parts in dependencies.widths.items()}
+    widths = tuple(Width(*place, groups) for place, groups in counted.items() if bool((groups < total).any()))
+    products = tuple(_product(one, group_of, total) for one in dependencies.works)
+    products = tuple(one for one in products if one.out_N is not None or one.in_N is not None)
+    return ChannelGroups(Grouping("channel", tuple(members), named, products=products), skipped, norms, widths=widths)
+
+
+def _product(one: WorkOf, group_of: Indices, total: int) -> Product:
+    """A module's own products, with the groups that they are about."""
+    sides = []
+    for parts in (one.outputs, one.inputs):
+        groups = [torch.from_numpy(group_of[part]) for part in parts]
+        sides.append(next((side for side in groups if bool((side < total).any())), None))
+    return Product(one.layer, one.macs, *sides)
 
 
 def _norm_of(space: Space, modules: dict[str, nn.Module]) -> str | None:
@@ -153,7 +175,7 @@ def _norm_of(space: Space, modules: dict[str, nn.Module]) -> str | None:
     owner = space.name.rpartition(".")[0]
     norm = modules.get(owner)
     is_norm = isinstance(norm, nn.RMSNorm) or is_foreign_rms_norm(norm)
-    return owner if isinstance(space.owner, nn.Parameter) and is_norm else None
+    return owner if isinstance(space.owner, Tensor) and is_norm else None
 
 
 def _finish(one: GroupSet, names: list[str], topology: list[str], order: dict[str, int], model: nn.Module) -> GroupSet:
@@ -166,10 +188,13 @@ def _finish(one: GroupSet, names: list[str], topology: list[str], order: dict[st
 def _members(space: Space, groups: Tensor, total: int) -> list[Member]:
     """The tensors of a layer that its channel indices slice."""
     owner = space.owner
-    if isinstance(owner, nn.Parameter):
-        return [Member.along(space.name, owner, space.dim, groups, total, "raw")]
+    if isinstance(owner, Tensor):
+        role = "raw" if isinstance(owner, nn.Parameter) else "buffer"
+        return [Member.along(space.name, owner, space.dim, groups, total, role)]
     assert owner is not None
     transposed = is_transposed_linear(owner) or (isinstance(owner, Conv) and owner.transposed)
+    if isinstance(owner, nn.RNNBase):
+        return []  # its weights are raw parameters
     if is_producer(owner) and space.side == "in":
         return _input_members(space, owner, groups, total, transposed)
     if is_producer(owner):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 Indices = np.ndarray
 
@@ -37,14 +37,14 @@ class Space:
     """The channel indices at one side of a node.
 
     Args:
-        owner: the layer or raw parameter, None for an operation.
+        owner: the layer, raw parameter or buffer, None for an operation.
         name: its name in the model, "" for an operation.
         side: "out", "in", or "both" for layers that keep their channels (norms, depthwise convolutions).
         width: how many channels it has, or None where only the graph tells.
         problem: why channels that reach it cannot be removed, "" if they can.
     """
 
-    owner: nn.Module | nn.Parameter | None
+    owner: nn.Module | Tensor | None
     name: str
     side: str
     width: int | None
@@ -57,6 +57,22 @@ class Space:
 
 
 @dataclass(frozen=True, eq=False)
+class WorkOf:
+    """Products that a module sums in its own code.
+
+    Args:
+        layer: the module.
+        macs: how many there are.
+        outputs, inputs: the components of each dimension that stays, and of each that is summed over.
+    """
+
+    layer: str
+    macs: int
+    outputs: tuple[Indices, ...]
+    inputs: tuple[Indices, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class DependencyMap:
     """The coupled channels of a model.
 
@@ -64,11 +80,17 @@ class DependencyMap:
         spaces: channel spaces of layers and raw parameters.
         components: for each space, the component of each of its channels.
         blocked: component -> why none of its channels can be removed.
+        norms: module that mixes channels, such as a norm written by hand -> the component of each of its channels.
+        widths: (module, attribute that counts channels) -> the component of each of them.
+        works: products outside of convolutions and linear layers.
     """
 
     spaces: tuple[Space, ...]
     components: tuple[Indices, ...]
     blocked: dict[int, str]
+    norms: dict[str, Indices] = field(default_factory=dict)
+    widths: dict[tuple[str, str], Indices] = field(default_factory=dict)
+    works: tuple[WorkOf, ...] = ()
 
 
 class Deadline:

@@ -1,0 +1,1 @@
+"""Which channels belong together, followed through the operations of one forward pass."""

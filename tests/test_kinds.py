@@ -1,0 +1,182 @@
+"""Kinds of networks whose channels have to be followed exactly: pruned, masked equals removed, and how far they go."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining import Pruning, count_macs, load_pruned, save_pruned
+from pruningawaretraining.errors import TargetError
+from pruningawaretraining.models.calling import outputs_of
+from pruningawaretraining.models.probes import perturbed
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from zoo_kinds import KINDS, build_kind
+
+HALF = {"rules": [{"target": {"sparsity": 0.5}, "start": 0, "end": 0}]}
+
+
+def floor_of(pruner: Any) -> float:
+    """The smallest fraction of the MACs that is left when every set keeps one group."""
+    grouping, cost = pruner.engine.found.grouping, pruner.engine.macs_cost
+    keep_G = torch.zeros(grouping.size, dtype=torch.bool)
+    keep_G[[one.start for one in grouping.sets]] = True
+    return float(cost(keep_G) / cost.dense)
+
+
+def gap(one: list[Tensor], other: list[Tensor]) -> float:
+    pairs = zip(one, other, strict=True)
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_is_pruned_exactly_and_far_enough(kind: str, tmp_path: Path) -> None:
+    """At weights at which every branch counts, at another batch size and other inputs, through a file."""
+    model, inputs = build_kind(kind)
+    dense = copy.deepcopy(model)
+    dense_macs = count_macs(model, inputs)
+    with perturbed(model):
+        model = copy.deepcopy(model)
+    pruner = Pruning(model, HALF, example_inputs=inputs)
+    assert floor_of(pruner) <= KINDS[kind][2]
+    other = torch.randn(3, *inputs.shape[1:], generator=torch.Generator().manual_seed(5))
+    seen: dict[str, list[Tensor]] = {}
+    pruner.before_removal = lambda: seen.update(masked=outputs_of(model, other))
+    pruner.prune(model, 0)
+    assert pruner.channel_pruner.removed
+    removed = outputs_of(model, other)
+    assert gap(seen["masked"], removed) <= 1e-5
+    assert pruner.macs.kept == count_macs(model, inputs) < 0.6 * dense_macs
+    again = load_pruned(dense, save_pruned(model, tmp_path / "pruned.safetensors"))
+    assert gap(removed, outputs_of(again, other)) == 0.0
+    model.train()
+    sum(one.square().mean() for one in _floats(model(other))).backward()
+    assert all(one.grad is None or one.grad.shape == one.shape for one in model.parameters())
+
+
+def _floats(found: Any) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+@pytest.mark.parametrize(
+    "kind", ["layer norm over channels by hand", "global response norm", "F.layer_norm", "pixel norm"]
+)
+def test_a_norm_by_hand_trains_masked_as_it_will_removed(kind: str) -> None:
+    """Gradients of a masked model are those of the removed one, and a step later both still compute the same."""
+    model, inputs = build_kind(kind)
+    with perturbed(model):
+        model = copy.deepcopy(model)
+    twin = copy.deepcopy(model)
+    rule = {"target": {"sparsity": 0.4}, "start": 0, "end": 4}
+    masked = Pruning(model, {"rules": [{**rule, "schedule": "linear"}]}, example_inputs=inputs)
+    masked.prune(model, 0)
+    removed = Pruning(twin, {"rules": [{**rule, "schedule": "linear"}]}, example_inputs=inputs)
+    removed.prune(twin, 0)
+    removed.remove()
+    assert masked.sparsity == removed.sparsity > 0 and twin.stem.out_channels < model.stem.out_channels
+    for one in (model, twin):
+        one.train()
+        one(inputs).square().mean().backward()
+    for name, parameter in twin.named_parameters():
+        whole = dict(model.named_parameters())[name].grad
+        assert whole is not None and parameter.grad is not None
+        assert abs(float(whole.norm()) - float(parameter.grad.norm())) <= 1e-5 * float(parameter.grad.norm())
+
+
+class Literal(nn.Module):
+    """Halves of a size that the code states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, 32, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.a(x).split((16, 16), 1)
+        return self.o(torch.cat([left, self.b(right)], 1))
+
+
+def test_sizes_in_the_code_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    pruner = Pruning(Literal(), HALF, example_inputs=torch.randn(1, 3, 4, 4))
+    assert set(pruner.masks) == {"b"}
+    assert "a stays as it is: without some of its channels the model does not run (split_with_sizes" in caplog.text
+
+
+class Softmaxed(Literal):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.a(x).softmax(1))
+
+
+def test_a_lock_names_operation_layer_and_line() -> None:
+    with pytest.raises(
+        (TargetError, ValueError), match=r"a: reaches a softmax over channels in .* \(test_kinds.py, line \d+\)"
+    ):
+        Pruning(Softmaxed(), HALF, example_inputs=torch.randn(1, 3, 4, 4))
+
+
+class Sizes(nn.Module):
+    """A branch for large images alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.large, self.larger = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.o, self.never = nn.Conv2d(16, 4, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu()).relu()
+        if x.shape[-1] > 16:
+            y = y + self.larger(self.large(self.a(x)).relu())
+        return self.o(y)
+
+
+def test_layers_that_the_example_does_not_reach_are_looked_for_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = Sizes().eval()
+    pruner = Pruning(model, HALF, example_inputs=torch.randn(1, 3, 8, 8))
+    assert "never: not run on the example inputs" in caplog.text
+    pruner.prune(model, 0)
+    assert pruner.channel_pruner.removed and model.never.in_channels == 16
+    assert model(torch.randn(1, 3, 8, 8)).shape == (1, 4, 8, 8)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 4, 32, 32)
+
+
+class Routed(nn.Module):
+    """A mixture of experts of which the example reaches some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.router, self.head = nn.Linear(6, 16), nn.Linear(16, 6), nn.Linear(16, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        chosen, out = self.router(x).argmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            mine = chosen == number
+            if bool(mine.any()):
+                out[mine] = expert(x[mine])
+        return self.head(x + out)
+
+
+def test_experts_that_no_token_reaches_follow_their_siblings() -> None:
+    torch.manual_seed(0)
+    model = Routed().eval()
+    pruner = Pruning(model, HALF, example_inputs=torch.randn(1, 6))
+    pruner.prune(model, 0)
+    assert pruner.channel_pruner.removed
+    assert {one[0].in_features for one in model.experts} == {model.embed.out_features} and model.embed.out_features < 16
+    assert model(torch.randn(64, 6)).shape == (64, 3)
+
+
+def test_one_channel_is_no_depthwise_convolution() -> None:
+    """Grey images, and what is left of a layer of which one channel stays."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 1, 3), nn.ReLU(), nn.Conv2d(1, 8, 1), nn.Conv2d(8, 2, 1)
+    )
+    pruner = Pruning(model, HALF, example_inputs=torch.randn(1, 1, 8, 8))
+    assert {name: len(keep) for name, keep in pruner.masks.items()} == {"0": 8, "4": 8}
