@@ -24,7 +24,7 @@ HALF = {"rules": [{"target": {"sparsity": 0.5}, "start": 0, "end": 0}]}
 
 def floor_of(pruner: Any) -> float:
     """The smallest fraction of the MACs that is left when every set keeps one group."""
-    grouping, cost = pruner.engine.found.grouping, pruner.engine.macs_cost
+    grouping, cost = pruner.channel_pruner.found.grouping, pruner.channel_pruner.macs_cost
     keep_G = torch.zeros(grouping.size, dtype=torch.bool)
     keep_G[[one.start for one in grouping.sets]] = True
     return float(cost(keep_G) / cost.dense)
@@ -105,6 +105,26 @@ def test_sizes_in_the_code_are_named(caplog: pytest.LogCaptureFixture) -> None:
     pruner = Pruning(Literal(), HALF, example_inputs=torch.randn(1, 3, 4, 4))
     assert set(pruner.masks) == {"b"}
     assert "a stays as it is: without some of its channels the model does not run (split_with_sizes" in caplog.text
+
+
+class Mostly(nn.Module):
+    """Most of its MACs are in a layer behind which a softmax is taken over channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(64, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.b(self.a(x)).softmax(1))
+
+
+def test_the_share_of_macs_that_stays_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    Pruning(Mostly(), HALF, example_inputs=torch.randn(1, 3, 4, 4))
+    said = [one.getMessage() for one in caplog.records if "of the MACs keep all their channels" in one.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "layers with 94% of the MACs keep all their channels. b: reaches a softmax over channels in"
+    )
 
 
 class Softmaxed(Literal):

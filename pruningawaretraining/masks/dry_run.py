@@ -25,6 +25,7 @@ from pruningawaretraining.groups.grouping import Member
 from pruningawaretraining.masks.bisection import working
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.removal import remove
+from pruningawaretraining.masks.unprunable import warn_of_rest
 from pruningawaretraining.models.calling import ForwardFn, outputs_of
 from pruningawaretraining.models.comparison import Comparison, Outputs
 from pruningawaretraining.models.fake_quant import resting
@@ -184,6 +185,7 @@ def removable_channels(
     if not rehearsal.told:
         logger.warning(NOTHING_TOLD, type(model).__name__)
     if len(able) == len(found.grouping.sets):
+        warn_of_rest(model, found, inputs, forward_fn, chosen)
         return found
     reasons = {number: _why(found, number, reason) for number, reason in sorted(rehearsal.reasons.items())}
     left = found.without(reasons)
@@ -192,6 +194,7 @@ def removable_channels(
     if left.grouping.size == 0:
         shown = "; ".join(f"{name}: {reason}" for name, reason in list(left.skipped.items())[:4])
         raise ModelError(f"model: {type(model).__name__} has no prunable channel group. {shown}")
+    warn_of_rest(model, left, inputs, forward_fn, chosen)
     return left
 
 

@@ -40,6 +40,7 @@ def _split(call: Call) -> Results:
 def _cut_pieces(call: Call, flat: Array, places: list[int]) -> None:
     """Equal pieces keep equally many; those that are tensors of their own are free."""
     sizes = np.diff(places)
+    call.follower.sized(len(flat), flat)
     for first, last in zip(places, places[1:], strict=False):
         call.follower.sized(last - first, flat[first:last])
     if is_natural(call, flat, set(places[1:-1])) or not (sizes[:-1] == sizes[0]).all():

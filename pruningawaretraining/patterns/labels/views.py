@@ -76,8 +76,9 @@ def _reshape(call: Call) -> Results:
         new = reshaped(array, before, after)
         if len(varying(new)) > max(1, len(varying(array))):
             call.slots.cut(new)
-            for dim in varying(new):
-                call.follower.sized(new.shape[dim], np.take(new, 0, axis=next(d for d in varying(new) if d != dim)))
+            last = varying(new)[-1]  # along the others as many stay
+            call.follower.sized(new.shape[last], new.reshape(-1)[: new.shape[last]])
+            call.follower.sized(array.size, array)
         found.append(new)
     return [found]
 
@@ -205,6 +206,6 @@ def sliced(call: Call, array: Array, dim: int, start: int, stop: int, step: int)
 
 
 def is_natural(call: Call, flat: Array, places: set[int]) -> bool:
-    """Whether a run of slots is cut only where those of one tensor end and those of another begin."""
+    """Whether a run of slots is cut only where those of some tensors end and those of others begin."""
     numbers = call.slots.owner_numbers(flat)
-    return all(0 < place < len(flat) and numbers[place - 1] != numbers[place] for place in places)
+    return not any(np.isin(numbers[:place], numbers[place:]).any() for place in places)

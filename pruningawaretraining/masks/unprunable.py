@@ -1,0 +1,48 @@
+"""What share of a model's MACs is in layers that cannot lose channels, and why: said once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from pruningawaretraining.costs.macs import macs_per_layer
+from pruningawaretraining.models.calling import ForwardFn
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.patterns.labels.trace import OUTPUT
+
+logger = logging.getLogger(__name__)
+LEAST = 0.05
+"""A smaller share of the MACs is not worth a warning."""
+SHOWN = 3
+
+
+def warn_of_rest(
+    model: nn.Module, found: ChannelGroups, inputs: Any, forward_fn: ForwardFn | None, chosen: Collection[str]
+) -> None:
+    """Warn of layers that were chosen and keep all their channels, those with the most MACs first.
+
+    Args:
+        model: the model.
+        found: its groups; ``skipped`` has the reasons.
+        inputs, forward_fn: how to run it.
+        chosen: the layers that may lose channels; those that make the outputs are not spoken of.
+    """
+    pruned = {layer for one in found.grouping.sets for layer in one.layers}
+    stay = {
+        name: reason
+        for name, reason in found.skipped.items()
+        if name in chosen and name not in pruned and OUTPUT not in reason and "not selected" not in reason
+    }
+    if not stay:
+        return
+    counts = macs_per_layer(model, inputs, forward_fn)
+    share = sum(counts.get(name, 0) for name in stay) / max(counts[""], 1)
+    if share < LEAST:
+        return
+    order = sorted(stay, key=lambda name: -counts.get(name, 0))
+    shown = "; ".join(f"{name}: {stay[name]}" for name in order[:SHOWN])
+    more = f"; and {len(order) - SHOWN} more (pat inspect shows all)" if len(order) > SHOWN else ""
+    logger.warning("layers with %.0f%% of the MACs keep all their channels. %s%s", 100 * share, shown, more)
