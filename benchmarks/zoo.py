@@ -13,6 +13,7 @@ was no export, stands beside it.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -25,11 +26,13 @@ from typing import Any
 import torch
 from common import RESULTS, markdown, save
 from torch import Tensor, nn
+from zoo_kinds import KINDS, build_kind
 from zoo_models import SIZES, build
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, save_pruned
 from pruningawaretraining.errors import PruningError
 from pruningawaretraining.models.calling import call, outputs_of
+from pruningawaretraining.models.probes import perturbed
 from pruningawaretraining.models.trees import float_tensors_of
 
 DOCS = Path(__file__).parent.parent / "docs" / "supported-models.md"
@@ -138,12 +141,58 @@ def isolated(name: str, limit: float, exporter: str) -> dict[str, Any]:
     return {**row, "result": lines[-1][:300] if lines else f"exit status {done.returncode}"}
 
 
+KINDS_HEAD = """## Kinds of networks
+
+What has to be followed exactly, on small networks of `benchmarks/zoo_kinds.py`, by `python benchmarks/zoo.py --kinds`.
+Floor: the smallest fraction of the MACs, one group left of every set. The outputs of the masked and the removed model
+are compared at half of the groups, at weights at which every branch counts.
+"""
+
+
+def check_kind(name: str) -> dict[str, Any]:
+    """One row of the table of kinds."""
+    model, inputs = build_kind(name)
+    with perturbed(model):
+        model = copy.deepcopy(model)
+    twin = copy.deepcopy(model)
+    begun = time.process_time()
+    config = {"rules": [{"target": {"sparsity": 0.5}, "start": 0, "end": 0}]}
+    pruner = Pruning(model, config, example_inputs=inputs)
+    seconds = time.process_time() - begun
+    channels = pruner.channel_pruner
+    grouping, cost = channels.found.grouping, channels.macs_cost
+    keep_G = torch.zeros(grouping.size, dtype=torch.bool)
+    keep_G[[one.start for one in grouping.sets]] = True
+    seen: dict[str, list[Tensor]] = {}
+    pruner.before_removal = lambda: seen.update(masked=outputs_of(model, inputs))
+    pruner.prune(model, 0)
+    pairs = list(zip(seen["masked"], outputs_of(model, inputs), strict=True))
+    kept = count_macs(model, inputs)
+    assert pruner.macs.kept == kept < count_macs(twin, inputs)
+    return {
+        "kind": name,
+        "sets": len(grouping.sets),
+        "groups": grouping.size,
+        "seconds to build": round(seconds, 2),
+        "floor": round(float(cost(keep_G) / cost.dense), 4),
+        "masked - removed": f"{max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs):.1e}",
+    }
+
+
+def write_kinds() -> None:
+    """The second half of docs/supported-models.md."""
+    text = DOCS.read_text(encoding="utf-8").partition(KINDS_HEAD.splitlines()[0])[0].rstrip()
+    rows = [check_kind(name) for name in KINDS]
+    DOCS.write_text(f"{text}\n\n{KINDS_HEAD}\n{markdown(rows)}\n", encoding="utf-8")
+
+
 def write_docs(rows: list[dict[str, Any]]) -> None:
-    """docs/supported-models.md."""
+    """The first half of docs/supported-models.md."""
+    kinds = "".join(DOCS.read_text(encoding="utf-8").partition(KINDS_HEAD.splitlines()[0])[1:])
     passed = sum(row["result"] == "pass" for row in rows)
     text = (__doc__ or "").partition("\n\n")[2].partition("\n\n    pip")[0]
     head = f"# Supported models\n\nWritten by `python benchmarks/zoo.py`. {passed} of {len(rows)} pass.\n\n{text}\n\n"
-    DOCS.write_text(head + markdown(rows) + "\n")
+    DOCS.write_text(head + markdown(rows) + "\n" + ("\n" + kinds if kinds else ""), encoding="utf-8")
 
 
 def main() -> None:
@@ -154,10 +203,15 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300)
     parser.add_argument("--onnx", default="torchscript")
     parser.add_argument("--docs-only", action="store_true")
+    parser.add_argument("--kinds", action="store_true", help="the table of kinds of networks alone")
     arguments = parser.parse_args()
     if arguments.one:
         warnings.simplefilter("ignore")
         print(json.dumps(check(arguments.one, arguments.onnx)))
+        return
+    if arguments.kinds:
+        warnings.simplefilter("ignore")
+        write_kinds()
         return
     path = RESULTS / "zoo.json"
     known = {row["architecture"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}

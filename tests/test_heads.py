@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from attention_models import IDS, MODELS, TRACED_MASK, build
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
@@ -354,3 +355,18 @@ def test_a_transformer_encoder_without_some_heads_takes_a_padding_mask_in_infere
         assert torch.equal(found, loaded(inputs, src_key_padding_mask=padding))
         shorter = model(inputs[:1, :3])
     assert torch.allclose(found[:1, :3], shorter, atol=1e-6)
+
+
+def test_channels_beside_heads_of_projections_that_the_block_computes_itself_are_counted() -> None:
+    """torchvision's Swin calls its projections as functions: their MACs go with the stream and with the heads."""
+    torch.manual_seed(0)
+    model = torchvision.models.SwinTransformer([2, 2], 16, [1, 1], [2, 4], [2, 2], num_classes=4).eval()
+    images = torch.randn(1, 3, 16, 16)
+    dense = count_macs(model, images)
+    rule = {"pattern": {"type": "channel", "heads": True}, "target": {"macs": 0.5}, "start": 0, "end": 0}
+    pruner = Pruning(model, {"rules": [rule]}, example_inputs=images)
+    assert {"features.0.0", "features.1.0.attn"} <= set(pruner.masks)
+    pruner.prune(model, 0)
+    channels = pruner.channel_pruner
+    assert round(channels.macs_cost(channels.keep_D)) == count_macs(model, images) <= 0.5 * dense
+    assert count_macs(model, images) > 0.4 * dense

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, Member
-from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluating
+from pruningawaretraining.groups.products import Product
+from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluating, spelled_out
 
 
 def count_macs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = None) -> int:
@@ -44,16 +45,10 @@ def macs_per_layer(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn 
 
     Args and raises: as :func:`count_macs`.
     """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     counter = FlopCounterMode(display=False)
     named = dict.fromkeys((name for name, _ in model.named_modules()), 0)
-    try:
-        # The fast path of attention is one operation that the counter does not know.
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), evaluating(model), counter, _counted_by_module(model, counter, named):
-            checked_call(model, example_inputs, forward_fn)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with spelled_out(model), torch.no_grad(), evaluating(model), counter, _counted_by_module(model, counter, named):
+        checked_call(model, example_inputs, forward_fn)
     return {**named, "": counter.get_total_flops() // 2}
 
 
@@ -205,17 +200,27 @@ def macs_cost(
     for name, groups_H in (heads or {}).items():
         bases[name] = float(_own_macs(name, per_layer))
         outputs.append((name, groups_H.cpu()))
-    for number, one in enumerate(grouping.products):
-        if one.layer not in (heads or {}):
-            name = f"{one.layer}@{number}"
-            bases[name] = float(one.macs)
-            outputs += [(name, one.out_N)] if one.out_N is not None else []
-            inputs += [(name, one.in_N)] if one.in_N is not None else []
+    for number, one in enumerate(_counted(grouping.products, per_layer)):
+        name, own_H = f"{one.layer}@{number}", (heads or {}).get(one.layer)
+        out_N, in_N = (own_H if side is None else side for side in (one.out_N, one.in_N))
+        bases[name] = float(one.macs)
+        outputs += [(name, out_N.cpu())] if out_N is not None else []
+        inputs += [(name, in_N.cpu())] if in_N is not None else []
+        if own_H is not None:  # what is left of the block's own is in proportion to heads alone
+            bases[one.layer] -= one.macs
     for name, group in (blocks or {}).items():
         known = sum(base for layer, base in bases.items() if layer.startswith(f"{name}."))
         bases[name] = float(per_layer.get(name, 0)) - known
         outputs.append((name, torch.tensor([group])))
     return _linear_cost(outputs, inputs, bases, float(per_layer.get("", 0)), grouping.size)
+
+
+def _counted(products: Sequence[Product], per_layer: Mapping[str, float]) -> list[Product]:
+    """The products of modules of which all are in the count."""
+    sums: dict[str, int] = {}
+    for one in products:
+        sums[one.layer] = sums.get(one.layer, 0) + one.macs
+    return [one for one in products if sums[one.layer] <= _own_macs(one.layer, per_layer)]
 
 
 def _own_macs(name: str, per_layer: Mapping[str, float]) -> float:

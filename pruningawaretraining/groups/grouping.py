@@ -28,15 +28,12 @@ class Member:
     """One tensor's part in a grouping.
 
     Args:
-        name: qualified name of the parameter or buffer in the model.
-        parameter: the tensor itself.
-        labels: one entry for each dimension of the tensor: an int64 vector as long as that dimension with labels in
-            ``[0, size]``, where ``size`` itself means "outside every group"; or None where the dimension does not
-            matter.
+        name, parameter: the tensor, and its qualified name in the model.
+        labels: for each dimension of the tensor, an int64 vector as long as that dimension with labels in
+            ``[0, size]``, where ``size`` means "outside every group"; None where the dimension does not matter.
         sizes: how many labels each dimension has (1 for None).
-        slots: int64 vector that maps the raveled labels to groups, the number of groups meaning "outside"; or None
-            when slot s simply is group ``offset + s``. It is as long as the product of ``sizes``: used for channels,
-            where that is small.
+        slots: int64 vector, as long as the product of ``sizes``, that maps the raveled labels to groups, the number
+            of groups meaning "outside"; None when slot s simply is group ``offset + s``.
         offset: the group of slot 0 when ``slots`` is None.
         role: what the tensor is to the group: "out" and "in" weights of a layer, a "norm" weight, a "bias", a "raw"
             parameter, an "element" of an unstructured or block pattern, or a "buffer" such as a running mean.
@@ -145,7 +142,7 @@ class Grouping:
         members: the tensors and their labels; a tensor may appear more than once (out and in channels).
         sets: consecutive runs of groups that cover ``0 .. size - 1``.
         skipped: layers that were selected and have no group, each with the reason.
-        products: what modules compute of the groups in their own code; for costs of the dense model.
+        products: sums of products of the groups in the code of modules; for costs of the dense model.
     """
 
     name: str
@@ -199,8 +196,9 @@ class Grouping:
             slots = renumbered[member.slots.cpu()]
             if bool((slots < size).any()):
                 members.append(replace(member, slots=slots))
-        products = tuple(one.renumbered(renumbered) for one in self.products)
-        return Grouping(self.name, tuple(members), tuple(sets), products=products)
+        return Grouping(
+            self.name, tuple(members), tuple(sets), (), tuple(p.renumbered(renumbered) for p in self.products)
+        )
 
     def to(self, device: torch.device | str) -> Grouping:
         """The same grouping with its index vectors on ``device``."""

@@ -30,7 +30,8 @@ def warn_of_rest(
         inputs, forward_fn: how to run it.
         chosen: the layers that may lose channels; those that make the outputs are not spoken of.
     """
-    pruned = {layer for one in found.grouping.sets for layer in one.layers}
+    pruned = {one.name.removesuffix(".weight") for one in found.grouping.of_role("out").members}
+    pruned |= {one.name for one in found.grouping.sets}
     stay = {
         name: reason
         for name, reason in found.skipped.items()

@@ -163,6 +163,22 @@ def differentiable(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
+@contextmanager
+def spelled_out(model: nn.Module) -> Iterator[None]:
+    """Attention and recurrent layers are run as the operations that they are made of, not as one."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        if recurrent:
+            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+                yield
+        else:
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
 def outputs_of(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None) -> list[Tensor]:
     """The floating point outputs of the model in eval mode without gradients.
 

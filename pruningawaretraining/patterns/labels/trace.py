@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.models.calling import ForwardFn, beside, checked_call, tensors_of
+from pruningawaretraining.models.calling import ForwardFn, beside, checked_call, spelled_out, tensors_of
 from pruningawaretraining.patterns.attention import attention_blocks
 from pruningawaretraining.patterns.coupling import TRACE_LIMIT, Deadline, DependencyMap
 from pruningawaretraining.patterns.labels import arithmetic, pieces, products, views  # noqa: F401  (rules)
@@ -61,29 +59,13 @@ def _follow(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None, followe
     inputs = beside(model, inputs)
     for tensor in tensors_of(inputs):
         follower.put(tensor, ())
-    with _spelled_out(model), torch.no_grad(), mode(model), followed(follower, model):
+    with spelled_out(model), torch.no_grad(), mode(model), followed(follower, model):
         outputs = list(tensors_of(checked_call(model, inputs, forward_fn)))
     if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in outputs):
         follower.read.clear()  # nothing that could be compared
     for tensor in outputs:
         for array in follower.get(tensor):
             follower.slots.lock(array, f"reaches {OUTPUT}")
-
-
-@contextmanager
-def _spelled_out(model: nn.Module) -> Iterator[None]:
-    """Attention and recurrent layers are run as the operations that they are made of, not as one."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        if recurrent:
-            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
-                yield
-        else:
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def _tie_recurrent(model: nn.Module, slots: Slots) -> None:
