@@ -2,8 +2,7 @@
 
 Shape suffixes: ``_G`` groups, ``_W`` the shape of a weight, ``_S`` slots (distinct label combinations of one member).
 
-Everything else of the library composes with :meth:`Grouping.reduce` and :meth:`Grouping.expand`: a group norm is
-``reduce(w**2).sqrt()``, a mask is ``w *= expand(keep)``, a proximal step is ``w *= expand(shrink)``.
+All else composes with :meth:`Grouping.reduce` and :meth:`Grouping.expand`: a mask is ``w *= expand(keep)``.
 """
 
 from __future__ import annotations
@@ -158,7 +157,7 @@ class Grouping:
 
     @cached_property
     def set_sizes(self) -> Tensor:
-        """Groups in each set, int64."""
+        """Groups in each set."""
         return torch.tensor([group_set.size for group_set in self.sets], dtype=torch.int64)
 
     @cached_property
@@ -196,9 +195,8 @@ class Grouping:
             slots = renumbered[member.slots.cpu()]
             if bool((slots < size).any()):
                 members.append(replace(member, slots=slots))
-        return Grouping(
-            self.name, tuple(members), tuple(sets), (), tuple(p.renumbered(renumbered) for p in self.products)
-        )
+        products = tuple(one.renumbered(renumbered) for one in self.products)
+        return Grouping(self.name, tuple(members), tuple(sets), (), products)
 
     def to(self, device: torch.device | str) -> Grouping:
         """The same grouping with its index vectors on ``device``."""
