@@ -83,14 +83,12 @@ def remove(
     blocks, gone = _removed_blocks(found, keep_G)
     kept = kept_indices(found.grouping, keep_G, gone)
     bare, heads = _bare_norm_widths(model, found.norms, keep_G), _kept_heads(found.heads, keep_G)
-    counts = _kept_counts(found.widths, keep_G)
     surgery = Surgery()
 
     def shrink(module: nn.Module) -> tuple[Exchanged, list[nn.Parameter]]:
         exchanged = _slice_module(module, kept, bare, surgery)
         shrink_heads(module, heads, surgery)
-        for (owner, attribute), count in counts.items():
-            set_count(module.get_submodule(owner), attribute, count, surgery)
+        _put_counts(module, _kept_counts(found.widths, keep_G), surgery)
         return exchanged, remove_blocks(module, blocks, surgery)
 
     try:
@@ -106,6 +104,11 @@ def remove(
         surgery.undo()
         raise
     return surgery
+
+
+def _put_counts(model: nn.Module, counts: Mapping[tuple[str, str], int], surgery: Surgery) -> None:
+    for (owner, attribute), count in counts.items():
+        set_count(model.get_submodule(owner), attribute, count, surgery)
 
 
 def _removed_blocks(found: ChannelGroups, keep_G: Tensor) -> tuple[dict[str, Block], set[str]]:

@@ -118,22 +118,7 @@ def _label(
     skipped: dict[str, str],
 ) -> ChannelGroups:
     modules = dict(model.named_modules())
-    total = sum(len(components) for _, components in runs)
-    known = [*dependencies.components, *dependencies.norms.values(), *dependencies.widths.values()]
-    known += [part for one in dependencies.works for part in (*one.outputs, *one.inputs)]
-    highest = max((int(part.max()) for part in known if part.size), default=0)
-    group_of = np.full(highest + 1, total, dtype=np.int64)
-    sets: list[GroupSet] = []
-    start = 0
-    for key, parts in runs:
-        source = min(key, key=lambda index: order[dependencies.spaces[index].name])
-        channels = dependencies.components[source]
-        mine = channels[np.isin(channels, parts)]
-        ordered = mine[np.sort(np.unique(mine, return_index=True)[1])]
-        group_of[ordered] = np.arange(start, start + len(ordered))
-        width = max(1, len(mine) // max(1, len(ordered)))
-        sets.append(GroupSet(dependencies.spaces[source].name, start, start + len(ordered), width))
-        start += len(ordered)
+    sets, group_of, total = _numbered(dependencies, runs, order)
     members: list[Member] = []
     norms = {name: torch.from_numpy(group_of[components]) for name, components in dependencies.norms.items()}
     norms = {name: groups for name, groups in norms.items() if bool((groups < total).any())}
@@ -157,6 +142,29 @@ def _label(
     products = tuple(_product(one, group_of, total) for one in dependencies.works)
     products = tuple(one for one in products if one.out_N is not None or one.in_N is not None)
     return ChannelGroups(Grouping("channel", tuple(members), named, products=products), skipped, norms, widths=widths)
+
+
+def _numbered(
+    dependencies: DependencyMap, runs: list[tuple[tuple[int, ...], list[int]]], order: dict[str, int]
+) -> tuple[list[GroupSet], Indices, int]:
+    """The sets, the group of each component (their number for those outside), and the number of groups."""
+    total = sum(len(components) for _, components in runs)
+    known = [*dependencies.components, *dependencies.norms.values(), *dependencies.widths.values()]
+    known += [part for one in dependencies.works for part in (*one.outputs, *one.inputs)]
+    highest = max((int(part.max()) for part in known if part.size), default=0)
+    group_of = np.full(highest + 1, total, dtype=np.int64)
+    sets: list[GroupSet] = []
+    start = 0
+    for key, parts in runs:
+        source = min(key, key=lambda index: order[dependencies.spaces[index].name])
+        channels = dependencies.components[source]
+        mine = channels[np.isin(channels, parts)]
+        ordered = mine[np.sort(np.unique(mine, return_index=True)[1])]
+        group_of[ordered] = np.arange(start, start + len(ordered))
+        width = max(1, len(mine) // max(1, len(ordered)))
+        sets.append(GroupSet(dependencies.spaces[source].name, start, start + len(ordered), width))
+        start += len(ordered)
+    return sets, group_of, total
 
 
 def _product(one: WorkOf, group_of: Indices, total: int) -> Product:
