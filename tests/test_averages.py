@@ -143,3 +143,31 @@ def test_an_average_that_is_made_later_is_attached() -> None:
         pruner.attach_ema(net())
     with pytest.raises(ConfigError, match="ema: 3 is a int"):
         pruner.attach_ema(3)
+
+
+def test_accelerates_own_resume_needs_no_file_of_the_pruner(tmp_path: Any) -> None:
+    """The weights that it saves hold the state, and bring masks and architecture back."""
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.state import AcceleratorState
+
+    from pruningawaretraining.checkpoint.records import PRUNER_KEY
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = net()
+    pruner = Pruning(model, HALF, example_inputs=INPUTS)
+    pruner.state_in(model)
+    prepared = accelerator.prepare(model)
+    assert pruner.prune(prepared, 0) == "removed"
+    accelerator.save_state(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True)
+    other = net()
+    again = Pruning(other, HALF, example_inputs=INPUTS)
+    again.state_in(other)
+    accelerator.prepare(other)
+    accelerator.load_state(tmp_path)
+    assert other[0].out_channels == 4 and again.phase == pruner.phase == "finetune"
+    for name, value in model.state_dict().items():
+        assert name == PRUNER_KEY or torch.equal(value, other.state_dict()[name]), name
+    AcceleratorState._reset_state(reset_partial_state=True)

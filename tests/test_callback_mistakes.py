@@ -212,7 +212,8 @@ def test_accelerate_mistakes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     first = PruningCallback(accelerator, model, HALF, IMAGE)
     with pytest.raises(ConfigError, match="has a PruningCallback already"):
         PruningCallback(accelerator, model, HALF, IMAGE)
-    first.on_epoch_end(model, 0)
+    assert first.on_epoch_end(model, 0) == "removed" and first.on_epoch_end(model, 1) is None
+    assert caplog.text.count("begin the best metric anew") == 1, "the loop is the user's"
     assert model[0].out_channels == 4
     with caplog.at_level(logging.WARNING):
         second = PruningCallback(accelerator, other, HALF, IMAGE)

@@ -105,6 +105,7 @@ class Runner:
         pruner = None
         if name == "pruned":
             pruner = Pruning(model, config.pruning, example_inputs=self.images[:1], optimizer=optimizer)
+            pruner.best_begins_anew = True  # the last epoch is kept, whatever was best
             batches = TrainingBatches(self.pipeline, self.data.train, config.batch_size, self.device)
             pruner.on_train_begin(range(self.data.steps(config.batch_size)))
             pruner.calibrate_with(batches, loss_of)  # read by criteria and compensation that want data

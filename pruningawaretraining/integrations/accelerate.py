@@ -55,6 +55,7 @@ class PruningCallback:
                 "its config"
             )
         self.pruner: Pruning = attached.make(model)
+        self.pruner.best_begins_anew = False  # the loop is the user's
         attached.release()  # the state comes before the weights
         if last is not None:
             logger.warning("accelerator: its checkpoints hold the pruner of the %s from here on", type(model).__name__)
@@ -66,15 +67,19 @@ class PruningCallback:
         ]
         _LAST[accelerator] = weakref.ref(self)
 
-    def on_epoch_end(self, model: nn.Module, epoch: int) -> None:
+    def on_epoch_end(self, model: nn.Module, epoch: int) -> str | None:
         """Prune what is due after an epoch.
 
         Args:
             model: as ``accelerator.prepare`` has given it; its wrapper is made anew where channels have gone.
             epoch: counted from 0.
+
+        Returns:
+            "removed", "masked", or None where nothing has happened; begin a best metric anew once channels have gone.
         """
-        self.pruner.prune(model, epoch)
+        done = self.pruner.prune(model, epoch)
         rewrap_in_place(model)
+        return done
 
     def _save(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         write_state(self.pruner, output_dir)
