@@ -228,9 +228,8 @@ class Runner:
 
     def _rewrap(self, stage: Stage) -> Learner:
         """The stage's learner; with several processes it is rewrapped after a removal."""
-        wrapped = stage.learner.wrapped
-        if wrapped is not None:
-            rewrap_in_place(wrapped)
+        if stage.learner.wrapped is not None:
+            rewrap_in_place(stage.learner.wrapped)
         return stage.learner
 
     def _events(self, learner: Learner, epoch: int) -> None:
