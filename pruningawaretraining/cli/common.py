@@ -5,15 +5,50 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
     from pruningawaretraining.experiment.schema import ExperimentConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _PlainFlags:
+    """Help of a command that shows flags without a type: ``--resume``, not ``--resume <bool>``."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters; those that take no value show none."""
+        found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for one in found:
+            if getattr(one, "is_flag", False) and one.metavar is None:
+                one.metavar = ""
+        return found
+
+
+class Command(_PlainFlags, TyperCommand):
+    """One command."""
+
+
+class Commands(_PlainFlags, TyperGroup):
+    """All commands."""
+
+
+class App(typer.Typer):
+    """A program whose help shows flags without a type."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(cls=Commands, **options)
+
+    def command(self, *arguments: Any, **options: Any) -> Callable[[F], F]:
+        """See :meth:`typer.Typer.command`."""
+        return super().command(*arguments, **{"cls": Command, **options})
+
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 

@@ -60,7 +60,7 @@ def latency(
         rows = timed(candidates(sources, model, shape, trusted=trust, data=data), runtime, threads, batch, repeats)
         title = f"{runtime}, batch {batch}, {threads} thread{'s' if threads > 1 else ''}"
         console = Console()
-        for table in timing_tables(rows, title, console.width):
+        for table in timing_tables(rows, title, console.width, batch):
             console.print(table)
         if out is not None:
             write_timing(rows, out)

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.text import Text
 
 from pruningawaretraining.cli import analysis, check, latency
-from pruningawaretraining.cli.common import check_out, experiment_of, reported, shape_of
+from pruningawaretraining.cli.common import App, check_out, experiment_of, reported, shape_of
 from pruningawaretraining.version import __version__
 
-app = typer.Typer(
+app = App(
     name="pat",
     help="Prune neural networks while they train: mask on a schedule, remove at the MAC target, export, report.",
     no_args_is_help=True,
@@ -128,22 +128,27 @@ def inspect(
     source: Annotated[str, typer.Argument(metavar="MODEL_OR_CONFIG", help="A model by name, or an experiment config.")],
     input_shape: Annotated[str | None, typer.Option(help="Shape of the example input, e.g. 1,3,224,224.")] = None,
     data: Data = None,
+    groups: Annotated[bool, typer.Option("--groups", help="Print every set with its layers, and their costs.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw which layers are coupled, as an SVG file.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Print a model's prunable groups, and the MACs and parameters of its layers."""
+    """Print a model's layers as a tree: widths, which are coupled, MACs, and which stay and why."""
     with reported(debug, shaped=True):
         from pruningawaretraining.experiment.inspection import groups_picture, groups_text, layers_table, load_inspected
+        from pruningawaretraining.experiment.model_tree import tree_view
         from pruningawaretraining.experiment.shipped import shipped_configs
 
         if picture is not None:
             check_out(picture, key="--picture")
         shape = None if input_shape is None else shape_of(input_shape)
         inspected = load_inspected(str(shipped_configs().get(source, source)), shape, data=data)
-        typer.echo(groups_text(inspected))
+        if groups:
+            typer.echo(groups_text(inspected))
+        console = Console()
+        console.print(layers_table(inspected) if groups else tree_view(inspected, console.width))
         if picture is not None:
             picture.write_text(groups_picture(inspected), encoding="utf-8")
-        Console().print(layers_table(inspected))
+            typer.echo(str(picture))
 
 
 @app.command()

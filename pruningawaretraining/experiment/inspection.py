@@ -21,14 +21,17 @@ from pruningawaretraining.experiment.build import build_model, is_imported
 from pruningawaretraining.experiment.datasets import data_shape
 from pruningawaretraining.experiment.schema import ModelConfig, load_experiment
 from pruningawaretraining.models.calling import from_shapes
+from pruningawaretraining.models.example_inputs import batch_of
 from pruningawaretraining.registry import build
 from pruningawaretraining.report import coupling, svg
-from pruningawaretraining.report.summary import percent, si
+from pruningawaretraining.report.summary import percent, si, wrapped_name
 from pruningawaretraining.session.pruning import Pruning
 
 STARS = "*" * 13
 EVERYTHING = {"rules": [{"target": {"sparsity": 0.5}}]}
 DEFAULT_SHAPE = (3, 224, 224)
+NAME_WIDTH = 20
+"""Characters of a line of a name in a table of 80 columns."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +144,21 @@ def layers_table(inspected: Inspected) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("layer", "type", "weight"):
         table.add_column(heading, overflow="fold")
-    for heading in ("MACs", "of all", "parameters"):
+    macs_heading = "MACs" if batch_of(inspected.inputs) == 1 else "MACs/batch"
+    for heading in (macs_heading, "of all", "parameters"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, module in inspected.model.named_modules():
         own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         if own:
             macs = counts.get(name, 0) if not list(module.children()) else 0
-            cells = (name, type(module).__name__, _weight(module), si(macs), percent(macs / total), si(own))
+            cells = (
+                wrapped_name(name, NAME_WIDTH),
+                type(module).__name__,
+                _weight(module),
+                si(macs),
+                percent(macs / total),
+                si(own),
+            )
             table.add_row(*(Text(cell) for cell in cells))
     parameters = sum(parameter.numel() for parameter in inspected.model.parameters())
     table.add_section()

@@ -215,13 +215,14 @@ def _costs(model: Any, inputs: Any) -> tuple[int | None, int | None, int | None]
     return count_macs(model, inputs), parameters, peak_activation_bytes(model, inputs)
 
 
-def timing_tables(rows: Sequence[Timed], title: str, width: int) -> list[Table]:
+def timing_tables(rows: Sequence[Timed], title: str, width: int, batch: int = 1) -> list[Table]:
     """One row a model; two tables, times and what models cost, where one is wider than the terminal.
 
     Args:
         rows: one of each model.
         title: above the first.
         width: of the terminal, in characters.
+        batch: rows of the inputs, which MACs and memory are of.
     """
     times = {
         "ms": [f"{one.median_ms:.3g}" for one in rows],
@@ -230,7 +231,7 @@ def timing_tables(rows: Sequence[Timed], title: str, width: int) -> list[Table]:
         "accuracy": [percent(one.accuracy, 2) for one in rows],
     }
     costs = {
-        "MACs": [si(one.macs) for one in rows],
+        "MACs" if batch == 1 else "MACs/batch": [si(one.macs) for one in rows],
         "parameters": [si(one.parameters) for one in rows],
         "peak memory": [si(one.peak_bytes, "B") for one in rows],
         "on disk": [si(one.bytes, "B") for one in rows],

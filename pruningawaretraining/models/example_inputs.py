@@ -79,3 +79,12 @@ def one_example(inputs: Any) -> Any:
     single = len(batch) == 1 and all(tensor.dim() > 0 for tensor in tensors)
 
     return map_tensors(lambda tensor: (tensor[:1] if single else tensor).detach().clone(), inputs)
+
+
+def batch_of(inputs: Any) -> int:
+    """Rows of a batch: the first dimension of a tensor, or of tensors in a tuple or dict; 1 for other inputs."""
+    parts = tuple(inputs.values()) if isinstance(inputs, dict) else inputs
+    parts = parts if isinstance(parts, tuple) else (parts,)
+    sizes = {int(one.shape[0]) for one in parts if isinstance(one, torch.Tensor) and one.dim() > 1}
+    whole = all(isinstance(one, torch.Tensor) for one in parts)
+    return sizes.pop() if whole and len(sizes) == 1 else 1

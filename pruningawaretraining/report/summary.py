@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 _LAYERS_SHOWN = 400
+LAYER_COLUMNS = ("layer", "type", "in", "out", "kept", "MACs", "of dense", "parameters")
+LEFT_OUT = ("kept", "type", "of dense", "in")
+"""Columns that go first where a table has to be narrow."""
+LEAST_NAME = 30
+"""Characters that a column of names keeps for them."""
 
 
 def si(value: float | None, unit: str = "") -> str:
@@ -42,7 +48,17 @@ def fraction(kept: float | None, dense: float | None) -> float | None:
     return None if kept is None or not dense else kept / dense
 
 
-def render(renderable: RenderableType, width: int = 120) -> str:
+def wrapped_name(name: str, width: int) -> str:
+    """A dotted name in lines of at most ``width`` characters, broken after dots alone."""
+    lines = [""]
+    for part in re.findall(r"[^.]+\.?|\.", name):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def render(renderable: RenderableType, width: int = 80) -> str:
     """The text a terminal of ``width`` columns would show, without colours and trailing blanks."""
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     with console.capture() as capture:
@@ -62,6 +78,7 @@ class Report:
         layers: one dict a layer: ``name, type, set, dense_out, kept_out, dense_in, kept_in, dense_macs, kept_macs,
             parameters``; any of them may be missing or None where it means nothing.
         groups: one dict a set of coupled layers: ``number, source, dependencies, size, kept``.
+        batch: rows of the example inputs, which MACs are counted for.
     """
 
     phase: str
@@ -70,6 +87,7 @@ class Report:
     parameters: Mapping[str, Any]
     layers: Sequence[Mapping[str, Any]] = field(default_factory=list)
     groups: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    batch: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dicts and lists, owned by the caller and ready for JSON."""
@@ -80,11 +98,14 @@ class Report:
             "parameters": dict(self.parameters),
             "layers": [copy.deepcopy(dict(layer)) for layer in self.layers],
             "groups": [copy.deepcopy(dict(group)) for group in self.groups],
+            "batch": self.batch,
         }
 
-    def __rich__(self) -> RenderableType:
-        """Shown by ``rich.print(report)``: a headline and a table of the layers."""
-        return Group(headline(self), layer_table(self.layers)) if self.layers else headline(self)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Shown by ``rich.print(report)``: a headline and a table of the layers, as wide as there is room."""
+        yield headline(self)
+        if self.layers:
+            yield layer_table(self.layers, width=options.max_width)
 
     def __str__(self) -> str:
         return render(self)
@@ -95,7 +116,8 @@ def headline(report: Report) -> Text:
     text = Text()
     text.append(report.phase, style="bold")
     text.append(f"   sparsity {percent(report.sparsity)}\n")
-    text.append("   ".join(_kept_of("MACs", report.macs) + _kept_of("parameters", report.parameters)))
+    macs = "MACs" if report.batch == 1 else f"MACs of a batch of {report.batch}:"
+    text.append("   ".join(_kept_of(macs, report.macs) + _kept_of("parameters", report.parameters)))
     return text
 
 
@@ -107,17 +129,29 @@ def _kept_of(label: str, count: Mapping[str, Any]) -> list[str]:
     return [f"{label} {si(kept)} of {si(dense)} ({percent(count.get('fraction', fraction(kept, dense)))})"]
 
 
-def layer_table(layers: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """One row a layer: widths, MACs and parameters, dense and kept."""
+def layer_table(layers: Sequence[Mapping[str, Any]], title: str | None = None, width: int = 80) -> Table:
+    """One row a layer: widths, MACs and parameters, dense and kept.
+
+    Args:
+        layers: as in a :class:`Report`.
+        title: above the table.
+        width: in characters; columns that say least are left out where it is too small for all.
+    """
+    rows = [layer_row(layer) for layer in layers[:_LAYERS_SHOWN]]
+    most = [max(map(len, cells)) for cells in zip(LAYER_COLUMNS, *rows, strict=True)]
+    shown, name_width = list(range(len(most))), 0
+    for left_out in (None, *LEFT_OUT):
+        shown = [one for one in shown if LAYER_COLUMNS[one] != left_out]
+        name_width = width - 2 - sum(most[one] + 3 for one in shown[1:])
+        if name_width >= min(most[0], LEAST_NAME):
+            break
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for heading in ("layer", "type"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("in", "out", "kept", "MACs", "of dense", "parameters"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for layer in layers[:_LAYERS_SHOWN]:
-        table.add_row(*(Text(cell) for cell in layer_row(layer)))
+    for one in shown:
+        table.add_column(LAYER_COLUMNS[one], justify="left" if one < 2 else "right", no_wrap=one > 0, overflow="fold")
+    for name, *cells in rows:
+        table.add_row(Text(wrapped_name(name, name_width)), *(Text(cells[one - 1]) for one in shown[1:]))
     if len(layers) > _LAYERS_SHOWN:
-        table.add_row(f"... and {len(layers) - _LAYERS_SHOWN} more", *[""] * 7)
+        table.add_row(f"... and {len(layers) - _LAYERS_SHOWN} more", *[""] * (len(shown) - 1))
     return table
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.costs.macs import count_macs
 from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.models.example_inputs import batch_of
 from pruningawaretraining.models.widths import conv_linear_widths
 from pruningawaretraining.report.summary import Report
 from pruningawaretraining.session.session import Session
@@ -117,6 +118,7 @@ def report_of(session: Session) -> Report:
         parameters={**counts, "fraction": kept_parameters / max(dense_parameters, 1)},
         layers=_plain_rows(session.model, _plain_macs(session)) if coupled is None else _layer_rows(coupled),
         groups=sets_of(session),
+        batch=batch_of(session.inputs),
     )
 
 
