@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,11 +48,8 @@ class Loggers:
     tensorboard: bool = False
 
 
-class Schema(str, Enum):
-    """Which JSON schema to print."""
-
-    pruning = "pruning"
-    experiment = "experiment"
+SCHEMAS = ("experiment", "pruning")
+"""Kinds of configs that have a JSON schema."""
 
 
 def _version(shown: bool) -> None:
@@ -152,13 +148,20 @@ def inspect(
 
 
 @app.command()
-def schema(of: Annotated[Schema, typer.Argument(help="Of which kind of config.")] = Schema.experiment) -> None:
+def schema(
+    of: Annotated[str, typer.Argument(help="Of which kind of config: experiment or pruning.")] = "experiment",
+) -> None:
     """Print the JSON schema of a config, for editors to complete and check."""
-    from pruningawaretraining.config import json_schema
-    from pruningawaretraining.experiment.schema import experiment_schema
+    with reported(debug=False):
+        from pruningawaretraining.errors import ConfigError, unknown
 
-    printed = json_schema() if of is Schema.pruning else experiment_schema()
-    typer.echo(json.dumps(printed, indent=2))
+        if of not in SCHEMAS:
+            raise ConfigError(unknown("schema", of, SCHEMAS))
+        from pruningawaretraining.config import json_schema
+        from pruningawaretraining.experiment.schema import experiment_schema
+
+        printed = json_schema() if of == "pruning" else experiment_schema()
+        typer.echo(json.dumps(printed, indent=2))
 
 
 analysis.add_to(app)

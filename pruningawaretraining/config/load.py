@@ -15,7 +15,7 @@ from pruningawaretraining.config import dialects  # noqa: F401  (importing it re
 from pruningawaretraining.config.caps import anchored_caps
 from pruningawaretraining.config.dialects.base import Dialect
 from pruningawaretraining.config.extent import MOST_BYTES, check_extent
-from pruningawaretraining.config.schema import PruningConfig
+from pruningawaretraining.config.schema import PruningConfig, Rule
 from pruningawaretraining.config.yaml_form import loader_for
 from pruningawaretraining.errors import ConfigError, nearest
 from pruningawaretraining.files import BROKEN, read_text, reading, reason
@@ -90,6 +90,9 @@ def _unrecognised(mapping: Mapping[str, Any], known: Mapping[str, Dialect]) -> s
     seen = [key for key in mapping if key != "$schema"]
     if not seen:
         return "config: it is empty. Allowed: 'rules', or the keys of another form (" + ", ".join(known) + ")"
+    if all(key in Rule.model_fields for key in seen):
+        keys = ", ".join(repr(key) for key in seen[:MOST_KEYS])
+        return f"config: {keys}: {'keys' if len(seen) > 1 else 'a key'} of a rule. Allowed: wrap it in rules: [{{...}}]"
     close = {key: nearest(key, allowed) for key in seen if key not in allowed}
     hints = [f"did you mean {match!r} for {key!r}?" for key, match in close.items() if match][:MOST_KEYS]
     shown = ", ".join(repr(key) for key in seen[:MOST_KEYS]) + (", ..." if len(seen) > MOST_KEYS else "")

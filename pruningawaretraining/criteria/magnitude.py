@@ -6,7 +6,7 @@ Shape suffixes: ``_G`` groups, ``_S`` sets of groups, ``_W`` any weight.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.criteria.base import Needs, Statistics
+from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.groups.reductions import device_of, members_per_set, reduce_sum
 from pruningawaretraining.registry import lookup, register
@@ -170,6 +171,24 @@ class NormScale:
     """
 
     needs: ClassVar[Needs] = Needs(whole_layers=False)
+
+    def check(self, grouping: Grouping, sets: Sequence[int], key: str) -> None:
+        """Refuse a rule none of whose layers has a norm.
+
+        Args:
+            grouping: all groups.
+            sets: numbers of the rule's sets.
+            key: how messages call the rule.
+
+        Raises:
+            ConfigError: there is no norm behind any of its channels.
+        """
+        count_S = members_per_set(grouping.of_role("norm"))
+        if sets and not bool((count_S[list(sets)] > 0).any()):
+            raise ConfigError(
+                f"{key}.criterion: 'bn_scale' needs norms, and no norm follows the layers of the rule. Allowed: "
+                "magnitude, or another criterion"
+            )
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
         norms = grouping.of_role("norm")

@@ -233,9 +233,15 @@ def checked_call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = N
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"example_inputs: {type(model).__name__} rejects inputs of shape {shapes}: {reason}. "
-            "Pass example_inputs= as a tensor, a tuple of positional inputs or a dict of keyword inputs, "
-            "or a forward_fn(model, inputs)"
+            f"{_as_one_argument(inputs, error)}Pass example_inputs= as a tensor, a tuple of positional inputs or a "
+            "dict of keyword inputs, or a forward_fn(model, inputs)"
         ) from error
+
+
+def _as_one_argument(inputs: Any, error: Exception) -> str:
+    """Advice for a dict whose keys the model does not take as keywords: it may want the dict itself."""
+    wanted = isinstance(inputs, Mapping) and isinstance(error, TypeError) and "argument" in str(error)
+    return "If it takes the dict as one argument, pass ({...},). " if wanted else ""
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -118,7 +118,12 @@ def build_coupled(
         found = _channels(model, chosen, union, inputs, forward_fn, trace_limit)
     for name, reason in found.skipped.items():
         logger.info("%s stays as it is: %s", name, reason)
-    return CoupledGroups(model, found, [(*one.parts, layers) for one, layers in chosen], inputs, forward_fn)
+    coupled = CoupledGroups(model, found, [(*one.parts, layers) for one, layers in chosen], inputs, forward_fn)
+    for rule in coupled.rules:
+        check = getattr(rule.criterion, "check", None)
+        if check is not None:
+            check(found.grouping, rule.sets, rule.key)
+    return coupled
 
 
 def _channels(

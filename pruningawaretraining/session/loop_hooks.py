@@ -124,12 +124,12 @@ class LoopHooks(Bound):
         distiller = None if self._known is None else self._known.distiller
         return None if distiller is None else distiller.teacher
 
-    def prune(self, model: nn.Module | None = None, epoch: int = 0, log: Log | None = None) -> str | None:
+    def prune(self, model: nn.Module | None = None, epoch: int | None = None, log: Log | None = None) -> str | None:
         """Do what this epoch asks for: nothing, mask, or mask and remove.
 
         Args:
             model: the model given at construction (or its wrapper).
-            epoch: counted from 0; an epoch fires at most once.
+            epoch: counted from 0; an epoch fires at most once. It may be left out where the rules have no schedule.
             log: a logger or a function of one line; told what happened.
 
         Returns:
@@ -137,10 +137,11 @@ class LoopHooks(Bound):
             best checkpoint is of another model: begin the best metric anew.
 
         Raises:
-            ValueError: another model, no example inputs, or a removal that would change the model's outputs.
+            ValueError: another model, no epoch where rules have a schedule, no example inputs, or a removal that would
+                change the model's outputs.
         """
         self._check_same(model)
-        done = self._session.prune(epoch_of(epoch), log)
+        done = self._session.prune(None if epoch is None else epoch_of(epoch), log)
         if done == "removed" and not self.best_begins_anew:
             self.best_begins_anew = True
             logger.warning(

@@ -28,6 +28,7 @@ from pruningawaretraining.session.build import BuiltRules, build_coupled, build_
 from pruningawaretraining.session.by_hand import keep_without
 from pruningawaretraining.session.counted_macs import CountedMacs
 from pruningawaretraining.session.distillation import Distiller
+from pruningawaretraining.session.epochs import check_missing, warn_of_late
 from pruningawaretraining.session.input_capture import InputCapture
 from pruningawaretraining.session.optimizer_hooks import Steps
 from pruningawaretraining.session.step_events import StepEvents
@@ -209,7 +210,7 @@ class Session(StepEvents):
 
     # --- epochs -------------------------------------------------------------------------------------------------
 
-    def prune(self, epoch: int, target: Any = None) -> str | None:
+    def prune(self, epoch: int | None, target: Any = None) -> str | None:
         """The events of an epoch; see :meth:`pruningawaretraining.Pruning.prune`."""
         if not self.acts:
             return None
@@ -219,8 +220,12 @@ class Session(StepEvents):
             reshard(self.model)
         if self.rules.coupled:
             _ = self.coupled
+        if epoch is None:
+            check_missing(self.engine.rules)
+        else:
+            warn_of_late(self.engine.rules, epoch)
         before = self._live()
-        lines = self.engine.prune(epoch)
+        lines = self.engine.prune(epoch or 0)
         self.tell(lines, target)
         self.steps.end_round()
         if lines:
