@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pruningawaretraining.cli import analysis, check, latency
+from pruningawaretraining.cli import analysis, check, latency, new
 from pruningawaretraining.cli.common import App, check_out, experiment_of, reported, shape_of
 from pruningawaretraining.version import __version__
 
@@ -167,6 +167,7 @@ def schema(
 analysis.add_to(app)
 check.add_to(app)
 latency.add_to(app)
+new.add_to(app)
 
 
 def main() -> None:

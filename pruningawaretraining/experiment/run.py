@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from pruningawaretraining.config.load import read_mapping
+from pruningawaretraining.config.plan import rule_lines
 from pruningawaretraining.distributed.collectives import barrier, joined, rank
 from pruningawaretraining.errors import ConfigError, PruningError
 from pruningawaretraining.experiment import record
@@ -110,6 +111,8 @@ def _run(
         runner.locked = True
         if not resume and not overwrite:
             _refuse_occupied(folder)  # by a run that has ended meanwhile
+        for number, rule in enumerate(config.pruning.rules):
+            display.say("\n".join(rule_lines(rule, number, None, runner.data.steps(config.batch_size))))
         trained = _trained(runner, resume, display, resolved)
         return finish(trained, display) if runner.writes else {}
 

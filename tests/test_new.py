@@ -1,0 +1,75 @@
+"""``pat new`` writes configs that load and run, and ``pat run`` shows the plan before the first epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from pruningawaretraining import load_config
+from pruningawaretraining.cli.main import app
+from pruningawaretraining.experiment.new_config import window
+from pruningawaretraining.experiment.schema import load_experiment
+
+DIGITS = "pruningawaretraining.experiment.models:digits_resnet"
+
+
+def pat(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "160"})
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 10, 30, 90, 300])
+def test_pruning_starts_after_a_quarter_and_leaves_epochs_to_fine_tune(epochs: int) -> None:
+    start, end = window(epochs)
+    assert 0 <= start <= end < epochs and start == epochs // 4
+    assert epochs < 3 or epochs - 1 - end >= max(1, epochs // 5)
+
+
+def test_a_new_experiment_loads_and_runs(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    made = pat("new", DIGITS, "--epochs", "2", "--input-shape", "1,1,8,8", "--out", path)
+    assert made.exit_code == 0 and made.output.strip() == str(path)
+    config = load_experiment(path)
+    (rule,) = config.pruning.rules
+    assert (config.epochs, rule.start, rule.end, rule.target.macs) == (2, 0, 0, 0.5)
+    text = path.read_text()
+    assert "#   1: conv1, 32 channels; with stages.0.0.conv1" in text
+    assert "linear: reaches an output of the model" in text
+    values = yaml.safe_load(text) | {"latency": None, "onnx": None, "dense_baseline": False, "threads": 1}
+    values["data"]["train_fraction"] = 0.2
+    path.write_text(yaml.safe_dump(values))
+    found = pat("run", path, "--out", tmp_path / "run")
+    assert found.exit_code == 0, found.output
+    assert found.output.index("channel by magnitude") < found.output.index("epoch   0/1")
+    assert "until   macs <= 0.5" in found.output
+
+
+def test_a_new_pruning_config_is_for_a_loop(tmp_path: Path) -> None:
+    path = tmp_path / "pruning.yaml"
+    assert (
+        pat("new", "resnet18", "--pruning", "--epochs", "40", "--out", path, "--input-shape", "1,3,64,64").exit_code
+        == 0
+    )
+    (rule,) = load_config(path).rules
+    assert (rule.start, rule.end, rule.multiple) == (10, 31, 8)
+    again = pat("new", "resnet18", "--pruning", "--out", path)
+    assert again.exit_code == 2 and "exists. Allowed: another file, or --overwrite" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet81",), "did you mean"),
+        ((DIGITS, "--epochs", "0"), "--epochs: 0"),
+        ((DIGITS, "--out", "a.txt"), ".yaml"),
+    ],
+)
+def test_nothing_is_written_for_bad_input(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = pat("new", *arguments)
+    assert found.exit_code == 2 and message in found.stderr
+    assert not list(tmp_path.iterdir())
