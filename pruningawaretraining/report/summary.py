@@ -1,6 +1,7 @@
 """The report of a pruner: what has been reached now, as plain data and as tables.
 
-A leaf module: it imports nothing of the library, so that the facade above and the reports below can share it.
+A leaf module: it imports nothing of the library (pictures for notebooks when they are asked for), so that the facade
+above and the reports below can share it.
 """
 
 from __future__ import annotations
@@ -109,6 +110,13 @@ class Report:
 
     def __str__(self) -> str:
         return render(self)
+
+    def _repr_html_(self) -> str:
+        """Shown by notebooks: the same with a picture of the widths."""
+        from pruningawaretraining.report.notebook import report_html
+
+        rows = [layer_row(layer) for layer in self.layers[:_LAYERS_SHOWN]]
+        return report_html(headline(self).plain, self.layers, LAYER_COLUMNS, rows)
 
 
 def headline(report: Report) -> Text:
