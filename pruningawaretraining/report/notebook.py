@@ -49,7 +49,7 @@ def report_html(
 
 
 class Curves:
-    """Numbers by epoch, drawn: ``shown = display(curves, display_id=True)``, then ``shown.update(curves)`` in each epoch.
+    """Numbers by epoch, drawn: ``shown = display(curves, display_id=True)``, then ``shown.update(curves)``.
 
     Args:
         title: alt text.
