@@ -208,7 +208,8 @@ def test_tables_are_what_the_code_says(name: str) -> None:
 
 
 def test_every_table_has_its_place() -> None:
-    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    pages = [page for page in PAGES if page.name != "reliability.md"]  # whose counts are measured
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
     assert set(re.findall(r"<!-- begin: (\w+) -->", text)) == tool("docs/make_tables.py").TABLES.keys()
 
 

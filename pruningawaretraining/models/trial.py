@@ -58,6 +58,8 @@ def _guesses(model: nn.Module) -> Iterator[Tensor]:
     """Inputs that the first layer with weights may be meant for."""
     kinds = (Conv, nn.Linear, nn.Embedding)
     first = next((module for module in model.modules() if isinstance(module, kinds)), None)
+    if isinstance(first, nn.modules.linear.NonDynamicallyQuantizableLinear):  # inside an attention, which comes first
+        return
     if isinstance(first, Conv):
         spatial = first.weight.dim() - 2
         for side in (*_declared(model), *SIDES.get(spatial, ())):
