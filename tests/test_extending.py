@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining import Pruning, register, registry
+from pruningawaretraining import Pruning, one_shot, register, registry
 from pruningawaretraining.config.options import COUPLED, Support
 from pruningawaretraining.criteria.base import Needs
-from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.patterns.channel import chosen_layers
 from pruningawaretraining.patterns.elements import build_grouping, layer_weights
 
@@ -131,3 +131,45 @@ def test_a_structural_pattern_of_ones_own_is_removed() -> None:
     model = net()
     assert pruner_of(model, pattern="wide_channel").prune(model, 0) == "removed"
     assert [one.out_features for one in model if isinstance(one, nn.Linear)] == [8, 4, 2]
+
+
+@pytest.mark.parametrize("pattern", ["slice", "column"])
+def test_slices_and_own_patterns_in_one_shot(pattern: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 6))
+    data = [(torch.randn(4, 3, 3, 3), torch.tensor([0, 1, 2, 3]))]
+    before = model[0].weight.detach().clone()
+    rule = {"pattern": pattern, "criterion": "wanda" if pattern == "slice" else "magnitude"}
+    models = one_shot(model, rule, data, nn.functional.cross_entropy, [0.25, 0.5])
+    layer = 0 if pattern == "slice" else 2
+    zeros = {sparsity: float((found[layer].weight == 0).float().mean()) for sparsity, found in models.items()}
+    assert zeros == pytest.approx({0.25: 0.25, 0.5: 0.5}, abs=0.03)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_what_an_own_piece_does_not_declare_breaks_no_other_message() -> None:
+    @dataclass(frozen=True)
+    class Bare:
+        def penalty(self, grouping: Any) -> Tensor:
+            return torch.zeros(())
+
+    register("regularizer", "bare")(Bare)
+    register("cost", "energy")(lambda name, module, macs: 2.0 * macs)
+    try:
+        with pytest.raises(
+            ConfigError, match=r"'bare' is not supported by the pattern 'channel'. Allowed: "
+        ):
+            pruner_of(net(), regularizer="bare")
+        pruner_of(net(), pattern="unstructured", regularizer="bare")
+        with pytest.raises(ConfigError, match=r"target.energi: 'energi' is not known; did you mean 'energy'"):
+            pruner_of(net(), target={"energi": 0.5})
+    finally:
+        del registry._ENTRIES["regularizer"]["bare"], registry._ENTRIES["cost"]["energy"]
+
+
+def test_the_state_of_another_pattern_is_refused() -> None:
+    model = net()
+    state = pruner_of(model, pattern="unstructured", end=3)
+    state.prune(model, 0)
+    with pytest.raises(CheckpointError, match=r"rules\[0\] had the pattern 'unstructured' and has '2:4'"):
+        pruner_of(net(), pattern="2:4").load_state_dict(state.state_dict())

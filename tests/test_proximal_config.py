@@ -163,7 +163,7 @@ def test_shared_parameters_have_several_names() -> None:
         ({(nn.Linear, "weight", "x"): ROWS}, "is not a key"),
         ({"conv.weight": 3}, "is not a mapping"),
         ({"conv.weight": {"params": []}}, "params: not allowed"),
-        ({(nn.Linear, "weight"): ROWS, "torch.nn.Linear::weight": ROWS}, "there twice"),
+        ({(nn.Linear, "weight"): ROWS, "torch.nn.Linear::weight": ROWS}, "given twice"),
         ({"conv.weight": {**ROWS, "group_type": "CoupledChannelGrouper"}}, "needs example_inputs"),
     ],
 )

@@ -103,23 +103,34 @@ def check_supported(rule: RuleOptions, defaults: Mapping[str, Any]) -> None:
             allowed = [f"target.{one}" for one in ("sparsity", *COSTS) if f"target.{one}" in support.options]
             raise ConfigError(_refusal(rule, f"target.{name}", value, ", ".join(["target.sparsity", *allowed])))
     if rule.regularizer is not None:
-        acts = lookup("regularizer", type_of("regularizer", rule.regularizer)).acts
-        if acts not in support.penalties:
-            fitting = [one for one in names("regularizer") if lookup("regularizer", one).acts in support.penalties]
+        if acts_of(type_of("regularizer", rule.regularizer)) not in support.penalties:
+            fitting = [one for one in names("regularizer") if acts_of(one) in support.penalties]
             raise ConfigError(_refusal(rule, "regularizer", rule.regularizer, ", ".join(fitting)))
     if rule.dynamic != FROZEN:
         _check_dynamic(rule, support.removable)
+
+
+def acts_of(regularizer: str) -> str:
+    """Where a registered regulariser acts: as it declares, or by the method that it has."""
+    entry = lookup("regularizer", regularizer)
+    by_method = {"prepare": "gradients", "penalty": "loss", "after_step": "weights"}
+    method = next((one for one in by_method if hasattr(entry, one)), "prepare")
+    found: str = getattr(entry, "acts", by_method[method])
+    return found
+
+
+def _goes(dynamic: Any, groups: str) -> bool:
+    """Whether a dynamic works for removable groups, or windows; one that does not say it does."""
+    return bool(getattr(dynamic, groups, True))
 
 
 def _check_dynamic(rule: RuleOptions, removable: bool) -> None:
     """Refuse a dynamic on groups that it does not work for, and options that speak of final masks."""
     entry = lookup("dynamic", type_of("dynamic", rule.dynamic))
     pattern = lookup("pattern", type_of("pattern", rule.pattern))
-    if not (entry.removable if removable else entry.windows or not hasattr(pattern, "window")):
+    if not (_goes(entry, "removable") if removable else _goes(entry, "windows") or not hasattr(pattern, "window")):
         fitting = [
-            name
-            for name in names("dynamic")
-            if (lookup("dynamic", name).removable if removable else lookup("dynamic", name).windows)
+            name for name in names("dynamic") if _goes(lookup("dynamic", name), "removable" if removable else "windows")
         ]
         raise ConfigError(
             f"dynamic: {rule.dynamic!r} is not supported by the pattern {rule.pattern!r}. Allowed: {', '.join(fitting)}"

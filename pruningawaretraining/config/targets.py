@@ -11,7 +11,7 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 from pruningawaretraining import schedules  # noqa: F401  (importing it registers the schedules)
 from pruningawaretraining.config.checks import are_sizes
 from pruningawaretraining.config.strict import Count, Fraction, Positive, Strict
-from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.registry import canonical, names
 
 COSTS = ("macs", "parameters", "peak_memory", "latency", "latency_ms", "costs")
@@ -54,6 +54,9 @@ class Target(Strict):
         own = {key: value for key, value in values.items() if key in cls.model_fields}
         more = {key: value for key, value in values.items() if key not in own}
         costs = {key: more.pop(key) for key in list(more) if key in names("cost")}
+        if more and names("cost"):
+            key = next(iter(more))
+            raise ConfigError(unknown(str(key), key, [*cls.model_fields, *names("cost")]))
         given = own.get("costs")
         if isinstance(given, Mapping):
             for name in given:

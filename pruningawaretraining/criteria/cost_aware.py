@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.base import Needs, Statistics
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.registry import build, lookup, register
@@ -66,6 +66,8 @@ class MacAware:
         alpha: weight of the importance in "sum", in [0, 1].
         beta: root of the MAC ratio in "mul", above 0.
     """
+
+    needs: ClassVar[Needs] = Needs(kinds=("channel", "block"), whole_layers=False)
 
     base: Any = "magnitude"
     mode: str = "sum"

@@ -33,6 +33,11 @@ DEFAULT_BLOCK = 64  # of criteria that have none of their own: only the work's g
 ALLOWED = 'unstructured, block ("4x1") or n_of_m ("2:4")'
 
 
+def is_weight_pattern(pattern: Any) -> bool:
+    """Whether second-order criteria can prune a pattern."""
+    return isinstance(pattern, (Unstructured, Block, NofM))
+
+
 def weight_pattern(pattern: Any, where: str = "pattern") -> WeightPattern:
     """The pattern, if second-order criteria can prune it.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pruningawaretraining.allocation.ranking import Allocator, Limits, limits_of
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.config.targets import Target
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.criteria.base import Statistics, check_kind
 from pruningawaretraining.criteria.second_order.channels import (
@@ -29,9 +30,12 @@ from pruningawaretraining.criteria.second_order.channels import (
 from pruningawaretraining.criteria.second_order.criteria import Sampling
 from pruningawaretraining.criteria.second_order.gathering import on_model, unchanged_copy
 from pruningawaretraining.criteria.second_order.gradients import Calibration, LossFn
-from pruningawaretraining.engine.compensation import WeightPruner, put, weight_pattern
+from pruningawaretraining.engine.compensation import WeightPruner, is_weight_pattern, put, weight_pattern
+from pruningawaretraining.engine.context import RemovalContext
+from pruningawaretraining.engine.engine import Engine
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.targets import Targets
+from pruningawaretraining.engine.weights import WeightGroups
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.dry_run import removable_blocks, removable_channels
@@ -103,6 +107,8 @@ def one_shot(
             f"after.compensation: {after.compensation!r} is not supported by the pattern {rule.pattern!r}. "
             "Allowed: 'none'"
         )
+    if not isinstance(criterion, Sampling) and not is_weight_pattern(pattern):
+        return _one_shot_masks(calibration, rule, pattern, criterion, wanted, after)
     pruner = WeightPruner(calibration, rule, weight_pattern(pattern), criterion)
     models = {}
     for sparsity, weights in pruner.prune(wanted).items():
@@ -110,6 +116,26 @@ def one_shot(
         put(pruned, weights)
         if after.norm_batches:
             recalibrate_norms(pruned, on_model(calibration, pruned), after.norm_batches)
+        models[sparsity] = pruned
+    return models
+
+
+def _one_shot_masks(
+    calibration: Calibration, rule: Rule, pattern: Any, criterion: Any, sparsities: Sequence[float], after: AfterPruning
+) -> dict[float, nn.Module]:
+    """Slices, and patterns of one's own: the one event of a rule, on a copy for each sparsity."""
+    models = {}
+    for sparsity in sparsities:
+        pruned = unchanged_copy(calibration.model)
+        alone = rule.model_copy(update={"target": Target(sparsity=sparsity), "start": 0, "end": None, "unit": "epoch"})
+        engine = Engine(pruned, None, WeightGroups(pruned, [("rule", alone, pattern, criterion)]), RemovalContext)
+        data = on_model(calibration, pruned)
+        engine.calibrate(data)
+        engine.prune(0)
+        for masks in engine.masks:
+            masks.clear()
+        if after.norm_batches:
+            recalibrate_norms(pruned, data, after.norm_batches)
         models[sparsity] = pruned
     return models
 

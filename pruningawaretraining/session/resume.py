@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 from pruningawaretraining.engine.state import load_into, state_of
+from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.models.hugging_face import follow_configs
+from pruningawaretraining.registry import build
 from pruningawaretraining.session.session import Session
 from pruningawaretraining.session.state import (
     VERSION,
@@ -39,6 +41,7 @@ def session_state(session: Session) -> dict[str, Any]:
 def load_session(session: Session, state: Mapping[str, Any]) -> None:
     """See :meth:`pruningawaretraining.Pruning.load_state_dict`."""
     check_version(state)
+    _check_patterns(session, state.get("config"))
     with all_or_nothing([session.model, *session.followers]) as undo:
         _warn_of_another_config(session, state.get("config"))
         steps, ended = int(state["steps"]), bool(state["ended"])
@@ -66,6 +69,30 @@ def _find_coupled(session: Session) -> None:
         session.engine.coupled = session.trace()
     else:
         _ = session.coupled
+
+
+def _check_patterns(session: Session, before: Any) -> None:
+    """Refuse the state of rules with other patterns: their masks are of other groups.
+
+    Raises:
+        CheckpointError: it names the rule and both patterns.
+    """
+    rules = before.get("rules") if isinstance(before, Mapping) else None
+    if not isinstance(rules, list):
+        return
+    for number, (mine, saved) in enumerate(zip(session.config.rules, rules, strict=False)):
+        theirs = saved.get("pattern") if isinstance(saved, Mapping) else None
+        if theirs is not None and theirs != mine.pattern and _built(theirs) != build("pattern", mine.pattern):
+            raise CheckpointError(
+                f"state: rules[{number}] had the pattern {theirs!r} and has {mine.pattern!r}. Allowed: the same pattern"
+            )
+
+
+def _built(pattern: Any) -> Any:
+    try:
+        return build("pattern", pattern)
+    except (ConfigError, TypeError):
+        return None
 
 
 def _warn_of_another_config(session: Session, before: Any) -> None:
