@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import json
 import random
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import report_fixture
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
@@ -416,7 +418,10 @@ def test_sweep_trains_the_baseline_once_and_compares(tmp_path: Path) -> None:
     from experiment_fixture import tiny
 
     config = load_experiment(tiny(epochs=3, latency=None, onnx=None))
-    runs, page = run_sweep(config, SweepOptions((1e-2, 1e-4), tmp_path / "sweep"))
+    said = io.StringIO()
+    runs, page = run_sweep(config, SweepOptions((1e-2, 1e-4), tmp_path / "sweep"), Console(file=said, width=80))
+    for number, strength in ((1, "0.01"), (2, "0.0001")):
+        assert f"run {number} of 2, strength {strength}: {tmp_path / 'sweep' / strength}" in said.getvalue()
     assert [one.name for one in runs] == ["0.01", "0.0001"] and [one.strength for one in runs] == [1e-2, 1e-4]
     dense = [{row["model"] for row in one.run.metrics} for one in runs]
     assert dense == [{"dense", "pruned"}, {"pruned"}]

@@ -217,3 +217,17 @@ def test_no_parameter_changes_behind_autograd(name: str) -> None:
         for target in targets:
             if isinstance(target, ast.Attribute) and target.attr == "data":
                 assert ast.unparse(target.value) == "self", f"{name}:{target.lineno}: {ast.unparse(target)} ="
+
+
+def test_the_citation_has_the_version() -> None:
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert f'"{found["version"]}"' in (PACKAGE / "version.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.stem
+)
+def test_issue_templates_ask_for_something(path: Path) -> None:
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert found["name"] and found["description"]
+    assert any(one.get("validations", {}).get("required") for one in found["body"])

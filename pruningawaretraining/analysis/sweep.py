@@ -54,7 +54,10 @@ def run_sweep(
         raise ConfigError(f"--reg: {list(options.strengths)} names a strength twice")
     configs = [_at(config, strength, number, options.folder) for number, strength in enumerate(options.strengths)]
     runs: list[Compared] = []
-    for one in configs:
+    for number, one in enumerate(configs, 1):
+        if console is not None:
+            text = f"run {number} of {len(configs)}, strength {options.strengths[number - 1]:g}: {one.folder()}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
         run_experiment(one, resume=options.resume, overwrite=options.overwrite, console=console)
         runs.append(_read(one.folder(), options.folder, runs[0] if runs else None))
     page = options.folder / PAGE
