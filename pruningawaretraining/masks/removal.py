@@ -69,7 +69,7 @@ def remove(
     graphs: Iterable[ExportedGraph] = (),
     surgery: Surgery | None = None,
 ) -> Surgery:
-    """Remove groups physically; the changes returned can still be undone.
+    """Remove groups physically; the changes in ``surgery``, which is returned, can still be undone.
 
     Args:
         model: changed in place.
@@ -77,7 +77,6 @@ def remove(
         keep_G: True for groups that stay.
         optimizers, followers: of the model, and averages or other copies of it; their tensors are sliced likewise.
         graphs: exported from the model; they get its new parameters, and their fake quantizers follow.
-        surgery: remembers the changes.
 
     Raises:
         ModelError: a layer would be empty, or a follower is not a copy of the model.
