@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -195,6 +196,8 @@ def _wrong_type(hint: Any, value: Any) -> str:
     """Expected kind of a value, if its type hint is simple; "" if the value is fine."""
     if hint in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
         return "a number"
+    if hint in (int, float) and not math.isfinite(value):
+        return "a finite number"
     if hint is bool and not isinstance(value, bool):
         return "true or false"
     if hint is str and not isinstance(value, str):

@@ -27,7 +27,12 @@ CASES: dict[str, dict[str, Any]] = {
     "half of the columns": {"group_type": "Dim1Grouper", "prox_type": "MinSparsityConstraint", "min_sparsity": 0.5},
     "half of all": {"group_type": "Dim0Grouper", "prox_type": "GlobalMinSparsityConstraint", "min_sparsity": 0.5},
     "2:4": {"group_type": "KElementGrouper", "k": 4, "prox_type": "NMSparseConstraint", "n_nonzero": 2},
-    "rows sloped": {"group_type": "Dim0Grouper", "prox_type": "ProxGroupLasso", "gamma_index_slope": 0.8},
+    "rows sloped": {
+        "group_type": "Dim0Grouper",
+        "prox_type": "ProxGroupLasso",
+        "gamma_index_slope": 0.8,
+        "reg_lambda": 12.0,
+    },
     "nuclear norm": {"group_type": "SVDGrouper", "prox_type": "ProxNuclearNorm", "reg_lambda": 2.0},
     "rank": {"group_type": "SVDGrouper", "prox_type": "MinRankConstraint", "min_sparsity": 0.5},
     "packed rank": {

@@ -207,7 +207,7 @@ def test_inspect_prints_groups_and_costs(tmp_path: Path) -> None:
 def test_inspect_finds_shipped_configs_and_models(name: str) -> None:
     arguments = ["--input-shape", "1,3,32,32"] if ":" in name else []
     result = pat("inspect", name, "--groups", *arguments)
-    number = 27 if "56" in name else 9
+    number = 28 if "56" in name else 10
     assert f"There are {number} groups of layers" in result.output
 
 

@@ -279,7 +279,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(application: str) -> None:
     for stop in (2, 4):
         first, again = started(), started()
         train(first, range(stop))
-        again[0].load_state_dict(first[0].state_dict())
+        again[0].load_state_dict(first[0].state_dict(), generators=True)
         again[1].load_state_dict(first[1].state_dict())
         again[3].load_state_dict(first[3].state_dict())
         train(again, range(stop, 5))

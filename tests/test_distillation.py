@@ -255,7 +255,7 @@ def test_a_resumed_run_has_its_teacher_and_projector() -> None:
     with torch.no_grad():
         again[0].weight.zero_()  # so that the teacher cannot come from the model
     again, resumed = again, Pruning(again, resumed.config, example_inputs=X[:1], optimizer=its_optimizer)
-    resumed.load_state_dict(state["pruner"])
+    resumed.load_state_dict(state["pruner"], generators=True)
     again.load_state_dict(state["model"])
     its_optimizer.load_state_dict(state["optimizer"])
     steps_of(again, resumed, its_optimizer, 5)

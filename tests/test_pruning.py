@@ -327,7 +327,7 @@ def test_state_resumes_masks_phase_and_architecture(stop: int) -> None:
     epochs(0, stop, *broken)
     states = [copy.deepcopy(part.state_dict()) for part in broken]
     model, optimizer, pruner = start()
-    pruner.load_state_dict(states[2])
+    pruner.load_state_dict(states[2], generators=True)
     model.load_state_dict(states[0])
     optimizer.load_state_dict(states[1])
     epochs(stop, 8, model, optimizer, pruner)

@@ -174,7 +174,7 @@ def test_report_prints_as_a_table_and_converts_to_plain_data() -> None:
     console.print(report)
     assert "stem[0]" in console.export_text()
     plain = report.to_dict()
-    assert list(plain) == ["phase", "sparsity", "macs", "parameters", "layers", "groups", "batch"]
+    assert list(plain) == ["phase", "sparsity", "macs", "parameters", "layers", "groups", "batch", "masked"]
     assert json.loads(json.dumps(plain)) == plain
     plain["groups"][0]["dependencies"].clear()
     assert report.groups[0]["dependencies"] == ["bn", "head"]

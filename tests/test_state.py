@@ -76,7 +76,7 @@ def through_a_file(state: Any, folder: Path) -> Any:
 def resume(config: Any, states: Any) -> Run:
     run = begin(config)
     seed_everything()
-    run[2].load_state_dict(states[2])
+    run[2].load_state_dict(states[2], generators=True)
     run[0].load_state_dict(states[0])
     run[1].load_state_dict(states[1])
     return run
@@ -181,7 +181,7 @@ def test_the_three_line_form_resumes_without_inputs_of_its_own(stop: int, tmp_pa
     epochs(broken, 0, stop)
     states = through_a_file([part.state_dict() for part in broken], tmp_path)
     run = begin_short()
-    run[2].load_state_dict(states[2])
+    run[2].load_state_dict(states[2], generators=True)
     run[0].load_state_dict(states[0])
     run[1].load_state_dict(states[1])
     epochs(run, stop, 6)
@@ -265,7 +265,7 @@ def test_a_damaged_state_changes_nothing(damage: Callable[[Any], Any], message: 
     run = trained(CONFIGS["both"], epochs)
     before = photograph(run)
     with pytest.raises(CheckpointError, match=message) as caught:
-        run[2].load_state_dict(state)
+        run[2].load_state_dict(state, generators=True)
     assert "\n" not in str(caught.value)
     assert_untouched(before, photograph(run))
     train(run, epochs, EPOCHS)

@@ -61,6 +61,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
     model = _savable(model)
     if Path(path).is_dir():
         raise CheckpointError(f"path: {str(path)!r} is a folder. Allowed: the path of a file")
+    record = summary_of(model)  # before its tensors are read: a pruner makes sure that it says what is there
     passed = passed_blocks(model)
     gone = tuple(f"{name}." for name in passed)
     state = {name: value for name, value in own_state(model).items() if not name.startswith(gone)}
@@ -73,7 +74,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
         "counted": {name: found for name, one in model.named_modules() if (found := counted_widths(one))},
         "aliases": aliases,
         "passed": passed,
-        "record": summary_of(model),
+        "record": record,
     }
     metadata = {KEY: json.dumps(description), "format": "pt"}
     return write_atomically(path, lambda temporary: write_file(tensors, temporary, metadata))

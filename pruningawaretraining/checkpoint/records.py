@@ -13,6 +13,8 @@ PRUNER_KEY = "pruner_state (make a Pruning of this model and call its state_in b
 """Name of the pruner's state in a state dict. A model without a pruner names it as unexpected: it says what to do."""
 ATTRIBUTE = "_pruning_record"
 """Where a module has its record: plain data that a copy, a moving average and a pickle take along."""
+DESCRIPTION = "_pruning_description"
+"""The same of what its pruner said last; a new pruner of the module starts from the module as it is."""
 
 
 def describe_with(model: nn.Module, describe: Callable[[], dict[str, Any]]) -> None:
@@ -30,10 +32,16 @@ def remember(model: nn.Module, record: dict[str, Any]) -> None:
     vars(model)[ATTRIBUTE] = record
 
 
+def note(model: nn.Module, description: dict[str, Any]) -> None:
+    """Keep what a pruner says of a module where copies, moving averages and pickles take it along."""
+    vars(model)[DESCRIPTION] = description
+
+
 def summary_of(model: nn.Module) -> dict[str, Any]:
-    """Sparsity, MACs, parameters and kept groups of a model, from its pruner or its file; empty without either."""
+    """What a pruner says of its model: sparsity, MACs, parameters, groups kept; or what it said of what the model is a
+    copy of; or what its file said; or nothing."""
     describe = _DESCRIBERS.get(model)
-    return describe() if describe is not None else dict(record_of(model) or {})
+    return describe() if describe is not None else dict(vars(model).get(DESCRIPTION) or record_of(model) or {})
 
 
 def own_state(model: nn.Module) -> dict[str, Tensor]:

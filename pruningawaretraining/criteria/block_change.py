@@ -15,7 +15,7 @@ from pruningawaretraining.criteria.base import Needs, Statistics
 from pruningawaretraining.distributed.collectives import totals, world_size
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.models.calling import is_probing
+from pruningawaretraining.models.calling import in_backward, is_probing
 from pruningawaretraining.models.skipped_blocks import input_of
 from pruningawaretraining.patterns.depth import is_of_blocks
 from pruningawaretraining.registry import register
@@ -99,7 +99,7 @@ class BlockChangeCollector:
 
     @torch.no_grad()
     def _see(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
-        if not (module.training or self.in_eval) or x.numel() == 0 or is_probing():
+        if not (module.training or self.in_eval) or x.numel() == 0 or is_probing() or in_backward():
             return
         dim = _channel_dim(module, x)
         change = 1.0 - functional.cosine_similarity(x.float(), y.float(), dim=dim)

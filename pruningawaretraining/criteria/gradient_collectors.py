@@ -57,6 +57,8 @@ class GradientCollector:
         self.sharded: list[Tensor] = []
         self.seen: dict[str, bool] = {}
         self.steps: Tensor = torch.zeros((), dtype=torch.int64)
+        self.offered = 0  # steps since construction, and those of them whose gradients were not finite
+        self.refused: Tensor = torch.zeros((), dtype=torch.int64)
 
     def attach(self, model: nn.Module, grouping: Grouping) -> None:
         """Nothing to hook: gradients are read before each step."""
@@ -106,6 +108,8 @@ class GradientCollector:
             self.scores = [torch.zeros_like(value, dtype=self.rule.dtype) for value in fresh]
         self.steps = self.steps.to(fine.device)
         self.steps += fine
+        self.offered += 1
+        self.refused = self.refused.to(fine.device) + ~fine
         decay = torch.where(fine, self.rule.momentum, 1.0)
         for number, value in enumerate(fresh):
             score = self.scores[number] = self.scores[number].to(value.device)
@@ -118,6 +122,10 @@ class GradientCollector:
         keys = [f"{SCORE}.{name}" if name else SCORE for name in self.names]
         seen = {f"{SEEN}.{name}": torch.tensor(True) for name in self.seen}
         return {**dict(zip(keys, self.scores, strict=True)), **seen, STEPS: self.steps}
+
+    def not_finite(self) -> tuple[int, int]:
+        """(steps whose gradients were not finite, all steps); reading it waits for the device."""
+        return int(self.refused), self.offered
 
     def restrict(self, grouping: Grouping, keep_G: Tensor) -> None:
         """Drop the scores of removed groups; the scores of single weights begin anew."""
@@ -139,6 +147,11 @@ class GradientCollector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~pruningawaretraining.criteria.base.Collector`."""
+        names, seen = state["names"], state["seen"]
+        texts = all(isinstance(one, list) and all(isinstance(each, str) for each in one) for one in (names, seen))
+        tensors = isinstance(state["scores"], list) and all(isinstance(one, Tensor) for one in state["scores"])
+        if not texts or not tensors or len(state["scores"]) != len(names):
+            raise CheckpointError("state: the scores of gradients are damaged")
         shapes = [tuple(score.shape) for score in state["scores"]]
         mine = [tuple(score.shape) for score in self.scores]
         if mine and shapes and mine != shapes:

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from pruningawaretraining.distributed.collectives import totals, world_size
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.models.calling import is_probing
+from pruningawaretraining.models.calling import in_backward, is_probing
 
 
 @dataclass
@@ -84,7 +84,7 @@ class InputHook:
         self.see = see
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self.see is not None and inputs and isinstance(inputs[0], Tensor):
+        if self.see is not None and inputs and isinstance(inputs[0], Tensor) and not in_backward():
             self.see(module, inputs[0])
 
     def __reduce__(self) -> tuple[type[InputHook], tuple[()]]:

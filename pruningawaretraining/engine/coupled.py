@@ -31,13 +31,14 @@ from pruningawaretraining.engine.coupled_rules import (
     check_schedule,
     check_sharded,
     common_dynamic,
+    norms_of_sets,
     set_of_layer,
     started_from,
 )
 from pruningawaretraining.engine.dynamics import go_back
 from pruningawaretraining.engine.per_layer import fractions_by_rule, limited
 from pruningawaretraining.engine.phases import tell_of_whole_epochs
-from pruningawaretraining.engine.rule import Decision
+from pruningawaretraining.engine.rule import Decision, check_finite
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.targets import Targets
 from pruningawaretraining.engine.uniform import uniform
@@ -59,7 +60,7 @@ class CoupledGroups:
         model: the model, dense.
         found: its groups.
         rules: (key, rule, built pattern, built criterion, names of the layers it may prune).
-        inputs, forward_fn: how to run the model.
+        inputs, forward_fn, followers: how to run the model, and moving averages of it.
 
     Attributes:
         reset_optimizer: set by a removal, for loops that build a new optimizer then and clear it.
@@ -76,8 +77,10 @@ class CoupledGroups:
         rules: Sequence[tuple[str, Rule, Any, Any, set[str]]],
         inputs: Any,
         forward_fn: ForwardFn | None = None,
+        followers: Sequence[nn.Module] = (),
     ) -> None:
         self.model, self.forward_fn, self.example = model, forward_fn, Example(inputs, model)
+        self.followers = followers
         self.found = found
         self.dense_sets = found.grouping.sets
         self.dense_per_layer = macs_per_layer(model, inputs, forward_fn)
@@ -96,13 +99,13 @@ class CoupledGroups:
         self.make_feeds()
         self.spared: frozenset[str] = frozenset()
         self.dynamic = common_dynamic(self.rules)
-        self._masks = Masks.coupled(model, found, dynamic=self.dynamic)
-        self._masks.snapshot = Snapshot.of(model, self.dynamic)
+        self.masks = Masks.coupled(model, found, dynamic=self.dynamic, followers=followers)
+        self.masks.snapshot = Snapshot.of(model, self.dynamic)
         self.reset_optimizer = False
         self.sharded = False
 
     def make_feeds(self) -> None:
-        """A new feed for every rule, which has seen nothing yet."""
+        """Give every rule a new feed."""
         for one in self.rules:
             one.feed = StatisticsFeed(one.key, one.criterion, self.model, self._grouping_of(one))
 
@@ -116,15 +119,10 @@ class CoupledGroups:
 
         return grouping_on
 
-    @property
-    def masks(self) -> Masks:
-        """The masks of all groups that are still there."""
-        return self._masks
-
     def mask_again(self, keep_G: Tensor) -> None:
         """Build the masks again, after groups or tensors have changed."""
-        masks = Masks.coupled(self.model, self.found, self.spared, self.dynamic)
-        masks.snapshot, self._masks = self._masks.snapshot, masks
+        masks = Masks.coupled(self.model, self.found, self.spared, self.dynamic, self.followers)
+        masks.snapshot, self.masks = self.masks.snapshot, masks
         masks.set(keep_G)
 
     @property
@@ -140,7 +138,7 @@ class CoupledGroups:
         Raises:
             TargetError, ConfigError: it names the target, and what can be reached.
         """
-        for one in self.rules:
+        for one in (each for each in self.rules if each.works):  # a file may meet a target already
             check_schedule(one)
             one.fractions = fractions_by_rule(one.rule, self.model, one.grouping, self.set_of_layer, one.key)
             check_caps(one, self.model)
@@ -172,6 +170,7 @@ class CoupledGroups:
     def decide(self, one: CoupledRule, now: int, calibration: Calibration | None) -> Decision:
         """The rule's next masks, and whether its target is met with them."""
         rule, taken_D = one.rule, started_from(one, self.keep_D, self.live_D)
+        check_finite(one.key, self.found.grouping.select_sets(one.sets).without_role("buffer"))
         with self.masks.dense():
             scores_R = self.scores(one, calibration)
         if rule.target.about_costs:
@@ -220,17 +219,15 @@ class CoupledGroups:
         if not one.compensates or calibration is None:
             self.mask(one, keep_R, context.optimizers)
             return
-        keep_D = self.keep_D.clone()
-        keep_D[one.groups_D] = keep_R
-        compensate(self.model, self.found.grouping, keep_D[self.live_D], calibration, one.rule.compensation)
+        keep_G = self.keep_D.index_copy(0, one.groups_D, keep_R)[self.live_D]
+        compensate(self.model, self.found.grouping, keep_G, calibration, one.rule.compensation)
         self.mask(one, keep_R, context.optimizers)
         recalibrate_norms(self.model, calibration, MAKE_UP_BATCHES)
         same_buffers(self.model)
 
     def mask(self, one: CoupledRule, keep_R: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Mask weights, gradients and optimizer state."""
-        self.keep_D = self.keep_D.clone()
-        self.keep_D[one.groups_D] = keep_R
+        self.keep_D = self.keep_D.index_copy(0, one.groups_D, keep_R)
         self.masks.set(self.keep_D[self.live_D])
         self.masks.apply_to_gradients()
         self.masks.apply_to_state(optimizers)
@@ -263,9 +260,7 @@ class CoupledGroups:
 
     def norms(self) -> dict[str, Tensor]:
         """L2 norms of the live groups by set, over output and input weights and norm weights (on the CPU)."""
-        weights = self.found.grouping.of_role("out", "in", "norm")
-        norms_G = weights.reduce_of(lambda weight: weight.float().square()).sqrt().cpu()
-        return {one.name: norms_G[one.start : one.stop] for one in self.found.grouping.sets}
+        return norms_of_sets(self.found.grouping)
 
     def keep_masks(self) -> dict[str, Tensor]:
         """Masks of the dense model's groups by set, True = keep."""
@@ -282,7 +277,12 @@ class CoupledGroups:
         for one in self.rules:
             self.targets.check_sharded(one)
             check_sharded(one, calibration)
-        keep_G, self.sharded = self.masks.keep_G, True
+        self.sharded = True
+        self.follow_tensors()
+
+    def follow_tensors(self) -> None:
+        """Take the model's parameters as they are now, by their names."""
+        keep_G = self.masks.keep_G
         self.masks.clear()
         self.found = self.found.on(self.model)
         for one in self.rules:
@@ -295,4 +295,4 @@ class CoupledGroups:
         for one in self.rules:
             one.feed.follow(keep_G[torch.isin(self.live_D, one.groups_D)])
         self.live_D = self.live_D[keep_G]
-        self._masks = Masks.coupled(self.model, self.found, self.spared, self.dynamic)
+        self.masks = Masks.coupled(self.model, self.found, self.spared, self.dynamic, self.followers)

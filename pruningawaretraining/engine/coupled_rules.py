@@ -129,6 +129,13 @@ def started_from(one: CoupledRule, keep_D: Tensor, live_D: Tensor) -> Tensor:
     return taken_D
 
 
+def norms_of_sets(grouping: Grouping) -> dict[str, Tensor]:
+    """L2 norms of the groups by set, over output and input weights and norm weights, on the CPU."""
+    weights = grouping.of_role("out", "in", "norm")
+    norms_G = weights.reduce_of(lambda weight: weight.float().square()).sqrt().cpu()
+    return {one.name: norms_G[one.start : one.stop] for one in grouping.sets}
+
+
 def set_of_layer(grouping: Grouping) -> dict[str, str]:
     """Layer -> the set that its output channels belong to."""
     found: dict[str, str] = {}

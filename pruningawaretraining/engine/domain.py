@@ -58,6 +58,9 @@ class Domain(Protocol):
     def rebind(self, calibration: Calibration | None) -> None:
         """Take the model's parameters as they are now, by their names."""
 
+    def follow_tensors(self) -> None:
+        """Take the model's parameters as they are now; the caller has looked whether they fit."""
+
     @property
     def groups(self) -> tuple[int, int]:
         """(groups of the dense model, those that are masked or removed)."""

@@ -195,9 +195,7 @@ class Engine(Observing):
                 self._remove(self._context())
 
     def _remove(self, context: RemovalContext) -> None:
-        assert self.coupled is not None
-        if remove_masked(self.coupled, context):
-            self.after_removal(context.optimizers)
+        remove_masked(self, context)
 
     def after_removal(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Groups have been removed: rules inside layers and regularisers follow."""
@@ -244,10 +242,10 @@ class Engine(Observing):
         for one in self.masks:
             one.apply()
 
-    def mask_gradients(self) -> None:
-        """Set the gradients of masked weights to 0."""
+    def mask_gradients(self, only: set[int] | None = None) -> None:
+        """Set the gradients of masked weights to 0: of the parameters with these ids, or of all."""
         for one in self.masks:
-            one.apply_to_gradients()
+            one.apply_to_gradients(only)
 
     def gradient_penalties(self) -> list[tuple[Regularizer, Tensor]]:
         """Every active regulariser of the gradients with its factors at these weights."""

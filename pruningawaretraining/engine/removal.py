@@ -6,12 +6,15 @@ Shape suffixes: ``_G`` groups that are still there.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.engine.memory import Remembered, memory
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.partial_removal import removable_part
@@ -20,15 +23,23 @@ from pruningawaretraining.models.comparison import Comparison, Outputs
 from pruningawaretraining.models.compiling import forget_compiled
 from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.masked_norms import kept_norm_of
+from pruningawaretraining.models.surgery import Surgery
 
 logger = logging.getLogger(__name__)
 
 
-def remove_masked(coupled: CoupledGroups, context: RemovalContext) -> bool:
-    """Remove the groups that are masked now, physically.
+class Removing(Remembered, Protocol):
+    """An engine, as far as a removal has to know it."""
+
+    def after_removal(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Groups have been removed: everything else follows."""
+
+
+def remove_masked(engine: Removing, context: RemovalContext) -> bool:
+    """Remove the groups that are masked now, physically: all or nothing, under an interrupt too.
 
     Args:
-        coupled: the groups.
+        engine: its groups, and what follows them.
         context: optimizers, averages and graphs that follow.
 
     Returns:
@@ -37,33 +48,70 @@ def remove_masked(coupled: CoupledGroups, context: RemovalContext) -> bool:
     Raises:
         ModelError: the removed model does not compute what the masked one did; everything is put back first.
     """
+    coupled = engine.coupled
+    if coupled is None or not _can_begin(coupled):
+        return False
+    context.before_removal()
+    surgeries: list[Surgery] = []
+    undo = memory(engine, surgeries)
+    try:
+        _remove(coupled, context, surgeries)
+        engine.after_removal(context.optimizers)
+    except BaseException:
+        undo()
+        raise
+    context.after_removal()
+    return True
+
+
+def _can_begin(coupled: CoupledGroups) -> bool:
+    """Whether there is anything to remove.
+
+    Raises:
+        ModelError: the parameters are spread, or a layer has been wrapped since its groups were found.
+    """
     if coupled.sharded:
         raise ModelError(
             "removal: fully_shard has spread the parameters. Allowed: pruner = pruner.gathered(build_model()), "
             "and fully_shard(pruner.model) again"
         )
-    keep_G = coupled.keep_D[coupled.live_D]
-    if bool(keep_G.all()):
+    if bool(coupled.keep_D[coupled.live_D].all()):
         return False
-    context.before_removal()
+    now = {id(one): name for name, one in coupled.model.named_parameters()}
+    for name, tensor in [(one.name, one.parameter) for one in coupled.masks.grouping.members]:
+        here = now.get(id(tensor))
+        if (
+            here is not None
+            and here != name
+            and name not in dict(coupled.model.named_parameters(remove_duplicate=False))
+        ):
+            raise ModelError(
+                f"{name}: it is called {here} since a layer was wrapped after the pruner was made, as an adapter does, "
+                "and cannot be sliced there. Allowed: merge the adapter into the layer, then remove"
+            )
+    return True
+
+
+def _remove(coupled: CoupledGroups, context: RemovalContext, surgeries: list[Surgery]) -> None:
+    """Remove what is masked, and go on with what is left."""
+    keep_G = coupled.keep_D[coupled.live_D]
     comparison = Comparison(coupled.model, coupled.example.inputs, coupled.forward_fn, context.graphs)
     before = comparison.outputs()
     coupled.masks.clear()
-    try:
-        part_G = _removed_part(coupled, keep_G, comparison, before, context)
-    except BaseException:
-        coupled.masks.set(keep_G)
-        raise
+    part_G = _removed_part(coupled, keep_G, comparison, before, context, surgeries)
     forget_compiled()
     coupled.follow_removal(part_G)
     coupled.masks.set(keep_G[part_G])
     coupled.reset_optimizer = True
-    context.after_removal()
-    return True
 
 
 def _removed_part(
-    coupled: CoupledGroups, keep_G: Tensor, comparison: Comparison, before: Outputs, context: RemovalContext
+    coupled: CoupledGroups,
+    keep_G: Tensor,
+    comparison: Comparison,
+    before: Outputs,
+    context: RemovalContext,
+    surgeries: list[Surgery],
 ) -> Tensor:
     """Remove all masked groups, or those of the sets that can go, and say which cannot and why.
 
@@ -71,13 +119,13 @@ def _removed_part(
         ModelError: nothing can go; the model is as it was.
     """
     try:
-        _remove_checked(coupled, keep_G, keep_G, comparison, before, context)
+        _remove_checked(coupled, keep_G, keep_G, comparison, before, context, surgeries)
     except ModelError:
         with torch.no_grad():
             part_G, reasons = removable_part(coupled.model, coupled.found, keep_G, comparison, before, context.graphs)
         if bool(part_G.all()):
             raise
-        _remove_checked(coupled, part_G, keep_G, comparison, before, context)
+        _remove_checked(coupled, part_G, keep_G, comparison, before, context, surgeries)
         for name, reason in reasons.items():
             logger.warning("%s stays masked and is not removed: %s", name, reason)
         return part_G
@@ -91,9 +139,13 @@ def _remove_checked(
     comparison: Comparison,
     before: Outputs,
     context: RemovalContext,
+    surgeries: list[Surgery],
 ) -> None:
     """Remove some groups; if the model then computes something else, put everything back."""
-    surgery = remove(coupled.model, coupled.found, part_G, context.optimizers, context.followers, context.graphs)
+    surgery = Surgery()
+    surgeries.append(surgery)
+    followers, graphs = context.followers, context.graphs
+    remove(coupled.model, coupled.found, part_G, context.optimizers, followers, graphs, surgery)
     try:
         rest = Masks.coupled(coupled.model, coupled.found.restrict(coupled.model, part_G), coupled.spared)
         rest.set(keep_G[part_G])

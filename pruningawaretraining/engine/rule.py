@@ -10,11 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.criteria.base import Criterion
+from pruningawaretraining.distributed.fsdp import local_of
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
+from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.dynamics import Dynamic, Event
 from pruningawaretraining.registry import build
@@ -171,11 +174,24 @@ class Decision:
     scores_G: Tensor | None = None
 
 
+def check_finite(key: str, grouping: Grouping) -> None:
+    """Refuse to prune weights that are not finite: no score means anything then.
+
+    Raises:
+        ModelError: it names the rule and a weight.
+    """
+    weights = {member.name: local_of(member.parameter.detach()) for member in grouping.members}
+    fine = [torch.isfinite(one).all() for one in weights.values()]
+    for name, is_fine in zip(weights, torch.stack([one.to(fine[0].device) for one in fine]).tolist(), strict=True):
+        if not is_fine:
+            raise ModelError(f"{key}: {name} is not finite: the training has diverged, and nothing is pruned")
+
+
 def warn_of_idle(rules: Iterable[ActiveRule]) -> None:
     """Say which rules never had an event, most often because the loop does not count what they count."""
     calls = {"epoch": "prune(model, epoch) counts epochs", "step": "the optimizer's steps are counted"}
     for one in rules:
-        if one.rule.aims and one.rule.mode == "prune" and one.state.event == 0:
+        if one.rule.aims and one.rule.mode == "prune" and one.state.event == 0 and one.works:
             logger.warning(
                 "%s: it never pruned: its first event is in %s %d (%s)",
                 *(one.key, one.times.counts, one.times.first, calls[one.times.counts]),

@@ -8,7 +8,7 @@ A state is read and checked as a whole before anything changes; every change can
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.dynamics import load_dynamic, state_of_dynamic
 from pruningawaretraining.engine.engine import Engine
+from pruningawaretraining.engine.memory import memory
 from pruningawaretraining.engine.rule import PHASES, RuleState
 from pruningawaretraining.engine.weight_rules import WeightRule
 from pruningawaretraining.engine.weights import WeightGroups
@@ -85,12 +86,24 @@ def _read_rule_state(values: Mapping[str, Any]) -> RuleState:
     state = RuleState(**values)
     if state.phase not in PHASES:
         raise CheckpointError(f"state: phase {state.phase!r} is not one of {', '.join(PHASES)}")
-    numbers = {name: getattr(state, name) for name in ("event", "part", "last", "waiting", "begun")}
-    for name, value in numbers.items():
-        optional = name in ("last", "waiting", "begun")
-        if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, int)):
-            raise CheckpointError(f"state: {name}: {value!r} is not a whole number")
+    for name in ("event", "part", "last", "waiting", "begun"):
+        value = getattr(state, name)
+        if not (name in ("last", "waiting", "begun") and value is None) and not _is_whole(value):
+            raise CheckpointError(f"state: {name}: {value!r} is not a whole number of 0 or more")
+    if not _is_finite(state.initial) or not 0 <= state.initial <= 1:
+        raise CheckpointError(f"state: initial: {state.initial!r} is not a fraction")
+    numbers = state.scale is None or (isinstance(state.scale, list) and all(map(_is_finite, state.scale)))
+    if not numbers or not isinstance(state.latencies, list) or not all(isinstance(x, dict) for x in state.latencies):
+        raise CheckpointError("state: scale or latencies are not lists of numbers or of measurements")
     return state
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 @dataclass(frozen=True)
@@ -129,8 +142,10 @@ def _read_coupled(coupled: CoupledGroups, state: Mapping[str, Any]) -> _Coupled:
             raise CheckpointError(f"state: the first scores of {one.key} are not those of its groups")
         if known is not None and not isinstance(known, Mapping):
             raise CheckpointError(f"state: the statistics of {one.key} are damaged")
+    if not isinstance(state["reset_optimizer"], bool) or not isinstance(state["widths"], Mapping):
+        raise CheckpointError("state: reset_optimizer or widths are not what they should be; it is damaged")
     return _Coupled(
-        keep_D, removed_D, rules, statistics, state["widths"], bool(state["reset_optimizer"]), state.get("dynamic")
+        keep_D, removed_D, rules, statistics, state["widths"], state["reset_optimizer"], state.get("dynamic")
     )
 
 
@@ -138,7 +153,14 @@ def _check_keys(weights: WeightGroups, state: Mapping[str, Any]) -> list[RuleSta
     keys = [one["key"] for one in state["rules"]]
     if keys != [one.key for one in weights.rules]:
         raise CheckpointError(f"state: it is of the rules {keys}, not of {[one.key for one in weights.rules]}")
-    return [_read_rule_state(values["state"]) for values in state["rules"]]
+    read = [_read_rule_state(values["state"]) for values in state["rules"]]
+    for one, rule_state, values in zip(weights.rules, read, state["rules"], strict=True):
+        if rule_state.first is not None:
+            raise CheckpointError(f"state: {one.key} has first scores, which only rules of channels have")
+        known = values["collector"]
+        if (known is None) != (one.feed.state_dict() is None) or not isinstance(known, (Mapping, type(None))):
+            raise CheckpointError(f"state: the statistics of {one.key} are damaged, or of another criterion")
+    return read
 
 
 def _check_masks(one: WeightRule, values: Mapping[str, Any]) -> None:
@@ -179,7 +201,7 @@ def load_into(
     finer = None if weights is None or state["elements"] is None else state["elements"]
     rules = [] if weights is None or finer is None else _check_keys(weights, finer)
     surgeries: list[Surgery] = []
-    undo.append(_memory(engine, surgeries))
+    undo.append(memory(engine, surgeries))
     engine.release()
     removed = coupled is not None and read is not None and _remove_more(engine, coupled, read, context, surgeries)
     if weights is not None and finer is not None:
@@ -236,40 +258,3 @@ def _load_rule(one: WeightRule, rule_state: RuleState, values: Mapping[str, Any]
     one.state = rule_state
     one.next_G = None if values["next"] is None else values["next"].to(device)
     one.scores_G = None if values["scores"] is None else values["scores"].to(device)
-
-
-def _memory(engine: Engine, surgeries: list[Surgery]) -> Callable[[], None]:
-    """A function that puts architecture, masks, rules and statistics back as they are now."""
-    coupled, weights = engine.coupled, engine.weights
-    names = ("found", "live_D", "keep_D", "reset_optimizer")
-    values = {} if coupled is None else {name: getattr(coupled, name) for name in names}
-    keep_G = None if coupled is None else coupled.masks.keep_G
-    rules = [] if weights is None else list(weights.rules)
-    known = [(one, replace(one.state), one.next_G, one.scores_G, one.feed.state_dict()) for one in engine.rules]
-    kept = [(one.masks.keep_G, state_of_dynamic(one.masks)) for one in rules]
-    living = None if coupled is None else state_of_dynamic(coupled.masks)
-
-    def undo() -> None:
-        engine.release()
-        for masks in engine.masks:
-            masks.clear()
-        for surgery in reversed(surgeries):
-            surgery.undo()
-        engine.penalties.forget()
-        if coupled is not None and keep_G is not None:
-            for name, value in values.items():
-                setattr(coupled, name, value)
-            coupled.make_feeds()
-            coupled.mask_again(keep_G)
-            load_dynamic(coupled.masks, living)
-        if weights is not None:
-            weights.rules[:] = rules
-            for one, (keep, dynamic) in zip(rules, kept, strict=True):
-                one.masks.set(keep)
-                load_dynamic(one.masks, dynamic, one.masks.passing)
-        for rule, rule_state, next_G, scores_G, statistics in known:
-            rule.state, rule.next_G, rule.scores_G = rule_state, next_G, scores_G
-            rule.feed.load_state_dict(statistics)
-        engine.follow_phases()
-
-    return undo

@@ -5,6 +5,7 @@ Shape suffixes: ``_G`` groups of one rule that are still there.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from pruningawaretraining.criteria.second_order.gathering import gathered
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
+
+logger = logging.getLogger(__name__)
 
 
 class StatisticsFeed:
@@ -89,6 +92,7 @@ class StatisticsFeed:
             return found
         self.collector.agree()
         known = self.collector.tensors()
+        self._tell_of_refused()
         if _has_steps(known) or (calibration is None and not required):
             return known
         if calibration is None:
@@ -97,6 +101,16 @@ class StatisticsFeed:
                 "taken yet. Allowed: a later 'start', prune() at the end of the epoch, or calibrate_with(data, loss)"
             )
         return gathered(calibration, self._grouping_on, self.criterion)[1].tensors
+
+    def _tell_of_refused(self) -> None:
+        """Warn where most steps had gradients that are not finite: losses were NaN."""
+        count = getattr(self.collector, "not_finite", None)
+        refused, offered = (0, 0) if count is None else count()
+        if 2 * refused > offered:
+            logger.warning(
+                "%s.criterion: the gradients of %d of %d steps were not finite and count for nothing",
+                *(self.key, refused, offered),
+            )
 
     def ready(self, calibration: Calibration | None) -> bool:
         """Whether the criterion can score: it needs nothing, has data to look at, or has seen a step."""

@@ -24,7 +24,7 @@ from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.dynamics import between_events, check_final, check_sharded_dynamic, go_back, heard
 from pruningawaretraining.engine.per_layer import fractions_by_rule, limited
 from pruningawaretraining.engine.phases import outside_phase, tell_of_whole_epochs, tell_what_stays
-from pruningawaretraining.engine.rule import Decision
+from pruningawaretraining.engine.rule import Decision, check_finite
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.weight_rules import WeightRule, check_phases, check_target, grouping_of, same_tensors
 from pruningawaretraining.errors import ConfigError, ModelError
@@ -48,13 +48,19 @@ class WeightGroups:
     Args:
         model: the model.
         rules: (key, rule, built pattern, built criterion) of the rules that are enabled.
-        stacked: whether a rule for channels works on the same layers.
+        stacked, followers: whether a rule for channels works on the same layers; averages of the model.
     """
 
     removable = False
 
-    def __init__(self, model: nn.Module, rules: Iterable[tuple[str, Rule, Any, Any]], stacked: bool = False) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Iterable[tuple[str, Rule, Any, Any]],
+        stacked: bool = False,
+        followers: Sequence[nn.Module] = (),
+    ) -> None:
+        self.model, self._followers = model, followers
         self.rules = [self._rule(*one, stacked) for one in rules]
         self._empty: set[tuple[str, str]] = set()  # (rule, layer) without any weight, as has been said
 
@@ -65,7 +71,7 @@ class WeightGroups:
         own = {each.name: each.name for each in grouping.sets}
         per_layer = fractions_by_rule(rule, self.model, grouping, own, key)
         tell_what_stays(self.model, key, rule, grouping)
-        masks = Masks(grouping, dynamic=build("dynamic", rule.dynamic, f"{key}.dynamic"))
+        masks = Masks(grouping, dynamic=build("dynamic", rule.dynamic, f"{key}.dynamic"), followers=self._followers)
         one = WeightRule(key, rule, pattern, criterion, grouping, masks, stacked)
         one.fractions = per_layer
         masks.choose = between_events(self.model, one)
@@ -111,6 +117,7 @@ class WeightGroups:
         """The rule's next masks; a rule of second order with data of its own moves the weights that stay as well."""
         if one.rule.mode != "prune":
             return Decision(one.masks.keep_G if one.rule.mode == "lock" else torch.ones_like(one.masks.keep_G), True)
+        check_finite(one.key, one.grouping)
         keep_G, scores_G = one.masks.keep_G, None
         for asked in one.times.asked(now, one.state.initial):
             if asked.sparsity == 0 and one.rule.min_sparsity == 0:
@@ -128,15 +135,11 @@ class WeightGroups:
         return Decision(keep_G, one.is_last(now), scores_G)
 
     def scores(self, one: WeightRule, statistics: Statistics) -> Tensor:
-        """Scores of the rule's groups.
-
-        Raises:
-            ModelError: there are NaN among them.
-        """
+        """Scores of the rule's groups; NaN among them is a ModelError."""
         scores_G = one.criterion.score(scorable(one.grouping, one.criterion), statistics)
         if bool(torch.isnan(scores_G).any()):
             raise ModelError(f"{one.key}.criterion: {one.rule.criterion!r} gives NaN: the weights are not finite")
-        return scores_G.detach().to(one.masks.keep_G.device)
+        return scores_G.detach().to(one.masks.keep_G.device, copy=True)  # what is gathered goes on changing
 
     def _allocated(self, one: WeightRule, scores_G: Tensor, statistics: Statistics, asked: Asked) -> Tensor:
         """The masks that an event asks for; what is masked stays so, and layers that it is not about are left alone."""
@@ -239,6 +242,10 @@ class WeightGroups:
                     f"{one.key}.criterion: {one.rule.criterion!r} compensates whole layers, and fully_shard has spread "
                     "them. Allowed: DistributedDataParallel, or pruning before fully_shard"
                 )
+        self.follow_tensors()
+
+    def follow_tensors(self) -> None:
+        """Take the model's parameters as they are now, by their names."""
         for one in self.rules:
             members = tuple(replace(m, parameter=self.model.get_parameter(m.name)) for m in one.grouping.members)
             one.grouping = replace(one.grouping, members=members, _cache={})
@@ -281,11 +288,3 @@ class WeightGroups:
             self.rules[number] = new
             renewed.append(new)
         return renewed
-
-    def adopt(self, keys: Iterable[str]) -> None:
-        """Rules that a loaded file has seen through: the zeros of its weights are their masks."""
-        finished = set(keys)
-        for one in self.rules:
-            if one.key in finished:
-                one.masks.set(~zero_groups(one.grouping))
-                one.state.phase, one.state.event = "finetune", 1

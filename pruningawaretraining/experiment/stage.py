@@ -50,7 +50,7 @@ class Stage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Bring a freshly built stage to where ``state`` was taken; the pruner first, for the model's architecture."""
         if self.learner.pruner is not None:
-            self.learner.pruner.load_state_dict(state["pruner"])
+            self.learner.pruner.load_state_dict(state["pruner"], generators=True)
         self.learner.model.load_state_dict(state["model"])
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.learner.precision.scaler.load_state_dict(state["scaler"])

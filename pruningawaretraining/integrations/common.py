@@ -88,7 +88,7 @@ class Attached:
         self.made.best_begins_anew = True
         self.made.state_in(plain)
         if self.state is not None:
-            self.made.load_state_dict(self.state)
+            self.made.load_state_dict(self.state, generators=True)
         else:
             hook: Any = plain.register_load_state_dict_pre_hook
             self._guard = hook(_refuse_smaller)

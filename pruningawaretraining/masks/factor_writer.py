@@ -46,11 +46,14 @@ class MaskFactors:
     def __bool__(self) -> bool:
         return bool(self.parameters)
 
-    def multiply(self) -> None:
-        """Set masked weights to 0."""
+    def multiply(self, only: set[int] | None = None) -> None:
+        """Set masked weights to 0: of the parameters with these ids, or of all."""
         self._follow()
         for parameters, factors in self._runs:
-            torch._foreach_mul_([local_of(one) for one in parameters], factors)
+            pairs = zip(parameters, factors, strict=True)
+            meant = [(local_of(one), factor) for one, factor in pairs if only is None or id(one) in only]
+            if meant:
+                torch._foreach_mul_([one for one, _ in meant], [factor for _, factor in meant])
 
     def multiply_gradients(self, only: set[int] | None = None) -> None:
         """Set the gradients of masked weights to 0.
@@ -160,19 +163,19 @@ class FactorWriter:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""
         return list({id(one): one for one in self._factors.parameters}.values())
 
-    def clear_weights(self) -> None:
+    def clear_weights(self, only: set[int] | None = None) -> None:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""
         kernels = fused.kernels()
         if kernels is not None and self._cleared and all(fused.fits(one.parameter) for one in self._cleared):
-            for one in self._cleared:
+            for one in self._cleared if only is None else [one for one in self._cleared if id(one.parameter) in only]:
                 kernels.clear(fused.as_matrix(one.parameter.detach()), one.cleared_O, one.columns)
                 torch.autograd.graph.increment_version(one.parameter)
             return
-        self._factors.multiply()
+        self._factors.multiply(only)
 
-    def clear_gradients(self) -> None:
+    def clear_gradients(self, only: set[int] | None = None) -> None:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""
-        self._factors.multiply_gradients()
+        self._factors.multiply_gradients(only)
 
     def accumulated(self, parameter: Tensor) -> None:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""

@@ -5,7 +5,7 @@ Shape suffixes: ``_G`` groups, ``_G1`` groups and one more for "outside", ``_C``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -80,3 +80,16 @@ class BlockHooks:
 
     def release(self) -> None:
         """Take every hook out; none is left once nothing is masked."""
+
+
+def hooked(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call a hook whenever a gradient has been accumulated; a frozen parameter keeps it until it trains again."""
+    frozen = not parameter.requires_grad
+    if frozen:  # autograd takes hooks of tensors that need gradients only
+        parameter.requires_grad_(True)
+    try:
+        handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    finally:
+        if frozen:
+            parameter.requires_grad_(False)
+    return handle

@@ -13,62 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.groups.lowest import counts_of
+from pruningawaretraining.masks.averages import Averages, cleared
 from pruningawaretraining.masks.dense_store import DenseStore, check_optimizer
 from pruningawaretraining.masks.dynamics import FROZEN, Dynamic
 from pruningawaretraining.masks.factor_writer import FactorWriter
-from pruningawaretraining.masks.hooks import BlockHooks, NormHooks
+from pruningawaretraining.masks.hooks import BlockHooks, NormHooks, hooked
+from pruningawaretraining.masks.protocols import Attachment, Ids, Writer
 from pruningawaretraining.masks.snapshot import Snapshot
 from pruningawaretraining.masks.view_writer import ViewWriter, kept_of_members
 from pruningawaretraining.models.optimizer_state import mask_state
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
-
-
-class Writer(Protocol):
-    """The masked entries of a grouping's parameters."""
-
-    device: torch.device
-
-    def build(self, keep_G: Tensor, kept_by_set: list[int]) -> None:
-        """Take new masks, which lie on ``device``; ``kept_by_set`` counts the groups of each set that are kept."""
-
-    def parameters(self) -> list[Tensor]:
-        """Parameters with masked entries, each once."""
-
-    def clear_weights(self) -> None:
-        """Set masked weights to exactly 0."""
-
-    def clear_gradients(self) -> None:
-        """Set the gradients of masked weights to 0."""
-
-    def accumulated(self, parameter: Tensor) -> None:
-        """A gradient has been accumulated: its masked entries go to 0, at once or by :meth:`settle`."""
-
-    def settle(self) -> None:
-        """Do what :meth:`accumulated` has left for later: gradients are about to be used."""
-
-    def factors(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """Parameters with masked entries, each with a factor that broadcasts to it: 0 where masked, 1 elsewhere."""
-
-    def masked_weights(self) -> int:
-        """How many weights are masked."""
-
-
-class Attachment(Protocol):
-    """Lets modules know which groups are masked."""
-
-    def mask(self, keep_G: Tensor, device: torch.device) -> None:
-        """Take new masks (on the CPU); ``device`` is where the masked weights lie."""
-
-    def release(self) -> None:
-        """Take every hook out."""
 
 
 class Masks:
@@ -79,6 +40,8 @@ class Masks:
         writer: holds the masked entries; by default in views of the weights, which needs consecutive slots.
         attachments: told of every change.
         dynamic: what masked weights do.
+        followers: moving averages, masked as the model is; the list may grow.
+        found: the groups with norms and blocks of which the averages' have to know, or None.
 
     Attributes:
         passing: whether gradients of masked weights pass, as these train on or their gradients are asked for.
@@ -94,14 +57,19 @@ class Masks:
         writer: Writer | None = None,
         attachments: Sequence[Attachment] = (),
         dynamic: Dynamic = FROZEN,
+        followers: Sequence[nn.Module] = (),
+        found: ChannelGroups | None = None,
     ) -> None:
         self.grouping, self.attachments, self.dynamic = grouping, list(attachments), dynamic
+        self._followers = followers
         self.store = DenseStore() if dynamic.lives else None
         self.passing, self.steps = dynamic.lives, 0
         self.choose: Callable[[], Tensor] | None = None
         self.next_G: Tensor | None = None
         self.snapshot: Snapshot | None = None
         self._writer = ViewWriter(grouping) if writer is None else writer
+        self._names = {id(member.parameter): member.name for member in grouping.members}
+        self.averages = Averages(followers, self._names, self._writer, found)
         self._keep_G = torch.ones(grouping.size, dtype=torch.bool, device=self._writer.device)
         self.kept_by_set = [one.size for one in grouping.sets]  # groups of each set that are not masked
         self._keep_on: dict[torch.device, Tensor] = {}
@@ -111,10 +79,11 @@ class Masks:
     @classmethod
     def coupled(
         cls,
-        model: torch.nn.Module,
+        model: nn.Module,
         found: ChannelGroups,
         spared: frozenset[str] = frozenset(),
         dynamic: Dynamic = FROZEN,
+        followers: Sequence[nn.Module] = (),
     ) -> Masks:
         """Masks of coupled groups; buffers are never masked, so that a norm's statistics survive.
 
@@ -123,10 +92,11 @@ class Masks:
             found: its groups, with the norms and blocks that have to know.
             spared: tensors that are not masked: those that an exported graph divides by.
             dynamic: what masked weights do.
+            followers: moving averages of the model.
         """
         grouping = found.grouping.without_role("buffer").without_tensors(spared)
         attachments = (NormHooks(model, found.norms), BlockHooks(model, found.blocks))
-        return cls(grouping, FactorWriter(grouping), attachments, dynamic)
+        return cls(grouping, FactorWriter(grouping), attachments, dynamic, followers, found)
 
     @property
     def keep_G(self) -> Tensor:
@@ -157,6 +127,8 @@ class Masks:
             for one in self.attachments:
                 one.mask(self.keep_on(torch.device("cpu")), device)
         self._close(was_open)
+        if self._followers:
+            self.averages.mask(self.keep_on(torch.device("cpu")))
 
     def exchange(self, keep_G: Tensor) -> None:
         """Take new masks that keep as many groups of every set, without counting: nothing waits for the device."""
@@ -164,16 +136,18 @@ class Masks:
         self._keep_G, self._keep_on = keep_G, {}
         self._writer.build(keep_G, self.kept_by_set)
         self._close(was_open)
+        self.averages.apply()
 
     def clear(self) -> None:
         """Forget the masks and take the hooks out; the weights stay as they are."""
         self.set(torch.ones_like(self._keep_G))
         for one in self.attachments:
             one.release()
+        self.averages.release()
 
     def on(self, grouping: Grouping) -> Masks:
         """The same masks on the same groups of other tensors, whose slots are consecutive."""
-        other, keep_G, active = Masks(grouping), self.keep_G, self.active
+        other, keep_G, active = Masks(grouping, followers=self._followers), self.keep_G, self.active
         self.clear()
         if active:
             other.set(keep_G)
@@ -230,25 +204,35 @@ class Masks:
             self.set(self.next_G)
             self.next_G = None
 
-    def after_step(self) -> None:
-        """Weights have moved: mask them, and let the dynamic act."""
+    def after_step(self, only: Ids | None = None) -> None:
+        """Weights have moved, of the parameters with these ids or any: mask them, and let the dynamic act."""
         self.steps += 1
         self.dynamic.stepped(self)
-        self.apply()
+        self.apply(only if self.store is None else None)
 
     @torch.no_grad()
-    def apply(self) -> None:
-        """Set masked weights to exactly 0; dense values that are in the weights are kept aside first."""
+    def apply(self, only: Ids | None = None) -> None:
+        """Set masked weights to exactly 0: of the parameters with these ids, or of all. Dense values that are in the
+        weights are kept aside first."""
         if self.store is not None and self.store.is_open:
             self.store.take_out()
         if self.active:
-            self._writer.clear_weights()
+            self._writer.clear_weights(only)
 
     @torch.no_grad()
-    def apply_to_gradients(self) -> None:
-        """Set the gradients of masked weights to 0, so that they enter no norm and no moving average."""
+    def restore(self) -> dict[str, int]:
+        """Set masked weights to 0, in averages too; return the names of tensors where they were not -> how many."""
+        if not self.active:
+            return {}
+        found = cleared(self._writer, self._names)
+        self.averages.apply()
+        return found
+
+    @torch.no_grad()
+    def apply_to_gradients(self, only: Ids | None = None) -> None:
+        """Set the gradients of masked weights to 0 (see :meth:`apply`), so that they enter no norm and no average."""
         if self.active and not self.passing:
-            self._writer.clear_gradients()
+            self._writer.clear_gradients(only)
 
     @torch.no_grad()
     def apply_to_state(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -265,16 +249,15 @@ class Masks:
     def _hook_gradients(self) -> None:
         """Mask gradients as they are accumulated, so that a norm taken between backward and step has none of them.
 
-        Only parameters with masked entries are hooked, and only while they have some.
+        Only parameters with masked entries are hooked, frozen ones too, and only while they have some.
         """
         for parameter in self._writer.parameters():
-            if parameter.requires_grad:
-                handle = parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
-                self._handles.append(handle)
+            self._handles.append(hooked(parameter, self._accumulated))
 
     @torch.no_grad()
     def _accumulated(self, parameter: Tensor) -> None:
-        if not self.passing:
+        # a removal by another pruner hands hooks on to what it puts in place
+        if not self.passing and id(parameter) in self._names:
             self._writer.accumulated(parameter)
 
     def _unhook(self) -> None:

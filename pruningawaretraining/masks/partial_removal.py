@@ -17,6 +17,7 @@ from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.calling import first_line
 from pruningawaretraining.models.comparison import Comparison, Outputs
 from pruningawaretraining.models.exported_graph import ExportedGraph
+from pruningawaretraining.models.surgery import Surgery
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 
 
@@ -69,11 +70,12 @@ def _problem(
     graphs: Iterable[ExportedGraph],
 ) -> str:
     """Why the model is not what it was masked once a part is removed and the rest is masked; "" if it is."""
+    surgery = Surgery()
     try:
-        surgery = remove(model, found, part_G, graphs=graphs)
-    except ModelError as error:
-        return str(error)
-    try:
+        try:
+            remove(model, found, part_G, graphs=graphs, surgery=surgery)
+        except ModelError as error:
+            return str(error)
         rest = found.restrict(model, part_G)
         masks = Masks.coupled(model, rest)
         masks.set(keep_G[part_G])

@@ -8,13 +8,14 @@ model, its optimizers and its averages as they were.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.masks.averages import copy_in
 from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.fake_quant import follow_weights
 from pruningawaretraining.models.module_widths import set_count
@@ -66,15 +67,15 @@ def remove(
     optimizers: Iterable[torch.optim.Optimizer] = (),
     followers: Iterable[nn.Module] = (),
     graphs: Iterable[ExportedGraph] = (),
+    surgery: Surgery | None = None,
 ) -> Surgery:
-    """Remove groups physically; the changes returned can still be undone.
+    """Remove groups physically; the changes in ``surgery``, which is returned, can still be undone.
 
     Args:
         model: changed in place.
         found: the model's channel groups.
         keep_G: True for groups that stay.
-        optimizers: get the new parameters; their state is sliced likewise.
-        followers: moving averages or other copies of the model, sliced likewise.
+        optimizers, followers: of the model, and averages or other copies of it; their tensors are sliced likewise.
         graphs: exported from the model; they get its new parameters, and their fake quantizers follow.
 
     Raises:
@@ -83,7 +84,7 @@ def remove(
     blocks, gone = _removed_blocks(found, keep_G)
     kept = kept_indices(found.grouping, keep_G, gone)
     bare, heads = _bare_norm_widths(model, found.norms, keep_G), _kept_heads(found.heads, keep_G)
-    surgery = Surgery()
+    surgery = surgery or Surgery()
 
     def shrink(module: nn.Module) -> tuple[Exchanged, list[nn.Parameter]]:
         exchanged = _slice_module(module, kept, bare, surgery)
@@ -94,7 +95,7 @@ def remove(
     try:
         exchanged, lost = shrink(model)
         for follower in followers:
-            shrink(_inner(follower, kept.keys() | gone))
+            shrink(copy_in(follower, kept.keys() | gone))
         for graph in graphs:
             graph.slice(model, kept, surgery)
         for optimizer in optimizers:
@@ -140,17 +141,6 @@ def _kept_counts(widths: Iterable[Width], keep_G: Tensor) -> dict[tuple[str, str
     keep_G1 = torch.cat([keep_G.cpu().bool(), torch.ones(1, dtype=torch.bool)])
     kept = {(one.module, one.attribute): keep_G1[one.groups_C.cpu()] for one in widths}
     return {place: int(keep_C.sum()) for place, keep_C in kept.items() if not bool(keep_C.all())}
-
-
-def _inner(follower: nn.Module, touched: Collection[str]) -> nn.Module:
-    """The module inside a follower that has the model's tensors under the model's names."""
-    for candidate in (follower, getattr(follower, "module", None), getattr(follower, "ema", None)):
-        if isinstance(candidate, nn.Module):
-            names = {name for name, _ in candidate.named_parameters()} | {name for name, _ in candidate.named_buffers()}
-            if names.issuperset(touched):
-                return candidate
-    one = next(iter(touched))
-    raise ModelError(f"ema: {type(follower).__name__} holds no copy of the model; {one} is missing in it")
 
 
 def _slice_module(

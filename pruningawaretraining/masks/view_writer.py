@@ -51,15 +51,17 @@ class ViewWriter:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""
         return list({id(member.parameter): member.parameter for member, _ in self._drops}.values())
 
-    def clear_weights(self) -> None:
+    def clear_weights(self, only: set[int] | None = None) -> None:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""
         for index, (member, _) in enumerate(self._drops):
-            self._fill(index, member.parameter)
+            if only is None or id(member.parameter) in only:
+                self._fill(index, member.parameter)
 
-    def clear_gradients(self) -> None:
+    def clear_gradients(self, only: set[int] | None = None) -> None:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""
         for index, (member, _) in enumerate(self._drops):
-            self._fill_gradient(index, member.parameter)
+            if only is None or id(member.parameter) in only:
+                self._fill_gradient(index, member.parameter)
 
     def accumulated(self, parameter: Tensor) -> None:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -190,7 +190,7 @@ def outputs_of(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = Non
 
 
 _LOOKS = [0]
-REJECTED = (RuntimeError, TypeError, ValueError, IndexError, AssertionError, AttributeError, NotImplementedError)
+REJECTED = (RuntimeError, TypeError, ValueError, LookupError, AssertionError, AttributeError, NotImplementedError)
 """Errors that models raise at unsuitable inputs, or without a part that they need."""
 
 
@@ -229,6 +229,8 @@ def checked_call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = N
         with _looking(), same_generators(model):
             return call(model, inputs, forward_fn)
     except REJECTED as error:
+        if is_out_of_memory(error):
+            raise
         shapes = [tuple(tensor.shape) for tensor in tensors_of(inputs)]
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
@@ -250,3 +252,22 @@ def unwrap(model: nn.Module) -> nn.Module:
     if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         inner = inner.module
     return inner if inner is model else unwrap(inner)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: a forward pass inside it repeats an earlier one (activation checkpointing),
+    and an optimizer that steps inside it has only some of the gradients."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was full: that says nothing of inputs or models."""
+    full = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(one in str(error) for one in full)
+    )
+
+
+def outside_inference() -> AbstractContextManager[object]:
+    """Inside the block tensors are made that training can use, also where the caller is in ``torch.inference_mode``."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.models.calling import ForwardFn, beside, call, same_generators
+from pruningawaretraining.models.calling import ForwardFn, beside, call, is_out_of_memory, same_generators
 from pruningawaretraining.models.fake_quant import follow_weight, is_observing
 from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor
 from pruningawaretraining.models.trees import float_tensors_of
@@ -122,6 +122,8 @@ class ExportedGraph:
                     call(_Quiet(self.graph), beside(self.graph, inputs), None if bound else forward_fn)
                 )
         except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(f"graph: it does not run on the pruner's example inputs: {reason}") from error
 

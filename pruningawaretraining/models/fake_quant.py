@@ -87,9 +87,10 @@ def follow_weights(model: nn.Module, kept: Mapping[str, Keep], surgery: Surgery)
         )
         if keep is None or not isinstance(quantizer, nn.Module):
             continue
-        exchanged.update(_slice_groups(name, module, quantizer, keep, surgery))
         if is_observing(quantizer):
             follow_weight(quantizer, keep, surgery)
+        else:
+            exchanged.update(_slice_groups(name, module, quantizer, keep, surgery))
     return exchanged
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.distributed.fsdp import local_of
+from pruningawaretraining.distributed.fsdp import is_sharded, local_of
 from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ def mark_replaced(
 
 
 def _mark(old: Tensor, replaced: tuple[nn.Parameter | None, Keep], surgery: Surgery) -> None:
+    surgery.when_undone(lambda: vars(old).pop(_REPLACED, None))
     setattr(old, _REPLACED, replaced)
-    surgery.when_undone(lambda: delattr(old, _REPLACED))
 
 
 def latest(parameter: Tensor) -> Tensor | None:
@@ -109,6 +109,12 @@ def _drop(optimizer: torch.optim.Optimizer, lost: Sequence[Tensor], gone: set[in
             surgery.drop_key(optimizer.state, parameter)
 
 
+def is_coded(value: Tensor) -> bool:
+    """Whether a state holds codes of numbers, of 8 bits or in a form of its own: 0 is a code like any other there."""
+    plain = type(value) in (Tensor, nn.Parameter) or is_sharded(value)
+    return not plain or value.dtype in (torch.uint8, torch.int8)
+
+
 def _sliced(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, keep: Keep) -> dict[str, Any]:
     state = optimizer.state[old]
     if isinstance(optimizer, torch.optim.LBFGS) or any(
@@ -119,7 +125,7 @@ def _sliced(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, keep: Ke
         return {key: _slice_state(key, value, old, keep) for key, value in state.items()}
     except _UnknownShape as error:
         logger.warning(
-            "%s: its state %s belongs to a parameter of shape %s in no known way; the parameter starts afresh",
+            "%s: its state %s cannot be sliced with a parameter of shape %s; the parameter starts afresh",
             type(optimizer).__name__, error, tuple(old.shape),
         )  # fmt: skip
         return {}
@@ -135,6 +141,8 @@ def _slice_state(key: str, value: Any, parameter: Tensor, keep: Keep) -> Any:
         return type(value)(_slice_state(key, item, parameter, keep) for item in value)
     if not isinstance(value, Tensor) or value.numel() == 1:
         return value
+    if is_coded(value):
+        raise _UnknownShape(f"{key!r} of codes ({value.dtype})")
     shape = list(parameter.shape)
     if list(value.shape) == shape:
         return slice_tensor(value, keep)
@@ -192,7 +200,7 @@ def mask_state(
             continue
         for parameter, factor in zip(parameters, factors, strict=True):
             for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                if isinstance(value, Tensor) and value.shape == parameter.shape and not is_coded(value):
                     local_of(value).mul_(factor.to(value.device))
 
 

@@ -39,29 +39,33 @@ class Surgery:
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
+    # How to undo a change is noted before it is made, and does no harm without it: an interrupt may come in between.
+
     def set_attribute(self, target: object, name: str, value: Any) -> None:
         old = getattr(target, name)
-        setattr(target, name, value)
         self._undo.append(lambda: setattr(target, name, old))
+        setattr(target, name, value)
 
     def set_item(self, target: Any, key: Any, value: Any) -> None:
         old = target[key]
-        target[key] = value
         self._undo.append(lambda: target.__setitem__(key, old))
+        target[key] = value
 
     def rename_key(self, target: Any, old_key: Any, new_key: Any, value: Any) -> None:
-        old = target.pop(old_key)
-        target[new_key] = value
+        old = target[old_key]
 
         def undo() -> None:
-            target.pop(new_key)
+            target.pop(new_key, None)
             target[old_key] = old
 
         self._undo.append(undo)
+        target.pop(old_key)
+        target[new_key] = value
 
     def drop_key(self, target: Any, key: Any) -> None:
-        old = target.pop(key)
+        old = target[key]
         self._undo.append(lambda: target.__setitem__(key, old))
+        target.pop(key)
 
     def when_undone(self, action: Callable[[], Any]) -> None:
         """Call an action on undo, after all later changes are undone."""

@@ -32,6 +32,7 @@ class Trial:
         hooked = any(one._forward_hooks or one._forward_pre_hooks for one in self.model.modules())
         guesses = [] if hooked else list(_guesses(self.model))
         self._guess = next((number for number, one in enumerate(guesses) if self._failure(one) is None), None)
+        self._before = None if self._guess is None else guesses[self._guess]
 
     @property
     def inputs(self) -> Tensor | None:
@@ -41,7 +42,10 @@ class Trial:
     def failure(self) -> str | None:
         """Why the model does not run any more; None if it does, or if it was never known to run."""
         inputs = self.inputs
-        return None if inputs is None else self._failure(inputs)
+        failure = None if inputs is None else self._failure(inputs)
+        if failure is not None and self._before is not None:  # the first layer may not be the one that reads them
+            return None if self._failure(self._before) is None else failure
+        return failure
 
     def _failure(self, inputs: Tensor) -> str | None:
         named = (*self.model.named_parameters(), *self.model.named_buffers())

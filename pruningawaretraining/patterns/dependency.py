@@ -24,7 +24,7 @@ from torch_pruning.dependency import index_mapping as mappings
 from torch_pruning.dependency import shape_infer
 
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.models.calling import ForwardFn, checked_call, differentiable, evaluating
+from pruningawaretraining.models.calling import ForwardFn, checked_call, differentiable, evaluating, is_out_of_memory
 from pruningawaretraining.models.trees import float_tensors_of
 from pruningawaretraining.patterns.coupling import (
     MIXING_OPERATIONS,
@@ -103,6 +103,8 @@ def _build_graph(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None) ->
     except ModelError:
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"model: the dependency graph of {type(model).__name__} cannot be traced: {type(error).__name__}: {error}"
         ) from error

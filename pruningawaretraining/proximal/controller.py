@@ -24,7 +24,7 @@ from pruningawaretraining.costs.macs import macs_cost, macs_per_layer
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.proximal.coupled import CoupledChannelGrouper, CoupledGrouper
 from pruningawaretraining.proximal.optimizer import PruneOptimizer, advanced
-from pruningawaretraining.proximal.options import number, whole
+from pruningawaretraining.proximal.options import gamma_key, number, whole
 from pruningawaretraining.proximal.wrapper import NEVER
 from pruningawaretraining.schedules import sparsity_at
 
@@ -154,7 +154,7 @@ class LambdaController:
         if now >= self.end or (now - self.start) % self.every == 0:
             self._adjust(groups, now)
         if self.threshold is not None and not self.done:
-            gamma = advanced(groups[0]["gamma"], groups[0]["lr"])  # at the next step
+            gamma = advanced(groups[0][gamma_key(groups[0])], groups[0]["lr"])  # at the next step
             self._set(groups, self.threshold / gamma)
 
     def _set(self, groups: list[dict[str, Any]], reg_lambda: float | Tensor) -> None:
@@ -163,7 +163,7 @@ class LambdaController:
 
     def _adjust(self, groups: list[dict[str, Any]], now: int) -> None:
         ratio_G = self.optimizer.threshold_norms(self.grouper).double().cpu()
-        gamma, reg_lambda = float(groups[0]["gamma"]), float(groups[0]["reg_lambda"])
+        gamma, reg_lambda = float(groups[0][gamma_key(groups[0])]), float(groups[0]["reg_lambda"])
         budget = self.budget(now)
         wanted = self._threshold(ratio_G, budget)
         final = now >= self.end

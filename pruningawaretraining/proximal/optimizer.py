@@ -30,6 +30,7 @@ from pruningawaretraining.proximal.latent import (
 )
 from pruningawaretraining.proximal.low_rank import Factors, SpectralGrouper
 from pruningawaretraining.proximal.metrics import Reached, measure, weight_factors, weight_sparsity
+from pruningawaretraining.proximal.options import gamma_key
 from pruningawaretraining.proximal.plans import NormPlan
 from pruningawaretraining.proximal.prox_groups import ParamGroup, Plan, Unit
 from pruningawaretraining.proximal.spectral_plan import SpectralPlan
@@ -46,7 +47,8 @@ class PruneOptimizer(Wrapper):
     A param group with a ``prox_type`` is regularised. Keys: ``group_type`` and ``prox_type`` (a short name, a dotted
     path of which the last part counts, or a class), ``reg_lambda``, ``prox_freq``, ``gamma_index_slope``, and what the
     types take: ``k``, ``num_heads``, ``npack``, ``pack_dim``, ``min_sparsity`` (with ``min_sparsity_schedule``: True
-    for the cubic ramp, or a registered schedule), ``n_nonzero``, ``score_type``, ``prox_through_heal``.
+    for the cubic ramp, or a registered schedule), ``n_nonzero``, ``score_type``, ``prox_through_heal``. Where the base
+    optimizer has such a key itself (schedule-free ones count steps in ``k``), ``prox_k`` and the like.
 
     With n steps so far: below ``warmup_steps`` the base optimizer steps alone; then every step updates the latents and
     writes their proximal image into the weights; from ``healing_start_step`` on weights that are 0 stay 0, and the
@@ -282,11 +284,12 @@ def advanced(gamma: float | Tensor, lr: float | Tensor) -> float | Tensor:
 def advance(group: ParamGroup) -> None:
     """Add a param group's learning rate to its gamma: in place where both are tensors, so that replays of a captured
     step go on from where the last one was."""
-    gamma, lr = group["gamma"], group["lr"]
+    key, lr = gamma_key(group), group["lr"]
+    gamma = group[key]
     if isinstance(gamma, Tensor) and isinstance(lr, Tensor) and gamma.device == lr.device:
         gamma.add_(wide(lr))
     else:
-        group["gamma"] = advanced(gamma, lr)
+        group[key] = advanced(gamma, lr)
 
 
 def wide(lr: Tensor) -> Tensor:

@@ -23,10 +23,31 @@ AnyGrouper: TypeAlias = Grouper | SpectralGrouper | CoupledGrouper
 GROUPERS = (Grouper, SpectralGrouper, CoupledGrouper)
 
 COMMON_KEYS = ("group_type", "prox_type", "reg_lambda", "gamma", "prox_freq", "gamma_index_slope")
+KINDS = {"group_type": "grouper", "prox_type": "prox"}
 RAMP_KEYS = ("min_sparsity_schedule", "prox_through_heal")
 FIELD_KEYS = ("k", "num_heads", "npack", "pack_dim", "min_sparsity", "n_nonzero", "score_type")
+OWN = "prox_"
+"""Before a key of FIELD_KEYS or "gamma" it makes a key that no base optimizer has: some count steps in "k"."""
 OPTION_KEYS = (*COMMON_KEYS, *RAMP_KEYS, *FIELD_KEYS)
-WATCHED_KEYS = tuple(key for key in OPTION_KEYS if key not in ("gamma", "reg_lambda"))
+OWN_NAMED = (f"{OWN}gamma", *(f"{OWN}{key}" for key in FIELD_KEYS))
+WATCHED_KEYS = (*(key for key in OPTION_KEYS if key not in ("gamma", "reg_lambda")), *OWN_NAMED[1:])
+
+
+def gamma_key(group: Mapping[str, Any]) -> str:
+    """Where a param group's gamma is."""
+    return OWN_NAMED[0] if OWN_NAMED[0] in group else "gamma"
+
+
+def without_foreign(group: Mapping[str, Any], others: Iterable[str]) -> dict[str, Any]:
+    """A param group's options by their short names, without what belongs to the base optimizer.
+
+    Args:
+        group: the param group.
+        others: keys of the base optimizer.
+    """
+    foreign = set(others)
+    view = {key: value for key, value in group.items() if key not in foreign or key not in OPTION_KEYS}
+    return view | {key: group[OWN + key] for key in FIELD_KEYS if OWN + key in group}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,17 +91,24 @@ class GroupOptions:
         return step >= warmup_steps and (step - warmup_steps) % self.prox_freq == 0
 
 
-def read_options(group: Mapping[str, Any], where: str, ramp_possible: bool) -> GroupOptions:
+def read_options(
+    group: Mapping[str, Any], where: str, ramp_possible: bool, others: Iterable[str] = (), base: str = ""
+) -> GroupOptions:
     """Build the options of a param group.
 
     Args:
         group: the param group; it is not changed.
         where: how to call it in messages.
         ramp_possible: whether a ramp has an end (a healing phase).
+        others: keys that belong to the base optimizer, which may change them at every step.
+        base: its name, for messages.
 
     Raises:
-        ConfigError: an unknown type, a missing or wrong option, or types that do not go together.
+        ConfigError: an unknown type, a missing or wrong option, a key that the base optimizer has too, or types that do
+            not go together.
     """
+    _check_collisions(group, where, others, base)
+    group = without_foreign(group, others)
     if group.get("group_type") is None:
         raise ConfigError(f"{where}.group_type: missing, but needed beside prox_type={type_name(group['prox_type'])!r}")
     grouper = built("grouper", group["group_type"], group, f"{where}.group_type", GROUPERS)
@@ -102,6 +130,22 @@ def read_options(group: Mapping[str, Any], where: str, ramp_possible: bool) -> G
         _schedule(group.get("min_sparsity_schedule"), prox, ramp_possible, f"{where}.min_sparsity_schedule"),
         _through_heal(group.get("prox_through_heal"), grouper, f"{where}.prox_through_heal"),
     )
+
+
+def _check_collisions(group: Mapping[str, Any], where: str, others: Iterable[str], base: str) -> None:
+    """Refuse options whose keys are the base optimizer's: it would read or change them."""
+    others = [key for key in others if key in OPTION_KEYS and key != "gamma"]
+    if not others:
+        return
+    texts = {key: kind for key, kind in KINDS.items() if isinstance(group.get(key), str)}
+    types = [lookup(kind, type_name(group[key]), f"{where}.{key}") for key, kind in texts.items()]
+    types += [one for key in KINDS if isinstance(one := group.get(key), type)]
+    fields = {field.name for one in types if dataclasses.is_dataclass(one) for field in dataclasses.fields(one)}
+    for key in others:
+        if key in fields and key in FIELD_KEYS and OWN + key not in group:
+            raise ConfigError(f"{where}.{key}: it is a key of {base} as well. Allowed: {OWN}{key}")
+        if key in (*COMMON_KEYS, *RAMP_KEYS):
+            raise ConfigError(f"{where}.{key}: it is a key of {base} as well; the two cannot be told apart")
 
 
 def built(kind: str, spec: Any, group: Mapping[str, Any], where: str, bases: tuple[type, ...]) -> Any:
@@ -148,7 +192,7 @@ def check_keys(group: Mapping[str, Any], others: Iterable[str], where: str) -> N
         others: keys that belong to the base optimizer.
         where: how to call the group in messages.
     """
-    known = {*OPTION_KEYS, *others, "params", "param_names"}
+    known = {*OPTION_KEYS, *OWN_NAMED, *others, "params", "param_names"}
     for key in group:
         if isinstance(key, str) and key not in known:
             close = difflib.get_close_matches(key, OPTION_KEYS, n=1, cutoff=0.85)

@@ -24,7 +24,7 @@ from pruningawaretraining.proximal.maps import (
     Scale,
     SpectralMap,
 )
-from pruningawaretraining.proximal.options import WATCHED_KEYS, GroupOptions, check_keys, read_options
+from pruningawaretraining.proximal.options import WATCHED_KEYS, GroupOptions, check_keys, gamma_key, read_options
 from pruningawaretraining.proximal.plans import CopyPlan, NormPlan, coupled_plan, grouper_plan
 from pruningawaretraining.proximal.pools import pays
 from pruningawaretraining.proximal.spectral_plan import SpectralPlan
@@ -55,7 +55,7 @@ class Unit:
     def scale(self, groups: Sequence[ParamGroup]) -> Scale:
         """``reg_lambda * gamma`` of the first param group."""
         first = groups[self.indices[0]]
-        scale: Scale = first["reg_lambda"] * first["gamma"]
+        scale: Scale = first["reg_lambda"] * first[gamma_key(first)]
         return scale
 
     def places(self, groups: Sequence[ParamGroup]) -> list[ParamSlot]:
@@ -164,18 +164,20 @@ def weight_name(group: ParamGroup, number: int, index: int) -> str:
     return str(names[index]) if names else f"param_groups[{number}].params[{index}]"
 
 
-def watched(groups: Sequence[ParamGroup]) -> list[tuple[Any, ...]]:
-    """Current options of all groups, to detect changes."""
-    return [(group.get("prox_type") is not None, *(group.get(key) for key in WATCHED_KEYS)) for group in groups]
+def watched(groups: Sequence[ParamGroup], others: Sequence[str] = ()) -> list[tuple[Any, ...]]:
+    """Current options of all groups, to detect changes; without those that are the base optimizer's."""
+    keys = [key for key in WATCHED_KEYS if key not in others]
+    return [(group.get("prox_type") is not None, *(group.get(key) for key in keys)) for group in groups]
 
 
-def build_units(groups: Sequence[ParamGroup], others: Sequence[str], ramp_possible: bool) -> list[Unit]:
+def build_units(groups: Sequence[ParamGroup], others: Sequence[str], ramp_possible: bool, base: str = "") -> list[Unit]:
     """The units of an optimizer's param groups.
 
     Args:
         groups: the param groups; those without a ``prox_type`` are not regularised.
         others: keys of the base optimizer.
         ramp_possible: whether there is a healing phase, where a ramp ends.
+        base: name of the base optimizer, for messages.
 
     Raises:
         ConfigError: an option that cannot be used; it names the group and the key.
@@ -186,7 +188,7 @@ def build_units(groups: Sequence[ParamGroup], others: Sequence[str], ramp_possib
         check_keys(group, others, f"param_groups[{number}]")
         if group.get("prox_type") is None:
             continue
-        options = read_options(group, f"param_groups[{number}]", ramp_possible)
+        options = read_options(group, f"param_groups[{number}]", ramp_possible, others, base)
         entry = shared.get(id(options.grouper)) if isinstance(options.grouper, CoupledGrouper) else None
         if entry is None:
             entry = ([number], options)

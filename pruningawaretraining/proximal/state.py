@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.proximal.latent import OWN_KEYS
+from pruningawaretraining.proximal.options import KINDS, gamma_key
 
 COUNTERS = ("num_steps", "warmup_steps", "healing_start_step")
-TYPES = {"group_type": "grouper", "prox_type": "prox"}
+TYPES = KINDS
 NameOf = Callable[[str, Any], str]
 
 
@@ -26,8 +27,8 @@ def pack_groups(
     packed = []
     for group in groups:
         named = {key: name_of(kind, group[key]) for key, kind in TYPES.items() if group.get(key) is not None}
-        gamma = group.get("gamma")
-        kept = {"gamma": gamma.clone()} if isinstance(gamma, Tensor) else {}  # steps add to it in place
+        gamma = group.get(gamma_key(group))
+        kept = {gamma_key(group): gamma.clone()} if isinstance(gamma, Tensor) else {}  # steps add to it in place
         packed.append({**group, **kept, **named, **counters})
     return packed
 

@@ -115,15 +115,15 @@ class Wrapper(Optimizer):
 
     def _refresh(self) -> None:
         """Build the units anew if a param group or one of its options has changed."""
-        groups = self.param_groups
+        groups, others = self.param_groups, [*self.base_optimizer.defaults, "initial_lr"]
         for group in groups:
             if group.get("prox_type") is not None:
                 group.setdefault("reg_lambda", self.default_lambda)
-                group.setdefault("gamma", 0.0)
-        now = watched(groups)
+                group.setdefault("prox_gamma" if "gamma" in others else "gamma", 0.0)
+        now = watched(groups, others)
         if now != self._watched:
-            others = [*self.base_optimizer.defaults, "initial_lr"]
-            self._units = build_units(groups, others, self.healing_start_step != NEVER)
+            base = type(self.base_optimizer).__name__
+            self._units = build_units(groups, others, self.healing_start_step != NEVER, base)
             self._watched = now
 
     def state_dict(self) -> dict[str, Any]:

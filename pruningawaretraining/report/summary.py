@@ -80,6 +80,7 @@ class Report:
             parameters``; any of them may be missing or None where it means nothing.
         groups: one dict a set of coupled layers: ``number, source, dependencies, size, kept``.
         batch: rows of the example inputs, which MACs are counted for.
+        masked: channels (or heads, blocks) that are masked and still in the model, in files and exports too.
     """
 
     phase: str
@@ -89,6 +90,7 @@ class Report:
     layers: Sequence[Mapping[str, Any]] = field(default_factory=list)
     groups: Sequence[Mapping[str, Any]] = field(default_factory=list)
     batch: int = 1
+    masked: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dicts and lists, owned by the caller and ready for JSON."""
@@ -100,6 +102,7 @@ class Report:
             "layers": [copy.deepcopy(dict(layer)) for layer in self.layers],
             "groups": [copy.deepcopy(dict(group)) for group in self.groups],
             "batch": self.batch,
+            "masked": self.masked,
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -120,13 +123,20 @@ class Report:
 
 
 def headline(report: Report) -> Text:
-    """Two lines: the phase with the sparsity, and MACs with parameters, dense and kept."""
+    """Two lines: the phase with the sparsity, and MACs with parameters, dense and kept; a third for what is masked."""
     text = Text()
     text.append(report.phase, style="bold")
     text.append(f"   sparsity {percent(report.sparsity)}\n")
     macs = "MACs" if report.batch == 1 else f"MACs of a batch of {report.batch}:"
     text.append("   ".join(_kept_of(macs, report.macs) + _kept_of("parameters", report.parameters)))
+    if report.masked:
+        text.append(f"\n{not_removed(report.masked)}")
     return text
+
+
+def not_removed(masked: int) -> str:
+    """What to do about channels that are masked and still there."""
+    return f"{masked} channels masked, not removed: call pruner.remove()"
 
 
 def _kept_of(label: str, count: Mapping[str, Any]) -> list[str]:

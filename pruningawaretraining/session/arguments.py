@@ -13,14 +13,16 @@ from torch import nn
 
 from pruningawaretraining.distributed.fsdp import any_sharded, check_plan
 from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.models.exported_graph import is_exported
+from pruningawaretraining.models.optimizer_state import latest
 from pruningawaretraining.models.trees import tensors_of
 from pruningawaretraining.session.averages import module_in
 
 
 def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:
-    """None, an optimizer or a list of them, as a list.
+    """None, an optimizer or a list of them, as a list of those whose steps can be hooked: for wrappers what is inside.
 
     Raises:
         ConfigError: it is something else.
@@ -28,12 +30,69 @@ def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:
     if given is None:
         return []
     several = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-    for one in several:
-        if not any(hasattr(one, name) for name in ("register_step_pre_hook", "param_groups", "optimizer")):
+    found = [(one, _hookable(one)) for one in several]
+    for one, inner in found:
+        if inner is None:
             raise ConfigError(
-                f"optimizer: {one!r} is a {type(one).__name__}. Allowed: a torch.optim.Optimizer, or several"
+                f"optimizer: {one!r} is a {type(one).__name__}. Allowed: a torch.optim.Optimizer, a wrapper of one, or "
+                "several"
             )
-    return several
+    return [inner for _, inner in found if inner is not None]
+
+
+def _hookable(one: Any, depth: int = 3) -> torch.optim.Optimizer | None:
+    """The optimizer whose step can be hooked: this one, or the one inside a wrapper, under whatever name."""
+    held = getattr(one, "__dict__", {})
+    if "_optimizer_step_pre_hooks" in held:
+        inner: torch.optim.Optimizer = one
+        return inner
+    if depth == 0:
+        return None
+    found = (_hookable(value, depth - 1) for value in held.values() if hasattr(value, "step"))
+    return next((one for one in found if one is not None), None)
+
+
+def check_own(optimizer: Any, model: nn.Module) -> None:
+    """Refuse an optimizer that holds no parameter of the model, or of what the model was before a removal.
+
+    Raises:
+        ConfigError: it trains another model, or copies of the parameters.
+    """
+    held = [one for group in getattr(optimizer, "param_groups", ()) for one in group["params"]]
+    mine = {id(one) for one in model.parameters()}
+    if held and not any(id(latest(one)) in mine for one in held):
+        raise ConfigError(
+            f"optimizer: {type(optimizer).__name__} holds no parameter of the {type(model).__name__}: it trains "
+            "another model, or copies. Allowed: an optimizer of model.parameters()"
+        )
+
+
+def nothing() -> None:
+    """Do nothing; what before_removal and after_removal are until the user gives functions."""
+
+
+def check_found_by_parameter(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, told: bool) -> None:
+    """Refuse a removal whose new parameters the user's own hooks would not find.
+
+    Args:
+        optimizers: those of the model.
+        model: hooks on its parameters may step an optimizer each, in the backward pass.
+        told: whether the user has given a function that is called after the removal.
+
+    Raises:
+        ModelError: there is one optimizer for each parameter, and nobody is told of the new ones.
+    """
+    sizes = [sum(len(group["params"]) for group in one.param_groups) for one in optimizers]
+    if told or len(sizes) < 2 or max(sizes) > 1:
+        return
+    for parameter in model.parameters():
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        if any(not isinstance(getattr(one, "__self__", None), Masks) for one in hooks.values()):
+            raise ModelError(
+                "removal: hooks step one optimizer for each parameter, and find it by the parameter, which a removal "
+                "exchanges. Allowed: pruner.after_removal = a function that makes that dict again, from "
+                "optimizer.param_groups[0]['params'][0]"
+            )
 
 
 def followers_of(given: Any) -> list[nn.Module]:

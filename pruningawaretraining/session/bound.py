@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 from torch import nn
 
+from pruningawaretraining.engine.books import StepWatch, follow_removed, settle
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.models.calling import unwrap
+from pruningawaretraining.models.calling import outside_inference, unwrap
 from pruningawaretraining.session.arguments import check_model
 from pruningawaretraining.session.optimizer_hooks import Steps
 from pruningawaretraining.session.session import Session
+from pruningawaretraining.session.takeover import AtWork
 
 
 @dataclass
@@ -33,6 +36,8 @@ class Bound:
         self.best_begins_anew = self.state_was_loaded = False
         self._known: Session | None = None
         self._says_before = False  # whether the loop calls on_before_optimizer_step
+        self._watch = StepWatch()
+        self._earlier: weakref.ref[AtWork] | None = None
 
     @property
     def _session(self) -> Session:
@@ -43,6 +48,25 @@ class Bound:
     @property
     def _steps(self) -> Steps:
         return self._session.steps
+
+    def _settle(self) -> None:
+        """See :meth:`pruningawaretraining.Pruning.apply_masks`."""
+        session = self._session
+        with outside_inference():
+            session.follow_shards()
+            settle(session.engine, session.steps.optimizers, session.sharded)
+
+    def follow_other(self) -> None:
+        """Another pruner, made later, has changed the model: masks inside layers go on with the zeros that are left."""
+        if self._known is not None:
+            follow_removed(self._known.engine)
+            self._follow_on()
+
+    def _follow_on(self) -> None:
+        """Tell the pruner before this one, if there was one."""
+        earlier = None if self._earlier is None else self._earlier()
+        if earlier is not None:
+            earlier.follow_other()
 
     def _check_same(self, model: nn.Module | None) -> None:
         own = self._session.model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ def built_rules(config: PruningConfig) -> BuiltRules:
     return BuiltRules(coupled, weights)
 
 
-def build_weights(model: nn.Module, rules: BuiltRules) -> WeightGroups | None:
+def build_weights(model: nn.Module, rules: BuiltRules, followers: Sequence[nn.Module] = ()) -> WeightGroups | None:
     """Label the weights of the rules inside layers; None without any.
 
     Raises:
@@ -84,7 +84,7 @@ def build_weights(model: nn.Module, rules: BuiltRules) -> WeightGroups | None:
     """
     if not rules.weights:
         return None
-    weights = WeightGroups(model, [one.parts for one in rules.weights], stacked=bool(rules.coupled))
+    weights = WeightGroups(model, [one.parts for one in rules.weights], bool(rules.coupled), followers)
     producers = set(producer_names(model))
     claims = [(one.key, "channel", sorted(one.chosen(model) & producers)) for one in rules.coupled]
     claims += [(one.key, one.grouping.name, [layer.name for layer in one.grouping.sets]) for one in weights.rules]
@@ -98,6 +98,7 @@ def build_coupled(
     inputs: Any,
     forward_fn: ForwardFn | None,
     trace_limit: float,
+    followers: Sequence[nn.Module] = (),
 ) -> CoupledGroups:
     """Trace a model and find the groups that can be removed from it.
 
@@ -106,6 +107,7 @@ def build_coupled(
         rules: those of removable groups.
         inputs, forward_fn: how to run the model.
         trace_limit: seconds that the search for coupled channels may take.
+        followers: moving averages of the model.
 
     Raises:
         ModelError: the inputs are rejected, or nothing can be pruned.
@@ -118,7 +120,8 @@ def build_coupled(
         found = _channels(model, chosen, union, inputs, forward_fn, trace_limit)
     for name, reason in found.skipped.items():
         logger.info("%s stays as it is: %s", name, reason)
-    coupled = CoupledGroups(model, found, [(*one.parts, layers) for one, layers in chosen], inputs, forward_fn)
+    parts = [(*one.parts, layers) for one, layers in chosen]
+    coupled = CoupledGroups(model, found, parts, inputs, forward_fn, followers)
     for rule in coupled.rules:
         check = getattr(rule.criterion, "check", None)
         if check is not None:

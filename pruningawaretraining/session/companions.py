@@ -8,6 +8,7 @@ from torch import nn
 
 from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.errors import ModelError
+from pruningawaretraining.masks.averages import HOLDERS
 from pruningawaretraining.session.arguments import followers_of, given_averages
 from pruningawaretraining.session.bound import Bound
 from pruningawaretraining.session.state_in import StateHandle, put_state_in
@@ -42,7 +43,7 @@ class Companions(Bound):
         return put_state_in(self._session.model, self)  # type: ignore[arg-type]
 
     def attach_ema(self, average: Any) -> None:
-        """Let a moving average that was made after the pruner follow removals; as with ``ema=``.
+        """Let a moving average that was made after the pruner follow masks and removals; as with ``ema=``.
 
         Args:
             average: a module, an object that has one as ``.ema`` or ``.module``, or several.
@@ -53,7 +54,7 @@ class Companions(Bound):
         """
         own = {name: one.shape for name, one in self._session.model.named_parameters()}
         for given, module in zip(given_averages(average), followers_of(average), strict=True):
-            inner = (one for one in (module, getattr(module, "module", None), getattr(module, "ema", None)))
+            inner = (module, *(getattr(module, name, None) for name in HOLDERS))
             shapes = [dict(one.named_parameters()) for one in inner if isinstance(one, nn.Module)]
             if not any(own.items() <= {name: one.shape for name, one in found.items()}.items() for found in shapes):
                 raise ModelError(
@@ -61,6 +62,8 @@ class Companions(Bound):
                     "now. Allowed: an average that is made from it, after any removal"
                 )
             self._session.averages.add(given)
+        for masks in self._session.engine.masks:
+            masks.set(masks.keep_G)
 
     def rewrap(self, wrapped: nn.Module) -> nn.Module:
         """Make a DistributedDataParallel anew with the options it has, once channels have gone.

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from pruningawaretraining.models.calling import outside_inference
 from pruningawaretraining.models.example_inputs import Example, as_inputs, one_example, without_labels
-from pruningawaretraining.models.trees import tensors_of
+from pruningawaretraining.models.trees import map_tensors, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,10 @@ class InputCapture:
         return self._example.inputs
 
     def set(self, inputs: Any) -> None:
-        """Take other inputs."""
-        self._example = Example(inputs, self.model)
+        """Take other inputs; those that were made in inference mode as copies, which training can use."""
+        with outside_inference():
+            inputs = map_tensors(lambda one: one.clone() if one.is_inference() else one, inputs)
+            self._example = Example(inputs, self.model)
 
     def watch(self) -> None:
         """Remember one example of the inputs of the next forward pass."""

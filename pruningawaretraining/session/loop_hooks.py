@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from pruningawaretraining.criteria.second_order.gradients import LossFn
 from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.models.calling import outside_inference
 from pruningawaretraining.session.arguments import epoch_of
 from pruningawaretraining.session.bound import Bound
-from pruningawaretraining.session.reporting import sparsity_of
+from pruningawaretraining.session.reporting import sparsity_of, tell_of_masked
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,9 @@ class LoopHooks(Bound):
 
     def on_train_end(self) -> None:
         """After the last epoch: nothing prunes or regularises any more; masks stay."""
+        self._settle()
         self._session.end()
+        tell_of_masked(self._session)
         logger.info("training ended: sparsity %.4f", sparsity_of(self._session))
 
     def channel_regularize(self, model: nn.Module | None = None) -> None:
@@ -141,7 +144,11 @@ class LoopHooks(Bound):
                 change the model's outputs.
         """
         self._check_same(model)
-        done = self._session.prune(None if epoch is None else epoch_of(epoch), log)
+        now = None if epoch is None else epoch_of(epoch)
+        self._settle()
+        with outside_inference():
+            done = self._session.prune(now, log)
+        self._watch.epoch(self._session.engine, 0 if now is None else now, self._steps.count)
         if done == "removed" and not self.best_begins_anew:
             self.best_begins_anew = True
             logger.warning(
@@ -152,4 +159,6 @@ class LoopHooks(Bound):
 
     def remove(self) -> None:
         """Physically remove what is masked now, whatever the schedule says; zeros inside a weight stay there."""
-        self._session.remove()
+        self._settle()
+        with outside_inference():
+            self._session.remove()

@@ -26,8 +26,8 @@ class HasApply(Protocol):
     def before_step(self, optimizer: torch.optim.Optimizer | None, closure: bool) -> None:
         """An optimizer is about to step; None for one that has stepped without hooks."""
 
-    def after_step(self) -> None:
-        """Weights have moved."""
+    def after_step(self, only: set[int] | None = None) -> None:
+        """Weights have moved: those of the parameters with these ids, or any."""
 
 
 class OptimizerEvents(Protocol):
@@ -146,11 +146,10 @@ class Steps:
         return {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take part in every step of an optimizer (of the one inside, for a wrapper without hooks of its own)."""
-        while "_optimizer_step_pre_hooks" not in vars(optimizer) and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
+        """Take part in every step of an optimizer."""
         if any(known is optimizer for known in self.optimizers):
             return
+        catch_up(optimizer)
         self._optimizers = [one for one in self._optimizers if one() is not None]
         self._optimizers.append(weakref.ref(optimizer))
         this = weakref.ref(self)
@@ -173,7 +172,6 @@ class Steps:
             return
         mine = {id(parameter) for parameter in self.model.parameters()}
         if any(id(latest(parameter)) in mine for group in optimizer.param_groups for parameter in group["params"]):
-            catch_up(optimizer)
             self.attach(optimizer)
         else:
             self._strangers.add(optimizer)
@@ -277,14 +275,14 @@ class Steps:
         self._by_hand = False
         listener = self._listener()
         if listener is not None:
-            _moved(listener)
+            _moved(listener, _parameters_of(optimizer) if len(self.optimizers) > 1 else None)
 
 
-def _moved(listener: OptimizerEvents) -> None:
-    """Weights have moved: apply masks before anything else looks at them."""
+def _moved(listener: OptimizerEvents, only: set[int] | None = None) -> None:
+    """Weights have moved (of parameters with these ids, or any): apply masks before anything else looks at them."""
     listener.on_moved()
     for one in listener.masks:
-        one.after_step()
+        one.after_step(only)
     listener.on_stepped()
 
 

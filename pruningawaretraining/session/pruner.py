@@ -98,9 +98,9 @@ class Pruner:
         """Everything that a resumed run needs beside the weights."""
         return {"epoch": self.epoch, "pruning": self.pruning.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], generators: bool = False) -> None:
         """See :meth:`Pruning.load_state_dict`."""
         if not isinstance(state, Mapping) or not {"epoch", "pruning"} <= state.keys():
             raise CheckpointError("state: it is not from Pruner.state_dict(); that of Pruning is another")
-        self.pruning.load_state_dict(state["pruning"])
+        self.pruning.load_state_dict(state["pruning"], generators)
         self.epoch = int(state["epoch"])

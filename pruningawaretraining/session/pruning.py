@@ -4,39 +4,42 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pruningawaretraining.checkpoint.records import describe_with
+from pruningawaretraining.checkpoint.records import describe_with, note
 from pruningawaretraining.config.dialects.intel_update import updated
 from pruningawaretraining.config.load import load_config
 from pruningawaretraining.config.schema import PruningConfig
+from pruningawaretraining.engine.books import tensors_of
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.engine import Engine
-from pruningawaretraining.engine.removal import spare
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.models.calling import ForwardFn, unwrap
-from pruningawaretraining.models.exported_graph import ExportedGraph
+from pruningawaretraining.masks.averages import copy_in
+from pruningawaretraining.models.calling import ForwardFn, outside_inference, unwrap
+from pruningawaretraining.models.copies import watch_copies
 from pruningawaretraining.models.fake_quant import without_zero
 from pruningawaretraining.session.arguments import (
     Given,
+    check_found_by_parameter,
     check_given,
     check_prunable,
     followers_of,
     given_averages,
+    nothing,
     optimizers_of,
     weak_call,
 )
 from pruningawaretraining.session.bound import NoChannels
 from pruningawaretraining.session.companions import Companions
+from pruningawaretraining.session.connections import Connections
 from pruningawaretraining.session.gathering import copy_whole
 from pruningawaretraining.session.loop_hooks import Log, LoopHooks
-from pruningawaretraining.session.reporting import Macs
+from pruningawaretraining.session.reporting import Macs, tell_of_copies, tell_of_masked
 from pruningawaretraining.session.results import Results
 from pruningawaretraining.session.resume import load_session, session_state
 from pruningawaretraining.session.session import Session
@@ -49,7 +52,7 @@ Source = str | Path | Mapping[str, Any] | PruningConfig
 __all__ = ["Log", "Macs", "NoChannels", "Pruning", "Source"]
 
 
-class Pruning(LoopHooks, Companions, Results):
+class Pruning(LoopHooks, Companions, Connections, Results):
     """Prunes a model while it trains.
 
     Args:
@@ -101,8 +104,8 @@ class Pruning(LoopHooks, Companions, Results):
         super().__init__()
         self._described: dict[str, Any] = {}  # what save_pruned writes once this pruner is gone
         self._no_channels = NoChannels()
-        self.before_removal: Callable[[], None] = lambda: None
-        self.after_removal: Callable[[], None] = lambda: None
+        self.before_removal: Callable[[], None] = nothing
+        self.after_removal: Callable[[], None] = nothing
         if isinstance(model, nn.Module):
             self.model = model
         for one in optimizers:
@@ -126,24 +129,39 @@ class Pruning(LoopHooks, Companions, Results):
             return
         check_prunable(model)
         plain = unwrap(model)
-        take_over(plain, self)
+        self._earlier = take_over(plain, self)
         this, last = weakref.ref(self), self._described
         self._known = Session(plain, self._config, self._given)
+        self._copies = watch_copies(plain)
         for name in without_zero(plain):
             logger.warning(
                 "%s: its fake quantizer does not keep zeros: what is masked has an influence until it is removed", name
             )
-        describe_with(plain, lambda: dict(last) if (pruner := this()) is None else pruner.describe())
+        describe_with(plain, lambda: dict(last) if (pruner := this()) is None else pruner._describe_for_file())
 
-    def _before_removal(self) -> None:
-        self.before_removal()
+    def _describe_for_file(self) -> dict[str, Any]:
+        described = self.describe()
+        tell_of_masked(self._session)
+        return described
 
     def _after_removal(self) -> None:
+        if self._known is not None:  # else the pruner is being made, and nobody can know of it
+            self._follow_on()
+            tell_of_copies(self._copies, self._known)
         self.after_removal()
 
-    def _note(self) -> None:
+    def _before_removal(self) -> None:
         if self._known is not None:
-            self._described.update(self.describe())
+            check_found_by_parameter(self._steps.optimizers, self.model, told=self.after_removal is not nothing)
+        self.before_removal()
+
+    def _note(self) -> None:
+        if self._known is None:
+            return
+        self._described.update(self.describe())
+        names = {name for masks in self._known.engine.masks for name, _ in tensors_of(masks)}
+        for one in (self._known.model, *(copy_in(each, names) for each in self._known.followers)):
+            note(one, dict(self._described))
 
     @property
     def config(self) -> PruningConfig:
@@ -203,38 +221,6 @@ class Pruning(LoopHooks, Companions, Results):
         if self._known is not None:
             self._known.change_config(self._config, distill=self._config.distillation != before.distillation)
 
-    # --- optimizers, wrappers and graphs ------------------------------------------------------------------------
-
-    @property
-    def steps(self) -> int:
-        """How many real optimizer steps there have been; reading it waits for the device."""
-        return self._steps.count
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let masks and regularisers act in every step of an optimizer, and let a removal keep its state."""
-        for one in optimizers_of(optimizer):
-            self._steps.attach(one)
-
-    def follow(self, graph: nn.Module) -> None:
-        """Let a graph that was exported from the model, and prepared for quantization-aware training, be pruned too.
-
-        The graph is trained and the pruner looks at the model: both have the same parameters. Masks hold in the graph,
-        and a removal slices its fake quantizers as well.
-
-        Args:
-            graph: what ``torch.export.export(model, inputs).module()`` gives, prepared by a quantizer or not.
-
-        Raises:
-            ModelError: it is no such graph, was exported from another model or copied, does not run on the example
-                inputs, or has a norm over channels that may be masked.
-        """
-        graphs = self._session.graphs
-        if not any(known.graph is graph for known in graphs):
-            one = ExportedGraph(self.model, graph)
-            if self._session.prunes_coupled:
-                spare(self._session.coupled, one)
-            graphs.append(one)
-
     def gathered(self, model: nn.Module) -> Pruning:
         """The pruned model whole on every process, after a training under ``fully_shard``: its channels are removed.
 
@@ -259,15 +245,6 @@ class Pruning(LoopHooks, Companions, Results):
             pruner.remove()
         return pruner
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Optimizer steps inside the block are no training steps: some tools take one to make an optimizer's state."""
-        self._steps.paused = True
-        try:
-            yield
-        finally:
-            self._steps.paused = False
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs beside the weights: tensors and plain data.
 
@@ -276,13 +253,19 @@ class Pruning(LoopHooks, Companions, Results):
         """
         return session_state(self._session)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], generators: bool = False) -> None:
         """Bring a freshly built dense model to a checkpoint's architecture and masks; load the weights after it.
 
-        Random generators are put back as well. A state may be loaded again, or one that is further on.
+        A state may be loaded again, or one that is further on.
+
+        Args:
+            state: of :meth:`state_dict`.
+            generators: whether the random generators of PyTorch, NumPy and Python go back to where they were, so that a
+                run that is resumed ends as one that was not interrupted; they belong to the whole program.
 
         Raises:
             CheckpointError: the state is damaged, or of another model, or this model has lost channels that it still
                 has; model, optimizers and masks are as they were.
         """
-        load_session(self._session, state)
+        with outside_inference():
+            load_session(self._session, state, generators)

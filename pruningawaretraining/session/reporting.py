@@ -5,6 +5,7 @@ Shape suffixes: ``_G1`` groups and one more for "outside".
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 
 from pruningawaretraining.costs.macs import count_macs
 from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.models.copies import CopyWatch
 from pruningawaretraining.models.example_inputs import batch_of
 from pruningawaretraining.models.widths import conv_linear_widths
-from pruningawaretraining.report.summary import Report
+from pruningawaretraining.report.summary import Report, not_removed
+from pruningawaretraining.session.continuing import channels_of, goals_of
 from pruningawaretraining.session.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,9 @@ def sparsity_of(session: Session) -> float:
     for domain in session.engine.domains:
         groups, masked = domain.groups
         gone: float = masked
-        if domain is session.engine.coupled and session.record and not session.engine.coupled.removed:
-            gone = max(gone, float(session.record["sparsity"]) * groups)
+        if domain is session.engine.coupled and session.record:
+            dense, here = channels_of(session.engine.coupled, None, session.record)
+            groups, gone = round(groups * dense / here), masked + groups * (dense - here) / here
         counts.append((groups, gone))
     total = sum(groups for groups, _ in counts)
     return sum(gone for _, gone in counts) / total if total else 0.0
@@ -119,7 +125,24 @@ def report_of(session: Session) -> Report:
         layers=_plain_rows(session.model, _plain_macs(session)) if coupled is None else _layer_rows(coupled),
         groups=sets_of(session),
         batch=batch_of(session.inputs),
+        masked=masked_of(session),
     )
+
+
+def masked_of(session: Session) -> int:
+    """How many channels, or heads or blocks, are masked and still in the model."""
+    coupled = session.engine.coupled
+    if coupled is None or not coupled.masks.active:
+        return 0
+    keep_G = coupled.keep_D[coupled.live_D]
+    return sum(int((~keep_G[one.start : one.stop]).sum()) * one.width for one in coupled.found.grouping.sets)
+
+
+def tell_of_masked(session: Session) -> None:
+    """Warn of channels that are masked and not removed: a file of the model is as large as a dense one's."""
+    masked = masked_of(session)
+    if masked:
+        logger.warning("%s", not_removed(masked))
 
 
 def description_of(session: Session) -> dict[str, Any]:
@@ -127,15 +150,32 @@ def description_of(session: Session) -> dict[str, Any]:
     if not session.engine.domains:
         return dict(session.record or {})
     report = report_of(session)
+    sizes = {name: int(size) for name, (size, _) in ((session.record or {}).get("groups") or {}).items()}
+    rules = [(one.key, one.rule) for one in (*session.rules.coupled, *session.rules.weights)]
     return {
         "phase": report.phase,
         "sparsity": report.sparsity,
         "macs": report.macs["dense"],
         "kept_macs": report.macs["kept"],
         "parameters": report.parameters["dense"],
-        "groups": {row["source"]: [row["size"], row["kept"]] for row in report.groups},
+        "groups": {
+            row["source"]: [max(sizes.get(row["source"], 0), row["size"]), row["kept"]] for row in report.groups
+        },
         "elements": [] if session.engine.weights is None else session.engine.weights.finished,
+        "rules": goals_of(rules, {one.key: one.state.phase == "finetune" for one in session.engine.rules}),
     }
+
+
+def tell_of_copies(copies: CopyWatch, session: Session) -> None:
+    """Warn of copies of the model that a removal has left behind: one of them may be a forgotten average."""
+    teacher = None if session.distiller is None else session.distiller.teacher
+    left = [one for one in copies.unlike(session.model) if one is not teacher]
+    if left:
+        logger.warning(
+            "%d %s of the model made since the pruner %s all channels still. If one is a moving average, give it "
+            "before the removal: ema=, or pruner.attach_ema(average)",
+            *(len(left), *(("copy", "has") if len(left) == 1 else ("copies", "have"))),
+        )
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------

@@ -56,8 +56,10 @@ class Results(Bound):
 
     def report(self) -> Report:
         """A report of each layer and the whole model; prints as a table, has ``to_dict()``."""
+        self._settle()
         return reporting.report_of(self._session)
 
     def describe(self) -> dict[str, Any]:
         """Everything that ``save_pruned`` writes beside the tensors: phase, sparsity, MACs, parameters and widths."""
+        self._settle()
         return reporting.description_of(self._session)

@@ -38,13 +38,15 @@ def session_state(session: Session) -> dict[str, Any]:
     }
 
 
-def load_session(session: Session, state: Mapping[str, Any]) -> None:
+def load_session(session: Session, state: Mapping[str, Any], generators: bool = False) -> None:
     """See :meth:`pruningawaretraining.Pruning.load_state_dict`."""
     check_version(state)
     _check_patterns(session, state.get("config"))
     with all_or_nothing([session.model, *session.followers]) as undo:
         _warn_of_another_config(session, state.get("config"))
-        steps, ended = int(state["steps"]), bool(state["ended"])
+        steps, ended = _whole(state, "steps"), state["ended"]
+        if not isinstance(ended, bool):
+            raise CheckpointError(f"state: ended: {ended!r} is not true or false")
         if session.inputs is None and state["inputs"] is not None:
             session.capture.set(state["inputs"])
         if state["channels"] is not None:
@@ -53,13 +55,21 @@ def load_session(session: Session, state: Mapping[str, Any]) -> None:
         if session.distiller is not None and state.get("distillation") is not None:
             undo.append(partial(session.distiller.load_state_dict, session.distiller.state_dict()))
             session.distiller.load_state_dict(state["distillation"])
-        set_rng_state(state["rng"])
+        if generators:
+            set_rng_state(state["rng"])
     if removed:
         follow_configs(session.model)
     session.steps.count, session.ended = steps, ended
     session.begun = session.begun or steps > 0
     if removed:
         session.follow_removal()
+
+
+def _whole(state: Mapping[str, Any], key: str) -> int:
+    value = state[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
+        raise CheckpointError(f"state: {key}: {str(value)[:80]} is not a whole number of 0 or more")
+    return value
 
 
 def _find_coupled(session: Session) -> None:

@@ -26,6 +26,7 @@ from pruningawaretraining.session.arguments import Given, weak_call
 from pruningawaretraining.session.averages import Averages
 from pruningawaretraining.session.build import BuiltRules, build_coupled, build_weights, built_rules, inputs_of
 from pruningawaretraining.session.by_hand import keep_without
+from pruningawaretraining.session.continuing import continue_coupled, continue_weights
 from pruningawaretraining.session.counted_macs import CountedMacs
 from pruningawaretraining.session.distillation import Distiller
 from pruningawaretraining.session.epochs import check_missing, warn_of_late
@@ -83,11 +84,11 @@ class Session(StepEvents):
         for masks in self.engine.masks:
             masks.clear()
         self.rules = built_rules(self.config)
-        weights = None if self.config.infer else build_weights(self.model, self.rules)
+        weights = None if self.config.infer else build_weights(self.model, self.rules, self.followers)
         self.engine = Engine(self.model, None, weights, self._weak_context)
         self._hand_calibration()
         if weights is not None:
-            weights.adopt((self.record or {}).get("elements", ()))
+            continue_weights(weights, self.record or {})
         self.engine.listen()
         if self.inputs is not None:
             self.find_coupled()
@@ -113,11 +114,9 @@ class Session(StepEvents):
         if not self.rules.coupled or self.config.infer:
             return
         coupled = self.trace()
-        if self.loaded_pruned:
-            for one in coupled.rules:
-                one.state.phase = "finetune"
-        else:
-            coupled.check_targets()
+        if self.record:
+            continue_coupled(coupled, self.record)
+        coupled.check_targets()
         self.engine.coupled = coupled
         self.count_epochs(self.steps_per_epoch)
         self._hand_calibration()
@@ -132,7 +131,8 @@ class Session(StepEvents):
 
     def trace(self) -> CoupledGroups:
         """The groups that can be removed from the model as it is; nothing acts on them yet."""
-        return build_coupled(self.model, self.rules.coupled, self.inputs, self.forward_fn, self.config.trace_limit)
+        limit, followers = self.config.trace_limit, self.followers
+        return build_coupled(self.model, self.rules.coupled, self.inputs, self.forward_fn, limit, followers)
 
     @property
     def coupled(self) -> CoupledGroups:

@@ -16,6 +16,8 @@ from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.files import BROKEN
 
 VERSION = 1
+LONGEST = 450
+"""Characters of a message."""
 PLAIN = (Tensor, str, int, float, bool, type(None))
 
 
@@ -105,7 +107,15 @@ def all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[list[Callable[[], N
         with torch.no_grad():
             for tensor, values in backup:
                 tensor.copy_(values)
-        if isinstance(error, CheckpointError) or not isinstance(error, BROKEN):
+        if not isinstance(error, BROKEN):
             raise
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
-        raise CheckpointError(f"state: it is damaged, or of another run: {' '.join(what.split())}") from error
+        if not isinstance(error, CheckpointError):
+            what = f"state: it is damaged, or of another run: {what}"
+        raise CheckpointError(_in_a_line(what)) from error
+
+
+def _in_a_line(text: str) -> str:
+    """A message that may show a value of the state, which may be a tensor, in one line of bounded length."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."

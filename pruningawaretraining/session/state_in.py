@@ -27,7 +27,7 @@ class HasState(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any], generators: bool = False) -> None: ...
 
     state_was_loaded: bool
 
@@ -144,7 +144,7 @@ def _read(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -
     pruner = _alive(module)
     if data is None or pruner is None:
         return
-    pruner.load_state_dict(unpacked(data))
+    pruner.load_state_dict(unpacked(data), generators=True)
     pruner.state_was_loaded = True
     for wrapped in wrappers_of(module):
         rewrap_in_place(wrapped)

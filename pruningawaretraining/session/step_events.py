@@ -11,6 +11,7 @@ from torch import Tensor
 from pruningawaretraining.engine.engine import Engine
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.penalties import Regularizer
+from pruningawaretraining.models.calling import in_backward
 from pruningawaretraining.session.averages import Averages
 from pruningawaretraining.session.optimizer_hooks import Steps
 
@@ -57,8 +58,8 @@ class StepEvents(ABC):
                 self._penalties = self.engine.gradient_penalties()
         for ready, factor_G in self._penalties:
             ready.add(factor_G * scale, only)
-        if self.sharded:  # such gradients are not accumulated where they could be masked before
-            self.engine.mask_gradients()
+        if self.sharded or in_backward():  # such gradients are not accumulated where they could be masked before
+            self.engine.mask_gradients(only)
 
     @property
     def masks(self) -> list[Masks]:

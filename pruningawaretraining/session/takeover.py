@@ -27,12 +27,17 @@ class AtWork(Protocol):
 
     def on_train_end(self) -> None: ...
 
+    def follow_other(self) -> None: ...
+
 
 _PRUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AtWork]] = weakref.WeakKeyDictionary()
 
 
-def take_over(model: nn.Module, pruner: AtWork) -> None:
+def take_over(model: nn.Module, pruner: AtWork) -> weakref.ref[AtWork] | None:
     """Be the pruner of a model: an earlier one that has not begun yet retires, as after a notebook's second run.
+
+    Returns:
+        The earlier one, if there is one: what it has masked stays so.
 
     Raises:
         ModelError: the earlier one is at work.
@@ -48,3 +53,4 @@ def take_over(model: nn.Module, pruner: AtWork) -> None:
         earlier.on_train_end()
         logger.warning("model: a Pruning that was made for it before is retired: it had not begun")
     _PRUNERS[model] = weakref.ref(pruner)
+    return known

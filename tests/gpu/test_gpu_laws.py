@@ -115,7 +115,7 @@ def trained(device: torch.device, state: bytes | None, first: int, last: int) ->
     pruner = Pruning(model, {"rules": [{**RULE, "criterion": "taylor"}]}, example_inputs=images[:1])
     saved = None if state is None else torch.load(io.BytesIO(state), weights_only=True)
     if saved is not None:
-        pruner.load_state_dict(saved["pruner"])
+        pruner.load_state_dict(saved["pruner"], generators=True)
         model.load_state_dict(saved["model"])
     optimizer = sgd(model.parameters())
     pruner.attach(optimizer)

@@ -1,0 +1,82 @@
+"""What an engine is at one moment, to go back to if a change fails or is interrupted in the middle.
+
+Shape suffixes: ``_G`` groups that are still there or of one rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.engine.dynamics import load_dynamic, state_of_dynamic
+from pruningawaretraining.engine.penalties import ActivePenalties
+from pruningawaretraining.engine.rule import ActiveRule
+from pruningawaretraining.engine.weights import WeightGroups
+from pruningawaretraining.masks.masks import Masks
+from pruningawaretraining.models.surgery import Surgery
+
+
+class Remembered(Protocol):
+    """An engine, as far as its memory has to know it."""
+
+    coupled: CoupledGroups | None
+    weights: WeightGroups | None
+    penalties: ActivePenalties
+
+    @property
+    def rules(self) -> Sequence[ActiveRule]:
+        """All rules."""
+
+    @property
+    def masks(self) -> Sequence[Masks]:
+        """Every mask that acts in a step."""
+
+    def release(self) -> None:
+        """Take the hooks of every criterion out."""
+
+    def follow_phases(self) -> None:
+        """Let each criterion follow the training while its rule needs it."""
+
+
+def memory(engine: Remembered, surgeries: list[Surgery]) -> Callable[[], None]:
+    """Return a function that puts architecture, masks, rules and statistics back as they are now.
+
+    Args:
+        engine: what may change.
+        surgeries: changes of the model and what follows it, made from here on; undone as well.
+    """
+    coupled, weights = engine.coupled, engine.weights
+    names = ("found", "live_D", "keep_D", "reset_optimizer")
+    values = {} if coupled is None else {name: getattr(coupled, name) for name in names}
+    keep_G = None if coupled is None else coupled.masks.keep_G
+    rules = [] if weights is None else list(weights.rules)
+    known = [(one, replace(one.state), one.next_G, one.scores_G, one.feed.state_dict()) for one in engine.rules]
+    kept = [(one.masks.keep_G, state_of_dynamic(one.masks)) for one in rules]
+    living = None if coupled is None else state_of_dynamic(coupled.masks)
+
+    def undo() -> None:
+        engine.release()
+        for masks in engine.masks:
+            masks.clear()
+        for surgery in reversed(surgeries):
+            surgery.undo()
+        engine.penalties.forget()
+        if coupled is not None and keep_G is not None:
+            for name, value in values.items():
+                setattr(coupled, name, value)
+            coupled.make_feeds()
+            coupled.mask_again(keep_G)
+            load_dynamic(coupled.masks, living)
+        if weights is not None:
+            weights.rules[:] = rules
+            for one, (keep, dynamic) in zip(rules, kept, strict=True):
+                one.masks.set(keep)
+                load_dynamic(one.masks, dynamic, one.masks.passing)
+        for rule, rule_state, next_G, scores_G, statistics in known:
+            rule.state, rule.next_G, rule.scores_G = rule_state, next_G, scores_G
+            rule.feed.load_state_dict(statistics)
+        engine.follow_phases()
+
+    return undo

@@ -1,0 +1,121 @@
+"""Moving averages and other copies of a model: found in their wrappers, and masked as the model is.
+
+Shape suffixes: ``_G`` groups, ``_W`` any weight.
+
+Masks need not be applied to an average after every step: once its masked weights are 0, averaging zeros into them keeps
+them so. They are applied at every event, and whenever the model's weights are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining.distributed.fsdp import local_of
+from pruningawaretraining.errors import ModelError
+from pruningawaretraining.masks.hooks import BlockHooks, NormHooks
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
+
+HOLDERS = ("module", "ema", "ema_model", "averaged_model")
+"""Attributes under which wrappers hold the averaged copy: AveragedModel and timm's, and others' names for it."""
+
+
+def copy_in(follower: nn.Module, touched: Collection[str]) -> nn.Module:
+    """Return the module inside a follower that has the model's tensors under the model's names.
+
+    Args:
+        follower: a copy of the model, or a wrapper of one.
+        touched: names that it must have.
+
+    Raises:
+        ModelError: it holds no such copy.
+    """
+    for candidate in (follower, *(getattr(follower, name, None) for name in HOLDERS)):
+        if isinstance(candidate, nn.Module):
+            names = {name for name, _ in candidate.named_parameters()} | {name for name, _ in candidate.named_buffers()}
+            if names.issuperset(touched):
+                return candidate
+    one = next(iter(touched))
+    raise ModelError(f"ema: {type(follower).__name__} holds no copy of the model; {one} is missing in it")
+
+
+class HasFactors(Protocol):
+    """A writer of masks, as far as an average has to know it."""
+
+    def factors(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Parameters with masked entries, each with a factor: 0 where masked."""
+
+
+class Averages:
+    """The averages of a masked model: the same weights are 0 in each, and its norms and blocks know what is masked.
+
+    Args:
+        followers: the averages; the list may grow.
+        names: id of each masked parameter -> its name.
+        writer: holds the masked entries of the model.
+        found: groups with norms and blocks that have to know, or None.
+    """
+
+    def __init__(
+        self,
+        followers: Sequence[nn.Module],
+        names: dict[int, str],
+        writer: HasFactors,
+        found: ChannelGroups | None = None,
+    ) -> None:
+        self._followers, self._names, self._writer, self._found = followers, names, writer, found
+        self._hooks: dict[int, tuple[NormHooks, BlockHooks]] = {}
+
+    def mask(self, keep_G: Tensor) -> None:
+        """Take new masks (on the CPU)."""
+        if self._found is not None:
+            for follower in self._followers:
+                if id(follower) not in self._hooks:
+                    inner = copy_in(follower, set(self._names.values()))
+                    hooks = (NormHooks(inner, self._found.norms), BlockHooks(inner, self._found.blocks))
+                    self._hooks[id(follower)] = hooks
+                device = next((one.device for one in follower.parameters()), torch.device("cpu"))
+                for one in self._hooks[id(follower)]:
+                    one.mask(keep_G, device)
+        self.apply()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set masked weights of every average to 0."""
+        if not self._followers:
+            return
+        masked = [(self._names[id(parameter)], keep_W) for parameter, keep_W in self._writer.factors()]
+        names = [name for name, _ in masked]
+        for inner in (copy_in(follower, names) for follower in self._followers if names):
+            for name, keep_W in masked:
+                weight = local_of(inner.get_parameter(name).data)  # not counted as a write: the average makes those
+                weight.masked_fill_((keep_W == 0).to(weight.device), 0.0)
+
+    def release(self) -> None:
+        """Take every hook out; zeros stay."""
+        for hooks in self._hooks.values():
+            for one in hooks:
+                one.release()
+        self._hooks = {}
+
+
+@torch.no_grad()
+def cleared(writer: HasFactors, names: Mapping[int, str]) -> dict[str, int]:
+    """Set masked weights to 0 whatever they hold; return name -> how many were not 0.
+
+    Args:
+        writer: holds the masked entries.
+        names: id of each parameter -> its name.
+    """
+    found: dict[str, int] = {}
+    for parameter, keep_W in writer.factors():
+        weight_W, name = local_of(parameter.detach()), names[id(parameter)]
+        gone_W = (keep_W == 0).to(weight_W.device)
+        stray = int(((weight_W != 0) & gone_W).sum())
+        if stray:
+            weight_W.masked_fill_(gone_W, 0.0)
+            found[name] = found.get(name, 0) + stray
+    return found

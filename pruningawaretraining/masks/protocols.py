@@ -1,0 +1,52 @@
+"""Parts of masks: writers of masked entries, and attachments that modules without weights of their own need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Ids = set[int]
+"""Of parameters, by ``id``."""
+
+
+class Writer(Protocol):
+    """The masked entries of a grouping's parameters."""
+
+    device: torch.device
+
+    def build(self, keep_G: Tensor, kept_by_set: list[int]) -> None:
+        """Take new masks, which lie on ``device``; ``kept_by_set`` counts the groups of each set that are kept."""
+
+    def parameters(self) -> list[Tensor]:
+        """Parameters with masked entries, each once."""
+
+    def clear_weights(self, only: Ids | None = None) -> None:
+        """Set masked weights to exactly 0: of the parameters with these ids, or of all."""
+
+    def clear_gradients(self, only: Ids | None = None) -> None:
+        """Set the gradients of masked weights to 0: of the parameters with these ids, or of all."""
+
+    def accumulated(self, parameter: Tensor) -> None:
+        """A gradient has been accumulated: its masked entries go to 0, at once or by :meth:`settle`."""
+
+    def settle(self) -> None:
+        """Do what :meth:`accumulated` has left for later: gradients are about to be used."""
+
+    def factors(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Parameters with masked entries, each with a factor that broadcasts to it: 0 where masked, 1 elsewhere."""
+
+    def masked_weights(self) -> int:
+        """How many weights are masked."""
+
+
+class Attachment(Protocol):
+    """Lets modules know which groups are masked."""
+
+    def mask(self, keep_G: Tensor, device: torch.device) -> None:
+        """Take new masks (on the CPU); ``device`` is where the masked weights lie."""
+
+    def release(self) -> None:
+        """Take every hook out."""

@@ -1,0 +1,112 @@
+"""Pruning on from a file: the rules of a loaded model go on where those of the run that made the file have stopped.
+
+Targets speak of the dense model that the file came from, so those of a model that has lost something already are
+expressed in what is left of it. A rule whose target the file meets prunes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pruningawaretraining.allocation.threshold import zero_groups
+from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.config.targets import Target
+from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.engine.coupled_rules import CoupledRule
+from pruningawaretraining.engine.weight_rules import WeightRule
+from pruningawaretraining.engine.weights import WeightGroups
+
+logger = logging.getLogger(__name__)
+
+NEAR = 0.03
+"""A target that is missed by less than this counts as met: limits and multiples leave some of it."""
+
+
+def goals_of(rules: Iterable[tuple[str, Rule]], met: Mapping[str, bool]) -> dict[str, Any]:
+    """What a file says of its rules: pattern, target, and whether it is met, by key; plain data."""
+    return {
+        key: {
+            "pattern": rule.model_dump(mode="json")["pattern"],
+            "target": rule.target.model_dump(mode="json", exclude_none=True),
+            "met": met.get(key, False),
+        }
+        for key, rule in rules
+    }
+
+
+def continue_coupled(coupled: CoupledGroups, record: Mapping[str, Any]) -> None:
+    """Bring rules of removable groups to where the file's were: met, or with a target for what is left.
+
+    Args:
+        coupled: the groups of the model as it was loaded.
+        record: what the file says.
+    """
+    for one in coupled.rules:
+        left = None if _same_and_met(one.key, one.rule, record) else _left(coupled, one, record)
+        if left is None:
+            one.state.phase = "finetune"
+        else:
+            one.rule = one.rule.model_copy(update={"target": left})
+
+
+def _same_and_met(key: str, rule: Rule, record: Mapping[str, Any]) -> bool:
+    mine = goals_of([(key, rule)], {key: True})[key]
+    known = (record.get("rules") or {}).get(key)
+    return bool(known == mine)
+
+
+def _left(coupled: CoupledGroups, one: CoupledRule, record: Mapping[str, Any]) -> Target | None:
+    """A rule's target in terms of the model as it was loaded; None if the file meets it."""
+    target, changed = one.rule.target, dict[str, Any]()
+    if target.sparsity is not None:
+        dense, here = channels_of(coupled, one, record)
+        changed["sparsity"] = 1.0 - (1.0 - target.sparsity) * dense / here
+    costs = {"macs": coupled.macs_cost.dense, "parameters": float(coupled.dense_parameters)}
+    for name, cost in costs.items():
+        asked = getattr(target, name)
+        if asked is not None:
+            changed[name] = asked * float(record.get(name, cost)) / max(cost, 1.0)
+    met = all(value <= NEAR if name == "sparsity" else value >= 1.0 - NEAR for name, value in changed.items())
+    others = [name for name in ("peak_memory", "latency", "latency_ms") if getattr(target, name) is not None]
+    if met and not others:
+        return None
+    if "latency" in others or "peak_memory" in others:
+        logger.warning("%s.target: latency and memory are fractions of those of the model as it was loaded", one.key)
+    limited = {name: min(value, 1.0) if value > 0 else None for name, value in changed.items()}
+    return target.model_copy(update=limited)
+
+
+def channels_of(coupled: CoupledGroups, one: CoupledRule | None, record: Mapping[str, Any]) -> tuple[int, int]:
+    """Channels of the dense model and of the loaded one, in the sets of a rule, or in all."""
+    known, dense, here = record.get("groups") or {}, 0, 0
+    for each in coupled.dense_sets if one is None else one.grouping.sets:
+        width = each.size * each.width
+        dense, here = dense + max(int(known.get(each.name, (width, width))[0]), width), here + width
+    return dense, here
+
+
+def continue_weights(weights: WeightGroups, record: Mapping[str, Any]) -> None:
+    """Take the zeros of a file's rules inside layers as masks; a rule with more to reach goes on from them.
+
+    Args:
+        weights: the rules of the loaded model.
+        record: what the file says.
+    """
+    finished, known = set(record.get("elements", ())), record.get("rules") or {}
+    for one in weights.rules:
+        same = known.get(one.key, {}).get("pattern", one.rule.pattern) == _pattern(one)
+        if one.key in finished and same:
+            one.masks.set(~zero_groups(one.grouping))
+            one.state.phase, one.state.event = "finetune", 1
+            if not _same_and_met(one.key, one.rule, record) and _asks_for_more(one):
+                one.state.phase, one.state.event, one.state.initial = "regularize", 0, one.sparsity
+
+
+def _pattern(one: WeightRule) -> Any:
+    return one.rule.model_dump(mode="json")["pattern"]
+
+
+def _asks_for_more(one: WeightRule) -> bool:
+    return one.rule.mode == "prune" and (one.rule.target.sparsity or 0.0) > one.sparsity + NEAR

@@ -1,0 +1,100 @@
+"""Pruning on in another session: from a file with a lower target, in every form, as on a live model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attention_models import build as build_attention
+from test_books import INPUTS, build, step
+from torch import nn
+
+from pruningawaretraining import Pruning, count_macs, load_pruned, save_pruned
+
+FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "channels, sparsity": ({"pattern": "channel", "target": {"sparsity": 0.25}}, {"sparsity": 0.5}),
+    "channels, macs": ({"pattern": "channel", "target": {"macs": 0.7}}, {"macs": 0.4}),
+    "channels, parameters": ({"pattern": "channel", "target": {"parameters": 0.7}}, {"parameters": 0.4}),
+    "slices": ({"pattern": {"type": "slice", "block_size": 2}, "target": {"sparsity": 0.25}}, {"sparsity": 0.5}),
+    "4x1": ({"pattern": "4x1", "target": {"sparsity": 0.25}}, {"sparsity": 0.5}),
+    "2:4": ({"pattern": "2:4", "target": {"sparsity": 0.25}}, {"sparsity": 0.5}),
+    "unstructured": ({"pattern": "unstructured", "target": {"sparsity": 0.5}}, {"sparsity": 0.8}),
+}
+
+
+def reached(model: nn.Module, pruner: Pruning, target: dict[str, float], dense: nn.Module) -> None:
+    """The target holds, of the dense model, and not by far."""
+    if "sparsity" in target:
+        assert pruner.sparsity == pytest.approx(target["sparsity"], abs=0.06)
+        assert pruner.report().sparsity == pruner.sparsity
+    if "macs" in target:
+        fraction = count_macs(model, INPUTS) / count_macs(dense, INPUTS)
+        assert target["macs"] - 0.15 < fraction <= target["macs"]
+        assert pruner.macs.fraction == pytest.approx(fraction)
+    if "parameters" in target:
+        sizes = [sum(one.numel() for one in each.parameters()) for each in (model, dense)]
+        assert target["parameters"] - 0.15 < sizes[0] / sizes[1] <= target["parameters"]
+        assert pruner.report().parameters["fraction"] == pytest.approx(sizes[0] / sizes[1])
+
+
+def prune(model: nn.Module, rule: dict[str, Any], inputs: Any = INPUTS) -> Pruning:
+    """A whole training: dense steps, two events, and steps after them."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    pruner = Pruning(model, {"rules": [{**rule, "end": 1}]}, example_inputs=inputs, optimizer=optimizer)
+    for epoch in range(3):
+        pruner.prune(model, epoch)
+        if inputs is INPUTS:
+            step(model, optimizer)
+    pruner.on_train_end()
+    return pruner
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_lower_target_goes_on_from_a_file(form: str, tmp_path: Path) -> None:
+    rule, lower = FORMS[form]
+    model, dense = build(), build()
+    first = prune(model, rule)
+    reached(model, first, rule["target"], dense)
+    zeros = {name: one == 0 for name, one in model.named_parameters() if name.endswith("weight")}
+    path = save_pruned(model, tmp_path / "first.safetensors")
+
+    same = load_pruned(build(), path)
+    again = prune(same, rule)
+    assert again.sparsity == pytest.approx(first.sparsity)
+    assert {n: p.shape for n, p in same.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+    loaded = load_pruned(build(), path)
+    second = prune(loaded, {**rule, "target": lower})
+    reached(loaded, second, lower, dense)
+    assert second.sparsity > first.sparsity + 0.1
+    if rule["pattern"] != "channel":  # what was pruned stays so
+        assert all(bool((one[zeros[name]] == 0).all()) for name, one in loaded.named_parameters() if name in zeros)
+
+    third = load_pruned(build(), save_pruned(loaded, tmp_path / "second.safetensors"))
+    last = prune(third, {**rule, "target": lower})
+    assert last.sparsity == pytest.approx(second.sparsity)
+    assert {n: p.shape for n, p in third.named_parameters()} == {n: p.shape for n, p in loaded.named_parameters()}
+
+
+def test_heads_go_on_from_a_file(tmp_path: Path) -> None:
+    model, inputs = build_attention("encoder")
+    rule = {"pattern": "head", "target": {"sparsity": 0.25}, "scope": "local"}
+    first = prune(model, rule, inputs)
+    assert first.sparsity == pytest.approx(0.25)
+    loaded = load_pruned(build_attention("encoder")[0], save_pruned(model, tmp_path / "m.safetensors"))
+    second = prune(loaded, {**rule, "target": {"sparsity": 0.5}}, inputs)
+    assert second.sparsity == pytest.approx(0.5)
+    sizes = {name: one.numel() for name, one in model.named_parameters()}
+    smaller = [name for name, one in loaded.named_parameters() if one.numel() < sizes[name]]
+    assert any("in_proj_weight" in name for name in smaller), smaller
+
+
+def test_another_pattern_begins_anew_on_the_zeros_of_a_file(tmp_path: Path) -> None:
+    model = build()
+    prune(model, {"pattern": "unstructured", "target": {"sparsity": 0.5}})
+    loaded = load_pruned(build(), save_pruned(model, tmp_path / "m.safetensors"))
+    prune(loaded, {"pattern": "2:4", "target": {"sparsity": 0.5}})
+    rows = loaded[2][0].weight.movedim(1, -1).reshape(-1, 4)
+    assert bool(((rows != 0).sum(1) <= 2).all())
