@@ -156,9 +156,7 @@ def test_what_an_own_piece_does_not_declare_breaks_no_other_message() -> None:
     register("regularizer", "bare")(Bare)
     register("cost", "energy")(lambda name, module, macs: 2.0 * macs)
     try:
-        with pytest.raises(
-            ConfigError, match=r"'bare' is not supported by the pattern 'channel'. Allowed: "
-        ):
+        with pytest.raises(ConfigError, match=r"'bare' is not supported by the pattern 'channel'. Allowed: "):
             pruner_of(net(), regularizer="bare")
         pruner_of(net(), pattern="unstructured", regularizer="bare")
         with pytest.raises(ConfigError, match=r"target.energi: 'energi' is not known; did you mean 'energy'"):

@@ -42,4 +42,4 @@ def anchored_caps(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _anchored(rule: Any, folder: Path) -> Any:
     given = rule.get(KEY) if isinstance(rule, Mapping) else None
-    return {**rule, KEY: os.path.abspath(folder / Path(given).expanduser())} if isinstance(given, str) else rule
+    return {**rule, KEY: os.path.abspath(folder / os.path.expanduser(given))} if isinstance(given, str) else rule

@@ -102,10 +102,9 @@ def check_supported(rule: RuleOptions, defaults: Mapping[str, Any]) -> None:
         if value is not None and f"target.{name}" not in support.options:
             allowed = [f"target.{one}" for one in ("sparsity", *COSTS) if f"target.{one}" in support.options]
             raise ConfigError(_refusal(rule, f"target.{name}", value, ", ".join(["target.sparsity", *allowed])))
-    if rule.regularizer is not None:
-        if acts_of(type_of("regularizer", rule.regularizer)) not in support.penalties:
-            fitting = [one for one in names("regularizer") if acts_of(one) in support.penalties]
-            raise ConfigError(_refusal(rule, "regularizer", rule.regularizer, ", ".join(fitting)))
+    if rule.regularizer is not None and acts_of(type_of("regularizer", rule.regularizer)) not in support.penalties:
+        fitting = [one for one in names("regularizer") if acts_of(one) in support.penalties]
+        raise ConfigError(_refusal(rule, "regularizer", rule.regularizer, ", ".join(fitting)))
     if rule.dynamic != FROZEN:
         _check_dynamic(rule, support.removable)
 

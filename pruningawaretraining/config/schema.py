@@ -40,6 +40,9 @@ __all__ = [
 ]
 
 
+MOST_RULES = 2000
+
+
 class Rule(Strict):
     """One thing to prune: which layers, in which pattern, by which criterion, when, how far, and how it is applied."""
 
@@ -258,6 +261,13 @@ class PruningConfig(Strict):
     def _drop_schema_key(cls, values: Any) -> Any:
         """Drop "$schema", by which editors find the JSON schema of a file."""
         return {key: values[key] for key in values if key != "$schema"} if isinstance(values, Mapping) else values
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _are_not_thousands(cls, rules: Any) -> Any:
+        if isinstance(rules, (list, tuple)) and len(rules) > MOST_RULES:
+            raise ConfigError(f"rules: {len(rules)} of them are too many. Allowed: at most {MOST_RULES}")
+        return rules
 
     @field_validator("rules", mode="after")
     @classmethod

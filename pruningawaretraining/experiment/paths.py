@@ -31,4 +31,4 @@ def anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def absolute(path: str, folder: Path) -> str:
     """A path, ``~`` and all, taken from ``folder``; symbolic links stay."""
-    return os.path.abspath(folder / Path(path).expanduser())
+    return os.path.abspath(folder / os.path.expanduser(path))

@@ -128,7 +128,7 @@ def read_config(source: Source) -> dict[Key, dict[str, Any]]:
         ConfigError: it cannot be read, or a key or value cannot be used.
     """
     mapping: Mapping[Any, Any]
-    mapping = source if isinstance(source, Mapping) else read_mapping(find_file(Path(source).expanduser()))
+    mapping = source if isinstance(source, Mapping) else read_mapping(find_file(Path(os.path.expanduser(source))))
     found: dict[Key, dict[str, Any]] = {}
     for key, options in mapping.items():
         if key == "$schema":
