@@ -28,6 +28,7 @@ from pruningawaretraining.masks.hooks import BlockHooks, NormHooks, hooked
 from pruningawaretraining.masks.protocols import Attachment, Ids, Writer
 from pruningawaretraining.masks.snapshot import Snapshot
 from pruningawaretraining.masks.view_writer import ViewWriter, kept_of_members
+from pruningawaretraining.models.fake_quant import folded_norms
 from pruningawaretraining.models.optimizer_state import mask_state
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 
@@ -94,7 +95,7 @@ class Masks:
             dynamic: what masked weights do.
             followers: moving averages of the model.
         """
-        grouping = found.grouping.without_role("buffer").without_tensors(spared)
+        grouping = found.grouping.without_role("buffer").without_tensors(spared | folded_norms(model))
         attachments = (NormHooks(model, found.norms), BlockHooks(model, found.blocks))
         return cls(grouping, FactorWriter(grouping), attachments, dynamic, followers, found)
 

@@ -65,6 +65,16 @@ def resting(model: nn.Module) -> Iterator[None]:
             buffer.copy_(values)
 
 
+def folded_norms(model: nn.Module) -> frozenset[str]:
+    """Weights of norms that PyTorch's fused layers fold into themselves in training, and divide by: they must not be 0,
+    and need not be, since everything else of a masked channel is."""
+    return frozenset(
+        f"{name}.bn.weight" if name else "bn.weight"
+        for name, module in model.named_modules()
+        if hasattr(module, WEIGHT_QUANTIZERS[1]) and getattr(getattr(module, "bn", None), "weight", None) is not None
+    )
+
+
 def follow_weights(model: nn.Module, kept: Mapping[str, Keep], surgery: Surgery) -> Exchanged:
     """Slice what the fake quantizers of a model's layers know of each channel, as the weights have been sliced.
 
