@@ -446,3 +446,11 @@ def test_block4_pads_a_convolution_with_three_inputs() -> None:
         blocks = (model[0].weight != 0).permute(0, 2, 3, 1).any(-1)
         assert torch.equal((model[0].weight != 0).permute(0, 2, 3, 1).all(-1), blocks), name
         assert pruner.sparsity == pytest.approx(0.5, abs=0.02)
+
+
+def test_an_update_frequency_of_minus_one_is_every_step() -> None:
+    keys = {"init_sparsity": 0.2, "final_sparsity": 0.8, "start_epoch": 0, "end_epoch": 2, "inter_func": "linear"}
+    rule = recipe(modifier("GMPruningModifier", params=["re:.*weight"], update_frequency=-1, **keys)).rules[0]
+    times = rule.timeline(steps=3)
+    assert times.counts == "step" and times.events() == [0, 1, 2, 3, 4, 5, 6]
+    assert [times.sparsity(now) for now in times.events()] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])

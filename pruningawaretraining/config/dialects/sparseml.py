@@ -94,7 +94,7 @@ def _pieces(one: Found) -> Iterator[Piece]:
             release=not modifier.leave_enabled,
             start=start,
             end=end,
-            every=_frequency(one.where, modifier, end - start),
+            every=_frequency(modifier, end - start),
             schedule=modifier.inter_func,
             initial="present" if isinstance(initial, str) else initial,
             final=final,
@@ -147,12 +147,16 @@ def _scope(where: str, modifier: keys.Pruning) -> str:
     return modifier.scope if modifier.global_sparsity is None else "global" if modifier.global_sparsity else "local"
 
 
-def _frequency(where: str, modifier: keys.Pruning, length: float) -> float:
+EVERY_STEP = 1e-6
+"""Epochs between events that lie at every step, however many an epoch has."""
+
+
+def _frequency(modifier: keys.Pruning, length: float) -> float:
     """Epochs between events; a modifier without any has them where it starts and ends."""
     if modifier.update_frequency > 0:
         return modifier.update_frequency
     if "update_frequency" in modifier.model_fields_set and length and modifier.init_sparsity != modifier.final_sparsity:
-        note_ignored(f"{where}.update_frequency", "-1 is an event at every step; here it is one at every epoch")
+        return EVERY_STEP
     return 1.0
 
 
