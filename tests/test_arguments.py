@@ -49,7 +49,10 @@ def test_what_is_no_model_optimizer_or_average_is_named(
 def test_an_epoch_is_a_whole_number(epoch: Any) -> None:
     net = model()
     pruner = Pruning(net, CONFIG, example_inputs=EXAMPLE)
-    with pytest.raises(ConfigError, match=f"epoch: {epoch!r} is not allowed. Allowed: a whole number, 0 or more"):
+    message = f"epoch: {epoch!r} is not allowed. Allowed: a whole number, 0 or more"
+    if epoch is None:
+        message = r"epoch is required: rules\[0\] prunes in epochs 0 to 1"
+    with pytest.raises(ConfigError, match=message):
         pruner.prune(net, epoch)
     assert pruner.sparsity == 0 and pruner.phase == "regularize"
 

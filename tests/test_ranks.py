@@ -26,7 +26,7 @@ REGISTRY = {
     f"{criterion} {pattern}": {"rule": {**rule, **SCHEDULE, "criterion": criterion}}
     for criterion in names("criterion")
     for pattern, rule in PATTERNS.items()
-    if criterion != "block_change"  # of whole blocks
+    if criterion not in ("block_change", "bn_scale")  # of whole blocks; of norms, which the network lacks
 }
 CAP = {"type": "cap", "num_grads": 64, "micro_batch": 1, "damp": 1e-2, "fisher_block_size": 16}
 SAME: dict[str, dict[str, Any]] = {
