@@ -14,8 +14,9 @@ from torch import nn
 from pruningawaretraining import Pruning
 
 WIDTH = 512
-BYTES = {"unstructured": 400.0, "2:4": 300.0, "3:16": 320.0, "4x1": 140.0, "slice": 120.0}
-"""At most so many bytes a weight, read and written: 400 are 36 GB at 90 million weights, 12 ms at 3 TB/s."""
+BYTES = {"unstructured": 500.0, "2:4": 400.0, "3:16": 430.0, "4x1": 240.0, "slice": 220.0}
+"""At most so many bytes a weight, read and written, with a look at the weights before and after: 500 are 45 GB at 90
+million weights, 15 ms at 3 TB/s."""
 
 
 def event(pattern: Any, layers: int, **rule: Any) -> tuple[DeviceMeter, int]:
@@ -47,7 +48,7 @@ def test_an_event_moves_few_bytes_and_waits_as_often_for_many_layers(pattern: st
         assert sum(meter.moved.values()) / count < BYTES[pattern], each
     assert sum(few.waits.values()) == sum(many.waits.values()) <= 16, (few.waits, many.waits)
     launched = [sum(meter.calls.values()) for meter in (few, many)]
-    assert launched[0] < 600 and launched[1] - launched[0] < 100 * 2, "two more layers"
+    assert launched[0] < 600 and launched[1] - launched[0] < 120 * 2, "two more layers"
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_what_cannot_go_stays_and_the_rest_goes(case: str, caplog: pytest.LogCap
     model, inputs = kind(), torch.randn(shape)
     before = copy.deepcopy(model.state_dict())
     expected = model(inputs)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="pruningawaretraining"):
         pruner = Pruning(model, CONFIG, example_inputs=inputs)
     assert torch.equal(model(inputs), expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -181,9 +181,10 @@ def check_finite(key: str, grouping: Grouping) -> None:
         ModelError: it names the rule and a weight.
     """
     weights = {member.name: local_of(member.parameter.detach()) for member in grouping.members}
-    fine = [torch.isfinite(one).all() for one in weights.values()]
-    for name, is_fine in zip(weights, torch.stack([one.to(fine[0].device) for one in fine]).tolist(), strict=True):
-        if not is_fine:
+    broken = [torch.isfinite(one).all().logical_not() for one in weights.values()]
+    together = torch.stack([one.to(broken[0].device) for one in broken]).cpu()  # the host waits once
+    for name, is_broken in zip(weights, together.tolist(), strict=True):
+        if is_broken:
             raise ModelError(f"{key}: {name} is not finite: the training has diverged, and nothing is pruned")
 
 

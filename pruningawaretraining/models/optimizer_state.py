@@ -109,9 +109,9 @@ def _drop(optimizer: torch.optim.Optimizer, lost: Sequence[Tensor], gone: set[in
             surgery.drop_key(optimizer.state, parameter)
 
 
-def is_coded(value: Tensor) -> bool:
+def is_coded(value: Tensor, parameter: Tensor) -> bool:
     """Whether a state holds codes of numbers, of 8 bits or in a form of its own: 0 is a code like any other there."""
-    plain = type(value) in (Tensor, nn.Parameter) or is_sharded(value)
+    plain = type(value) in (Tensor, nn.Parameter, type(parameter.detach())) or is_sharded(value)
     return not plain or value.dtype in (torch.uint8, torch.int8)
 
 
@@ -141,7 +141,7 @@ def _slice_state(key: str, value: Any, parameter: Tensor, keep: Keep) -> Any:
         return type(value)(_slice_state(key, item, parameter, keep) for item in value)
     if not isinstance(value, Tensor) or value.numel() == 1:
         return value
-    if is_coded(value):
+    if is_coded(value, parameter):
         raise _UnknownShape(f"{key!r} of codes ({value.dtype})")
     shape = list(parameter.shape)
     if list(value.shape) == shape:
@@ -200,7 +200,7 @@ def mask_state(
             continue
         for parameter, factor in zip(parameters, factors, strict=True):
             for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and not is_coded(value):
+                if isinstance(value, Tensor) and value.shape == parameter.shape and not is_coded(value, parameter):
                     local_of(value).mul_(factor.to(value.device))
 
 
