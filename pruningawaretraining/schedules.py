@@ -214,7 +214,8 @@ class Timeline:
         return begun[-1] if begun else self.stretches[0]
 
     def sparsity(self, now: int, before: float = 0.0) -> float:
-        """The sparsity that the event at a tick asks for.
+        """The sparsity that the event at a tick asks for, never less than earlier stretches of the same layers reached:
+        masks are nested.
 
         Args:
             now: the tick.
@@ -222,7 +223,8 @@ class Timeline:
         """
         one = self.at(now)
         earlier = self.stretches[: self.stretches.index(one)]
-        return one.sparsity(now, self.scale, earlier[-1].final if earlier else before)
+        asked = one.sparsity(now, self.scale, earlier[-1].final if earlier else before)
+        return max([asked, *(each.final for each in earlier if each.layers == one.layers)])
 
     def asked(self, now: int, before: float = 0.0) -> list[Asked]:
         """Demands of the event at a tick; the end of a stretch may come together with the start of the next one,

@@ -307,3 +307,10 @@ def test_native_rules_name_patterns_as_configs_do(pattern: str) -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3))
     assert build("pattern", rule.pattern).build(model).size > 0
     assert torch.is_tensor(model[0].weight)
+
+
+def test_the_largest_sparsity_of_a_layer_is_the_goal_of_the_schedule(caplog: pytest.LogCaptureFixture) -> None:
+    rule = flat(target_sparsity=0.99, max_sparsity_ratio_per_op=0.9, start_step=0, end_step=3, pruning_frequency=1)
+    times = rule.timeline()
+    assert [times.sparsity(now) for now in range(4)] == pytest.approx([0, 0.5358, 0.7846, 0.9], abs=1e-4)
+    assert "target_sparsity" in caplog.text and "0.9 is reached" in caplog.text

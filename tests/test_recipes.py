@@ -454,3 +454,11 @@ def test_an_update_frequency_of_minus_one_is_every_step() -> None:
     times = rule.timeline(steps=3)
     assert times.counts == "step" and times.events() == [0, 1, 2, 3, 4, 5, 6]
     assert [times.sparsity(now) for now in times.events()] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+
+
+def test_a_later_modifier_that_begins_lower_keeps_what_is_there() -> None:
+    first = {"init_sparsity": 0.1, "final_sparsity": 0.5, "start_epoch": 0, "end_epoch": 2}
+    second = {"init_sparsity": 0.0, "final_sparsity": 0.6, "start_epoch": 2, "end_epoch": 4}
+    rule = recipe(modifier("GMPruningModifier", **first), modifier("GMPruningModifier", **second)).rules[0]
+    times = rule.timeline()
+    assert [times.sparsity(now) for now in range(5)] == pytest.approx([0.1, 0.3, 0.5, 0.5, 0.6])

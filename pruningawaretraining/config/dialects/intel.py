@@ -142,7 +142,10 @@ def pruner_rule(values: Mapping[str, Any], name: str) -> dict[str, Any]:
         values = {**values, "end_step": values["start_step"]}
     check_window(values["start_step"], values["end_step"], f"{name}.end_step", "start_step")
     pattern = pruner_pattern(values, name)
-    target = values["target_sparsity"]
+    target, most = values["target_sparsity"], values["max_sparsity_ratio_per_op"]
+    if not locked and target > most:  # the original schedules towards the smaller of the two
+        note_ignored(f"{name}.target_sparsity", f"{target} is above max_sparsity_ratio_per_op: {most} is reached")
+        target = most
     _check_reachable(pattern, target, name, locked)
     lasso = {"type": "block_lasso", "strength": values["reg_coeff"]}
     return {
