@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pruningawaretraining.registry import lookup, register
 
@@ -172,6 +172,11 @@ class Timeline:
     unit: str
     stretches: tuple[Stretch, ...]
     steps: int | None = None
+
+    def beginning(self, now: int) -> Timeline:
+        """The same with the first event at a tick, and no later than its last one."""
+        first = replace(self.stretches[0], start=min(now / self.scale, self.stretches[0].end))
+        return replace(self, stretches=(first, *self.stretches[1:]))
 
     @property
     def fractional(self) -> bool:

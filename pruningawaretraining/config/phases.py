@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining.config.checks import layer_name
@@ -16,6 +17,9 @@ from pruningawaretraining.schedules import PRESENT, Stretch
 Initial = UnitInterval | Literal["present"] | None
 OWN = ("start", "end", "every", "schedule", "initial")
 """Fields of a rule that its phases have instead."""
+STABLE = 0.95
+"""Agreement of masks at which ``start: stable`` begins."""
+Start = Annotated[Moment, WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "stable"}]})]
 
 
 def check_moments(unit: str, moments: dict[str, float]) -> None:
@@ -83,6 +87,49 @@ class Phase(Strict):
         """The phase as what has its arithmetic."""
         layers = None if self.layers is None else tuple(self.layers)
         return Stretch(self.start, self.end, self.every, self.schedule, self.initial, self.sparsity, layers)
+
+
+def read_start(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a rule, with ``start: stable`` as numbers."""
+    if values.get("start") != "stable":
+        return dict(values)
+    return {"stable": STABLE, **values, "start": 0}
+
+
+class Waiting(Protocol):
+    """The fields of a rule that has to wait for stable masks."""
+
+    @property
+    def stable(self) -> float | None: ...
+
+    @property
+    def end(self) -> float | None: ...
+
+    @property
+    def phases(self) -> list[Phase]: ...
+
+    @property
+    def at_init(self) -> bool: ...
+
+    @property
+    def mode(self) -> str: ...
+
+
+def check_stable(rule: Waiting) -> None:
+    """Refuse to wait for stable masks where nothing is chosen, or without a moment by which to begin.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if rule.stable is None:
+        return
+    if rule.end is None and not rule.phases:
+        raise ConfigError(f"stable: {rule.stable} requires end, by which pruning begins in any case")
+    others = {"phases": rule.phases, "at_init": rule.at_init, "mode": rule.mode}
+    for key, allowed in {"phases": [], "at_init": False, "mode": "prune"}.items():
+        if others[key] != allowed:
+            shown = f"{len(rule.phases)} of them" if key == "phases" else repr(others[key])
+            raise ConfigError(f"{key}: {shown} cannot be combined with stable. Allowed: {allowed!r}")
 
 
 def check_phases(phases: list[Phase], own: dict[str, Any], final: float | None, unit: str) -> None:

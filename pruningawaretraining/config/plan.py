@@ -164,6 +164,8 @@ def _target_lines(rule: Rule, steps: int | None) -> list[str]:
         name = "at most" if costs else "sparsity"
         lines += table([(str(now), f"{value:.4g}") for now, value in events], (unit, name))
         lines.append(f"  {drawing(curve(events, events[-1][0] + max(1, events[-1][0] // 10)), 1.0)}")
+    if rule.stable is not None:
+        lines.append(f"  begins  when masks agree by {rule.stable:g} with those before; drawn as if at {rule.start:g}")
     if rule.at_init and rule.start <= 0:
         lines.append("  at once, when the pruner is made")
     return lines

@@ -10,15 +10,21 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining import schedules  # noqa: F401  (importing it registers the schedules)
 from pruningawaretraining.config.caps import read_caps
-from pruningawaretraining.config.checks import (
-    NAMED_ONLY,
-    check_name,
-    check_options,
-    layer_name,
-)
+from pruningawaretraining.config.checks import NAMED_ONLY, check_name, check_options, layer_name
+from pruningawaretraining.config.distillation import Distillation
 from pruningawaretraining.config.editor import complete_schema
 from pruningawaretraining.config.options import OPTIONS, check_supported
-from pruningawaretraining.config.phases import OWN, Initial, Phase, check_initial, check_moments, check_phases
+from pruningawaretraining.config.phases import (
+    OWN,
+    Initial,
+    Phase,
+    Start,
+    check_initial,
+    check_moments,
+    check_phases,
+    check_stable,
+    read_start,
+)
 from pruningawaretraining.config.strict import Amount, Count, Fraction, Moment, Pace, Positive, Strict, UnitInterval
 from pruningawaretraining.config.targets import ExampleInputs, Target, check_per_layer
 from pruningawaretraining.errors import ConfigError
@@ -68,7 +74,9 @@ class Rule(Strict):
         "parameters). Absent: latency where the target is about it, macs or parameters with a criterion whose scores "
         "add up (reconstruction, obs, cap), else ranking.",
     )
-    start: Moment = Field(0, description="First epoch (or step) at which to prune; epochs may be fractions.")
+    start: Start = Field(
+        0, description="First epoch (or step) at which to prune; epochs may be fractions. 'stable': see that key."
+    )
     end: Moment | None = Field(None, description="Epoch (or step) at which the target is due; absent: start, at once.")
     every: Pace = Field(1, description="Epochs (or steps) between one pruning event and the next, above 0.")
     unit: Literal["epoch", "step"] = Field("epoch", description="What start, end and every count.")
@@ -81,6 +89,12 @@ class Rule(Strict):
         None,
         description="Sparsity of the event at start; the schedule goes from there to the target, by the time that has "
         "passed. 'present': the sparsity that the weights have. Absent: the first event takes the first part.",
+    )
+    stable: Fraction | None = Field(
+        None,
+        description="Begin to prune when masks are stable: from start on, every 'every', those that the target asks "
+        "for are compared with those of the look before, by intersection over union (of what goes and of what stays, "
+        "the smaller of the two); at 'end' in any case. 'start: stable' is start 0 and stable 0.95.",
     )
     phases: list[Phase] = Field(
         [], description="Several schedules, one after the other, instead of start, end, every, schedule and initial."
@@ -159,6 +173,11 @@ class Rule(Strict):
         stretches = tuple(phase.stretch() for phase in self.phases) or (own,)
         return Timeline(self.unit, stretches, self.steps_per_epoch or steps)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _starts(cls, values: Any) -> Any:
+        return read_start(values) if isinstance(values, Mapping) else values
+
     @field_validator("pattern", "criterion", "regularizer", "dynamic", "schedule", "scope", "allocation", mode="before")
     @classmethod
     def _is_registered(cls, value: Any, info: ValidationInfo) -> Any:
@@ -209,6 +228,7 @@ class Rule(Strict):
             defaults = {key: type(self).model_fields[key].default for key in OWN}
             own = {key: getattr(self, key) for key in OWN if getattr(self, key) != defaults[key]}
             check_phases(self.phases, own, final, self.unit)
+        check_stable(self)
         if self.progressive > 1 and self.every != int(self.every):
             raise ConfigError(f"progressive: {self.progressive} goes with whole epochs. Allowed: 1, or another 'every'")
         if self.enabled and sparsity is not None and self.min_sparsity > sparsity:
@@ -224,17 +244,6 @@ class Rule(Strict):
         if self.enabled and self.mode == "prune" and aimless:
             raise ConfigError("target: nothing to reach. Allowed: sparsity, macs, parameters, latency and the like")
         return self
-
-
-class Distillation(Strict):
-    """A teacher beside the pruned model, for ``pruner.distill_loss``."""
-
-    weight: Amount = Field(1.0, description="Weight of the teacher's part beside the loss of the task.")
-    temperature: Positive = Field(2.0, description="Temperature of the logits, above 0.")
-    features: list[str] = Field(
-        [], description="Modules whose outputs are compared too, by their names in both models."
-    )
-    feature_weight: Amount = Field(1.0, description="Weight of the features beside the logits.")
 
 
 class PruningConfig(Strict):

@@ -167,14 +167,15 @@ class CoupledGroups:
         """The rule has its first event."""
         tell_of_whole_epochs(one.key, one.times)
 
-    def decide(self, one: CoupledRule, now: int, calibration: Calibration | None) -> Decision:
-        """The rule's next masks, and whether its target is met with them."""
+    def decide(self, one: CoupledRule, now: int, calibration: Calibration | None, trial: bool = False) -> Decision:
+        """The rule's next masks, and whether its target is met with them; no latency is measured for a trial."""
         rule, taken_D = one.rule, started_from(one, self.keep_D, self.live_D)
         check_finite(one.key, self.found.grouping.select_sets(one.sets).without_role("buffer"))
         with self.masks.dense():
             scores_R = self.scores(one, calibration)
         if rule.target.about_costs:
-            keep_R, met, reached = self.targets.decide(one, scores_R, taken_D, one.times.progress(now), self._copy_of)
+            copied = None if trial else self._copy_of
+            keep_R, met, reached = self.targets.decide(one, scores_R, taken_D, one.times.progress(now), copied)
             if reached is not None:
                 one.state.latencies = [*one.state.latencies, {"at": now, **vars(reached)}]
             return Decision(self._even(one, keep_R, scores_R), met)

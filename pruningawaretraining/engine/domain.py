@@ -37,8 +37,8 @@ class Domain(Protocol):
     def begin(self, one: Any, context: RemovalContext) -> None:
         """The rule has its first event."""
 
-    def decide(self, one: Any, now: int, calibration: Calibration | None) -> Decision:
-        """The masks that the rule wants at an event."""
+    def decide(self, one: Any, now: int, calibration: Calibration | None, trial: bool = False) -> Decision:
+        """The masks that the rule wants at an event; ``trial`` where they are compared, and none is put."""
 
     def put(self, one: Any, keep_G: Tensor, context: RemovalContext, calibration: Calibration | None) -> None:
         """Apply the masks of an event, compensation included."""

@@ -25,6 +25,7 @@ from pruningawaretraining.engine.parts import advance, complete, complete_all, s
 from pruningawaretraining.engine.penalties import ActivePenalties
 from pruningawaretraining.engine.removal import remove_masked
 from pruningawaretraining.engine.rule import PHASES, ActiveRule
+from pruningawaretraining.engine.stability import opens
 from pruningawaretraining.engine.weights import WeightGroups
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.penalties import Regularizer
@@ -147,6 +148,8 @@ class Engine(Observing):
         context = self._context()
         aside = nullcontext() if self.calibration is None else self.paused()  # the data is no training
         with aside, full_precision(self.model):
+            if one.waits and not opens(domain, one, now, self.calibration):
+                return []
             if one.state.event == 0:
                 domain.begin(one, context)
             decision = domain.decide(one, now, self.calibration)

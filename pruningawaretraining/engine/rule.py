@@ -37,10 +37,12 @@ class RuleState:
     Args:
         phase: one of ``PHASES``.
         event: events so far.
-        last: the last epoch (or step) with an event.
+        last: the last epoch (or step) with an event, or a look at whether masks are stable.
         waiting: an event that waits for gradients or activations.
         begun: when the event began whose masks are still taken in parts.
         part: parts of it that have been taken.
+        opened: the epoch (or step) at which masks had become stable, for rules that wait for that.
+        would: the masks that the target asked for at the last look, as long as they have not.
         initial: sparsity when the first event began, where zeros count.
         scale: what the first event divided the scores of each set by.
         first: scores of all groups before that, at the first event. Later events divide by the same scale, corrected
@@ -54,6 +56,8 @@ class RuleState:
     waiting: int | None = None
     begun: int | None = None
     part: int = 0
+    opened: int | None = None
+    would: Tensor | None = None
     initial: float = 0.0
     scale: list[float] | None = None
     first: Tensor | None = None
@@ -70,7 +74,7 @@ class ActiveRule:
         pattern: its pattern, built.
         criterion: what scores its groups.
         feed: gathers what the criterion needs.
-        times: when it has its events, and how far each goes.
+        planned: when it has its events, and how far each goes, if it begins at start.
         state: where it stands.
         fractions: the fraction of each of its sets that is to go, where the config gives them one by one.
         dynamic: what masked weights do meanwhile.
@@ -82,7 +86,7 @@ class ActiveRule:
     rule: Rule
     pattern: Any
     criterion: Criterion
-    times: Timeline = field(init=False)
+    planned: Timeline = field(init=False)
     dynamic: Dynamic = field(init=False)
     feed: StatisticsFeed = field(init=False)
     state: RuleState = field(default_factory=RuleState, init=False)
@@ -92,8 +96,18 @@ class ActiveRule:
     gradient_G: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.times = self.rule.timeline()
+        self.planned = self.rule.timeline()
         self.dynamic = build("dynamic", self.rule.dynamic, f"{self.key}.dynamic")
+
+    @property
+    def times(self) -> Timeline:
+        """When it has its events, and how far each goes."""
+        return self.planned if self.state.opened is None else self.planned.beginning(self.state.opened)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it looks for stable masks before its first event."""
+        return self.rule.stable is not None and self.state.opened is None
 
     @property
     def works(self) -> bool:

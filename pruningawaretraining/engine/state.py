@@ -86,9 +86,9 @@ def _read_rule_state(values: Mapping[str, Any]) -> RuleState:
     state = RuleState(**values)
     if state.phase not in PHASES:
         raise CheckpointError(f"state: phase {state.phase!r} is not one of {', '.join(PHASES)}")
-    for name in ("event", "part", "last", "waiting", "begun"):
+    for name in ("event", "part", "last", "waiting", "begun", "opened"):
         value = getattr(state, name)
-        if not (name in ("last", "waiting", "begun") and value is None) and not _is_whole(value):
+        if not (name in ("last", "waiting", "begun", "opened") and value is None) and not _is_whole(value):
             raise CheckpointError(f"state: {name}: {value!r} is not a whole number of 0 or more")
     if not _is_finite(state.initial) or not 0 <= state.initial <= 1:
         raise CheckpointError(f"state: initial: {state.initial!r} is not a fraction")
@@ -96,6 +96,13 @@ def _read_rule_state(values: Mapping[str, Any]) -> RuleState:
     if not numbers or not isinstance(state.latencies, list) or not all(isinstance(x, dict) for x in state.latencies):
         raise CheckpointError("state: scale or latencies are not lists of numbers or of measurements")
     return state
+
+
+def _check_would(key: str, state: RuleState, size: int) -> None:
+    """Refuse masks of a look that are of other groups."""
+    would = state.would
+    if would is not None and not (isinstance(would, Tensor) and would.shape == (size,) and would.dtype is torch.bool):
+        raise CheckpointError(f"state: the masks that {key} would choose are not those of its {size} groups")
 
 
 def _is_whole(value: Any) -> bool:
@@ -140,6 +147,7 @@ def _read_coupled(coupled: CoupledGroups, state: Mapping[str, Any]) -> _Coupled:
         first = rule_state.first
         if first is not None and (not isinstance(first, Tensor) or first.shape != one.groups_D.shape):
             raise CheckpointError(f"state: the first scores of {one.key} are not those of its groups")
+        _check_would(one.key, rule_state, one.groups_D.numel())
         if known is not None and not isinstance(known, Mapping):
             raise CheckpointError(f"state: the statistics of {one.key} are damaged")
     if not isinstance(state["reset_optimizer"], bool) or not isinstance(state["widths"], Mapping):
@@ -169,6 +177,7 @@ def _check_masks(one: WeightRule, values: Mapping[str, Any]) -> None:
     if values["sets"] != sets:
         other = sorted(set(sets.items()) ^ set(values["sets"].items()))[0]
         raise CheckpointError(f"state: {one.key} was saved for other groups: {other[0]!r} of {other[1]} differs")
+    _check_would(one.key, RuleState(**values["state"]), one.grouping.size)
     for name in ("keep", "next", "scores"):
         value = values[name]
         if not (value is None and name != "keep") and value.shape != (one.grouping.size,):

@@ -182,7 +182,7 @@ class Targets:
         scores_R: Tensor,
         keep_D: Tensor,
         progress: float,
-        copied: Callable[[Tensor], nn.Module],
+        copied: Callable[[Tensor], nn.Module] | None,
     ) -> tuple[Tensor, bool, LatencyReached | None]:
         """The rule's next masks.
 
@@ -191,7 +191,8 @@ class Targets:
             scores_R: importance of its groups.
             keep_D: what the model keeps now.
             progress: how far its schedule has come; 1 at its last event.
-            copied: a copy of the model, as it is now, without the groups that a mask of all groups drops.
+            copied: a copy of the model, as it is now, without the groups that a mask of all groups drops; None: no
+                latency is measured.
 
         Returns:
             Its masks, whether its target is met with them, and the latency where the target is about it.
@@ -210,7 +211,7 @@ class Targets:
             part = sparsity_at(rule.schedule, progress)
             mild = [replace(one, budget=one.cost.dense + part * (one.budget - one.cost.dense)) for one in goals]
             keep_R, met = allocate(replace(task, goals=mild, at_least=part * at_least)), False
-        if timed is None:
+        if timed is None or copied is None:
             return keep_R, met, None
         return self._measured(task, timed, keep_R, met, allocate, copied)
 

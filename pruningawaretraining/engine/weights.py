@@ -25,6 +25,7 @@ from pruningawaretraining.engine.dynamics import between_events, check_final, ch
 from pruningawaretraining.engine.per_layer import fractions_by_rule, limited
 from pruningawaretraining.engine.phases import outside_phase, tell_of_whole_epochs, tell_what_stays
 from pruningawaretraining.engine.rule import Decision, check_finite
+from pruningawaretraining.engine.stability import check_looks
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.weight_rules import WeightRule, check_phases, check_target, grouping_of, same_tensors
 from pruningawaretraining.errors import ConfigError, ModelError
@@ -102,6 +103,7 @@ class WeightGroups:
             if calibration is not None and isinstance(one.criterion, Sampling):
                 weight_pattern(one.pattern, f"{one.key}.pattern")
                 check_final(one)
+                check_looks(one)
 
     # --- events -------------------------------------------------------------------------------------------------
 
@@ -113,7 +115,7 @@ class WeightGroups:
             self.mask(one, keep_G, context.optimizers)
             one.state.initial = one.sparsity
 
-    def decide(self, one: WeightRule, now: int, calibration: Calibration | None) -> Decision:
+    def decide(self, one: WeightRule, now: int, calibration: Calibration | None, trial: bool = False) -> Decision:
         """The rule's next masks; a rule of second order with data of its own moves the weights that stay as well."""
         if one.rule.mode != "prune":
             return Decision(one.masks.keep_G if one.rule.mode == "lock" else torch.ones_like(one.masks.keep_G), True)
@@ -284,7 +286,7 @@ class WeightGroups:
             old.masks.clear()
             old.feed.end()
             new = self._rule(old.key, old.rule, old.pattern, old.criterion, old.stacked)
-            new.state, new.times = replace(old.state, begun=None, part=0), old.times
+            new.state, new.planned = replace(old.state, begun=None, part=0, would=None), old.planned
             self.rules[number] = new
             renewed.append(new)
         return renewed

@@ -127,7 +127,7 @@ class Session(StepEvents):
         """Let rules that count in fractions of epochs know how many steps an epoch has."""
         self.steps_per_epoch = steps
         for one in self.engine.rules:
-            one.times = one.rule.timeline(steps)
+            one.planned = one.rule.timeline(steps)
 
     def trace(self) -> CoupledGroups:
         """The groups that can be removed from the model as it is; nothing acts on them yet."""
