@@ -99,6 +99,7 @@ CHANNELS = {
     "unit": "epoch",
     "steps_per_epoch": None,
     "initial": None,
+    "stable": None,
     "phases": [],
     "target": Target(macs=0.7).model_dump(),
     "sparsity_per_layer": None,
