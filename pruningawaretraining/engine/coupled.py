@@ -84,9 +84,7 @@ class CoupledGroups:
         self.found = found
         self.dense_sets = found.grouping.sets
         self.dense_per_layer = macs_per_layer(model, inputs, forward_fn)
-        heads = {name: one.groups_H for name, one in found.heads.items()}
-        blocks = {name: one.group for name, one in found.blocks.items()}
-        self.macs_cost = macs_cost(found.grouping, self.dense_per_layer, heads, blocks)
+        self.macs_cost = macs_cost(found.grouping, self.dense_per_layer, found.costs())
         self.parameters_cost = parameters_cost(found.grouping, model)
         self.targets = Targets(model, found, self.macs_cost, self.parameters_cost, inputs, forward_fn)
         self.dense_parameters = sum(parameter.numel() for parameter in model.parameters())

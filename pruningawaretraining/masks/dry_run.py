@@ -230,15 +230,16 @@ def removable_blocks(
         ModelError: the inputs are rejected, or no block can go.
     """
     found = find_blocks(model, inputs, chosen, forward_fn)
+    blocks = found.grouping.sets[0].layers
     with perturbed(model):
-        reasons = _needed(_Rehearsal(model, found, inputs, forward_fn, {}), list(found.blocks))
+        reasons = _needed(_Rehearsal(model, found, inputs, forward_fn, {}), blocks)
     for name, reason in reasons.items():
         logger.warning("%s stays: %s", name, reason)
-    if len(reasons) == len(found.blocks):
+    if len(reasons) == len(blocks):
         shown = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4])
         raise ModelError(f"model: {type(model).__name__} has no residual block that could go. {shown}")
     if reasons:
-        left = find_blocks(model, inputs, set(found.blocks) - reasons.keys(), forward_fn)
+        left = find_blocks(model, inputs, set(blocks) - reasons.keys(), forward_fn)
         found = replace(left, skipped={**found.skipped, **reasons})
     if found.grouping.size == 1:
         name = found.grouping.sets[0].name

@@ -142,7 +142,7 @@ def find_channels(
             dependencies = trace(model, inputs, forward_fn, limit)
         found = channel_groups(model, dependencies, chosen)
     if units:
-        found = found.beside(*find_heads(model, units))
+        found = found.beside(find_heads(model, units))
         found = found.without(dict(_useless_heads(found)))
     if found.grouping.size == 0:
         reasons = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in list(found.skipped.items())[:4])

@@ -245,8 +245,7 @@ def _keeps(
     if sparsities:
         allocator = Allocator(grouping, scores_G, limits_of(rule), rule.scope)
         return {sparsity: allocator.at(sparsity) for sparsity in sparsities}
-    heads = {name: one.groups_H for name, one in found.heads.items()}
-    macs = macs_cost(grouping, macs_per_layer(model, inputs), heads)
+    macs = macs_cost(grouping, macs_per_layer(model, inputs), found.costs())
     targets = Targets(model, found, macs, parameters_cost(grouping, model), inputs)
     share = _Everything(rule, grouping, list(range(len(grouping.sets))), torch.arange(grouping.size))
     everything = torch.ones(grouping.size, dtype=torch.bool)
