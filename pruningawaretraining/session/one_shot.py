@@ -42,7 +42,7 @@ from pruningawaretraining.masks.dry_run import removable_blocks, removable_chann
 from pruningawaretraining.masks.pruned_copy import pruned_copy
 from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.calling import unwrap
-from pruningawaretraining.patterns.channel import StructuredPattern
+from pruningawaretraining.patterns.channel import StructuredPattern, own_groups
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import build, lookup
 from pruningawaretraining.session.arguments import check_model
@@ -188,7 +188,9 @@ def _one_shot_channels(
     if support_of(pattern).kind == "block":
         channels = removable_blocks(model, inputs, chosen)
     else:
-        channels = removable_channels(model, inputs, chosen, multiples=multiples, units=units)
+        own = own_groups(pattern, model, chosen)
+        traced = set[str]() if own else chosen
+        channels = removable_channels(model, inputs, traced, multiples=multiples, units=units, own=own)
     grouping = channels.grouping
     listener = StatisticsFeed("rule", criterion, model, _scored(channels, criterion))
     scores_G = criterion.score(grouping, Statistics(tensors=listener.statistics(calibration)))
