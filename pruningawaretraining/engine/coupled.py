@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.allocation.policies import scope_of
-from pruningawaretraining.allocation.ranking import Allocator
+from pruningawaretraining.allocation.ranking import Allocator, limits_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.criteria.base import Statistics, scorable
@@ -140,7 +140,7 @@ class CoupledGroups:
             check_schedule(one)
             one.fractions = fractions_by_rule(one.rule, self.model, one.grouping, self.set_of_layer, one.key)
             check_caps(one, self.model)
-            allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), one.limits(), scope_of(one))
+            allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), limits_of(one.rule), scope_of(one))
             if one.rule.target.about_costs and one.rule.enabled:
                 self.targets.check(one)
             if one.rule.target.sparsity is not None:
@@ -176,7 +176,7 @@ class CoupledGroups:
             if reached is not None:
                 one.state.latencies = [*one.state.latencies, {"at": now, **vars(reached)}]
             return Decision(self._even(one, keep_R, scores_R), met)
-        limits, asked = one.limits(), one.asked(now)
+        limits, asked = limits_of(one.rule), one.asked(now)
         if one.fractions is not None:
             limits, asked = limited(limits, one.fractions, asked), 0.0
         allocator = Allocator(one.grouping, scores_R, limits, scope_of(one), ~taken_D[one.groups_D])

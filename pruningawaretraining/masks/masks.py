@@ -49,6 +49,7 @@ class Masks:
         passing: whether gradients of masked weights pass, as these train on or their gradients are asked for.
         choose: gives masks by the weights that there are now, for dynamics that change them between events.
         steps: optimizer steps so far.
+        names: id of each parameter -> its name.
         next_G: masks that a dynamic is on the way to.
         snapshot: of the weights that a dynamic goes back to.
     """
@@ -70,8 +71,8 @@ class Masks:
         self.next_G: Tensor | None = None
         self.snapshot: Snapshot | None = None
         self._writer = ViewWriter(grouping) if writer is None else writer
-        self._names = {id(member.parameter): member.name for member in grouping.members}
-        self.averages = Averages(followers, self._names, self._writer, found)
+        self.names = {id(member.parameter): member.name for member in grouping.members}
+        self.averages = Averages(followers, self.names, self._writer, found)
         self._keep_G = torch.ones(grouping.size, dtype=torch.bool, device=self._writer.device)
         self.kept_by_set = [one.size for one in grouping.sets]  # groups of each set that are not masked
         self._keep_on: dict[torch.device, Tensor] = {}
@@ -225,7 +226,7 @@ class Masks:
         """Set masked weights to 0, in averages too; return the names of tensors where they were not -> how many."""
         if not self.active:
             return {}
-        found = cleared(self._writer, self._names)
+        found = cleared(self._writer, self.names)
         self.averages.apply()
         return found
 
@@ -258,7 +259,7 @@ class Masks:
     @torch.no_grad()
     def _accumulated(self, parameter: Tensor) -> None:
         # a removal by another pruner hands hooks on to what it puts in place
-        if not self.passing and id(parameter) in self._names:
+        if not self.passing and id(parameter) in self.names:
             self._writer.accumulated(parameter)
 
     def _unhook(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.allocation.ranking import Allocator, Limits, limits_of
+from pruningawaretraining.allocation.ranking import Allocator, limits_of
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.targets import Target
@@ -233,10 +233,6 @@ class _Everything:
     sets: list[int]
     groups_D: Tensor
     key: str = "rule"
-
-    def limits(self) -> Limits:
-        """Limits of every allocation of the rule."""
-        return limits_of(self.rule)
 
 
 def _keeps(
