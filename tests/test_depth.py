@@ -180,13 +180,19 @@ def test_a_mac_target_is_met_and_no_block_could_be_given_back() -> None:
 def test_blocks_of_a_resnet_are_those_that_keep_the_shape() -> None:
     model, inputs = resnet()
     pruner = pruner_of(model, inputs)
-    assert list(pruner.channel_pruner.found.blocks) == ["layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"]
+    assert list(pruner.channel_pruner.found.grouping.sets[0].layers) == [
+        "layer1.0",
+        "layer1.1",
+        "layer2.1",
+        "layer3.1",
+        "layer4.1",
+    ]
     assert set(pruner.channel_pruner.found.skipped) == {"layer2.0", "layer3.0", "layer4.0"}
     assert (
         "it changes the shape from (2, 64, 8, 8) to (2, 128, 4, 4)" in pruner.channel_pruner.found.skipped["layer2.0"]
     )
     chosen = pruner_of(resnet()[0], inputs, layers=["layer1", "layer3", "layer4"], exclude=["layer4.1"])
-    assert list(chosen.channel_pruner.found.blocks) == ["layer1.0", "layer1.1", "layer3.1"]
+    assert list(chosen.channel_pruner.found.grouping.sets[0].layers) == ["layer1.0", "layer1.1", "layer3.1"]
 
 
 def test_stages_are_no_blocks_and_what_has_no_residual_sum_is_none() -> None:
@@ -213,7 +219,7 @@ def test_stages_are_no_blocks_and_what_has_no_residual_sum_is_none() -> None:
     often = Residual()
     model = nn.Sequential(stage, Plain(), nn.Sequential(Residual()), Twice(), shared, other, Residual(), often, often)
     found = find_blocks(model, torch.randn(2, WIDTH), {name for name, _ in model.named_modules()})
-    assert list(found.blocks) == ["0.0", "0.1", "2.0", "3", "6"]
+    assert list(found.grouping.sets[0].layers) == ["0.0", "0.1", "2.0", "3", "6"]
     assert found.skipped == {
         "0": "it is made of blocks, which go one by one",
         "1": "it does not add its input to what it computes",
@@ -434,7 +440,7 @@ def test_a_block_that_the_code_needs_stays_by_name(caplog: pytest.LogCaptureFixt
     layer, inputs = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), torch.randn(2, 5, 32)
     model = nn.TransformerEncoder(layer, 3).eval()  # it looks into its first layer
     pruner = pruner_of(model, inputs)
-    assert list(pruner.channel_pruner.found.blocks) == ["layers.1", "layers.2"]
+    assert list(pruner.channel_pruner.found.grouping.sets[0].layers) == ["layers.1", "layers.2"]
     assert "layers.0 stays: without it the model does not run" in caplog.text
     pruner.prune(epoch=0)
     assert pruner.phase == "finetune" and pruner.sparsity == 0.5

@@ -172,7 +172,7 @@ EXCHANGES = {
 @pytest.mark.parametrize("kind", list(EXCHANGES))
 def test_an_exchange_drops_the_lowest_and_grows_the_highest(kind: str) -> None:
     keep, scores, grown, count, fraction, expected = EXCHANGES[kind]
-    found = exchanged(torch.tensor(keep).bool(), torch.tensor(scores), torch.tensor(grown), count, fraction)
+    found = exchanged(torch.tensor(keep).bool(), torch.tensor(scores), torch.tensor(grown), sum(keep), count, fraction)
     assert found.int().tolist() == expected
 
 

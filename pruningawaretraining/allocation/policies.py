@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.allocation.knapsack import Goal, WidthSearch
-from pruningawaretraining.allocation.ranking import Allocator, Limits
+from pruningawaretraining.allocation.ranking import Allocator, limits_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.latency.model import LatencyCost
 from pruningawaretraining.costs.widths import KeptGroups, SetCost
@@ -39,10 +39,6 @@ class RuleView(Protocol):
     sets: list[int]
     groups_D: Tensor
     grouping: Grouping
-
-    def limits(self) -> Limits:
-        """Constraints that every allocation respects."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +67,7 @@ class Task:
         """The rule's groups ranked within a scope, by default its own."""
         share = self.share
         removed_R = ~self.keep_D[share.groups_D]
-        return Allocator(share.grouping, self.scores_R, share.limits(), scope or share.rule.scope, removed_R)
+        return Allocator(share.grouping, self.scores_R, limits_of(share.rule), scope or share.rule.scope, removed_R)
 
     def search(self) -> WidthSearch:
         """A search over the widths of the rule's sets."""

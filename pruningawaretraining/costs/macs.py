@@ -9,7 +9,7 @@ outputs), so ``kept = dense * out / out0 * in / in0`` is exact after removal, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.groups.attachment import OwnCost
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.products import Product
 from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluating, spelled_out
@@ -179,39 +180,34 @@ class LinearCost:
         return torch.cat([keep_G.detach().cpu().double(), torch.ones(1, dtype=torch.float64)])
 
 
-def macs_cost(
-    grouping: Grouping,
-    per_layer: Mapping[str, float],
-    heads: Mapping[str, Tensor] | None = None,
-    blocks: Mapping[str, int] | None = None,
-) -> LinearCost:
+def macs_cost(grouping: Grouping, per_layer: Mapping[str, float], own: Iterable[OwnCost] = ()) -> LinearCost:
     """The MACs of a model as a function of its channel masks.
 
     Args:
         grouping: the model's channels.
         per_layer: dense MACs by module name, from :func:`macs_per_layer`, or costs from :func:`weighted`.
-        heads: attention block -> the group of each of its heads; what the block computes itself, beside the layers in
-            it, is in proportion to them.
-        blocks: residual block -> its group; what it computes beside the layers that the grouping touches goes with it.
+        own: what modules compute beside the layers that the grouping touches.
     """
     weights = [member for member in grouping.of_role("out", "in").members if member.name.endswith(".weight")]
     bases = {member.name: float(per_layer.get(member.name.removesuffix(".weight"), 0)) for member in weights}
     outputs, inputs = _dimensions(weights)
-    for name, groups_H in (heads or {}).items():
+    own = list(own)
+    groups_of = {one.module: one.groups_N.cpu() for one in own if not one.inner}
+    for name, groups_N in groups_of.items():
         bases[name] = float(_own_macs(name, per_layer))
-        outputs.append((name, groups_H.cpu()))
+        outputs.append((name, groups_N))
     for number, one in enumerate(_counted(grouping.products, per_layer)):
-        name, own_H = f"{one.layer}@{number}", (heads or {}).get(one.layer)
-        out_N, in_N = (own_H if side is None else side for side in (one.out_N, one.in_N))
+        name, own_N = f"{one.layer}@{number}", groups_of.get(one.layer)
+        out_N, in_N = (own_N if side is None else side for side in (one.out_N, one.in_N))
         bases[name] = float(one.macs)
         outputs += [(name, out_N.cpu())] if out_N is not None else []
         inputs += [(name, in_N.cpu())] if in_N is not None else []
-        if own_H is not None:  # what is left of the block's own is in proportion to heads alone
+        if own_N is not None:  # what is left of the module's own is in proportion to its groups alone
             bases[one.layer] -= one.macs
-    for name, group in (blocks or {}).items():
-        known = sum(base for layer, base in bases.items() if layer.startswith(f"{name}."))
-        bases[name] = float(per_layer.get(name, 0)) - known
-        outputs.append((name, torch.tensor([group])))
+    for whole in (cost for cost in own if cost.inner):
+        known = sum(base for layer, base in bases.items() if layer.startswith(f"{whole.module}."))
+        bases[whole.module] = float(per_layer.get(whole.module, 0)) - known
+        outputs.append((whole.module, whole.groups_N.cpu()))
     return _linear_cost(outputs, inputs, bases, float(per_layer.get("", 0)), grouping.size)
 
 

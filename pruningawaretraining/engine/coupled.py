@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.allocation.policies import scope_of
-from pruningawaretraining.allocation.ranking import Allocator
+from pruningawaretraining.allocation.ranking import Allocator, limits_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.criteria.base import Statistics, scorable
@@ -84,9 +84,7 @@ class CoupledGroups:
         self.found = found
         self.dense_sets = found.grouping.sets
         self.dense_per_layer = macs_per_layer(model, inputs, forward_fn)
-        heads = {name: one.groups_H for name, one in found.heads.items()}
-        blocks = {name: one.group for name, one in found.blocks.items()}
-        self.macs_cost = macs_cost(found.grouping, self.dense_per_layer, heads, blocks)
+        self.macs_cost = macs_cost(found.grouping, self.dense_per_layer, found.costs())
         self.parameters_cost = parameters_cost(found.grouping, model)
         self.targets = Targets(model, found, self.macs_cost, self.parameters_cost, inputs, forward_fn)
         self.dense_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -142,7 +140,7 @@ class CoupledGroups:
             check_schedule(one)
             one.fractions = fractions_by_rule(one.rule, self.model, one.grouping, self.set_of_layer, one.key)
             check_caps(one, self.model)
-            allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), one.limits(), scope_of(one))
+            allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), limits_of(one.rule), scope_of(one))
             if one.rule.target.about_costs and one.rule.enabled:
                 self.targets.check(one)
             if one.rule.target.sparsity is not None:
@@ -179,7 +177,7 @@ class CoupledGroups:
             if reached is not None:
                 one.state.latencies = [*one.state.latencies, {"at": now, **vars(reached)}]
             return Decision(self._even(one, keep_R, scores_R), met)
-        limits, asked = one.limits(), one.asked(now)
+        limits, asked = limits_of(one.rule), one.asked(now)
         if one.fractions is not None:
             limits, asked = limited(limits, one.fractions, asked), 0.0
         allocator = Allocator(one.grouping, scores_R, limits, scope_of(one), ~taken_D[one.groups_D])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.allocation.ranking import Limits, limits_of
+from pruningawaretraining.allocation.ranking import limits_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import LinearCost
 from pruningawaretraining.criteria.base import measures
@@ -38,10 +38,6 @@ class CoupledRule(ActiveRule):
     sets: list[int]
     groups_D: Tensor
     grouping: Grouping
-
-    def limits(self) -> Limits:
-        """Limits of every allocation of the rule."""
-        return limits_of(self.rule)
 
 
 class LiveCost:
@@ -152,7 +148,7 @@ def check_caps(one: CoupledRule, model: nn.Module) -> None:
     Raises:
         ConfigError: it names the layer, and the nearest of the rule's.
     """
-    caps, modules = one.limits().caps, dict(model.named_modules())
+    caps, modules = limits_of(one.rule).caps, dict(model.named_modules())
     own = [each.name for each in one.grouping.sets]
     strange = next((name for name in caps if name not in modules), None)
     if strange is None and caps and not set(caps) & set(own):

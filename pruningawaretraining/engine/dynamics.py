@@ -125,7 +125,7 @@ def state_of_dynamic(masks: Masks) -> dict[str, Any]:
     return {
         "steps": masks.steps,
         "next": None if masks.next_G is None else masks.next_G.cpu().clone(),
-        "aside": None if masks.store is None else masks.store.packed(_names(masks)),
+        "aside": None if masks.store is None else masks.store.packed(masks.names),
         "snapshot": None if masks.snapshot is None else masks.snapshot.state_dict(),
     }
 
@@ -149,10 +149,6 @@ def load_dynamic(masks: Masks, state: Mapping[str, Any] | None, waits: bool = Fa
     masks.steps = int(state["steps"])
     masks.next_G = None if state["next"] is None else state["next"].to(masks.keep_G.device)
     if masks.store is not None:
-        masks.store.load(state["aside"], _names(masks))
+        masks.store.load(state["aside"], masks.names)
     if masks.snapshot is not None and state["snapshot"] is not None:
         masks.snapshot.load_state_dict(state["snapshot"])
-
-
-def _names(masks: Masks) -> dict[int, str]:
-    return {id(member.parameter): member.name for member in masks.grouping.members}

@@ -22,7 +22,6 @@ from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.comparison import Comparison, Outputs
 from pruningawaretraining.models.compiling import forget_compiled
 from pruningawaretraining.models.exported_graph import ExportedGraph
-from pruningawaretraining.models.masked_norms import kept_norm_of
 from pruningawaretraining.models.surgery import Surgery
 
 logger = logging.getLogger(__name__)
@@ -186,22 +185,13 @@ def spare(coupled: CoupledGroups, graph: ExportedGraph) -> None:
         graph: exported from their model.
 
     Raises:
-        ModelError: a norm over channels, whose statistics cannot be restricted in a graph; or the graph does not
-            run on the example inputs.
+        ModelError: masks need hooks (of a norm over channels, say), which a graph does not have; or the graph does
+            not run on the example inputs.
     """
-    if coupled.found.blocks:
-        raise ModelError(
-            "graph: 'depth' takes whole blocks out of the model, and in an exported graph they cannot be found. "
-            "Allowed: remove them before the export"
-        )
-    modules = dict(coupled.model.named_modules())
-    for name in coupled.found.norms:
-        if kept_norm_of(modules[name]) is not None:
-            raise ModelError(
-                f"graph: {name} ({type(modules[name]).__name__}) normalises over channels, of which some may be "
-                "masked, and in an exported graph that cannot be told. Allowed: remove the channels before the "
-                "export, or exclude the layers that it normalises"
-            )
+    problems = (one.graph_problem(coupled.model) for one in coupled.found.attachments)
+    problem = next(filter(None, problems), "")
+    if problem:
+        raise ModelError(f"graph: {problem}")
     graph.outputs(coupled.example.inputs, coupled.forward_fn)
     keep_G, divisors = coupled.masks.keep_G, graph.divisors()
     coupled.spared |= divisors

@@ -88,7 +88,7 @@ def _read_rule_state(values: Mapping[str, Any]) -> RuleState:
         raise CheckpointError(f"state: phase {state.phase!r} is not one of {', '.join(PHASES)}")
     for name in ("event", "part", "last", "waiting", "begun", "opened"):
         value = getattr(state, name)
-        if not (name in ("last", "waiting", "begun", "opened") and value is None) and not _is_whole(value):
+        if not (name in ("last", "waiting", "begun", "opened") and value is None) and not is_whole(value):
             raise CheckpointError(f"state: {name}: {value!r} is not a whole number of 0 or more")
     if not _is_finite(state.initial) or not 0 <= state.initial <= 1:
         raise CheckpointError(f"state: initial: {state.initial!r} is not a fraction")
@@ -105,7 +105,8 @@ def _check_would(key: str, state: RuleState, size: int) -> None:
         raise CheckpointError(f"state: the masks that {key} would choose are not those of its {size} groups")
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether a value of a state is a count."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
 

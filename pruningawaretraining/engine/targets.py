@@ -123,9 +123,7 @@ class Targets:
         """A registered cost of the dense model as a function of its masks."""
         function: LayerCost = lookup("cost", name)
         per_layer = weighted(self._model, macs_per_layer(self._model, self._inputs, self._forward_fn), function)
-        heads = {block: one.groups_H for block, one in self._found.heads.items()}
-        blocks = {block: one.group for block, one in self._found.blocks.items()}
-        return LinearBySets(macs_cost(self._found.grouping, per_layer, heads, blocks), self._found.grouping)
+        return LinearBySets(macs_cost(self._found.grouping, per_layer, self._found.costs()), self._found.grouping)
 
     def _memory(self) -> MemoryCost:
         def without(keep_D: Tensor) -> nn.Module:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.allocation.ranking import Limits, limits_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.engine.phases import outside_phase
 from pruningawaretraining.engine.rule import ActiveRule
@@ -41,10 +40,6 @@ class WeightRule(ActiveRule):
     def sparsity(self) -> float:
         """Fraction of its groups that are masked."""
         return 1.0 - sum(self.masks.kept_by_set) / self.grouping.size if self.grouping.size else 0.0
-
-    def limits(self) -> Limits:
-        """Limits of every allocation of the rule."""
-        return limits_of(self.rule)
 
     def described(self) -> list[dict[str, Any]]:
         """One dict for each of its layers: source, dependencies (none), size and kept groups."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.allocation.ranking import limits_of
 from pruningawaretraining.allocation.threshold import allocate, allocate_windows, classes_of, zero_groups
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
@@ -154,7 +155,7 @@ class WeightGroups:
     def _chosen(
         self, one: WeightRule, scores_G: Tensor, statistics: Statistics, sparsity: float, outside_G: Tensor | None
     ) -> Tensor:
-        limits, so_far_G = one.limits(), statistics.keep_G
+        limits, so_far_G = limits_of(one.rule), statistics.keep_G
         if one.fractions is not None:
             limits, sparsity = limited(limits, one.fractions, sparsity), 0.0
         untouched = so_far_G is None or (so_far_G is one.masks.keep_G and not one.masks.active)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.distributed.fsdp import local_of
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.masks.hooks import BlockHooks, NormHooks
+from pruningawaretraining.groups.attachment import MaskHooks
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 
 HOLDERS = ("module", "ema", "ema_model", "averaged_model")
@@ -50,13 +50,13 @@ class HasFactors(Protocol):
 
 
 class Averages:
-    """The averages of a masked model: the same weights are 0 in each, and its norms and blocks know what is masked.
+    """The averages of a masked model: the same weights are 0 in each, and its modules know what is masked.
 
     Args:
         followers: the averages; the list may grow.
         names: id of each masked parameter -> its name.
         writer: holds the masked entries of the model.
-        found: groups with norms and blocks that have to know, or None.
+        found: the groups, if modules have to know of them.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Averages:
         found: ChannelGroups | None = None,
     ) -> None:
         self._followers, self._names, self._writer, self._found = followers, names, writer, found
-        self._hooks: dict[int, tuple[NormHooks, BlockHooks]] = {}
+        self._hooks: dict[int, list[MaskHooks]] = {}
 
     def mask(self, keep_G: Tensor) -> None:
         """Take new masks (on the CPU)."""
@@ -75,8 +75,7 @@ class Averages:
             for follower in self._followers:
                 if id(follower) not in self._hooks:
                     inner = copy_in(follower, set(self._names.values()))
-                    hooks = (NormHooks(inner, self._found.norms), BlockHooks(inner, self._found.blocks))
-                    self._hooks[id(follower)] = hooks
+                    self._hooks[id(follower)] = self._found.hooks(inner)
                 device = next((one.device for one in follower.parameters()), torch.device("cpu"))
                 for one in self._hooks[id(follower)]:
                     one.mask(keep_G, device)

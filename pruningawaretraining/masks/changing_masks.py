@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.lowest import counts_of
 from pruningawaretraining.groups.views import scale_groups
 from pruningawaretraining.masks.dynamics import Dynamic, Event, Held, top_of_sets
 from pruningawaretraining.registry import register
@@ -62,9 +63,11 @@ class Regrow(Dynamic):
         fraction = self.fraction / 2 * (1 + math.cos(math.pi * event.progress))
         keep_G = event.keep_G.clone()
         grown_G = self._growth(event).to(keep_G.device)
-        for one, count in zip(event.grouping.sets, self._kept(event), strict=True):
+        before = kept_by_set(event)
+        after = before if self.layers == "criterion" else self._kept(event)
+        for one, left, count in zip(event.grouping.sets, before, after, strict=True):
             mine = slice(one.start, one.stop)
-            keep_G[mine] = exchanged(event.keep_G[mine], event.scores_G[mine], grown_G[mine], count, fraction)
+            keep_G[mine] = exchanged(event.keep_G[mine], event.scores_G[mine], grown_G[mine], left, count, fraction)
         return keep_G
 
     def _growth(self, event: Event) -> Tensor:
@@ -75,9 +78,7 @@ class Regrow(Dynamic):
         return torch.rand(event.grouping.size, generator=generator)
 
     def _kept(self, event: Event) -> list[int]:
-        """How many groups each set keeps at an event."""
-        if self.layers == "criterion":
-            return [int(event.keep_G[one.start : one.stop].sum()) for one in event.grouping.sets]
+        """How many groups each set keeps at an event, by the shapes of the layers."""
         sizes = [one.size for one in event.grouping.sets]
         density_S = [1 - event.sparsity] * len(sizes)
         if self.layers == "erk":
@@ -85,17 +86,22 @@ class Regrow(Dynamic):
         return [round(density * size) for density, size in zip(density_S, sizes, strict=True)]
 
 
-def exchanged(keep_N: Tensor, scores_N: Tensor, grown_N: Tensor, count: int, fraction: float) -> Tensor:
+def kept_by_set(event: Event) -> list[int]:
+    """How many groups each set has kept before an event; the host waits once."""
+    return counts_of(event.keep_G, [one.size for one in event.grouping.sets])
+
+
+def exchanged(keep_N: Tensor, scores_N: Tensor, grown_N: Tensor, left: int, count: int, fraction: float) -> Tensor:
     """The mask of one set after an exchange.
 
     Args:
         keep_N: its mask before.
         scores_N: importance; the lowest of those that are kept go.
         grown_N: the highest of those that are masked come back.
+        left: how many are kept before.
         count: how many are kept afterwards.
         fraction: of these, how many are exchanged (rounded down); all that are masked, if there are fewer.
     """
-    left = int(keep_N.sum())
     masked = len(keep_N) - left
     stay = min(left, count) - min(int(fraction * count + SLACK), masked)
     survivors = torch.topk(torch.where(keep_N, scores_N, -torch.inf), max(stay, 0), sorted=False).indices

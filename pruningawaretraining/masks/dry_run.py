@@ -165,6 +165,7 @@ def removable_channels(
     multiples: Mapping[str, int] | None = None,
     units: Mapping[str, str] | None = None,
     limit: float = TRACE_LIMIT,
+    own: Sequence[ChannelGroups] = (),
 ) -> ChannelGroups:
     """The channels whose removal the model survives; each set that is left out is a warning with the reason.
 
@@ -173,12 +174,16 @@ def removable_channels(
         inputs, forward_fn: how to run it.
         chosen: the layers that may lose output channels.
         multiples: set -> what the number of its channels stays a multiple of.
-        units, limit: see :func:`pruningawaretraining.patterns.channel.find_channels`.
+        units, limit, own: see :func:`pruningawaretraining.patterns.channel.find_channels`.
 
     Raises:
         ModelError: the inputs are rejected, or nothing can be removed.
     """
-    found = _found_by_all(model, limit, lambda limit: find_channels(model, inputs, chosen, forward_fn, units, limit))
+
+    def find(limit: float) -> ChannelGroups:
+        return find_channels(model, inputs, chosen, forward_fn, units, limit, own)
+
+    found = _found_by_all(model, limit, find)
     rehearsal = _Rehearsal(model, found, inputs, forward_fn, multiples or {})
     with perturbed(model):
         able = rehearsal.able()
@@ -230,15 +235,16 @@ def removable_blocks(
         ModelError: the inputs are rejected, or no block can go.
     """
     found = find_blocks(model, inputs, chosen, forward_fn)
+    blocks = found.grouping.sets[0].layers
     with perturbed(model):
-        reasons = _needed(_Rehearsal(model, found, inputs, forward_fn, {}), list(found.blocks))
+        reasons = _needed(_Rehearsal(model, found, inputs, forward_fn, {}), blocks)
     for name, reason in reasons.items():
         logger.warning("%s stays: %s", name, reason)
-    if len(reasons) == len(found.blocks):
+    if len(reasons) == len(blocks):
         shown = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4])
         raise ModelError(f"model: {type(model).__name__} has no residual block that could go. {shown}")
     if reasons:
-        left = find_blocks(model, inputs, set(found.blocks) - reasons.keys(), forward_fn)
+        left = find_blocks(model, inputs, set(blocks) - reasons.keys(), forward_fn)
         found = replace(left, skipped={**found.skipped, **reasons})
     if found.grouping.size == 1:
         name = found.grouping.sets[0].name

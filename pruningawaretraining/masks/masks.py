@@ -4,9 +4,9 @@ Shape suffixes: ``_G`` groups, ``_W`` any weight.
 
 A masked group is 0 in every member, the input columns of its consumers included, so an activation with f(0) != 0 does
 no harm. A *writer* holds the masked entries of the parameters in the form that is fastest for the grouping's labels;
-*attachments* let modules without weights of their own in the grouping (norms over channels, blocks that are skipped)
-know what is masked, so that the masked model equals the removed one. A *dynamic* says what masked weights do meanwhile:
-those that live on have their dense values in a store, and are 0 in the parameters between steps.
+hooks of the groups' *attachments* let modules (norms over channels, blocks that are skipped) know what is masked, so
+that the masked model equals the removed one. A *dynamic* says what masked weights do meanwhile: those that live on have
+their dense values in a store, and are 0 in the parameters between steps.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pruningawaretraining.groups.attachment import MaskHooks
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.groups.lowest import counts_of
 from pruningawaretraining.masks.averages import Averages, cleared
 from pruningawaretraining.masks.dense_store import DenseStore, check_optimizer
 from pruningawaretraining.masks.dynamics import FROZEN, Dynamic
 from pruningawaretraining.masks.factor_writer import FactorWriter
-from pruningawaretraining.masks.hooks import BlockHooks, NormHooks, hooked
-from pruningawaretraining.masks.protocols import Attachment, Ids, Writer
+from pruningawaretraining.masks.hooks import hooked
+from pruningawaretraining.masks.protocols import Ids, Writer
 from pruningawaretraining.masks.snapshot import Snapshot
 from pruningawaretraining.masks.view_writer import ViewWriter, kept_of_members
 from pruningawaretraining.models.fake_quant import folded_norms
@@ -39,15 +40,16 @@ class Masks:
     Args:
         grouping: its groups.
         writer: holds the masked entries; by default in views of the weights, which needs consecutive slots.
-        attachments: told of every change.
+        hooks: told of every change.
         dynamic: what masked weights do.
         followers: moving averages, masked as the model is; the list may grow.
-        found: the groups with norms and blocks of which the averages' have to know, or None.
+        found: the groups of which modules of the averages have to know, or None.
 
     Attributes:
         passing: whether gradients of masked weights pass, as these train on or their gradients are asked for.
         choose: gives masks by the weights that there are now, for dynamics that change them between events.
         steps: optimizer steps so far.
+        names: id of each parameter -> its name.
         next_G: masks that a dynamic is on the way to.
         snapshot: of the weights that a dynamic goes back to.
     """
@@ -56,12 +58,12 @@ class Masks:
         self,
         grouping: Grouping,
         writer: Writer | None = None,
-        attachments: Sequence[Attachment] = (),
+        hooks: Sequence[MaskHooks] = (),
         dynamic: Dynamic = FROZEN,
         followers: Sequence[nn.Module] = (),
         found: ChannelGroups | None = None,
     ) -> None:
-        self.grouping, self.attachments, self.dynamic = grouping, list(attachments), dynamic
+        self.grouping, self.dynamic, self._hooks = grouping, dynamic, hooks
         self._followers = followers
         self.store = DenseStore() if dynamic.lives else None
         self.passing, self.steps = dynamic.lives, 0
@@ -69,8 +71,8 @@ class Masks:
         self.next_G: Tensor | None = None
         self.snapshot: Snapshot | None = None
         self._writer = ViewWriter(grouping) if writer is None else writer
-        self._names = {id(member.parameter): member.name for member in grouping.members}
-        self.averages = Averages(followers, self._names, self._writer, found)
+        self.names = {id(member.parameter): member.name for member in grouping.members}
+        self.averages = Averages(followers, self.names, self._writer, found)
         self._keep_G = torch.ones(grouping.size, dtype=torch.bool, device=self._writer.device)
         self.kept_by_set = [one.size for one in grouping.sets]  # groups of each set that are not masked
         self._keep_on: dict[torch.device, Tensor] = {}
@@ -90,14 +92,13 @@ class Masks:
 
         Args:
             model: the model.
-            found: its groups, with the norms and blocks that have to know.
+            found: its groups.
             spared: tensors that are not masked: those that an exported graph divides by.
             dynamic: what masked weights do.
             followers: moving averages of the model.
         """
         grouping = found.grouping.without_role("buffer").without_tensors(spared | folded_norms(model))
-        attachments = (NormHooks(model, found.norms), BlockHooks(model, found.blocks))
-        return cls(grouping, FactorWriter(grouping), attachments, dynamic, followers, found)
+        return cls(grouping, FactorWriter(grouping), found.hooks(model), dynamic, followers, found)
 
     @property
     def keep_G(self) -> Tensor:
@@ -122,10 +123,10 @@ class Masks:
         self.active = sum(self.kept_by_set) < self.grouping.size
         self._writer.build(self.keep_G, self.kept_by_set)
         self._hook_gradients()
-        if self.attachments:
+        if self._hooks:
             masked = self._writer.parameters()
             device = masked[0].device if masked else torch.device("cpu")
-            for one in self.attachments:
+            for one in self._hooks:
                 one.mask(self.keep_on(torch.device("cpu")), device)
         self._close(was_open)
         if self._followers:
@@ -142,7 +143,7 @@ class Masks:
     def clear(self) -> None:
         """Forget the masks and take the hooks out; the weights stay as they are."""
         self.set(torch.ones_like(self._keep_G))
-        for one in self.attachments:
+        for one in self._hooks:
             one.release()
         self.averages.release()
 
@@ -225,7 +226,7 @@ class Masks:
         """Set masked weights to 0, in averages too; return the names of tensors where they were not -> how many."""
         if not self.active:
             return {}
-        found = cleared(self._writer, self._names)
+        found = cleared(self._writer, self.names)
         self.averages.apply()
         return found
 
@@ -258,7 +259,7 @@ class Masks:
     @torch.no_grad()
     def _accumulated(self, parameter: Tensor) -> None:
         # a removal by another pruner hands hooks on to what it puts in place
-        if not self.passing and id(parameter) in self._names:
+        if not self.passing and id(parameter) in self.names:
             self._writer.accumulated(parameter)
 
     def _unhook(self) -> None:

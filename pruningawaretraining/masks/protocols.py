@@ -1,4 +1,4 @@
-"""Parts of masks: writers of masked entries, and attachments that modules without weights of their own need."""
+"""What masks need: a writer of masked entries."""
 
 from __future__ import annotations
 
@@ -40,13 +40,3 @@ class Writer(Protocol):
 
     def masked_weights(self) -> int:
         """How many weights are masked."""
-
-
-class Attachment(Protocol):
-    """Lets modules know which groups are masked."""
-
-    def mask(self, keep_G: Tensor, device: torch.device) -> None:
-        """Take new masks (on the CPU); ``device`` is where the masked weights lie."""
-
-    def release(self) -> None:
-        """Take every hook out."""

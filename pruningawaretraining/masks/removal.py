@@ -8,7 +8,7 @@ model, its optimizers and its averages as they were.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,10 @@ from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.averages import copy_in
 from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.fake_quant import follow_weights
-from pruningawaretraining.models.module_widths import set_count
+from pruningawaretraining.models.masked_norms import set_norm_width
 from pruningawaretraining.models.optimizer_state import Exchanged, follow, mark_replaced
-from pruningawaretraining.models.pruned_attention import Kept, shrink_heads
-from pruningawaretraining.models.skipped_blocks import Block, remove_blocks
 from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor, successor
-from pruningawaretraining.patterns.channel_groups import ChannelGroups, Width
-from pruningawaretraining.patterns.head import Heads
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.projections import is_transposed_linear
 
 
@@ -34,7 +31,7 @@ def kept_indices(grouping: Grouping, keep_G: Tensor, gone: Container[str] = ()) 
     Args:
         grouping: groups whose members each index one dimension.
         keep_G: True for groups that stay.
-        gone: tensors that go as a whole, with the block that has them.
+        gone: tensors that go as a whole, with the module that has them.
 
     Raises:
         ModelError: nothing would be left of a tensor.
@@ -81,16 +78,13 @@ def remove(
     Raises:
         ModelError: a layer would be empty, or a follower is not a copy of the model.
     """
-    blocks, gone = _removed_blocks(found, keep_G)
+    gone = _tensors_of(found.grouping, found.taken_out(keep_G))
     kept = kept_indices(found.grouping, keep_G, gone)
-    bare, heads = _bare_norm_widths(model, found.norms, keep_G), _kept_heads(found.heads, keep_G)
     surgery = surgery or Surgery()
 
     def shrink(module: nn.Module) -> tuple[Exchanged, list[nn.Parameter]]:
-        exchanged = _slice_module(module, kept, bare, surgery)
-        shrink_heads(module, heads, surgery)
-        _put_counts(module, _kept_counts(found.widths, keep_G), surgery)
-        return exchanged, remove_blocks(module, blocks, surgery)
+        exchanged = _slice_module(module, kept, surgery)
+        return exchanged, [lost for one in found.attachments for lost in one.remove(module, keep_G, surgery)]
 
     try:
         exchanged, lost = shrink(model)
@@ -107,45 +101,13 @@ def remove(
     return surgery
 
 
-def _put_counts(model: nn.Module, counts: Mapping[tuple[str, str], int], surgery: Surgery) -> None:
-    for (owner, attribute), count in counts.items():
-        set_count(model.get_submodule(owner), attribute, count, surgery)
+def _tensors_of(grouping: Grouping, modules: Iterable[str]) -> set[str]:
+    """The names of the tensors that are in these modules."""
+    prefixes = tuple(f"{name}." for name in modules)
+    return {member.name for member in grouping.members if member.name.startswith(prefixes)}
 
 
-def _removed_blocks(found: ChannelGroups, keep_G: Tensor) -> tuple[dict[str, Block], set[str]]:
-    """The blocks that go, by name, and the names of their tensors."""
-    blocks = {name: one for name, one in found.blocks.items() if not bool(keep_G[one.group])}
-    prefixes = tuple(f"{name}." for name in blocks)
-    return blocks, {member.name for member in found.grouping.members if member.name.startswith(prefixes)}
-
-
-def _bare_norm_widths(model: nn.Module, norms: Mapping[str, Tensor], keep_G: Tensor) -> dict[str, int]:
-    keep_G1 = torch.cat([keep_G.cpu().bool(), torch.ones(1, dtype=torch.bool)])
-    modules = dict(model.named_modules())
-    return {
-        name: int(keep_G1[groups.cpu()].sum())
-        for name, groups in norms.items()
-        if getattr(modules[name], "weight", None) is None
-    }
-
-
-def _kept_heads(heads: Mapping[str, Heads], keep_G: Tensor) -> dict[str, Kept]:
-    """Block -> its remaining attributes, for blocks that lose heads."""
-    keep_G1 = torch.cat([keep_G.cpu().bool(), torch.ones(1, dtype=torch.bool)])
-    counts = {name: (int(keep_G1[one.groups_H.cpu()].sum()), len(one.groups_H)) for name, one in heads.items()}
-    return {name: Kept(*counts[name], heads[name].attributes) for name in heads if counts[name][0] < counts[name][1]}
-
-
-def _kept_counts(widths: Iterable[Width], keep_G: Tensor) -> dict[tuple[str, str], int]:
-    """(Module, attribute that counts channels) -> how many it counts then."""
-    keep_G1 = torch.cat([keep_G.cpu().bool(), torch.ones(1, dtype=torch.bool)])
-    kept = {(one.module, one.attribute): keep_G1[one.groups_C.cpu()] for one in widths}
-    return {place: int(keep_C.sum()) for place, keep_C in kept.items() if not bool(keep_C.all())}
-
-
-def _slice_module(
-    model: nn.Module, kept: dict[str, Keep], bare: dict[str, int], surgery: Surgery
-) -> dict[Tensor, tuple[nn.Parameter, Keep]]:
+def _slice_module(model: nn.Module, kept: dict[str, Keep], surgery: Surgery) -> dict[Tensor, tuple[nn.Parameter, Keep]]:
     """Put sliced tensors in place and update widths; returns old parameter -> (new parameter, what was kept)."""
     owners = dict(model.named_modules())
     exchanged: dict[Tensor, tuple[nn.Parameter, Keep]] = {}
@@ -167,8 +129,6 @@ def _slice_module(
     touched = {id(owner): owner for owner, _, _ in new_tensors}
     for owner in touched.values():
         _update_widths(owner, surgery)
-    for name, width in bare.items():
-        _set_norm_width(owners[name], width, surgery)
     exchanged.update(follow_weights(model, kept, surgery))
     return exchanged
 
@@ -196,17 +156,8 @@ def _update_widths(module: nn.Module, surgery: Surgery) -> None:
         tensors = (getattr(module, "weight", None), getattr(module, "running_mean", None))
         for tensor in tensors:
             if tensor is not None:
-                _set_norm_width(module, tensor.shape[0], surgery)
+                set_norm_width(module, tensor.shape[0], surgery)
                 return
-
-
-def _set_norm_width(module: nn.Module, width: int, surgery: Surgery) -> None:
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or hasattr(module, "normalized_shape"):
-        surgery.set_attribute(module, "normalized_shape", (width,))
-    elif isinstance(module, nn.GroupNorm):
-        surgery.set_attribute(module, "num_channels", width)
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        surgery.set_attribute(module, "num_features", width)
 
 
 def _update_conv(module: nn.modules.conv._ConvNd, surgery: Surgery) -> None:

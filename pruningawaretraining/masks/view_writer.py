@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pruningawaretraining.distributed.fsdp import is_sharded, local_member, local_of
 from pruningawaretraining.groups.grouping import Grouping, Member
-from pruningawaretraining.groups.lowest import counts_of
 from pruningawaretraining.groups.reductions import device_of
 from pruningawaretraining.groups.views import fill_groups, fold_of, slot_counts, slots_of
 
@@ -118,8 +117,10 @@ class ViewWriter:
 
 
 def kept_of_members(grouping: Grouping, keep_G: Tensor, kept_by_set: list[int]) -> list[int]:
-    """How many groups of each member with consecutive slots are kept; not counted again where each is a set."""
+    """How many groups of each member with consecutive slots are kept; counted, by one wait, unless each is a set."""
     runs = [(member.offset, member.n_slots) for member in grouping.members]
     if runs == [(one.start, one.size) for one in grouping.sets]:
         return kept_by_set
-    return [counts_of(keep_G[start : start + size], [size])[0] for start, size in runs]
+    counts = [keep_G[start : start + size].count_nonzero() for start, size in runs]
+    found: list[int] = torch.stack(counts).tolist() if counts else []
+    return found

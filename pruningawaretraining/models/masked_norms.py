@@ -1,21 +1,25 @@
 """Norms over masked channels: statistics over the kept ones, as in the removed model.
 
-Shape suffixes: ``_C`` channels, ``_GC`` channels in groups, ``_B`` batch, ``_P`` positions.
+Shape suffixes: ``_C`` channels, ``_GC`` channels in groups of a norm, ``_B`` batch, ``_P`` positions, ``_G`` groups
+of coupled channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
+from pruningawaretraining.models.compiling import forget_compiled
 from pruningawaretraining.models.kept_norm import KeptNorm
 from pruningawaretraining.models.masked_modules import KeptModule, is_light
+from pruningawaretraining.models.surgery import Surgery
 
-__all__ = ["KeptNorm", "is_foreign_rms_norm", "kept_norm_of"]
+__all__ = ["KeptNorm", "NormHooks", "is_foreign_rms_norm", "kept_norm_of", "set_norm_width"]
 
 
 def _standardised(x: Tensor, keep: Tensor, dims: list[int], count: Tensor, eps: float) -> Tensor:
@@ -146,3 +150,49 @@ def kept_norm_of(module: nn.Module) -> KeptNormOf | None:
         return KeptForeignRMSNorm
     known = next((hook for kind, hook in KEPT_NORMS.items() if isinstance(module, kind)), None)
     return KeptModule if known is None and is_light(module) else known
+
+
+class NormHooks:
+    """Norms that mix channels (LayerNorm, GroupNorm) compute their statistics over the kept channels.
+
+    A hook that is there is only told of new masks, so that nothing has to be compiled again.
+
+    Args:
+        model: the model.
+        kept: masks -> norm layer -> which of its channels are kept.
+    """
+
+    def __init__(self, model: nn.Module, kept: Callable[[Tensor], Mapping[str, Tensor]]) -> None:
+        self.model, self.kept = model, kept
+        self._handles: list[RemovableHandle] = []
+        self._hooks: dict[str, KeptNorm] = {}
+
+    def mask(self, keep_G: Tensor, device: torch.device) -> None:
+        """Take new masks (on the CPU); all norms get a hook once one needs it."""
+        modules = dict(self.model.named_modules())
+        keep_of = {name: keep_C for name, keep_C in self.kept(keep_G).items() if kept_norm_of(modules[name])}
+        if not self._hooks and not all(bool(keep_C.all()) for keep_C in keep_of.values()):
+            for name in keep_of:
+                make = kept_norm_of(modules[name])
+                assert make is not None
+                self._hooks[name] = hook = make(modules[name], device)
+                self._handles.append(modules[name].register_forward_hook(hook))
+            forget_compiled()
+        for name, hook in self._hooks.items():
+            hook.keep_C.copy_(keep_of[name])
+
+    def release(self) -> None:
+        """Take every hook out."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._hooks = [], {}
+
+
+def set_norm_width(module: nn.Module, width: int, surgery: Surgery) -> None:
+    """Let a norm layer know how many channels it has."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or hasattr(module, "normalized_shape"):
+        surgery.set_attribute(module, "normalized_shape", (width,))
+    elif isinstance(module, nn.GroupNorm):
+        surgery.set_attribute(module, "num_channels", width)
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        surgery.set_attribute(module, "num_features", width)

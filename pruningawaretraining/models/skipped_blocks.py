@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.distributed.collectives import world_size
 from pruningawaretraining.errors import ModelError
+from pruningawaretraining.models.compiling import forget_compiled
 from pruningawaretraining.models.surgery import Surgery
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block that is a group.
-
-    Args:
-        group: its number (the number of groups for none).
-        outputs: how many things it hands on in a tuple, of which the first is the tensor; 0 for the tensor alone.
-    """
-
-    group: int
-    outputs: int = 0
 
 
 def input_of(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -48,7 +36,7 @@ class PassThrough(nn.Module):
     """Replacement of a removed block: returns its input, and accepts the block's arguments.
 
     Args:
-        outputs: see :class:`Block`.
+        outputs: how many things the block hands on in a tuple, of which the first is the tensor; 0 for a tensor alone.
     """
 
     def __init__(self, outputs: int = 0) -> None:
@@ -66,7 +54,7 @@ class PassThrough(nn.Module):
 
     @property
     def outputs(self) -> int:
-        """See :class:`Block`."""
+        """How many things it hands on in a tuple; 0 for a tensor alone."""
         return self._outputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +71,7 @@ class Bypass:
     Zero weights alone would not do: a norm behind the residual sum still works on what it is given.
 
     Args:
-        outputs: see :class:`Block`.
+        outputs: see :class:`PassThrough`.
     """
 
     def __init__(self, outputs: int) -> None:
@@ -99,7 +87,7 @@ class Bypass:
 
 
 def passed_blocks(model: nn.Module) -> dict[str, int]:
-    """The blocks that hand on their input, removed or masked, each with its ``outputs``; see :class:`Block`."""
+    """The blocks that hand on their input, removed or masked, each with its ``outputs``; see :class:`PassThrough`."""
     found: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, PassThrough):
@@ -110,21 +98,49 @@ def passed_blocks(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def remove_blocks(model: nn.Module, gone: Mapping[str, Block], surgery: Surgery) -> list[nn.Parameter]:
+class BlockHooks:
+    """A residual block that is masked hands on its input.
+
+    Args:
+        model: the model.
+        masked: masks -> the blocks that are masked, each with its ``outputs``.
+    """
+
+    def __init__(self, model: nn.Module, masked: Callable[[Tensor], Mapping[str, int]]) -> None:
+        self.model, self.masked = model, masked
+        self._handles: dict[str, RemovableHandle] = {}
+
+    def mask(self, keep_G: Tensor, device: torch.device) -> None:
+        """Take new masks (on the CPU)."""
+        masked = self.masked(keep_G)
+        if masked.keys() == self._handles.keys():
+            return
+        for name in self._handles.keys() - masked.keys():
+            self._handles.pop(name).remove()
+        modules = dict(self.model.named_modules())
+        for name in masked.keys() - self._handles.keys():
+            self._handles[name] = modules[name].register_forward_hook(Bypass(masked[name]), with_kwargs=True)
+        forget_compiled()
+
+    def release(self) -> None:
+        """Take every hook out; none is left once nothing is masked."""
+
+
+def remove_blocks(model: nn.Module, gone: Mapping[str, int], surgery: Surgery) -> list[nn.Parameter]:
     """Put a :class:`PassThrough` wherever the model has one of these blocks.
 
     Args:
         model: the model.
-        gone: the blocks by name.
+        gone: the blocks by name, each with its ``outputs``.
         surgery: remembers the changes.
 
     Returns:
         The parameters that the model no longer has.
     """
     modules, lost = dict(model.named_modules()), []
-    for name, block in gone.items():
+    for name, outputs in gone.items():
         lost += list(modules[name].parameters())
-        pass_through(model, modules[name], block.outputs, surgery)
+        pass_through(model, modules[name], outputs, surgery)
     return lost
 
 

@@ -7,7 +7,7 @@ behind it, and the input columns of all consumers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -46,6 +46,20 @@ class StructuredPattern(Protocol):
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
         """Selected attention block -> its unit of pruning."""
         ...
+
+
+class OwnGroups(StructuredPattern, Protocol):
+    """A pattern that finds its groups itself, whatever the trace says; one set for each module that a rule selects."""
+
+    def find(self, model: nn.Module, chosen: set[str]) -> ChannelGroups:
+        """The groups of the selected modules, with what depends on them."""
+        ...
+
+
+def own_groups(pattern: Any, model: nn.Module, chosen: set[str]) -> list[ChannelGroups]:
+    """The groups that a pattern finds itself; none if they are those of the trace."""
+    find: Callable[[nn.Module, set[str]], ChannelGroups] | None = getattr(pattern, "find", None)
+    return [] if find is None else [find(model, chosen)]
 
 
 @register("pattern", "channel", "channels")
@@ -121,6 +135,7 @@ def find_channels(
     forward_fn: ForwardFn | None = None,
     units: Mapping[str, str] | None = None,
     limit: float = TRACE_LIMIT,
+    own: Sequence[ChannelGroups] = (),
 ) -> ChannelGroups:
     """Trace a model and group its channels and heads.
 
@@ -131,19 +146,22 @@ def find_channels(
         units: attention blocks that may lose heads -> what goes together there, see
             :class:`pruningawaretraining.patterns.head.Head`.
         limit: seconds that the search for coupled channels may take; what is not finished then is left out.
+        own: groups that patterns have found themselves, see :func:`own_groups`.
 
     Raises:
         ModelError: the inputs are rejected, or nothing can be pruned.
     """
     units = units or {}
     found = ChannelGroups(Grouping("channel", (), ()))
-    if chosen - units.keys() or not units:
+    if chosen - units.keys() or not (units or own):
         with resting(model):
             dependencies = trace(model, inputs, forward_fn, limit)
         found = channel_groups(model, dependencies, chosen)
     if units:
-        found = found.beside(*find_heads(model, units))
+        found = found.beside(find_heads(model, units))
         found = found.without(dict(_useless_heads(found)))
+    for one in own:
+        found = found.beside(one)
     if found.grouping.size == 0:
         reasons = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in list(found.skipped.items())[:4])
         raise ModelError(

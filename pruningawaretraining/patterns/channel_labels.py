@@ -12,7 +12,8 @@ from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.groups.products import Product
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.masked_norms import is_foreign_rms_norm
-from pruningawaretraining.patterns.channel_groups import ChannelGroups, Width
+from pruningawaretraining.patterns.attachments import Counts, Norms
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.coupling import DependencyMap, Indices, Space, WorkOf
 from pruningawaretraining.patterns.projections import is_transposed_linear
 
@@ -137,11 +138,12 @@ def _label(
             touched[number].append(space.name)
             topology[number].append(f"{type(space.owner).__name__}:{space.side}")
     named = tuple(_finish(one, touched[index], topology[index], order, model) for index, one in enumerate(sets))
-    counted = {place: torch.from_numpy(group_of[parts]) for place, parts in dependencies.widths.items()}
-    widths = tuple(Width(*place, groups) for place, groups in counted.items() if bool((groups < total).any()))
+    counted = {".".join(place): torch.from_numpy(group_of[parts]) for place, parts in dependencies.widths.items()}
+    counted = {place: groups for place, groups in counted.items() if bool((groups < total).any())}
     products = tuple(_product(one, group_of, total) for one in dependencies.works)
     products = tuple(one for one in products if one.out_N is not None or one.in_N is not None)
-    return ChannelGroups(Grouping("channel", tuple(members), named, products=products), skipped, norms, widths=widths)
+    grouping = Grouping("channel", tuple(members), named, products=products)
+    return ChannelGroups(grouping, skipped, (Norms(norms), Counts(counted)))
 
 
 def _numbered(

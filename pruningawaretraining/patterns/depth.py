@@ -19,10 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruningawaretraining.config.options import BLOCKS, Support, support_of
 from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.groups.attachment import Attachment, MaskHooks, OwnCost
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluating
 from pruningawaretraining.models.fake_quant import is_converted, resting
-from pruningawaretraining.models.skipped_blocks import Block
+from pruningawaretraining.models.skipped_blocks import BlockHooks, remove_blocks
+from pruningawaretraining.models.surgery import Surgery
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.registry import register
@@ -176,6 +178,40 @@ def _is_stage(run: _Run, inner: Sequence[_Run]) -> bool:
     return any(one.given is run.given for one in inner) and any(one.made is run.made for one in inner)
 
 
+@dataclass(frozen=True, eq=False)
+class SkippedBlocks(Attachment):
+    """Residual blocks, each a group: masked it hands on its input, removed it is replaced by what does.
+
+    Args:
+        outputs: block -> see :class:`~pruningawaretraining.models.skipped_blocks.PassThrough`.
+    """
+
+    outputs: Mapping[str, int]
+
+    def taken_out(self, keep_G: Tensor) -> dict[str, int]:
+        """The blocks that go, each with its ``outputs``."""
+        return {name: self.outputs[name] for name, keep in self.kept(keep_G).items() if not bool(keep)}
+
+    def hooks(self, model: nn.Module) -> MaskHooks:
+        """See :class:`~pruningawaretraining.models.skipped_blocks.BlockHooks`."""
+        return BlockHooks(model, self.taken_out)
+
+    def remove(self, model: nn.Module, keep_G: Tensor, surgery: Surgery) -> list[nn.Parameter]:
+        """Replace the blocks that go."""
+        return remove_blocks(model, self.taken_out(keep_G), surgery)
+
+    def costs(self) -> list[OwnCost]:
+        """All that is in a block goes with it."""
+        return [OwnCost(name, groups, inner=True) for name, groups in self.groups.items()]
+
+    def graph_problem(self, model: nn.Module) -> str:
+        """A block is not one thing in a graph."""
+        return (
+            "'depth' takes whole blocks out of the model, and in an exported graph they cannot be found. "
+            "Allowed: remove them before the export"
+        )
+
+
 def find_blocks(
     model: nn.Module,
     inputs: Any,
@@ -216,8 +252,9 @@ def find_blocks(
         for member in _members(name, modules[name], group, len(names))
     ]  # fmt: skip
     sets = (GroupSet(names[0], 0, len(names), 1, SIGNATURE, tuple(names)),)
-    blocks = {name: Block(group, _outputs(runs[name])) for group, name in enumerate(names)}
-    return ChannelGroups(Grouping("depth", tuple(members), sets), skipped, blocks=blocks)
+    groups = {name: torch.tensor([group]) for group, name in enumerate(names)}
+    blocks = SkippedBlocks(groups, {name: _outputs(runs[name]) for name in names})
+    return ChannelGroups(Grouping("depth", tuple(members), sets), skipped, (blocks,))
 
 
 def _outputs(run: _Run) -> int:

@@ -18,8 +18,12 @@ from torch import Tensor, nn
 
 from pruningawaretraining.config.options import COUPLED, Support
 from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.groups.attachment import Attachment, OwnCost
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.models.pruned_attention import Kept, shrink_heads
+from pruningawaretraining.models.surgery import Surgery
 from pruningawaretraining.patterns.attention import Attention, attention_blocks, scaled_attributes
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.projections import HeadTensor
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.registry import lookup, register
@@ -111,19 +115,31 @@ def chosen_heads(
 
 
 @dataclass(frozen=True, eq=False)
-class Heads:
-    """Heads of one block.
+class Heads(Attachment):
+    """Attention blocks, with the group of every head, or run of heads that go together.
 
     Args:
-        groups_H: for every head, or run of heads that go together, its group (the number of groups for none).
-        attributes: attributes of the block's module that shrink in proportion to them.
+        attributes: block -> attributes of its module that shrink in proportion to them.
     """
 
-    groups_H: Tensor
-    attributes: tuple[str, ...]
+    attributes: Mapping[str, tuple[str, ...]]
+
+    def remove(self, model: nn.Module, keep_G: Tensor, surgery: Surgery) -> tuple[nn.Parameter, ...]:
+        """Adapt blocks that lose heads."""
+        left = {
+            name: Kept(int(keep_H.sum()), len(keep_H), self.attributes[name])
+            for name, keep_H in self.kept(keep_G).items()
+            if not bool(keep_H.all())
+        }
+        shrink_heads(model, left, surgery)
+        return ()
+
+    def costs(self) -> list[OwnCost]:
+        """What a block computes itself, beside the layers in it, is in proportion to its heads."""
+        return [OwnCost(name, groups_H) for name, groups_H in self.groups.items()]
 
 
-def find_heads(model: nn.Module, units: Mapping[str, str]) -> tuple[Grouping, dict[str, Heads], dict[str, str]]:
+def find_heads(model: nn.Module, units: Mapping[str, str]) -> ChannelGroups:
     """Group the heads of attention blocks.
 
     Args:
@@ -131,8 +147,7 @@ def find_heads(model: nn.Module, units: Mapping[str, str]) -> tuple[Grouping, di
         units: block -> unit.
 
     Returns:
-        One set for each block (or run of blocks that share a position bias), block -> its heads, and block -> why its
-        heads stay.
+        One set for each block (or run of blocks that share a position bias).
     """
     blocks, unread = attention_blocks(model)
     skipped = {name: reason for name, reason in unread.items() if name in units}
@@ -146,19 +161,20 @@ def find_heads(model: nn.Module, units: Mapping[str, str]) -> tuple[Grouping, di
     total = sum(sizes)
     sets: list[GroupSet] = []
     members: list[Member] = []
-    heads: dict[str, Heads] = {}
+    groups: dict[str, Tensor] = {}
+    attributes: dict[str, tuple[str, ...]] = {}
     start = 0
     for run, size in zip(runs.values(), sizes, strict=True):
         for block in run:
             members += _members(block, units, start, total)
-            attributes = scaled_attributes(block, size != block.key_value_heads)
-            heads[block.name] = Heads(torch.arange(start, start + size), attributes)
+            groups[block.name] = torch.arange(start, start + size)
+            attributes[block.name] = scaled_attributes(block, size != block.key_value_heads)
         layers = tuple(layer for block in run for layer in block.layers)
         width = run[0].head_dim * (run[0].heads // size)
         signature = f"heads:{type(run[0].module).__name__}:{width}"
         sets.append(GroupSet(run[0].name, start, start + size, width, signature, layers))
         start += size
-    return Grouping("head", tuple(members), tuple(sets)), heads, skipped
+    return ChannelGroups(Grouping("head", tuple(members), tuple(sets)), skipped, (Heads(groups, attributes),))
 
 
 def _unit(block: Attention, units: Mapping[str, str]) -> tuple[int, Callable[[HeadTensor], Tensor | None]]:

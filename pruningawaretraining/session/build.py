@@ -17,6 +17,7 @@ from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.weights import WeightGroups
 from pruningawaretraining.masks.dry_run import removable_blocks, removable_channels
 from pruningawaretraining.models.calling import ForwardFn, from_shapes
+from pruningawaretraining.patterns.channel import own_groups
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.channel_labels import producer_names
 from pruningawaretraining.patterns.depth import check_alone
@@ -138,10 +139,14 @@ def _channels(
     trace_limit: float,
 ) -> ChannelGroups:
     units: dict[str, str] = {}
+    own: list[ChannelGroups] = []
     for one, layers in chosen:
+        mine = own_groups(one.pattern, model, layers)
+        own += mine
+        union = union - layers if mine else union
         units |= one.pattern.head_units(model, layers)
     multiples = {name: one.rule.multiple for one, layers in chosen for name in layers}
-    return removable_channels(model, inputs, union, forward_fn, multiples, units, trace_limit)
+    return removable_channels(model, inputs, union, forward_fn, multiples, units, trace_limit, own)
 
 
 def inputs_of(config: PruningConfig, model: nn.Module) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.allocation.ranking import Allocator, Limits, limits_of
+from pruningawaretraining.allocation.ranking import Allocator, limits_of
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.targets import Target
@@ -42,7 +42,7 @@ from pruningawaretraining.masks.dry_run import removable_blocks, removable_chann
 from pruningawaretraining.masks.pruned_copy import pruned_copy
 from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.calling import unwrap
-from pruningawaretraining.patterns.channel import StructuredPattern
+from pruningawaretraining.patterns.channel import StructuredPattern, own_groups
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import build, lookup
 from pruningawaretraining.session.arguments import check_model
@@ -188,7 +188,9 @@ def _one_shot_channels(
     if support_of(pattern).kind == "block":
         channels = removable_blocks(model, inputs, chosen)
     else:
-        channels = removable_channels(model, inputs, chosen, multiples=multiples, units=units)
+        own = own_groups(pattern, model, chosen)
+        traced = set[str]() if own else chosen
+        channels = removable_channels(model, inputs, traced, multiples=multiples, units=units, own=own)
     grouping = channels.grouping
     listener = StatisticsFeed("rule", criterion, model, _scored(channels, criterion))
     scores_G = criterion.score(grouping, Statistics(tensors=listener.statistics(calibration)))
@@ -232,10 +234,6 @@ class _Everything:
     groups_D: Tensor
     key: str = "rule"
 
-    def limits(self) -> Limits:
-        """Limits of every allocation of the rule."""
-        return limits_of(self.rule)
-
 
 def _keeps(
     model: nn.Module, rule: Rule, found: ChannelGroups, inputs: Any, scores_G: Tensor, sparsities: Sequence[float]
@@ -245,8 +243,7 @@ def _keeps(
     if sparsities:
         allocator = Allocator(grouping, scores_G, limits_of(rule), rule.scope)
         return {sparsity: allocator.at(sparsity) for sparsity in sparsities}
-    heads = {name: one.groups_H for name, one in found.heads.items()}
-    macs = macs_cost(grouping, macs_per_layer(model, inputs), heads)
+    macs = macs_cost(grouping, macs_per_layer(model, inputs), found.costs())
     targets = Targets(model, found, macs, parameters_cost(grouping, model), inputs)
     share = _Everything(rule, grouping, list(range(len(grouping.sets))), torch.arange(grouping.size))
     everything = torch.ones(grouping.size, dtype=torch.bool)

@@ -258,5 +258,5 @@ def kept_widths(coupled: CoupledGroups) -> dict[str, tuple[int, int]]:
             widths[name] = (kept, kept * inputs // outputs)
         else:
             widths[name] = (kept, inputs)
-    masked = tuple(f"{name}." for name, one in coupled.found.blocks.items() if not bool(keep_G1[one.group]))
+    masked = tuple(f"{name}." for name in coupled.found.taken_out(keep_G1[:-1]))
     return {name: (0, 0) if name.startswith(masked) else pair for name, pair in widths.items()}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from pruningawaretraining.engine.state import load_into, state_of
+from pruningawaretraining.engine.state import is_whole, load_into, state_of
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.models.hugging_face import follow_configs
 from pruningawaretraining.registry import build
@@ -67,9 +67,9 @@ def load_session(session: Session, state: Mapping[str, Any], generators: bool = 
 
 def _whole(state: Mapping[str, Any], key: str) -> int:
     value = state[key]
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
+    if not is_whole(value):
         raise CheckpointError(f"state: {key}: {str(value)[:80]} is not a whole number of 0 or more")
-    return value
+    return int(value)
 
 
 def _find_coupled(session: Session) -> None:

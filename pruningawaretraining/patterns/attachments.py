@@ -1,0 +1,54 @@
+"""What depends on coupled channels beside their tensors: norms over channels, and attributes that count them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pruningawaretraining.groups.attachment import Attachment, MaskHooks
+from pruningawaretraining.models.masked_norms import NormHooks, kept_norm_of, set_norm_width
+from pruningawaretraining.models.module_widths import set_count
+from pruningawaretraining.models.surgery import Surgery
+
+
+@dataclass(frozen=True, eq=False)
+class Norms(Attachment):
+    """Norm layers: those that mix channels take their statistics over the kept ones."""
+
+    def hooks(self, model: nn.Module) -> MaskHooks:
+        """See :class:`NormHooks`."""
+        return NormHooks(model, self.kept)
+
+    def remove(self, model: nn.Module, keep_G: Tensor, surgery: Surgery) -> tuple[nn.Parameter, ...]:
+        """Narrow norms without tensors, which slicing does not reach."""
+        for name, keep_C in self.kept(keep_G).items():
+            module = model.get_submodule(name)
+            if getattr(module, "weight", None) is None:
+                set_norm_width(module, int(keep_C.sum()), surgery)
+        return ()
+
+    def graph_problem(self, model: nn.Module) -> str:
+        """A norm that mixes channels needs a hook."""
+        for name in self.groups:
+            module = model.get_submodule(name)
+            if kept_norm_of(module) is not None:
+                return (
+                    f"{name} ({type(module).__name__}) normalises over channels, of which some may be masked, and in "
+                    "an exported graph that cannot be told. Allowed: remove the channels before the export, or "
+                    "exclude the layers that it normalises"
+                )
+        return ""
+
+
+@dataclass(frozen=True, eq=False)
+class Counts(Attachment):
+    """Attributes of modules, by their qualified names, that say how many channels there are."""
+
+    def remove(self, model: nn.Module, keep_G: Tensor, surgery: Surgery) -> tuple[nn.Parameter, ...]:
+        """Let them count what is left."""
+        for place, keep_C in self.kept(keep_G).items():
+            if not bool(keep_C.all()):
+                owner, _, attribute = place.rpartition(".")
+                set_count(model.get_submodule(owner), attribute, int(keep_C.sum()), surgery)
+        return ()
