@@ -21,7 +21,7 @@ from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.dynamics import Dynamic, Event
 from pruningawaretraining.registry import build
-from pruningawaretraining.schedules import Timeline
+from pruningawaretraining.schedules import Timeline, sparsity_at
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,8 @@ class ActiveRule:
 
     def __post_init__(self) -> None:
         self.planned = self.rule.timeline()
+        for one in self.planned.stretches:
+            sparsity_at(one.schedule, 0.5)  # a schedule of the user's own that fails is refused before training
         self.dynamic = build("dynamic", self.rule.dynamic, f"{self.key}.dynamic")
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor
 from pruningawaretraining.groups.channel_norms import GroupIndex
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.groups.placed import placed
-from pruningawaretraining.registry import register
+from pruningawaretraining.registry import calling, check_returned, register
 
 
 class Regularizer:
@@ -175,6 +175,15 @@ class NormScaleLasso:
 
 
 def prepare(options: Any, grouping: Grouping, saving_G: Tensor | None = None) -> Regularizer:
-    """Make a registered regulariser ready for a grouping."""
-    ready: Regularizer = options.prepare(grouping, saving_G)
-    return ready
+    """Make a registered regulariser ready for a grouping.
+
+    Raises:
+        ExtensionError: it raises, or its strengths are not one for each group.
+    """
+    expected = f"a Regularizer with {grouping.size} strengths, one for each group"
+    with calling("regularizer", options, expected):
+        ready = options.prepare(grouping, saving_G)
+    check_returned(isinstance(ready, Regularizer), "regularizer", options, ready, expected)
+    found: Regularizer = ready
+    check_returned(found.strength_G.shape == (grouping.size,), "regularizer", options, found.strength_G, expected)
+    return found

@@ -17,6 +17,7 @@ from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.weights import WeightGroups
 from pruningawaretraining.masks.dry_run import removable_blocks, removable_channels
 from pruningawaretraining.models.calling import ForwardFn, from_shapes
+from pruningawaretraining.patterns.channel import chosen_layers_of
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.channel_labels import producer_names
 from pruningawaretraining.patterns.depth import check_alone
@@ -42,8 +43,7 @@ class BuiltRule:
 
     def chosen(self, model: nn.Module) -> set[str]:
         """The layers or blocks that a rule of removable groups selects."""
-        found: set[str] = self.pattern.chosen(model, self.rule.layers, self.rule.exclude, self.key)
-        return found
+        return chosen_layers_of(self.pattern, model, self.rule.layers, self.rule.exclude, self.key)
 
 
 @dataclass(frozen=True)
