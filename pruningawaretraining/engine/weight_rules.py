@@ -6,6 +6,7 @@ Shape suffixes: ``_G`` groups of one rule.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +129,23 @@ def same_tensors(old: Grouping, new: Grouping) -> bool:
     """Whether two groupings label the same tensors."""
     before, after = old.members, new.members
     return len(before) == len(after) and all(a.parameter is b.parameter for a, b in zip(before, after, strict=True))
+
+
+def check_lifted(one: WeightRule, rules: Iterable[WeightRule]) -> None:
+    """Refuse to lift masks that another rule of the same config makes: a rule lifts its own, from a state.
+
+    Raises:
+        ConfigError: it names both rules and a layer.
+    """
+    own = {each.name for each in one.grouping.sets}
+    for other in rules if one.rule.mode == "unprune" else ():
+        shared = [each.name for each in other.grouping.sets if each.name in own]
+        if other is not one and shared:
+            raise ConfigError(
+                f"{one.key}.mode: 'unprune' lifts masks that a loaded state brings, and {other.key} prunes "
+                f"{shared[0]!r} in the same config. Allowed: release: true in {other.key}, which lifts its masks after "
+                "its last event; or 'unprune' alone, and load_state_dict() of the pruned run"
+            )
 
 
 def check_phases(model: nn.Module, key: str, rule: Rule, grouping: Grouping) -> None:
