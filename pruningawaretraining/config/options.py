@@ -126,7 +126,7 @@ def _goes(dynamic: Any, groups: str) -> bool:
 
 
 def _check_dynamic(rule: RuleOptions, removable: bool) -> None:
-    """Refuse a dynamic on groups that it does not work for, and options that speak of final masks."""
+    """Refuse a dynamic on groups that it does not work for, and options that need final masks."""
     entry = lookup("dynamic", type_of("dynamic", rule.dynamic))
     pattern = lookup("pattern", type_of("pattern", rule.pattern))
     if not (_goes(entry, "removable") if removable else _goes(entry, "windows") or not hasattr(pattern, "window")):

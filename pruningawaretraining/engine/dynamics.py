@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def between_events(model: nn.Module, one: WeightRule) -> Callable[[], Tensor] | None:
-    """What chooses a rule's masks between events, as many groups of every set as now, by the weights that there are.
+    """A function that chooses a rule's masks between events by the present weights, keeping as many groups of each set.
 
     None for criteria that need more than the weights: their masks change at events only.
     """

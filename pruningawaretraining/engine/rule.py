@@ -205,7 +205,7 @@ def check_finite(key: str, grouping: Grouping) -> None:
 
 
 def warn_of_idle(rules: Iterable[ActiveRule]) -> None:
-    """Say which rules never had an event, most often because the loop does not count what they count."""
+    """Warn of rules that never had an event; most often the loop counts epochs where they count steps, or none."""
     calls = {"epoch": "prune(model, epoch) counts epochs", "step": "the optimizer's steps are counted"}
     for one in rules:
         if one.rule.aims and one.rule.mode == "prune" and one.state.event == 0 and one.works:

@@ -51,7 +51,6 @@ class Regularizer:
         Args:
             keep_G: groups that are not masked (True), on the index's device; None for all.
         """
-        self.index.skip_masked(keep_G)
         factor_G = self.factor(self.index.squared_norms(), self.index, keep_G)
         factor_G = factor_G * placed(self.strength_G, factor_G.device)
         return factor_G if keep_G is None else factor_G * keep_G

@@ -123,7 +123,7 @@ def one_shot(
 def _one_shot_masks(
     calibration: Calibration, rule: Rule, pattern: Any, criterion: Any, sparsities: Sequence[float], after: AfterPruning
 ) -> dict[float, nn.Module]:
-    """Slices, and patterns of one's own: the one event of a rule, on a copy for each sparsity."""
+    """Slices and registered patterns of users: the one event of a rule, on a copy for each sparsity."""
     models = {}
     for sparsity in sparsities:
         pruned = unchanged_copy(calibration.model)
