@@ -33,6 +33,10 @@ class TargetError(PruningError):
     """A target that the constraints (caps, multiples, listed layers) make unreachable."""
 
 
+class ExtensionError(PruningError):
+    """A registered criterion, schedule, cost ... of the user's own that raised, or returned what cannot be used."""
+
+
 class CheckpointError(PruningError):
     """A file that is not a checkpoint of this library, is truncated, or does not fit the model."""
 

@@ -11,10 +11,11 @@ import importlib
 import math
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from pruningawaretraining.errors import ConfigError, unknown
+from pruningawaretraining.errors import ConfigError, ExtensionError, PruningError, on_one_line, unknown
 
 T = TypeVar("T")
 Spelling = Callable[[re.Match[str]], Mapping[str, Any]]
@@ -190,6 +191,59 @@ def check_fields(entry: Any, options: Mapping[str, Any], where: str) -> None:
         problem = _wrong_type(hints.get(key), value)
         if problem:
             raise ConfigError(f"{where}.{key}: {value!r} is not {problem}")
+
+
+def name_of(kind: str, piece: Any) -> str:
+    """The name that a function, or the class of an object, is registered under; its own name without one."""
+    found = (name for name, one in _ENTRIES.get(kind, {}).items() if one is piece or one is type(piece))
+    return next(found, getattr(piece, "__name__", type(piece).__name__))
+
+
+@contextmanager
+def calling(kind: str, piece: Any, expected: str) -> Iterator[None]:
+    """Inside the block a registered piece is called; if it is not the library's own, what it raises names it.
+
+    Args:
+        kind: its kind.
+        piece: the function or object.
+        expected: what it should return.
+
+    Raises:
+        ExtensionError: the user's piece raised something else than a PruningError or a lack of memory.
+    """
+    try:
+        yield
+    except (PruningError, MemoryError):
+        raise
+    except Exception as error:
+        module = str(getattr(piece, "__module__", ""))
+        if module.startswith("pruningawaretraining.") or type(error).__name__ == "OutOfMemoryError":
+            raise
+        what = f"{type(error).__name__}: {on_one_line(str(error))}"
+        raise ExtensionError(f"{kind} {name_of(kind, piece)!r}: it raised {what}. Expected: {expected}") from error
+
+
+def check_returned(good: bool, kind: str, piece: Any, returned: Any, expected: str) -> None:
+    """Refuse what a registered piece has returned.
+
+    Args:
+        good: whether it can be used.
+        kind, piece: the piece, and its kind.
+        returned: what it returned, or a text that describes it.
+        expected: what it should have returned.
+
+    Raises:
+        ExtensionError: it cannot.
+    """
+    if not good:
+        shown = returned if isinstance(returned, str) else on_one_line(_described(returned))
+        raise ExtensionError(f"{kind} {name_of(kind, piece)!r}: it returned {shown}. Expected: {expected}")
+
+
+def _described(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}, {getattr(value, 'device', '')}"
+    return f"{value!r:.80} ({type(value).__name__})" if value is not None else "None"
 
 
 def _wrong_type(hint: Any, value: Any) -> str:

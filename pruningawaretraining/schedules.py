@@ -10,11 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
 
-from pruningawaretraining.registry import lookup, register
+from pruningawaretraining.registry import calling, check_returned, lookup, register
 
 LEAST_LEFT = 0.01
 """Rest of an exponential schedule towards 1 just before its end."""
+
+FRACTION = "a number in [0, 1], from start to final"
+ROUNDING = 1e-9
+"""What rounding may add to a fraction, or to a moment: 0.1 epochs of 30 steps are 3 steps."""
 
 Schedule = Callable[[float, float, float], float]
 
@@ -81,6 +87,7 @@ def sparsity_at(name: str, t: float, start: float = 0.0, final: float = 1.0) -> 
 
     Raises:
         ConfigError: the schedule is unknown.
+        ExtensionError: the schedule raises, or returns something else.
         ValueError: ``start`` or ``final`` is out of range.
     """
     schedule: Schedule = lookup("schedule", name)
@@ -89,13 +96,16 @@ def sparsity_at(name: str, t: float, start: float = 0.0, final: float = 1.0) -> 
     t = min(max(t, 0.0), 1.0)
     if t >= 1:
         return final
-    return min(max(schedule(t, start, final), start), final)
+    with calling("schedule", schedule, FRACTION):
+        value: Any = schedule(t, start, final)
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    good = number and -ROUNDING <= value <= 1 + ROUNDING
+    check_returned(good, "schedule", schedule, f"{value!r} at progress {t:g}", FRACTION)
+    return float(min(max(value, start), final))
 
 
 PRESENT = "present"
 """``initial`` of a stretch that starts from the sparsity that the weights have."""
-ROUNDING = 1e-9
-"""Below this part of a tick, a moment lies on it: 0.1 epochs of 30 steps are 3 steps."""
 
 
 @dataclass(frozen=True)

@@ -101,28 +101,32 @@ def masks_of(pruner: Pruning) -> dict[str, str]:
 
 
 def decisions(pattern: Any, criterion: Any, scope: str) -> dict[str, dict[str, str]] | str:
-    """Masks after the first and the last event of a short training, or the kind of error that refuses it."""
+    """Masks after the first and the last event of a short training, or the kind of error that refuses the pruner."""
     torch.manual_seed(0)
-    model = Net()
+    model, data = Net(), batches(EVENTS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    rule = {"pattern": pattern, "criterion": criterion, "scope": scope, "schedule": "linear", "start": 0}
-    rule |= {"end": EVENTS - 1, "target": {"sparsity": 0.5}}
-    data = batches(EVENTS)
     try:
-        pruner = Pruning(model, {"rules": [rule]}, example_inputs=data[0][0][:1], optimizer=optimizer)
-        pruner.calibrate_with(data[:2], F.cross_entropy)
-        found = {}
-        for epoch, (images, labels) in enumerate(data):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-            pruner.prune(model, epoch)
-            if epoch in (0, EVENTS - 1):
-                found["first" if epoch == 0 else "last"] = masks_of(pruner)
-        pruner.on_train_end()
+        pruner = pruner_of(model, pattern, criterion, scope, optimizer)
     except PruningError as error:
         return type(error).__name__
+    pruner.calibrate_with(data[:2], F.cross_entropy)
+    found = {}
+    for epoch, (images, labels) in enumerate(data):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        pruner.prune(model, epoch)
+        if epoch in (0, EVENTS - 1):
+            found["first" if epoch == 0 else "last"] = masks_of(pruner)
+    pruner.on_train_end()
     return found
+
+
+def pruner_of(model: nn.Module, pattern: Any, criterion: Any, scope: str = "global", optimizer: Any = None) -> Pruning:
+    """A pruner with one rule; what does not go together is refused here."""
+    rule = {"pattern": pattern, "criterion": criterion, "scope": scope, "schedule": "linear", "start": 0}
+    rule |= {"end": EVENTS - 1, "target": {"sparsity": 0.5}}
+    return Pruning(model, {"rules": [rule]}, example_inputs=batches(1)[0][0][:1], optimizer=optimizer)
 
 
 SCOPED = ("magnitude", "taylor")

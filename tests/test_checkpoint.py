@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, load_pruned, save_pruned
-from pruningawaretraining.checkpoint.files import KEY, read_description
+from pruningawaretraining.checkpoint.files import KEY, read_file
 from pruningawaretraining.checkpoint.records import record_of
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.files import write_atomically
@@ -134,7 +134,7 @@ DAMAGE: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("change", "message"), [row[1:] for row in DAMAGE], ids=[row[0] for row in DAMAGE])
 def test_a_damaged_description_is_refused(change: Any, message: str, tmp_path: Path) -> None:
     path = save_pruned(pruned("groupnorm")[0], tmp_path / "m.safetensors")
-    text = change if isinstance(change, str) else json.dumps({**read_description(path), **change})
+    text = change if isinstance(change, str) else json.dumps({**read_file(path)[1], **change})
     save_file(load_file(path), path, {KEY: text})
     model = dense("groupnorm")
     before = contents(model)
@@ -153,7 +153,7 @@ def test_a_damaged_description_is_refused(change: Any, message: str, tmp_path: P
 )
 def test_other_tensors_are_refused(tensors: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = save_pruned(pruned("groupnorm")[0], tmp_path / "m.safetensors")
-    text = json.dumps(read_description(path))
+    text = json.dumps(read_file(path)[1])
     changed = {key: value for key, value in {**load_file(path), **tensors}.items() if value is not None}
     save_file(changed, path, {KEY: text})
     model = dense("groupnorm")
@@ -225,4 +225,4 @@ def test_copies_averages_and_pickles_take_the_record_along(tmp_path: Path) -> No
     for number, copied in enumerate((copy.deepcopy(loaded), average.module, unpickled)):
         assert record_of(copied) == known
         save_pruned(copied, tmp_path / f"{number}.safetensors")
-        assert read_description(tmp_path / f"{number}.safetensors")["record"] == known
+        assert read_file(tmp_path / f"{number}.safetensors")[1]["record"] == known

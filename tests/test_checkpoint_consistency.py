@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining import load_pruned, load_state_dict_pruned, save_pruned
 from pruningawaretraining.checkpoint.consistency import disagreements
-from pruningawaretraining.checkpoint.files import KEY, read_description
+from pruningawaretraining.checkpoint.files import KEY, read_file
 from pruningawaretraining.errors import LONGEST, CheckpointError
 from pruningawaretraining.models.trial import Trial
 
@@ -38,7 +38,7 @@ def file(tmp_path: Path) -> Path:
 def rewritten(
     path: Path, widths: dict[str, dict[str, Any]] | None = None, tensors: dict[str, Tensor] | None = None
 ) -> None:
-    description = read_description(path)
+    description = read_file(path)[1]
     for name, changes in (widths or {}).items():
         description["modules"][name].update(changes)
     save_file({**load_file(path), **(tensors or {})}, path, {KEY: json.dumps(description)})
@@ -72,7 +72,7 @@ WIDTHS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("layer", "widths"), WIDTHS)
 def test_widths_that_are_not_those_of_the_tensors(layer: str, widths: dict[str, Any], file: Path) -> None:
     if "num_groups" in widths:
-        pytest.skip("a file does not say it") if "num_groups" not in read_description(file)["modules"]["4"] else None
+        pytest.skip("a file does not say it") if "num_groups" not in read_file(file)[1]["modules"]["4"] else None
     rewritten(file, {layer: widths})
     model = net()
     before = contents(model)

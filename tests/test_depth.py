@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, one_shot, save_pruned
-from pruningawaretraining.checkpoint.files import read_description
+from pruningawaretraining.checkpoint.files import read_file
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
 from pruningawaretraining.models.calling import call, outputs_of
 from pruningawaretraining.models.optimizer_state import follow
@@ -328,7 +328,7 @@ def test_a_file_says_which_blocks_are_gone_and_a_model_without_them_is_refused(t
     pruner_of(model, inputs).prune(epoch=0)
     path = save_pruned(model, tmp_path / "model.safetensors")
     gone = {f"blocks.{number}": 2 for number, one in enumerate(model.blocks) if isinstance(one, PassThrough)}
-    assert read_description(path)["passed"] == gone and len(gone) == 2
+    assert read_file(path)[1]["passed"] == gone and len(gone) == 2
     shorter = Stack(blocks=1, form=2)
     with pytest.raises(CheckpointError, match="has no block 'blocks"):
         load_pruned(shorter, path)

@@ -375,6 +375,19 @@ def test_masks_are_lifted() -> None:
     assert lifted.phase == "finetune"
 
 
+@pytest.mark.parametrize("layers", [["3"], None])
+def test_lifting_the_masks_of_another_rule_is_refused_by_its_key(layers: list[str] | None) -> None:
+    pruned = {"name": "pruned", "pattern": "4x1", "layers": ["3"], "target": {"sparsity": 0.5}}
+    lifted = {"name": "lifted", "pattern": "4x1", "layers": layers, "mode": "unprune", "start": 4}
+    with pytest.raises(
+        ConfigError, match=r"lifted.mode: 'unprune' lifts .* pruned prunes '3' .*release: true in pruned"
+    ):
+        Pruning(small(), rules(pruned, lifted))
+    released = Pruning(small(), rules({**pruned, "release": True}))
+    released.prune(released.model, 0)
+    assert released.sparsity == 0 and zeros(released.model[3].weight) == 0.5
+
+
 def test_a_removal_of_channels_leaves_slices_their_share() -> None:
     model = small()
     slices = {"name": "slices", "pattern": {"type": "slice", "block_size": 4}, "layers": ["3"], "scope": "local",

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from pruningawaretraining import files
 from pruningawaretraining.analysis.checkpoints import read_weights
-from pruningawaretraining.checkpoint.files import read_description
+from pruningawaretraining.checkpoint.files import read_file
 from pruningawaretraining.config.caps import read_caps
 from pruningawaretraining.config.load import read_mapping
 from pruningawaretraining.errors import LONGEST, PruningError
@@ -46,7 +46,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "config in JSON": ("c.json", read_mapping),
     "config in YAML": ("c.yaml", read_mapping),
     "caps": ("caps.json", lambda path: read_caps(str(path))),
-    "pruned model": ("m.safetensors", read_description),
+    "pruned model": ("m.safetensors", read_file),
     "weights, safetensors": ("w.safetensors", read_weights),
     "weights, torch": ("w.pt", read_weights),
     "dense weights, safetensors": ("d.safetensors", lambda path: load_weights(torch.nn.Linear(1, 1), str(path))),

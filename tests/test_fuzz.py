@@ -22,7 +22,7 @@ from experiment_fixture import tiny
 from torch import nn
 
 from pruningawaretraining import Pruning, load_config, load_pruned, load_state_dict_pruned, save_pruned
-from pruningawaretraining.checkpoint.files import KEY, read_description
+from pruningawaretraining.checkpoint.files import KEY, read_file
 from pruningawaretraining.config.load import read_mapping
 from pruningawaretraining.errors import PruningError
 from pruningawaretraining.experiment import record
@@ -141,7 +141,7 @@ widths = hostile | st.integers(-2, 40) | st.lists(st.integers(-2, 40), max_size=
 def test_checkpoints_of_pruned_models(examples: int, tmp_path: Path) -> None:
     tally, path = Tally("checkpoints of save_pruned"), tmp_path / "m.safetensors"
     save_pruned(trained(CHANNELS, 4)[0], path)
-    whole, description = path.read_bytes(), read_description(path)
+    whole, description = path.read_bytes(), read_file(path)[1]
     tensors = {name: value.clone() for name, value in load_file(path).items()}  # the file is written anew
 
     @fixed(examples)

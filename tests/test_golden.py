@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import golden
 import pytest
 import torch
+
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.registry import names
 
 TABLE = json.loads(golden.TABLE.read_text(encoding="utf-8"))
 QUICK = ("magnitude", "taylor", "obs")
@@ -43,6 +47,14 @@ def test_every_registered_name_is_in_the_table() -> None:
 def test_masks_are_those_of_the_table(pattern: str) -> None:
     some = [one for one in golden.combinations() if one[0] == pattern and one[1] in QUICK and one[2] == "global"]
     assert {" ".join(one): golden.row(*one) for one in some} == {" ".join(one): TABLE[" ".join(one)] for one in some}
+
+
+@pytest.mark.parametrize("pattern", golden.PATTERNS)
+def test_what_does_not_go_together_is_refused_when_the_pruner_is_made(pattern: str) -> None:
+    for criterion in names("criterion"):
+        refused = not isinstance(TABLE[f"{pattern} {criterion} global"], dict)
+        with pytest.raises(ConfigError, match="criterion: ") if refused else nullcontext():
+            golden.pruner_of(golden.Net(), golden.PATTERNS[pattern], criterion)
 
 
 @pytest.mark.slow

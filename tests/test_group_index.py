@@ -96,21 +96,3 @@ def test_masks_clear_every_weight_of_a_masked_group_and_no_other(case: str, mask
     masks.apply()
     assert torch.equal(parameter.detach() == 0, expected == 0)
     assert not masks.active or parameter._version > version, "autograd has to notice"
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_rows_of_masked_groups_are_left_out_only_while_they_are_masked(case: str, change: str) -> None:
-    parameter, grouping = grouping_of(case, change)
-    index, masks = GroupIndex(grouping, ("out",)), Masks(grouping, FactorWriter(grouping))
-    keep_G = torch.tensor([True, False, True, True, False])
-    masks.set(keep_G)
-    for keep in (None, keep_G, keep_G, None):
-        index.skip_masked(keep)
-        squared_G = index.squared_norms()
-        assert torch.equal(squared_G[~keep_G], torch.zeros(2))
-        expected = sum(float((parameter.detach().square() * one).sum()) for one in spread(torch.ones(SIZE), case, 0.0))
-        assert float(squared_G[keep_G].sum()) == pytest.approx(expected, rel=1e-5)
-    masks.clear()
-    with torch.no_grad():
-        parameter.fill_(1)
-    assert bool((index.squared_norms()[:1] > 0).all())

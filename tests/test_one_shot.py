@@ -247,7 +247,12 @@ def test_mappings_of_keyword_inputs_and_several_inputs():
         ({"criterion": {"type": "cap", "traces_backup_dir": 3}}, [0.5], ConfigError, "traces_backup_dir: 3"),
         ({"layers": ["conv3"]}, [0.5], ConfigError, "did you mean 'conv"),
         ({"layers": ["norm"]}, [0.5], ModelError, "selects none"),
-        ({"pattern": "slice", "criterion": "obs"}, [0.5], ConfigError, "Slice cannot be pruned by second order"),
+        (
+            {"pattern": "slice", "criterion": "obs"},
+            [0.5],
+            ConfigError,
+            "'obs' scores channels and heads and single weights, NxM and N:M, not the groups of 'slice'",
+        ),
         ({"criterion": {"type": "cap", "num_grads": 0}}, [0.5], ConfigError, "num_grads: 0"),
         ({"criterion": {"type": "cap", "damp": 0.0}}, [0.5], ConfigError, "damp: 0.0"),
         ({"criterion": {"type": "cap", "merge": "maximum"}}, [0.5], ConfigError, "running_max"),

@@ -13,7 +13,7 @@ from torch import nn
 from pruningawaretraining import Pruning, count_macs, register, registry
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, weighted
-from pruningawaretraining.errors import ConfigError, TargetError
+from pruningawaretraining.errors import ConfigError, ExtensionError, TargetError
 from pruningawaretraining.experiment.models import DigitsResNet
 from pruningawaretraining.patterns.channel import Channel
 
@@ -108,5 +108,5 @@ def test_costs_of_containers_are_sums() -> None:
     macs = macs_per_layer(model, inputs)
     assert weighted(model, macs, lambda name, module, own: own) == {name: float(value) for name, value in macs.items()}
     assert macs[""] == count_macs(model, inputs)
-    with pytest.raises(ConfigError, match="cost: nan for"):
+    with pytest.raises(ExtensionError, match="it returned nan .float.. Expected: a finite number of 0 or more for"):
         weighted(model, macs, lambda name, module, own: float("nan"))

@@ -38,15 +38,6 @@ def write_file(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) 
             file.write(written.ljust(size))
 
 
-def read_description(path: str | Path) -> dict[str, Any]:
-    """The JSON description in a file of :func:`save_pruned`.
-
-    Raises:
-        CheckpointError: there is no such file, it is truncated, or it is not one of ours.
-    """
-    return read_file(Path(path))[1]
-
-
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and description of a file of ``save_pruned``.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-_DESCRIBERS: WeakKeyDictionary[nn.Module, Callable[[], dict[str, Any]]] = WeakKeyDictionary()
+from pruningawaretraining.models.private import keep_private, private_of
+
+DESCRIBE = "_pruning_describe"
 PRUNER_KEY = "pruner_state (make a Pruning of this model and call its state_in before load_state_dict, or drop it)"
 """Name of the pruner's state in a state dict. A model without a pruner names it as unexpected: it says what to do."""
 ATTRIBUTE = "_pruning_record"
@@ -19,7 +20,7 @@ DESCRIPTION = "_pruning_description"
 
 def describe_with(model: nn.Module, describe: Callable[[], dict[str, Any]]) -> None:
     """Register the function whose plain data ``save_pruned`` writes beside the tensors."""
-    _DESCRIBERS[model] = describe
+    keep_private(model, DESCRIBE, describe)
 
 
 def record_of(model: nn.Module) -> dict[str, Any] | None:
@@ -40,8 +41,8 @@ def note(model: nn.Module, description: dict[str, Any]) -> None:
 def summary_of(model: nn.Module) -> dict[str, Any]:
     """What a pruner says of its model: sparsity, MACs, parameters, groups kept; or what it said of what the model is a
     copy of; or what its file said; or nothing."""
-    describe = _DESCRIBERS.get(model)
-    return describe() if describe is not None else dict(vars(model).get(DESCRIPTION) or record_of(model) or {})
+    describe = private_of(model, DESCRIBE)
+    return dict(describe() if describe else vars(model).get(DESCRIPTION) or record_of(model) or {})
 
 
 def own_state(model: nn.Module) -> dict[str, Tensor]:

@@ -10,14 +10,10 @@ from pruningawaretraining import schedules  # noqa: F401  (importing it register
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import build, canonical, names, spelled
 
-"""Patterns whose sets are those of coupled layers."""
-
 EXPRESSIONS = ("re:", "in:", "param:")
 """How an entry of layers begins that holds a regular expression; see :mod:`pruningawaretraining.patterns.selection`."""
 
 NAMED_ONLY = ("schedule", "scope", "allocation")
-UNCHECKED = {"names": "unchecked"}
-"""Validation context of translated configs: names that a dialect's own table gave are looked up when they are built."""
 
 
 def layer_name(entry: Any, where: str) -> str:

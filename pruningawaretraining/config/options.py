@@ -30,7 +30,8 @@ class Support:
     """Declares what a pattern supports; a pattern has it as its class attribute ``support``.
 
     Args:
-        kind: what criteria know its groups as: "channel", "block" (of layers) or "weight".
+        kind: what criteria know its groups as: "channel", "block" (of layers), "weight", or "tile": those inside layers
+            that second-order criteria can solve for.
         removable: whether its groups can be removed physically.
         options: options of a rule beyond those that every pattern has; "target.macs" and the like for targets.
         penalties: where a regulariser may act: on "gradients", in the "loss", or on "weights" after a step.
@@ -45,6 +46,7 @@ class Support:
 
 
 WEIGHTS = Support()
+TILES = Support("tile")
 COUPLED = Support("channel", True, BY_WIDTH, frozenset({"gradients"}))
 BLOCKS = Support("block", True, REMOVED - {"max_sparsity_from"}, frozenset({"gradients"}))
 OPTIONS = tuple(sorted(one for one in IN_PLACE | BY_WIDTH if not one.startswith("target.")))
@@ -124,7 +126,7 @@ def _goes(dynamic: Any, groups: str) -> bool:
 
 
 def _check_dynamic(rule: RuleOptions, removable: bool) -> None:
-    """Refuse a dynamic on groups that it does not work for, and options that speak of final masks."""
+    """Refuse a dynamic on groups that it does not work for, and options that need final masks."""
     entry = lookup("dynamic", type_of("dynamic", rule.dynamic))
     pattern = lookup("pattern", type_of("pattern", rule.pattern))
     if not (_goes(entry, "removable") if removable else _goes(entry, "windows") or not hasattr(pattern, "window")):

@@ -23,7 +23,7 @@ WIDTH = 60
 
 @dataclass(frozen=True)
 class Plan:
-    """A config, and what is said about it.
+    """A config, and the messages about it.
 
     Args:
         path: of the file.

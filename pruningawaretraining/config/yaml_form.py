@@ -43,7 +43,7 @@ class ConfigLoader(yaml.SafeLoader):
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
-# YAML 1.1 reads 5e-4 as text, for want of a dot; nobody who writes a config means that.
+# YAML 1.1 reads 5e-4, which has no dot, as text; in a config it is a number.
 ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 ConfigLoader.add_constructor(None, ConfigLoader.construct_undefined)
 

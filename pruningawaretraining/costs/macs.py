@@ -13,17 +13,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.attachment import OwnCost
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.products import Product
 from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluating, spelled_out
+from pruningawaretraining.registry import calling, check_returned
 
 
 def count_macs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = None) -> int:
@@ -234,15 +235,16 @@ def weighted(model: nn.Module, per_layer: Mapping[str, float], cost: LayerCost) 
     """The cost of every module, its children included, where each layer has a cost of its own.
 
     Raises:
-        ConfigError: the cost of a layer is not a finite number of 0 or more.
+        ExtensionError: the cost raises, or is not a finite number of 0 or more.
     """
     found = dict.fromkeys(per_layer, 0.0)
     for name, module in model.named_modules():
-        value = float(cost(name, module, _own_macs(name, per_layer)))
-        if not 0 <= value < math.inf:
-            raise ConfigError(
-                f"cost: {value} for {name or 'the model'!r} is not allowed. Allowed: a finite number >= 0"
-            )
+        expected = f"a finite number of 0 or more for {name or 'the model'!r}"
+        with calling("cost", cost, expected):
+            given: Any = cost(name, module, _own_macs(name, per_layer))
+        number = isinstance(given, Real) and not isinstance(given, bool)
+        check_returned(number and 0 <= given < math.inf, "cost", cost, given, expected)
+        value = float(given)
         parts = name.split(".") if name else []
         for depth in range(len(parts) + 1):
             parent = ".".join(parts[:depth])

@@ -151,7 +151,7 @@ class Variance(_FromActivations):
         return self._ranked(variance_G, grouping, known)
 
     def _ranked(self, scores_G: Tensor, grouping: Grouping, known: dict[str, Tensor]) -> Tensor:
-        """Scores that compare between layers as asked for, those that nobody reads last."""
+        """Scores normalised across layers; channels that no layer reads rank last."""
         normalized_G: Tensor = lookup("normalizer", self.normalize)(scores_G, grouping)
         return _known_last(normalized_G, grouping, known)
 

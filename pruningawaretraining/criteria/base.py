@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.registry import lookup, names
+from pruningawaretraining.registry import calling, check_returned, lookup, names
 
 
 class GroupCost(Protocol):
@@ -91,6 +92,8 @@ class Collector(Protocol):
 
 
 EVERY_KIND = ("channel", "block", "weight")
+EXPECTED_SCORES = "a vector of {} real numbers, one for each group, with no NaN"
+EXPECTED_MASKS = "a bool vector of {}, True for each group that is kept"
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,9 @@ class Needs:
     """Declares what a criterion needs; it has it as its class attribute ``needs``.
 
     Args:
-        kinds: the groups that it can score: "channel" (heads included), "block" (of layers), "weight" (inside layers);
-            see :class:`~pruningawaretraining.config.options.Support`.
+        kinds: the groups that it can score: "channel" (heads included), "block" (of layers), "weight" (inside layers),
+            or of these only "tile" (single weights, NxM and N:M); see
+            :class:`~pruningawaretraining.config.options.Support`.
         whole_layers: whether a layer has to be whole for it; False where scores are sums over weights alone.
         adds_up: whether its scores are in one unit and add up, so that they can be weighed against costs.
     """
@@ -118,20 +122,50 @@ def needs_of(criterion: Any) -> Needs:
     inner = needs_of(base)
     if own is None:
         return inner
-    kinds = tuple(one for one in own.kinds if one in inner.kinds)
-    return Needs(kinds, own.whole_layers or inner.whole_layers, own.adds_up and inner.adds_up)
+    kinds = [one for one in inner.kinds if _among(one, own.kinds)] + [one for one in own.kinds if one in inner.kinds]
+    return Needs(tuple(dict.fromkeys(kinds)), own.whole_layers or inner.whole_layers, own.adds_up and inner.adds_up)
 
 
-def scorable(grouping: Grouping, criterion: Any) -> Grouping:
-    """The groups as a criterion scores them: of sharded weights, whole ones where it needs them (a collective)."""
-    return grouping.gathered() if needs_of(criterion).whole_layers else grouping
+def scores_of(criterion: Any, grouping: Grouping, statistics: Statistics) -> Tensor:
+    """A criterion's scores of groups, detached; of sharded weights, it sees whole ones where it needs them.
+
+    Raises:
+        ExtensionError: the criterion raises, or does not return one number for each group.
+    """
+    seen = grouping.gathered() if needs_of(criterion).whole_layers else grouping  # a collective
+    with calling("criterion", criterion, EXPECTED_SCORES.format(grouping.size)):
+        scores_G = criterion.score(seen, statistics)
+    return checked_scores(criterion, scores_G, grouping.size)
+
+
+def checked_scores(criterion: Any, scores_G: Any, size: int, nan: bool = True) -> Tensor:
+    """Scores that a criterion has returned, detached; whole numbers become floating-point ones.
+
+    Args:
+        criterion: the criterion.
+        scores_G: what it returned.
+        size: how many groups there are.
+        nan: whether NaN is looked for, which waits for the device.
+
+    Raises:
+        ExtensionError: they are not one number for each of ``size`` groups.
+    """
+    expected = EXPECTED_SCORES.format(size)
+    good = isinstance(scores_G, Tensor) and scores_G.shape == (size,) and scores_G.device.type != "meta"
+    good = good and not scores_G.is_complex() and scores_G.dtype is not torch.bool
+    check_returned(good, "criterion", criterion, scores_G, expected)
+    found: Tensor = scores_G.detach()
+    missing = int(torch.isnan(found).sum()) if nan else 0
+    check_returned(not missing, "criterion", criterion, f"NaN for {missing} of {size} groups", expected)
+    return found if found.is_floating_point() else found.double()
 
 
 def collector_of(criterion: Any) -> Collector | None:
     """A new collector for a criterion (or for the one that it weighs), or None where it needs nothing of training."""
     make = getattr(criterion, "collector", None)
     if make is not None:
-        made: Collector = make()
+        with calling("criterion", criterion, "a collector"):
+            made: Collector = make()
         return made
     base = getattr(criterion, "base", None)
     return None if base is None else collector_of(base)
@@ -145,7 +179,23 @@ def measures(criterion: Any) -> bool:
 def refined(criterion: Any, grouping: Grouping, keep_G: Tensor, statistics: Statistics) -> Tensor:
     """The masks after a criterion has exchanged groups of equal count, where it can."""
     refine = getattr(criterion, "refine", None)
-    return keep_G if refine is None else refine(grouping, keep_G, statistics)
+    if refine is None:
+        return keep_G
+    with calling("criterion", criterion, EXPECTED_MASKS.format(grouping.size)):
+        refined_G = refine(grouping, keep_G, statistics)
+    return checked_masks("criterion", criterion, refined_G, grouping.size)
+
+
+def checked_masks(kind: str, piece: Any, keep_G: Any, size: int) -> Tensor:
+    """Masks that a registered piece has returned.
+
+    Raises:
+        ExtensionError: they are not one truth value for each of ``size`` groups.
+    """
+    good = isinstance(keep_G, Tensor) and keep_G.shape == (size,) and keep_G.dtype is torch.bool
+    check_returned(good and keep_G.device.type != "meta", kind, piece, keep_G, EXPECTED_MASKS.format(size))
+    found: Tensor = keep_G
+    return found
 
 
 def check_kind(criterion: Any, kind: str, key: str, named: Any, pattern: Any) -> None:
@@ -161,12 +211,21 @@ def check_kind(criterion: Any, kind: str, key: str, named: Any, pattern: Any) ->
         ConfigError: it names the criterion, and patterns and criteria that go together.
     """
     kinds = needs_of(criterion).kinds
-    if kind not in kinds:
-        fitting = [one for one in names("criterion") if kind in needs_of(lookup("criterion", one)).kinds]
+    if not _among(kind, kinds):
+        fitting = [one for one in names("criterion") if _among(kind, needs_of(lookup("criterion", one)).kinds)]
         raise ConfigError(
             f"{key}: {named!r} scores {' and '.join(_PLURAL[one] for one in kinds)}, not the groups of {pattern!r}. "
             f"Allowed: {', '.join(fitting)}"
         )
 
 
-_PLURAL = {"channel": "channels and heads", "block": "whole blocks of layers", "weight": "weights inside layers"}
+def _among(kind: str, kinds: tuple[str, ...]) -> bool:
+    return kind in kinds or (kind == "tile" and "weight" in kinds)
+
+
+_PLURAL = {
+    "channel": "channels and heads",
+    "block": "whole blocks of layers",
+    "weight": "weights inside layers",
+    "tile": "single weights, NxM and N:M",
+}

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pruningawaretraining.criteria.base import Needs, Statistics
+from pruningawaretraining.criteria.base import Needs, Statistics, scores_of
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.registry import build, lookup, register
@@ -82,7 +82,7 @@ class MacAware:
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
         weigh: Callable[..., Tensor] = lookup("mac_weighting", self.mode)
-        scores_G = self.base.score(grouping, statistics).detach().cpu().double()
+        scores_G = scores_of(self.base, grouping, statistics).cpu().double()
         finite_G = torch.isfinite(scores_G)  # groups that a criterion puts last stay last
         largest = scores_G[finite_G].max() if bool(finite_G.any()) else scores_G.new_ones(())
         weighed_G = weigh(torch.where(finite_G, scores_G, largest), grouping, statistics, self.alpha, self.beta)

@@ -47,7 +47,20 @@ class GradientRule:
     dtype: torch.dtype = torch.float32
 
 
-class GradientCollector:
+class _WithoutHooks:
+    """A collector that reads gradients before each step, when they have been averaged over processes."""
+
+    def attach(self, model: nn.Module, grouping: Grouping) -> None:
+        """Nothing to hook."""
+
+    def detach(self) -> None:
+        """Nothing is hooked."""
+
+    def agree(self) -> None:
+        """Nothing to share."""
+
+
+class GradientCollector(_WithoutHooks):
     """Keeps a :class:`GradientRule`'s score of every group (or weight)."""
 
     def __init__(self, rule: GradientRule) -> None:
@@ -59,15 +72,6 @@ class GradientCollector:
         self.steps: Tensor = torch.zeros((), dtype=torch.int64)
         self.offered = 0  # steps since construction, and those of them whose gradients were not finite
         self.refused: Tensor = torch.zeros((), dtype=torch.int64)
-
-    def attach(self, model: nn.Module, grouping: Grouping) -> None:
-        """Nothing to hook: gradients are read before each step."""
-
-    def detach(self) -> None:
-        """Nothing is hooked."""
-
-    def agree(self) -> None:
-        """Nothing to share: gradients have been averaged over processes."""
 
     @torch.no_grad()
     def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:
@@ -169,7 +173,7 @@ def _unscaled(gradient_W: Tensor, scale: Tensor | float) -> Tensor:
     return gradient_W / scale.to(gradient_W.device)
 
 
-class MaskGradientCollector:
+class MaskGradientCollector(_WithoutHooks):
     """Keeps the last gradients with respect to the groups' masks: ``dL/dm = reduce(w * g)`` at m = 1.
 
     Args:
@@ -182,15 +186,6 @@ class MaskGradientCollector:
         self.squares_G: Tensor | None = None
         self.kept_MG: Tensor | None = None
         self.steps: Tensor = torch.zeros((), dtype=torch.int64)
-
-    def attach(self, model: nn.Module, grouping: Grouping) -> None:
-        """Nothing to hook: gradients are read before each step."""
-
-    def detach(self) -> None:
-        """Nothing is hooked."""
-
-    def agree(self) -> None:
-        """Nothing to share: gradients have been averaged over processes."""
 
     @torch.no_grad()
     def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pruningawaretraining.distributed.collectives import world_size
 from pruningawaretraining.errors import ModelError
 
 KEPT_OPTIONS: dict[str, Any] = {
@@ -78,11 +76,3 @@ def outdated(wrapped: nn.Module) -> bool:
     now = [one for name, one in wrapped.module.named_parameters() if one.requires_grad and name not in ignored]
     there = {id(one) for one in wrapped.module.parameters()}
     return any(id(one) not in known for one in now) or not known <= there
-
-
-def wrappers_of(model: nn.Module) -> list[nn.Module]:
-    """Every DistributedDataParallel around a model, for trainers that hand none over."""
-    if world_size() == 1:
-        return []
-    found = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
-    return [one for one in found if getattr(one.module, "_orig_mod", one.module) is model]

@@ -23,30 +23,11 @@ from pruningawaretraining.criteria.second_order.scored import ScoredSolver
 from pruningawaretraining.criteria.second_order.solve import Candidates, Choose, Pruned, share_of
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight, prunable_weights
 from pruningawaretraining.engine.rule import ActiveRule
-from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, GroupSet
 from pruningawaretraining.groups.views import slot_maxima
-from pruningawaretraining.patterns.block import Block, NofM, Unstructured
 from pruningawaretraining.schedules import Asked, sparsity_at
 
 DEFAULT_BLOCK = 64  # of criteria that have none of their own: only the work's granularity
-ALLOWED = 'unstructured, block ("4x1") or n_of_m ("2:4")'
-
-
-def is_weight_pattern(pattern: Any) -> bool:
-    """Whether second-order criteria can prune a pattern."""
-    return isinstance(pattern, (Unstructured, Block, NofM))
-
-
-def weight_pattern(pattern: Any, where: str = "pattern") -> WeightPattern:
-    """The pattern, if second-order criteria can prune it.
-
-    Raises:
-        ConfigError: they cannot.
-    """
-    if isinstance(pattern, (Unstructured, Block, NofM)):
-        return pattern
-    raise ConfigError(f"{where}: {type(pattern).__name__} cannot be pruned by second order. Allowed: {ALLOWED}")
 
 
 @torch.no_grad()
@@ -185,7 +166,7 @@ def prune_by_curvature(
         Its new masks, those of single weights also where groups are larger.
     """
     rule = one.rule if asked.layers is None else one.rule.model_copy(update={"layers": list(asked.layers)})
-    pruner = WeightPruner(calibration, rule, weight_pattern(one.pattern, f"{one.key}.pattern"), one.criterion)
+    pruner = WeightPruner(calibration, rule, one.pattern, one.criterion)
     masks = {member.name: keep_W for member, keep_W in grouping.expand(keep_G)}
     so_far = {
         group_set.name: masks[member.name].expand(member.parameter.shape).contiguous()

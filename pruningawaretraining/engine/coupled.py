@@ -17,7 +17,7 @@ from pruningawaretraining.allocation.policies import scope_of
 from pruningawaretraining.allocation.ranking import Allocator, limits_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
-from pruningawaretraining.criteria.base import Statistics, scorable
+from pruningawaretraining.criteria.base import Statistics, scores_of
 from pruningawaretraining.criteria.second_order import Calibration, Sampling
 from pruningawaretraining.criteria.second_order.channels import MAKE_UP_BATCHES, compensate, readers, recalibrate_norms
 from pruningawaretraining.distributed.collectives import same_buffers
@@ -42,7 +42,6 @@ from pruningawaretraining.engine.rule import Decision, check_finite
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.targets import Targets
 from pruningawaretraining.engine.uniform import uniform
-from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.pruned_copy import pruned_copy
@@ -194,7 +193,8 @@ class CoupledGroups:
         """Scores of the rule's groups; those that are gone already score lowest.
 
         Raises:
-            ModelError: there are NaN among them, or no step has been seen yet.
+            ExtensionError: the criterion raises, or does not return a number for each group.
+            ModelError: no step has been seen yet.
         """
         grouping = self.found.grouping.select_sets(one.sets)
         mine_G, live_R = torch.isin(self.live_D, one.groups_D), torch.isin(one.groups_D, self.live_D)
@@ -203,13 +203,11 @@ class CoupledGroups:
         statistics = Statistics(cost, self.keep_D[self.live_D[mine_G]], one.state.scale, tensors=tensors)
         if one.state.first is not None:
             statistics.first_G = one.state.first[live_R]
-        scores = one.criterion.score(scorable(grouping, one.criterion), statistics)
+        scores = scores_of(one.criterion, grouping, statistics)
         if one.state.first is None and statistics.first_G is not None and bool(live_R.all()):
             one.state.scale, one.state.first = statistics.scale, statistics.first_G.cpu()
         scores_R = torch.full((len(one.groups_D),), -torch.inf, dtype=torch.float64)
-        scores_R[live_R] = scores.detach().cpu().double()
-        if bool(torch.isnan(scores_R).any()):
-            raise ModelError(f"{one.key}.criterion: {one.rule.criterion!r} gives NaN: the weights are not finite")
+        scores_R[live_R] = scores.cpu().double()
         return scores_R
 
     def put(self, one: CoupledRule, keep_R: Tensor, context: RemovalContext, calibration: Calibration | None) -> None:

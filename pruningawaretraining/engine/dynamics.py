@@ -13,24 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.allocation.threshold import allocate_windows
+from pruningawaretraining.criteria.base import EXPECTED_MASKS, EXPECTED_SCORES, checked_masks, checked_scores
 from pruningawaretraining.engine.rule import ActiveRule
 from pruningawaretraining.engine.weight_rules import WeightRule
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Member
 from pruningawaretraining.groups.views import slot_sums
-from pruningawaretraining.masks.dynamics import top_of_sets
+from pruningawaretraining.masks.dynamics import Event, top_of_sets
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.patterns.elements import input_dims
+from pruningawaretraining.registry import calling
 
 logger = logging.getLogger(__name__)
 
 
 def between_events(model: nn.Module, one: WeightRule) -> Callable[[], Tensor] | None:
-    """What chooses a rule's masks between events, as many groups of every set as now, by the weights that there are.
+    """A function that chooses a rule's masks between events by the present weights, keeping as many groups of each set.
 
     None for criteria that need more than the weights: their masks change at events only.
     """
-    plain: Callable[[Any], Tensor] | None = getattr(one.criterion, "plain", None)
+    plain: Callable[[Any], Any] | None = getattr(one.criterion, "plain", None)
     if plain is None:
         return None
     window = getattr(one.pattern, "window", None)
@@ -38,7 +40,9 @@ def between_events(model: nn.Module, one: WeightRule) -> Callable[[], Tensor] | 
     @torch.no_grad()
     def choose() -> Tensor:
         masks = one.masks
-        scores_G = plain(one.grouping).to(masks.keep_G.device)
+        with calling("criterion", one.criterion, EXPECTED_SCORES.format(one.grouping.size)):
+            found = plain(one.grouping)
+        scores_G = checked_scores(one.criterion, found, one.grouping.size, nan=False).to(masks.keep_G.device)
         if window is None:
             return top_of_sets(scores_G, one.grouping, masks.kept_by_set)
         whole = window[0] / window[1]
@@ -77,9 +81,18 @@ def _squares(member: Member) -> Tensor:
     return slot_sums(member, gradient_W.detach().float().square())
 
 
+def chosen(one: WeightRule, event: Event, pick: Callable[[], Tensor]) -> Tensor:
+    """The masks that a rule's dynamic takes at an event; ``pick`` gives those of its allocation."""
+    with calling("dynamic", one.dynamic, EXPECTED_MASKS.format(event.grouping.size)):
+        keep_G = one.dynamic.choose(event, pick)
+    return checked_masks("dynamic", one.dynamic, keep_G, event.grouping.size).to(event.keep_G.device)
+
+
 def go_back(one: ActiveRule, masks: Masks, optimizers: Iterable[torch.optim.Optimizer]) -> None:
     """Before the masks of an event: back to earlier weights, where the rule's dynamic does that."""
-    if not one.dynamic.goes_back(one.state.last is None or one.is_last(one.state.last)):
+    with calling("dynamic", one.dynamic, "true or false"):
+        goes_back = one.dynamic.goes_back(one.state.last is None or one.is_last(one.state.last))
+    if not goes_back:
         return
     known = masks.snapshot is not None and (masks.snapshot.restore(optimizers) or masks.steps <= masks.snapshot.at)
     if not known:

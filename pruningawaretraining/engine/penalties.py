@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.config.options import acts_of, type_of
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.coupled_rules import CoupledRule
 from pruningawaretraining.engine.weight_rules import WeightRule
 from pruningawaretraining.engine.weights import WeightGroups
 from pruningawaretraining.masks.penalties import Regularizer, prepare
-from pruningawaretraining.registry import build
+from pruningawaretraining.registry import build, calling, check_returned
 
 
 class ActivePenalties:
@@ -32,19 +33,24 @@ class ActivePenalties:
 
     def forget(self) -> None:
         """Groups or tensors have changed: prepare again at the next use."""
-        self._prepared: list[tuple[CoupledRule, Regularizer, Tensor]] | None = None
+        self._prepared: list[tuple[CoupledRule, Any, Regularizer, Tensor]] | None = None
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # for each regulariser: all masks, and its own
 
     def of_gradients(self, coupled: CoupledGroups) -> list[tuple[Regularizer, Tensor]]:
         """Each regulariser of the gradients whose rule works, with its factors at these weights."""
         found = []
-        for one, ready, mine_G in self._ready(coupled):
+        for one, options, ready, mine_G in self._ready(coupled):
             if one.works and ready.acts:
                 keep_G = self._keep_for(coupled, ready, mine_G) if coupled.masks.active else None
-                found.append((ready, ready.factors(keep_G)))
+                size = len(ready.strength_G)
+                expected = f"a vector of {size} factors, one for each group"
+                with calling("regularizer", options, expected):
+                    factor_G = ready.factors(keep_G)
+                check_returned(factor_G.shape == (size,), "regularizer", options, factor_G, expected)
+                found.append((ready, factor_G))
         return found
 
-    def _ready(self, coupled: CoupledGroups) -> list[tuple[CoupledRule, Regularizer, Tensor]]:
+    def _ready(self, coupled: CoupledGroups) -> list[tuple[CoupledRule, Any, Regularizer, Tensor]]:
         if self._prepared is None:
             self._prepared, self._kept = [], {}
             saving_G = coupled.macs_cost.saving_G(coupled.keep_D)[coupled.live_D]
@@ -53,7 +59,7 @@ class ActivePenalties:
                     mine_G = torch.nonzero(torch.isin(coupled.live_D, one.groups_D)).flatten()
                     options = build("regularizer", one.rule.regularizer, f"{one.key}.regularizer")
                     grouping = coupled.found.grouping.select_sets(one.sets)
-                    self._prepared.append((one, prepare(options, grouping, saving_G[mine_G]), mine_G))
+                    self._prepared.append((one, options, prepare(options, grouping, saving_G[mine_G]), mine_G))
         return self._prepared
 
     def _keep_for(self, coupled: CoupledGroups, ready: Regularizer, mine_G: Tensor) -> Tensor:
@@ -69,7 +75,12 @@ class ActivePenalties:
         """The differentiable penalty of every rule that has one and works; 0 without any."""
         total = torch.zeros((), device=next((p.device for p in self.model.parameters()), torch.device("cpu")))
         for one, options in _acting(weights, "loss"):
-            total = total + options.penalty(one.grouping).to(total.device)
+            expected = "a tensor with one real number"
+            with calling("regularizer", options, expected):
+                penalty = options.penalty(one.grouping)
+            good = isinstance(penalty, Tensor) and penalty.numel() == 1 and penalty.is_floating_point()
+            check_returned(good and penalty.device.type != "meta", "regularizer", options, penalty, expected)
+            total = total + penalty.reshape(()).to(total.device)
         return total
 
     def shrink(
@@ -87,13 +98,13 @@ class ActivePenalties:
             return
         rate = rates()
         for one, options in shrinking:
-            options.after_step(one.grouping, lambda parameter: rate.get(id(parameter), 0.0) * fresh)
+            with calling("regularizer", options, "nothing: it changes the weights"):
+                options.after_step(one.grouping, lambda parameter: rate.get(id(parameter), 0.0) * fresh)
 
 
 def _acting(weights: WeightGroups | None, acts: str) -> Iterator[tuple[WeightRule, Any]]:
     """The regularisers that act there, of rules that work."""
     for one in () if weights is None else weights.rules:
-        if one.rule.regularizer is not None and one.works:
-            options = build("regularizer", one.rule.regularizer, f"{one.key}.regularizer")
-            if options.acts == acts:
-                yield one, options
+        spec = one.rule.regularizer
+        if spec is not None and one.works and acts_of(type_of("regularizer", spec)) == acts:
+            yield one, build("regularizer", spec, f"{one.key}.regularizer")

@@ -21,7 +21,7 @@ from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.dynamics import Dynamic, Event
 from pruningawaretraining.registry import build
-from pruningawaretraining.schedules import Timeline
+from pruningawaretraining.schedules import Timeline, sparsity_at
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,8 @@ class ActiveRule:
 
     def __post_init__(self) -> None:
         self.planned = self.rule.timeline()
+        for one in self.planned.stretches:
+            sparsity_at(one.schedule, 0.5)  # a schedule of the user's own that fails is refused before training
         self.dynamic = build("dynamic", self.rule.dynamic, f"{self.key}.dynamic")
 
     @property
@@ -203,7 +205,7 @@ def check_finite(key: str, grouping: Grouping) -> None:
 
 
 def warn_of_idle(rules: Iterable[ActiveRule]) -> None:
-    """Say which rules never had an event, most often because the loop does not count what they count."""
+    """Warn of rules that never had an event; most often the loop counts epochs where they count steps, or none."""
     calls = {"epoch": "prune(model, epoch) counts epochs", "step": "the optimizer's steps are counted"}
     for one in rules:
         if one.rule.aims and one.rule.mode == "prune" and one.state.event == 0 and one.works:

@@ -16,6 +16,7 @@ from pruningawaretraining.criteria.second_order.gathering import gathered
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.registry import calling
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ class StatisticsFeed:
         if calibration is not None and measures(self.criterion):
             self.end()
         elif self.collector is not None and not self._listening:
-            self.collector.attach(self.model, self.grouping)
+            with calling("criterion", self.criterion, "a collector that listens"):
+                self.collector.attach(self.model, self.grouping)
             self._listening = True
 
     def end(self) -> None:
@@ -63,7 +65,8 @@ class StatisticsFeed:
     def observe(self, scale: Tensor | float) -> None:
         """Gradients are complete and no weight has moved; ``scale`` is what they are still multiplied with."""
         if self.collector is not None and self._listening:
-            self.collector.on_before_step(self.grouping, scale)
+            with calling("criterion", self.criterion, "a collector that reads gradients"):
+                self.collector.on_before_step(self.grouping, scale)
 
     def follow(self, keep_G: Tensor) -> None:
         """Groups have been removed, while nothing listened; ``keep_G`` says which of the rule's are left."""
@@ -88,7 +91,8 @@ class StatisticsFeed:
         if self.collector is None:
             return {}
         if calibration is not None and measures(self.criterion):
-            found: dict[str, Tensor] = self.criterion.measured(self.model, self.grouping, calibration)
+            with calling("criterion", self.criterion, "a dict of tensors"):
+                found: dict[str, Tensor] = self.criterion.measured(self.model, self.grouping, calibration)
             return found
         self.collector.agree()
         known = self.collector.tensors()

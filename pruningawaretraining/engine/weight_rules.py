@@ -6,6 +6,7 @@ Shape suffixes: ``_G`` groups of one rule.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from pruningawaretraining.errors import ConfigError, ModelError, TargetError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.groups.views import slot_sums
 from pruningawaretraining.masks.masks import Masks
+from pruningawaretraining.registry import calling, check_returned
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +59,36 @@ class WeightRule(ActiveRule):
 def grouping_of(model: nn.Module, key: str, rule: Rule, pattern: Any) -> Grouping:
     """The groups of a rule's layers; errors name the rule."""
     try:
-        grouping: Grouping = pattern.build(model, rule.layers, rule.exclude)
+        with calling("pattern", pattern, "a Grouping"):
+            grouping = pattern.build(model, rule.layers, rule.exclude)
     except (ConfigError, ModelError) as error:
         raise type(error)(f"{key}.{error}") from error
-    return grouping
+    check_returned(isinstance(grouping, Grouping), "pattern", pattern, grouping, "a Grouping")
+    found: Grouping = grouping
+    problem = fault_of(found)
+    check_returned(not problem, "pattern", pattern, problem, "every weight in one group at most")
+    return found
+
+
+def fault_of(grouping: Grouping) -> str:
+    """Why groups inside layers cannot be pruned, or "": each weight may be in one of them at most."""
+    seen: dict[int, str] = {}
+    for member in grouping.members:
+        if id(member.parameter) in seen:
+            return f"groups that overlap: {member.name} is labelled twice, as {seen[id(member.parameter)]} before"
+        seen[id(member.parameter)] = member.name
+        lengths = [None if label is None else len(label) for label in member.labels]
+        wrong = [one for one, size in zip(lengths, member.parameter.shape, strict=False) if one not in (None, size)]
+        if len(lengths) != member.parameter.dim() or wrong:
+            return f"labels of lengths {lengths} for {member.name} of shape {tuple(member.parameter.shape)}"
+        pairs = zip(member.labels, member.sizes, strict=True)
+        if any(
+            label is not None and len(label) and not 0 <= int(label.min()) <= int(label.max()) <= size
+            for label, size in pairs
+        ):
+            return f"labels of {member.name} that are not in [0, {member.sizes}]"
+    slots, size = sum(member.n_slots for member in grouping.members), grouping.size
+    return "" if slots == size else f"{slots} labels for {size} groups"
 
 
 def check_target(key: str, rule: Rule, pattern: Any) -> None:
@@ -96,6 +124,23 @@ def same_tensors(old: Grouping, new: Grouping) -> bool:
     """Whether two groupings label the same tensors."""
     before, after = old.members, new.members
     return len(before) == len(after) and all(a.parameter is b.parameter for a, b in zip(before, after, strict=True))
+
+
+def check_lifted(one: WeightRule, rules: Iterable[WeightRule]) -> None:
+    """Refuse to lift masks that another rule of the same config makes: a rule lifts its own, from a state.
+
+    Raises:
+        ConfigError: it names both rules and a layer.
+    """
+    own = {each.name for each in one.grouping.sets}
+    for other in rules if one.rule.mode == "unprune" else ():
+        shared = [each.name for each in other.grouping.sets if each.name in own]
+        if other is not one and shared:
+            raise ConfigError(
+                f"{one.key}.mode: 'unprune' lifts masks that a loaded state brings, and {other.key} prunes "
+                f"{shared[0]!r} in the same config. Allowed: release: true in {other.key}, which lifts its masks after "
+                "its last event; or 'unprune' alone, and load_state_dict() of the pruned run"
+            )
 
 
 def check_phases(model: nn.Module, key: str, rule: Rule, grouping: Grouping) -> None:

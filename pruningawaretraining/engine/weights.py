@@ -18,24 +18,31 @@ from pruningawaretraining.allocation.ranking import limits_of
 from pruningawaretraining.allocation.threshold import allocate, allocate_windows, classes_of, zero_groups
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
-from pruningawaretraining.criteria.base import Statistics, refined, scorable
+from pruningawaretraining.criteria.base import Statistics, refined, scores_of
 from pruningawaretraining.criteria.second_order import Calibration, Sampling
-from pruningawaretraining.engine.compensation import prune_by_curvature, weight_pattern
+from pruningawaretraining.engine.compensation import prune_by_curvature
 from pruningawaretraining.engine.context import RemovalContext
-from pruningawaretraining.engine.dynamics import between_events, check_final, check_sharded_dynamic, go_back, heard
+from pruningawaretraining.engine.dynamics import (
+    between_events,
+    check_final,
+    check_sharded_dynamic,
+    chosen,
+    go_back,
+    heard,
+)
 from pruningawaretraining.engine.per_layer import fractions_by_rule, limited
 from pruningawaretraining.engine.phases import outside_phase, tell_of_whole_epochs, tell_what_stays
 from pruningawaretraining.engine.rule import Decision, check_finite
 from pruningawaretraining.engine.stability import check_looks
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.weight_rules import WeightRule, check_phases, check_target, grouping_of, same_tensors
-from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.snapshot import Snapshot
 from pruningawaretraining.patterns.elements import input_dims
 from pruningawaretraining.patterns.slice import pruned_channels
-from pruningawaretraining.registry import build
+from pruningawaretraining.registry import build, calling
 from pruningawaretraining.schedules import Asked
 
 logger = logging.getLogger(__name__)
@@ -95,14 +102,13 @@ class WeightGroups:
         return one.rule.mode != "prune" or (one.feed.ready(calibration) and heard(one))
 
     def check(self, calibration: Calibration | None) -> None:
-        """Refuse rules of second order that cannot prune their pattern, once there is data for them.
+        """Refuse rules of second order whose masks are not final, once there is data for them.
 
         Raises:
-            ConfigError: it names the rule and its pattern.
+            ConfigError: it names the rule and its dynamic.
         """
         for one in self.rules:
             if calibration is not None and isinstance(one.criterion, Sampling):
-                weight_pattern(one.pattern, f"{one.key}.pattern")
                 check_final(one)
                 check_looks(one)
 
@@ -132,17 +138,15 @@ class WeightGroups:
             with one.masks.dense():
                 scores_G = self.scores(one, statistics)
                 event = one.event(now, one.grouping, keep_G, scores_G, asked.sparsity, one.state.event)
-                keep_G = one.dynamic.choose(event, partial(self._allocated, one, scores_G, statistics, asked))
+                keep_G = chosen(one, event, partial(self._allocated, one, scores_G, statistics, asked))
         if one.dynamic.listens:
             one.masks.passing, one.gradient_G = False, None
         return Decision(keep_G, one.is_last(now), scores_G)
 
     def scores(self, one: WeightRule, statistics: Statistics) -> Tensor:
-        """Scores of the rule's groups; NaN among them is a ModelError."""
-        scores_G = one.criterion.score(scorable(one.grouping, one.criterion), statistics)
-        if bool(torch.isnan(scores_G).any()):
-            raise ModelError(f"{one.key}.criterion: {one.rule.criterion!r} gives NaN: the weights are not finite")
-        return scores_G.detach().to(one.masks.keep_G.device, copy=True)  # what is gathered goes on changing
+        """Scores of the rule's groups."""
+        scores_G = scores_of(one.criterion, one.grouping, statistics)
+        return scores_G.to(one.masks.keep_G.device, copy=True)  # what is gathered goes on changing
 
     def _allocated(self, one: WeightRule, scores_G: Tensor, statistics: Statistics, asked: Asked) -> Tensor:
         """The masks that an event asks for; what is masked stays so, and layers that it is not about are left alone."""
@@ -187,7 +191,9 @@ class WeightGroups:
 
     def mask(self, one: WeightRule, keep_G: Tensor, optimizers: Optimizers) -> None:
         """Mask weights, gradients and optimizer state, as far as the rule's dynamic says."""
-        if one.dynamic.defers(one.masks, keep_G):
+        with calling("dynamic", one.dynamic, "true or false"):
+            later = one.dynamic.defers(one.masks, keep_G)
+        if later:
             return
         one.masks.set(keep_G)
         one.masks.apply_to_gradients()
@@ -274,7 +280,7 @@ class WeightGroups:
                 statistics = Statistics(keep_G=one.masks.keep_G, tensors=one.feed.statistics(None, required=False))
                 scores_G = self.scores(one, statistics)
                 event = one.event(now, one.grouping, one.masks.keep_G, scores_G, asked.sparsity, one.state.event - 1)
-                keep_G = one.dynamic.choose(event, partial(self._allocated, one, scores_G, statistics, asked))
+                keep_G = chosen(one, event, partial(self._allocated, one, scores_G, statistics, asked))
                 one.masks.set(keep_G)  # at once: nothing fades a second time
                 self.mask(one, keep_G, optimizers)
 

@@ -50,7 +50,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside the block signals come here, where nobody else has asked for them; only in the main thread."""
+        """Handle signals inside the block, unless another handler is installed; only in the main thread."""
         before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             before = {number: signal.getsignal(number) for number in ASKED}

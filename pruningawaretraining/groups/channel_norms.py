@@ -5,8 +5,8 @@ dimension.
 
 A weight is seen as a matrix of its first dimension and all the others. An entry is one row or one column of it, so
 that every sum over entries and every spreading of factors is one gather or scatter for all weights together, and a step
-costs one pass over the weights for the norms and one for the gradients. On the CPU these are compiled, elsewhere
-:mod:`pruningawaretraining.groups.weight_passes` makes them of few launches; both follow a model that is moved.
+costs one pass over the weights for the norms and one for the gradients: on the CPU in blocks that fit a cache, on other
+devices in the few launches of :mod:`pruningawaretraining.groups.weight_passes`. Both follow a model that is moved.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pruningawaretraining.distributed.fsdp import across, extent, is_sharded, local_of
-from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.placed import placed
 from pruningawaretraining.groups.reductions import members_per_set
@@ -43,31 +41,14 @@ class _Side:
 
 @dataclass(eq=False)
 class _Weight:
-    """A parameter, its sides, and the rows that are not masked."""
+    """A parameter and its sides."""
 
     parameter: Tensor
     sides: list[_Side] = field(default_factory=list)
-    rows: Any = None  # int64, numpy
-    simple: bool = False  # at most one side along each of the first two dimensions
-    matrix: Any = None  # the parameter's memory, numpy, as long as it is at ``address``
-    address: int = -1
-    parts: tuple[Any, Any] = (None, None)  # its entries along rows and columns in the room for sums and factors
-
-    def as_matrix(self) -> Any:
-        """The parameter's memory as a numpy matrix, or None if the compiled passes cannot work on it."""
-        values_W = local_of(self.parameter)
-        if values_W.data_ptr() != self.address or self.matrix is None:
-            self.address = values_W.data_ptr()
-            self.matrix = fused.as_matrix(values_W) if self.simple and fused.fits(values_W) else None
-        return self.matrix
 
     def off_the_cpu(self) -> Sided:
-        """The same without the memory in which the parameter no longer is."""
-        self.matrix, self.address = None, -1
+        """The same for passes on other devices."""
         return Sided(self.parameter, tuple((side.dim, side.groups) for side in self.sides))
-
-    def side(self, dim: int) -> _Side | None:
-        return next((side for side in self.sides if side.dim == dim), None)
 
 
 class GroupIndex:
@@ -90,10 +71,6 @@ class GroupIndex:
         for weight in self.weights if self.sharded else ():
             for side in weight.sides:
                 self.shared_N[side.first : side.last] = float(is_sharded(weight.parameter))
-        self._row_N = torch.zeros(len(self.entries_N))  # room for sums and factors on the CPU
-        self._keep_G: Tensor | None = None
-        self._all_rows()
-        self._share_room()
         self._room: Tensor | None = None
         self._one: Tensor | None = None
         self._passes: WeightPasses | None = None
@@ -137,41 +114,7 @@ class GroupIndex:
             weight.sides.append(_Side(dim, start, start + len(along), slots))
             entries.append(along)
             start += len(along)
-        for weight in weights.values():
-            dims = [side.dim for side in weight.sides]
-            weight.simple = len(set(dims)) == len(dims) and max(dims) < 2
         return list(weights.values()), torch.cat(entries)
-
-    def _share_room(self) -> None:
-        array_N = self._row_N.numpy()
-        for weight in self.weights:
-            sides = [weight.side(dim) for dim in (0, 1)]
-            first, second = (array_N[:0] if side is None else array_N[side.first : side.last] for side in sides)
-            weight.parts = (first, second)
-
-    # --- which rows count ------------------------------------------------------------------------------------------
-
-    def _all_rows(self) -> None:
-        for weight in self.weights:
-            weight.rows = torch.arange(len(local_of(weight.parameter))).numpy()
-
-    def skip_masked(self, keep_G: Tensor | None) -> None:
-        """Leave rows of masked groups out of what follows: they are 0.
-
-        Args:
-            keep_G: groups that are not masked (True); None for all. Looked at once: the same tensor costs nothing.
-        """
-        if keep_G is self._keep_G or self.device.type != "cpu" or fused.kernels() is None:
-            return
-        self._keep_G = keep_G
-        self._all_rows()
-        if keep_G is None:
-            return
-        keep_N = torch.cat([keep_G.cpu(), torch.ones(1, dtype=torch.bool)])[self.entries_N]
-        for weight in self.weights:
-            side = weight.side(0)
-            if side is not None and weight.simple:
-                weight.rows = torch.nonzero(keep_N[side.first : side.last]).flatten().numpy()
 
     # --- norms -----------------------------------------------------------------------------------------------------
 
@@ -181,15 +124,10 @@ class GroupIndex:
         if passes is not None:
             whole_G1, part_G1 = passes.squared_norms()
             return (whole_G1 if part_G1 is None else across(part_G1, self.sharded) + whole_G1)[:-1]
-        kernels = fused.kernels()
-        sums_N = torch.zeros_like(self.entries_N, dtype=torch.float32) if kernels is None else self._row_N.zero_()
+        sums_N = torch.zeros_like(self.entries_N, dtype=torch.float32)
         for weight in self.weights:
-            matrix = None if kernels is None else weight.as_matrix()
-            if kernels is not None and matrix is not None:
-                kernels.add_square_sums(matrix, weight.rows, *weight.parts)
-            else:
-                sides = [(side.dim, sums_N[side.first : side.last]) for side in weight.sides]
-                self._add_squares(local_of(weight.parameter), sides)
+            sides = [(side.dim, sums_N[side.first : side.last]) for side in weight.sides]
+            self._add_squares(local_of(weight.parameter), sides)
         if not self.sharded:
             return torch.zeros(self.grouping.size + 1).index_add_(0, self.entries_N, sums_N)[:-1]
         part_N = sums_N * self.shared_N  # entries of weights that every process holds whole are counted on each
@@ -243,19 +181,14 @@ class GroupIndex:
         if passes is not None:
             passes.add_scaled(padded_G, only)
             return
-        kernels = fused.kernels() if padded_G.dtype is torch.float32 else None
-        factor_N = torch.index_select(padded_G, 0, self.entries_N, out=None if kernels is None else self._row_N)
+        factor_N = torch.index_select(padded_G, 0, self.entries_N)
         for weight in self.weights:
             gradient_W = weight.parameter.grad
             if gradient_W is None or (only is not None and id(weight.parameter) not in only):
                 continue
             gradient_W = local_of(gradient_W)
-            matrix = None if kernels is None else weight.as_matrix()
-            if kernels is not None and matrix is not None and fused.fits(gradient_W):
-                kernels.add_scaled(fused.as_matrix(gradient_W.detach()), matrix, weight.rows, *weight.parts)
-            else:
-                factors = [(side.dim, factor_N[side.first : side.last].to(gradient_W.dtype)) for side in weight.sides]
-                _add_scaled(gradient_W, local_of(weight.parameter), factors)
+            factors = [(side.dim, factor_N[side.first : side.last].to(gradient_W.dtype)) for side in weight.sides]
+            _add_scaled(gradient_W, local_of(weight.parameter), factors)
 
     def extremes(self, values_G: Tensor, keep_G: Tensor | None) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of each group's set, over groups that are kept (two vectors of groups)."""

@@ -1,9 +1,8 @@
 """Single passes over a weight on the CPU, compiled if numba is installed (``pip install pruningawaretraining[fast]``).
 
-PyTorch has no operation that sums a matrix's squares along both dimensions in one pass, or that adds a matrix scaled
-along both: from its own, several passes are made, and these wait for memory. Nor has it one that ranks within many
-short rows. Everything here is float32, contiguous and on the CPU; without numba :func:`kernels` is None, and its
-callers use PyTorch's operations.
+PyTorch has no operation that clears chosen entries in place, or that shrinks rows by their norms in one pass: from its
+own, several passes are made, and these wait for memory. Nor has it one that ranks within many short rows. Everything
+here is float32, contiguous and on the CPU; without numba :func:`kernels` is None, and callers use PyTorch's operations.
 
 Shape suffixes: ``_ON`` a weight as a matrix of its first dimension and all the others, ``_O``, ``_N`` along these;
 ``_PRQ`` a weight seen as places that are chosen one by one (P, Q) and, between them, alike (R); ``_NM`` windows of M.
@@ -28,84 +27,16 @@ class Kernels:
     """The compiled passes; arguments are numpy arrays, an empty one stands for a dimension that does not count.
 
     Attributes:
-        add_square_sums: ``(w_ON, rows, sums_O, sums_N)``: add the squares of some rows to the sums along both.
-        add_scaled: ``(g_ON, w_ON, rows, factor_O, factor_N)``: ``g += w * (factor_O + factor_N)`` on some rows.
         clear: ``(w_ON, cleared_O, columns)``: set some rows, and some columns of the others, to 0.
         shrink_rows: ``(source_ON, target_ON, threshold_O)``: shorten every row by a threshold, to 0 at least.
         clear_chosen: ``(w_PRQ, chosen_PQ)``: set the chosen entries (uint8, 1 = chosen) to 0 at every R.
         find_lowest: ``(values_NM, count, found_NM)``: True for the lowest of every row, the first among equals.
     """
 
-    add_square_sums: Kernel
-    add_scaled: Kernel
     clear: Kernel
     shrink_rows: Kernel
     clear_chosen: Kernel
     find_lowest: Kernel
-
-
-def _add_square_sums(w_ON: Any, rows: Any, sums_O: Any, sums_N: Any) -> None:
-    """Four rows at a time, each from a quarter of its own: the sums along the columns are then read and written a
-    quarter as often, and memory is read in four straight lines."""
-    quarter = len(rows) // 4
-    for i in range(quarter):
-        o_a, o_b, o_c, o_d = rows[i], rows[i + quarter], rows[i + 2 * quarter], rows[i + 3 * quarter]
-        a, b, c, d = w_ON[o_a], w_ON[o_b], w_ON[o_c], w_ON[o_d]
-        total_a = a[0] * 0
-        total_b, total_c, total_d = total_a, total_a, total_a
-        if len(sums_N) > 0:
-            for n in range(w_ON.shape[1]):
-                square_a, square_b, square_c, square_d = a[n] * a[n], b[n] * b[n], c[n] * c[n], d[n] * d[n]
-                total_a += square_a
-                total_b += square_b
-                total_c += square_c
-                total_d += square_d
-                sums_N[n] += square_a + square_b + square_c + square_d
-        else:
-            for n in range(w_ON.shape[1]):
-                total_a += a[n] * a[n]
-                total_b += b[n] * b[n]
-                total_c += c[n] * c[n]
-                total_d += d[n] * d[n]
-        if len(sums_O) > 0:
-            sums_O[o_a] += total_a
-            sums_O[o_b] += total_b
-            sums_O[o_c] += total_c
-            sums_O[o_d] += total_d
-    for i in range(4 * quarter, len(rows)):
-        a = w_ON[rows[i]]
-        for n in range(w_ON.shape[1]):
-            if len(sums_O) > 0:
-                sums_O[rows[i]] += a[n] * a[n]
-            if len(sums_N) > 0:
-                sums_N[n] += a[n] * a[n]
-
-
-def _add_scaled(g_ON: Any, w_ON: Any, rows: Any, factor_O: Any, factor_N: Any) -> None:
-    """Two rows at a time, each from a half of its own."""
-    half = len(rows) // 2
-    for i in range(half):
-        o_a, o_b = rows[i], rows[i + half]
-        a, b, to_a, to_b = w_ON[o_a], w_ON[o_b], g_ON[o_a], g_ON[o_b]
-        along_a = a[0] * 0
-        along_b = along_a
-        if len(factor_O) > 0:
-            along_a, along_b = factor_O[o_a], factor_O[o_b]
-        if len(factor_N) > 0:
-            for n in range(w_ON.shape[1]):
-                to_a[n] += a[n] * (along_a + factor_N[n])
-                to_b[n] += b[n] * (along_b + factor_N[n])
-        else:
-            for n in range(w_ON.shape[1]):
-                to_a[n] += a[n] * along_a
-                to_b[n] += b[n] * along_b
-    for i in range(2 * half, len(rows)):
-        a, to_a = w_ON[rows[i]], g_ON[rows[i]]
-        for n in range(w_ON.shape[1]):
-            if len(factor_O) > 0:
-                to_a[n] += a[n] * factor_O[rows[i]]
-            if len(factor_N) > 0:
-                to_a[n] += a[n] * factor_N[n]
 
 
 def _clear(w_ON: Any, cleared_O: Any, columns: Any) -> None:
@@ -205,8 +136,6 @@ def kernels() -> Kernels | None:
         return made
 
     return Kernels(
-        compiled(_add_square_sums, matrix, rows, vector, vector),
-        compiled(_add_scaled, matrix, matrix, rows, vector, vector),
         compiled(_clear, matrix, flags, rows),
         compiled(_shrink_rows, matrix, matrix, vector),
         compiled(_clear_chosen, numba.float32[:, :, ::1], numba.uint8[:, ::1]),

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from pruningawaretraining.distributed.ddp import rewrap_in_place, wrappers_of
+from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.integrations.common import Attached, imported, read_state, write_state
 from pruningawaretraining.models.calling import ForwardFn, unwrap
+from pruningawaretraining.models.wrappers import wrappers_of
 from pruningawaretraining.session.pruning import Pruning, Source
 
 logger = logging.getLogger(__name__)

@@ -18,13 +18,16 @@ from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.files import read_torch_mapping, write_atomically
 from pruningawaretraining.models.calling import ForwardFn, unwrap
+from pruningawaretraining.models.private import keep_private, private_of
+from pruningawaretraining.models.wrappers import watch_wrappers
 from pruningawaretraining.session.pruning import Pruning, Source
 
 logger = logging.getLogger(__name__)
 
 STATE = "pruner.pt"
 """Name of the pruner's state in a checkpoint's folder."""
-_OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attached]] = weakref.WeakKeyDictionary()
+OWNER = "_pruning_callback"
+"""Where a model has the callback that prunes it, weakly."""
 
 
 def imported(name: str, extra: str) -> Any:
@@ -67,6 +70,7 @@ class Attached:
         self.state = state
         self.made: Pruning | None = None
         self._guard: Any = None
+        watch_wrappers()  # a trainer may wrap the model before the pruner is made
 
     def make(self, model: nn.Module) -> Pruning:
         """The pruner of a model, made once, before any optimizer; with a state, the model gets its architecture.
@@ -92,7 +96,7 @@ class Attached:
         else:
             hook: Any = plain.register_load_state_dict_pre_hook
             self._guard = hook(_refuse_smaller)
-        _OWNERS[plain] = weakref.ref(self)
+        keep_private(plain, OWNER, weakref.ref(self))
         return self.made
 
     def begin(self, steps: int | None = None) -> None:
@@ -106,7 +110,7 @@ class Attached:
         """
         self.release()
         pruner = self.pruner
-        owner = _OWNERS.get(pruner.model)
+        owner = private_of(pruner.model, OWNER)
         if owner is not None and owner() is not self:
             raise ConfigError(
                 f"callbacks: two PruningCallbacks are of the same {type(pruner.model).__name__}. Allowed: one, with "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pruningawaretraining.criteria.base import checked_masks
 from pruningawaretraining.groups.attachment import MaskHooks
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.groups.lowest import counts_of
@@ -32,6 +33,7 @@ from pruningawaretraining.masks.view_writer import ViewWriter, kept_of_members
 from pruningawaretraining.models.fake_quant import folded_norms
 from pruningawaretraining.models.optimizer_state import mask_state
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.registry import calling
 
 
 class Masks:
@@ -115,8 +117,10 @@ class Masks:
 
     def set(self, keep_G: Tensor) -> None:
         """Take new masks (True = keep) and zero what they switch off; dense values that live on follow them."""
+        checked_masks("dynamic", self.dynamic, keep_G, self.grouping.size)
         was_open = self._open()
-        self._unhook()
+        for handle in self._handles:
+            handle.remove()
         self._keep_G = keep_G.detach().to(self._writer.device, torch.bool, copy=True)
         self._keep_on = {}
         self.kept_by_set = counts_of(self.keep_G, [one.size for one in self.grouping.sets])
@@ -134,6 +138,7 @@ class Masks:
 
     def exchange(self, keep_G: Tensor) -> None:
         """Take new masks that keep as many groups of every set, without counting: nothing waits for the device."""
+        checked_masks("dynamic", self.dynamic, keep_G, self.grouping.size)
         was_open = self._open()
         self._keep_G, self._keep_on = keep_G, {}
         self._writer.build(keep_G, self.kept_by_set)
@@ -209,8 +214,11 @@ class Masks:
     def after_step(self, only: Ids | None = None) -> None:
         """Weights have moved, of the parameters with these ids or any: mask them, and let the dynamic act."""
         self.steps += 1
-        self.dynamic.stepped(self)
-        self.apply(only if self.store is None else None)
+        try:
+            with calling("dynamic", self.dynamic, "nothing"):
+                self.dynamic.stepped(self)
+        finally:
+            self.apply(only if self.store is None else None)
 
     @torch.no_grad()
     def apply(self, only: Ids | None = None) -> None:
@@ -253,19 +261,13 @@ class Masks:
 
         Only parameters with masked entries are hooked, frozen ones too, and only while they have some.
         """
-        for parameter in self._writer.parameters():
-            self._handles.append(hooked(parameter, self._accumulated))
+        self._handles = [hooked(parameter, self._accumulated) for parameter in self._writer.parameters()]
 
     @torch.no_grad()
     def _accumulated(self, parameter: Tensor) -> None:
         # a removal by another pruner hands hooks on to what it puts in place
         if not self.passing and id(parameter) in self.names:
             self._writer.accumulated(parameter)
-
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
     # --- what is masked -----------------------------------------------------------------------------------------
 

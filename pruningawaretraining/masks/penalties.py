@@ -18,7 +18,7 @@ from torch import Tensor
 from pruningawaretraining.groups.channel_norms import GroupIndex
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.groups.placed import placed
-from pruningawaretraining.registry import register
+from pruningawaretraining.registry import calling, check_returned, register
 
 
 class Regularizer:
@@ -51,7 +51,6 @@ class Regularizer:
         Args:
             keep_G: groups that are not masked (True), on the index's device; None for all.
         """
-        self.index.skip_masked(keep_G)
         factor_G = self.factor(self.index.squared_norms(), self.index, keep_G)
         factor_G = factor_G * placed(self.strength_G, factor_G.device)
         return factor_G if keep_G is None else factor_G * keep_G
@@ -175,6 +174,15 @@ class NormScaleLasso:
 
 
 def prepare(options: Any, grouping: Grouping, saving_G: Tensor | None = None) -> Regularizer:
-    """Make a registered regulariser ready for a grouping."""
-    ready: Regularizer = options.prepare(grouping, saving_G)
-    return ready
+    """Make a registered regulariser ready for a grouping.
+
+    Raises:
+        ExtensionError: it raises, or its strengths are not one for each group.
+    """
+    expected = f"a Regularizer with {grouping.size} strengths, one for each group"
+    with calling("regularizer", options, expected):
+        ready = options.prepare(grouping, saving_G)
+    check_returned(isinstance(ready, Regularizer), "regularizer", options, ready, expected)
+    found: Regularizer = ready
+    check_returned(found.strength_G.shape == (grouping.size,), "regularizer", options, found.strength_G, expected)
+    return found

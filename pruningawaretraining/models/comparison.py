@@ -1,4 +1,4 @@
-"""Whether two states of a model compute the same: what rounding does to the outputs is told from a misunderstanding.
+"""Compare the outputs of two states of a model, and tell rounding from a real difference.
 
 Masked and removed, a model is the same function, but not the same arithmetic: kernels are chosen by shape, GPUs compute
 float32 in TF32 or not, half precision rounds every layer, and activations near 1 may cancel to outputs of 1e-4. So no

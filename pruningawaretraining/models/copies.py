@@ -1,4 +1,4 @@
-"""Copies that users make of a model: an average among them has to follow a removal, and may have been forgotten."""
+"""Record the copies that users make of a model: a moving average that the pruner does not know may be among them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ATTRIBUTE = "_pruning_copies"
 
 
 class CopyWatch:
-    """Lies in a model's attributes and is told when the model is deep-copied, as every average begins.
+    """Records the deep copies of the model in whose attributes it is; every moving average begins as one.
 
     Copies are held weakly; a copy of the model, and a pickle of it, watch nothing.
 

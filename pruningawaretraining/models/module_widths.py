@@ -1,4 +1,4 @@
-"""Attributes of users' modules that count channels: they follow a removal, and ``save_pruned`` remembers which did."""
+"""Update attributes of users' modules that count channels after a removal; ``save_pruned`` saves those that changed."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from pruningawaretraining.config.options import WEIGHTS, Support
+from pruningawaretraining.config.options import TILES, Support
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.patterns.elements import (
@@ -51,7 +51,7 @@ class Block:
         spare_last: leave out the last linear layer where no layers are named.
     """
 
-    support: ClassVar[Support] = WEIGHTS
+    support: ClassVar[Support] = TILES
 
     rows: int = 4
     columns: int = 1
@@ -113,7 +113,7 @@ class Unstructured:
         spare_last: leave out the last linear layer where no layers are named.
     """
 
-    support: ClassVar[Support] = WEIGHTS
+    support: ClassVar[Support] = TILES
 
     types: tuple[str, ...] = LAYER_TYPES
     spare_last: bool = False
@@ -139,7 +139,7 @@ class NofM:
         spare_last: leave out the last linear layer where no layers are named.
     """
 
-    support: ClassVar[Support] = WEIGHTS
+    support: ClassVar[Support] = TILES
 
     drop: int = 2
     of: int = 4

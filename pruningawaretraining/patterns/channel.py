@@ -24,7 +24,7 @@ from pruningawaretraining.patterns.coupling import TRACE_LIMIT
 from pruningawaretraining.patterns.head import chosen_heads, find_heads, is_of_heads
 from pruningawaretraining.patterns.labels.trace import trace
 from pruningawaretraining.patterns.selection import select
-from pruningawaretraining.registry import register
+from pruningawaretraining.registry import calling, check_returned, register
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,23 @@ class Channel:
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
         """Attention block -> its unit of pruning."""
         return dict.fromkeys(chosen - set(producer_names(model)), "group")
+
+
+def chosen_layers_of(
+    pattern: StructuredPattern, model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str], key: str = ""
+) -> set[str]:
+    """The layers that a pattern of removable groups selects; arguments as those of :func:`chosen_layers`.
+
+    Raises:
+        ConfigError: a name that is not a layer of the model.
+        ExtensionError: the pattern raises, or does not return names of layers.
+    """
+    expected = "a set of names of layers"
+    with calling("pattern", pattern, expected):
+        found: Any = pattern.chosen(model, layers, exclude, key)
+    good = isinstance(found, (set, frozenset)) and found <= dict(model.named_modules()).keys()
+    check_returned(good, "pattern", pattern, found, expected)
+    return set(found)
 
 
 def chosen_layers(

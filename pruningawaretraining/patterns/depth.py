@@ -43,7 +43,7 @@ class Depth:
     def chosen(
         self, model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] = (), key: str = ""
     ) -> set[str]:
-        """The children of containers that a rule selects, by their names or those of what they are in.
+        """The children of containers that a rule selects, by their own names or those of modules around them.
 
         Raises:
             ConfigError: a name that is not a module of the model, or nothing is selected.

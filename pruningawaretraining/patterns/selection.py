@@ -1,4 +1,4 @@
-"""Which layers a rule speaks of: exact names, containers, and regular expressions."""
+"""Select the layers of a rule: exact names, containers, and regular expressions."""
 
 from __future__ import annotations
 

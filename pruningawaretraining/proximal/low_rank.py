@@ -130,7 +130,7 @@ class Factors:
 
     @property
     def size(self) -> int:
-        """Numbers in two factors, the singular values taken into one of them."""
+        """Size of both factors, the singular values multiplied into one of them."""
         return self.rank * (self.U.shape[0] + self.Vh.shape[1])
 
     @property

@@ -13,7 +13,6 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.proximal.coupled import CoupledGrouper
@@ -68,16 +67,6 @@ class PruneOptimizer(Wrapper):
     Hooks registered on this optimizer see the weights after the proximal step; hooks that were registered on the base
     optimizer see its own step.
     """
-
-    def __init__(
-        self,
-        base_optimizer: Optimizer,
-        warmup_steps: int = 0,
-        healing_start_step: int | None = None,
-        reg_lambda: float = 0.0,
-        redirect: bool | None = None,
-    ) -> None:
-        super().__init__(base_optimizer, warmup_steps, healing_start_step, reg_lambda, redirect)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:

@@ -153,7 +153,7 @@ def layer_table(layers: Sequence[Mapping[str, Any]], title: str | None = None, w
     Args:
         layers: as in a :class:`Report`.
         title: above the table.
-        width: in characters; columns that say least are left out where it is too small for all.
+        width: in characters; the least important columns are left out where it is too small.
     """
     rows = [layer_row(layer) for layer in layers[:_LAYERS_SHOWN]]
     most = [max(map(len, cells)) for cells in zip(LAYER_COLUMNS, *rows, strict=True)]
@@ -195,19 +195,3 @@ def arrow(dense: int | None, kept: int | None) -> str:
         value = dense if kept is None else kept
         return "–" if value is None else str(value)
     return f"{dense} → {kept}"
-
-
-def group_table(groups: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """One row a set of coupled layers: number, source, the layers that follow it, width and what is kept."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    table.add_column("#", justify="right")
-    table.add_column("source", overflow="fold")
-    table.add_column("coupled with", overflow="fold")
-    table.add_column("groups", justify="right", no_wrap=True)
-    for group in groups:
-        names = ", ".join(str(name) for name in group.get("dependencies") or []) or "–"
-        size = arrow(group.get("size"), group.get("kept"))
-        table.add_row(
-            *(Text(cell) for cell in (str(group.get("number", "")), str(group.get("source", "?")), names, size))
-        )
-    return table

@@ -150,7 +150,7 @@ def build_graph(
 def _with_free_axes(
     axes: Mapping[str, Mapping[int, str]], wanted: Mapping[str, Mapping[int, str]], inputs: Mapping[str, Tensor]
 ) -> dict[str, dict[int, str]]:
-    """Add the dimensions that a user wants free, after checking them."""
+    """Check and add the dimensions that the user asked to be dynamic."""
     found = {name: dict(by_dim) for name, by_dim in axes.items()}
     for name, by_dim in wanted.items():
         if name not in inputs:

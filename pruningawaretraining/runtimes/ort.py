@@ -1,4 +1,4 @@
-"""onnxruntime: sessions, what they are fed, and their errors as errors of this package."""
+"""onnxruntime: sessions, their inputs, and their errors as errors of this package."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:
 
 
 def _hookable(one: Any, depth: int = 3) -> torch.optim.Optimizer | None:
-    """The optimizer whose step can be hooked: this one, or the one inside a wrapper, under whatever name."""
+    """The optimizer whose step can be hooked: this one, or the one inside a wrapper."""
     held = getattr(one, "__dict__", {})
     if "_optimizer_step_pre_hooks" in held:
         inner: torch.optim.Optimizer = one

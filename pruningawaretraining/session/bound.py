@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from torch import nn
 
 from pruningawaretraining.engine.books import StepWatch, follow_removed, settle
-from pruningawaretraining.errors import ModelError
+from pruningawaretraining.errors import ModelError, PruningError
 from pruningawaretraining.models.calling import outside_inference, unwrap
 from pruningawaretraining.session.arguments import check_model
 from pruningawaretraining.session.optimizer_hooks import Steps
@@ -38,6 +39,18 @@ class Bound:
         self._says_before = False  # whether the loop calls on_before_optimizer_step
         self._watch = StepWatch()
         self._earlier: weakref.ref[AtWork] | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse ``copy`` and ``pickle``: hooks act on this pruner's own model and optimizers, and would stay behind.
+
+        Raises:
+            PruningError: always.
+        """
+        raise PruningError(
+            f"{type(self).__name__}: a pruner cannot be copied or pickled: it acts on its own model and optimizers. "
+            "Allowed: copy those, then new = Pruning(model, pruner.config, optimizer=...) on a dense model and "
+            "new.load_state_dict(pruner.state_dict())"
+        )
 
     @property
     def _session(self) -> Session:

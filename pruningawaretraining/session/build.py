@@ -14,10 +14,11 @@ from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import PruningConfig, Rule
 from pruningawaretraining.criteria.base import check_kind
 from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.engine.weight_rules import check_lifted
 from pruningawaretraining.engine.weights import WeightGroups
 from pruningawaretraining.masks.dry_run import removable_blocks, removable_channels
 from pruningawaretraining.models.calling import ForwardFn, from_shapes
-from pruningawaretraining.patterns.channel import own_groups
+from pruningawaretraining.patterns.channel import chosen_layers_of, own_groups
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.channel_labels import producer_names
 from pruningawaretraining.patterns.depth import check_alone
@@ -43,8 +44,7 @@ class BuiltRule:
 
     def chosen(self, model: nn.Module) -> set[str]:
         """The layers or blocks that a rule of removable groups selects."""
-        found: set[str] = self.pattern.chosen(model, self.rule.layers, self.rule.exclude, self.key)
-        return found
+        return chosen_layers_of(self.pattern, model, self.rule.layers, self.rule.exclude, self.key)
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ def build_weights(model: nn.Module, rules: BuiltRules, followers: Sequence[nn.Mo
     weights = WeightGroups(model, [one.parts for one in rules.weights], bool(rules.coupled), followers)
     producers = set(producer_names(model))
     claims = [(one.key, "channel", sorted(one.chosen(model) & producers)) for one in rules.coupled]
+    for one in weights.rules:
+        check_lifted(one, weights.rules)
     claims += [(one.key, one.grouping.name, [layer.name for layer in one.grouping.sets]) for one in weights.rules]
     check_stacking(claims)
     return weights

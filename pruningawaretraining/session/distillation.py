@@ -158,7 +158,7 @@ class Distiller:
             taps.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher's weights where it is our own copy, and the projectors with what trains them."""
+        """The projectors with their optimizer, and the teacher's weights if it is the copy that was made here."""
         built = self._features is not None
         return {
             "teacher": {key: value.cpu() for key, value in self.teacher.state_dict().items()} if self.own else None,

@@ -1,4 +1,4 @@
-"""The epoch that a loop hands to ``prune``: refused where it is missing but needed, remarked on where it comes late."""
+"""Check the epoch given to ``prune``: refuse one that is missing but needed, and warn of one that comes late."""
 
 from __future__ import annotations
 

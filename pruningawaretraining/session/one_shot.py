@@ -19,7 +19,7 @@ from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
-from pruningawaretraining.criteria.base import Statistics, check_kind
+from pruningawaretraining.criteria.base import Statistics, check_kind, scores_of
 from pruningawaretraining.criteria.second_order.channels import (
     compensate_readers,
     losing_readers,
@@ -30,7 +30,7 @@ from pruningawaretraining.criteria.second_order.channels import (
 from pruningawaretraining.criteria.second_order.criteria import Sampling
 from pruningawaretraining.criteria.second_order.gathering import on_model, unchanged_copy
 from pruningawaretraining.criteria.second_order.gradients import Calibration, LossFn
-from pruningawaretraining.engine.compensation import WeightPruner, is_weight_pattern, put, weight_pattern
+from pruningawaretraining.engine.compensation import WeightPruner, put
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.engine import Engine
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
@@ -42,7 +42,7 @@ from pruningawaretraining.masks.dry_run import removable_blocks, removable_chann
 from pruningawaretraining.masks.pruned_copy import pruned_copy
 from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.calling import unwrap
-from pruningawaretraining.patterns.channel import StructuredPattern, own_groups
+from pruningawaretraining.patterns.channel import StructuredPattern, chosen_layers_of, own_groups
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import build, lookup
 from pruningawaretraining.session.arguments import check_model
@@ -107,9 +107,9 @@ def one_shot(
             f"after.compensation: {after.compensation!r} is not supported by the pattern {rule.pattern!r}. "
             "Allowed: 'none'"
         )
-    if not isinstance(criterion, Sampling) and not is_weight_pattern(pattern):
+    if support.kind != "tile":
         return _one_shot_masks(calibration, rule, pattern, criterion, wanted, after)
-    pruner = WeightPruner(calibration, rule, weight_pattern(pattern), criterion)
+    pruner = WeightPruner(calibration, rule, pattern, criterion)
     models = {}
     for sparsity, weights in pruner.prune(wanted).items():
         pruned = unchanged_copy(inner)
@@ -123,7 +123,7 @@ def one_shot(
 def _one_shot_masks(
     calibration: Calibration, rule: Rule, pattern: Any, criterion: Any, sparsities: Sequence[float], after: AfterPruning
 ) -> dict[float, nn.Module]:
-    """Slices, and patterns of one's own: the one event of a rule, on a copy for each sparsity."""
+    """Slices and registered patterns of users: the one event of a rule, on a copy for each sparsity."""
     models = {}
     for sparsity in sparsities:
         pruned = unchanged_copy(calibration.model)
@@ -183,7 +183,7 @@ def _one_shot_channels(
     """Score groups once; for each sparsity compensate their readers, remove them, and measure the norms again."""
     model = calibration.model
     inputs = calibration.example()
-    chosen = pattern.chosen(model, rule.layers, rule.exclude)
+    chosen = chosen_layers_of(pattern, model, rule.layers, rule.exclude)
     units, multiples = pattern.head_units(model, chosen), dict.fromkeys(chosen, rule.multiple)
     if support_of(pattern).kind == "block":
         channels = removable_blocks(model, inputs, chosen)
@@ -193,7 +193,7 @@ def _one_shot_channels(
         channels = removable_channels(model, inputs, traced, multiples=multiples, units=units, own=own)
     grouping = channels.grouping
     listener = StatisticsFeed("rule", criterion, model, _scored(channels, criterion))
-    scores_G = criterion.score(grouping, Statistics(tensors=listener.statistics(calibration)))
+    scores_G = scores_of(criterion, grouping, Statistics(tensors=listener.statistics(calibration)))
     keeps = _keeps(model, rule, channels, inputs, scores_G, sparsities)
     hooks = None
     if after.compensation != "none":

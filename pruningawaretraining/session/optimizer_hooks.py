@@ -280,9 +280,11 @@ class Steps:
 
 def _moved(listener: OptimizerEvents, only: set[int] | None = None) -> None:
     """Weights have moved (of parameters with these ids, or any): apply masks before anything else looks at them."""
-    listener.on_moved()
-    for one in listener.masks:
-        one.after_step(only)
+    try:
+        listener.on_moved()
+    finally:
+        for one in listener.masks:
+            one.after_step(only)
     listener.on_stepped()
 
 

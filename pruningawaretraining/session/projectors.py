@@ -15,7 +15,7 @@ def floating(module: nn.Module) -> Tensor | None:
 
 
 def follow(module: nn.Module, other: nn.Module) -> None:
-    """Move a module to where, and to the dtype in which, another one is; nothing is done where it is there."""
+    """Move a module to the device and dtype of another one, if it has others."""
     mine, its = floating(module), floating(other)
     if mine is not None and its is not None and (mine.device, mine.dtype) != (its.device, its.dtype):
         module.to(its.device, its.dtype)

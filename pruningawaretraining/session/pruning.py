@@ -23,6 +23,7 @@ from pruningawaretraining.masks.averages import copy_in
 from pruningawaretraining.models.calling import ForwardFn, outside_inference, unwrap
 from pruningawaretraining.models.copies import watch_copies
 from pruningawaretraining.models.fake_quant import without_zero
+from pruningawaretraining.models.wrappers import watch_wrappers
 from pruningawaretraining.session.arguments import (
     Given,
     check_found_by_parameter,
@@ -133,6 +134,7 @@ class Pruning(LoopHooks, Companions, Connections, Results):
         this, last = weakref.ref(self), self._described
         self._known = Session(plain, self._config, self._given)
         self._copies = watch_copies(plain)
+        watch_wrappers(model)
         for name in without_zero(plain):
             logger.warning(
                 "%s: its fake quantizer does not keep zeros: what is masked has an influence until it is removed", name

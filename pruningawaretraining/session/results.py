@@ -22,7 +22,7 @@ class Results(Bound):
 
     @property
     def has_begun(self) -> bool:
-        """Whether training has begun: a step, an event, or a call that says so."""
+        """Whether training has begun: after a step, an event or ``on_train_begin``."""
         return self._session.begun or self._steps.count > 0
 
     @property

@@ -170,7 +170,7 @@ class Session(StepEvents):
         return RemovalContext(self.steps.optimizers, self.followers, self.graphs, before, after)
 
     def after_removal(self) -> None:
-        """Channels have gone: configs of transformers models say it, and optimizers are cleared if ours says so."""
+        """Update configs of transformers models; clear optimizers if ``reset_optimizer`` is set."""
         follow_configs(self.model)
         if self.config.reset_optimizer:
             for optimizer in self.steps.optimizers:

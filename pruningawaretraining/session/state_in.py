@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.checkpoint.records import PRUNER_KEY
-from pruningawaretraining.distributed.ddp import rewrap_in_place, wrappers_of
+from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.files import BROKEN
+from pruningawaretraining.models.private import keep_private, private_of
+from pruningawaretraining.models.wrappers import wrappers_of
 
 
 class HasState(Protocol):
@@ -49,7 +51,7 @@ class StateHandle:
             handle.remove()
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, StateHandle] = weakref.WeakKeyDictionary()
+ATTRIBUTE = "_pruning_state_in"
 
 
 def put_state_in(model: nn.Module, pruner: HasState) -> StateHandle:
@@ -59,12 +61,14 @@ def put_state_in(model: nn.Module, pruner: HasState) -> StateHandle:
         model: without wrappers.
         pruner: it is held weakly; once it is gone, its state is no longer written.
     """
-    if model in _KNOWN:
-        _KNOWN[model].remove()
+    before: StateHandle | None = private_of(model, ATTRIBUTE)
+    if before is not None:
+        before.remove()
     hooked: Any = model  # PyTorch leaves these two without types
     handles = [hooked.register_state_dict_post_hook(_write), hooked.register_load_state_dict_pre_hook(_read)]
-    _KNOWN[model] = StateHandle(pruner, handles)
-    return _KNOWN[model]
+    made = StateHandle(pruner, handles)
+    keep_private(model, ATTRIBUTE, made)
+    return made
 
 
 def packed(state: Mapping[str, Any]) -> Tensor:
@@ -127,7 +131,7 @@ def _plain(nest: Any) -> Any:
 
 
 def _alive(module: nn.Module) -> HasState | None:
-    known = _KNOWN.get(module)
+    known: StateHandle | None = private_of(module, ATTRIBUTE)
     return None if known is None else known.pruner()
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import nn
 
 from pruningawaretraining.errors import ModelError
+from pruningawaretraining.models.private import keep_private, private_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class AtWork(Protocol):
     def follow_other(self) -> None: ...
 
 
-_PRUNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AtWork]] = weakref.WeakKeyDictionary()
+ATTRIBUTE = "_pruning_pruner"
 
 
 def take_over(model: nn.Module, pruner: AtWork) -> weakref.ref[AtWork] | None:
@@ -42,7 +43,7 @@ def take_over(model: nn.Module, pruner: AtWork) -> weakref.ref[AtWork] | None:
     Raises:
         ModelError: the earlier one is at work.
     """
-    known = _PRUNERS.get(model)
+    known: weakref.ref[AtWork] | None = private_of(model, ATTRIBUTE)
     earlier = known() if known is not None else None
     if earlier is not None and earlier.is_active and earlier.phase in ("regularize", "prune"):
         if earlier.has_begun:
@@ -52,5 +53,5 @@ def take_over(model: nn.Module, pruner: AtWork) -> weakref.ref[AtWork] | None:
             )
         earlier.on_train_end()
         logger.warning("model: a Pruning that was made for it before is retired: it had not begun")
-    _PRUNERS[model] = weakref.ref(pruner)
+    keep_private(model, ATTRIBUTE, weakref.ref(pruner))
     return known

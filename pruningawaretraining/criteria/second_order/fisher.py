@@ -69,7 +69,7 @@ class Storage:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix="fisher-") as file:
-                # The mapping outlives the name, so that nothing is left behind whatever happens.
+                # The mapping stays valid after the file is unlinked, so that no file is left behind.
                 size = math.prod(shape)
                 return torch.from_file(file.name, shared=True, size=size, dtype=self.dtype).reshape(shape)
         except OSError as error:

@@ -33,7 +33,7 @@ def tile_solve(squares: Tensor, values: Tensor) -> Tensor:
 
 
 def solved(squares: Tensor, right: Tensor) -> Tensor:
-    """``squares^-1 right``; what is singular gives no number, and nobody is asked whether any is."""
+    """``squares^-1 right``; singular matrices give NaN, and are not looked for."""
     found: Tensor = torch.linalg.solve_ex(squares, right).result
     return found
 

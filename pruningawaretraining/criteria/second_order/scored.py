@@ -11,14 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruningawaretraining.criteria.base import Criterion
+from pruningawaretraining.criteria.base import Criterion, scores_of
 from pruningawaretraining.criteria.second_order.gathering import gathered
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layout import WeightPattern
 from pruningawaretraining.criteria.second_order.methods import independent_ranking
 from pruningawaretraining.criteria.second_order.solve import Choose, Results, Table, choose_tiles, pruned
 from pruningawaretraining.criteria.second_order.weights import PrunableWeight
-from pruningawaretraining.errors import ModelError
 from pruningawaretraining.patterns.block import Unstructured
 
 
@@ -57,9 +56,7 @@ class ScoredSolver:
         pattern = Unstructured() if self.weights[0].layout.group == 1 else self.pattern
         names = [weight.name for weight in self.weights]
         grouping, statistics = gathered(self.calibration, lambda model: pattern.build(model, names), self.criterion)
-        scores_G = self.criterion.score(grouping, statistics).detach().float()
-        if bool(torch.isnan(scores_G).any()):
-            raise ModelError(f"criterion: {type(self.criterion).__name__} gives NaN: the weights are not finite")
+        scores_G = scores_of(self.criterion, grouping, statistics).float()
         return {member.name.removesuffix(".weight"): spread for member, spread in grouping.expand(scores_G)}
 
     def _table(self, weight: PrunableWeight, spread: Tensor) -> Table:

@@ -1,4 +1,4 @@
-"""Layers that the example inputs do not reach: what they read is looked for, and those that stay unknown are named."""
+"""Layers that the example inputs do not reach: find what feeds them, and name those where that is unknown."""
 
 from __future__ import annotations
 

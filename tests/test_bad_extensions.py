@@ -1,0 +1,210 @@
+"""Registered pieces of one's own that raise or return what cannot be used: one line names them, nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pruningawaretraining import Pruning, registry
+from pruningawaretraining.config.options import COUPLED, Support
+from pruningawaretraining.errors import ExtensionError
+from pruningawaretraining.groups.channel_norms import GroupIndex
+from pruningawaretraining.groups.grouping import concat
+from pruningawaretraining.masks.dynamics import Dynamic
+from pruningawaretraining.masks.penalties import Regularizer
+from pruningawaretraining.patterns.elements import build_grouping, layer_weights
+
+X = torch.linspace(-1, 1, 12).reshape(2, 6)
+ELEMENTS, CHANNELS = {"pattern": "unstructured"}, {"pattern": "channel"}
+
+
+def broken() -> Any:
+    raise ZeroDivisionError("no\nluck")
+
+
+class Criterion:
+    def __init__(self, give: Callable[[Any], Any]) -> None:
+        self.give = give
+
+    def score(self, grouping: Any, statistics: Any) -> Any:
+        return self.give(grouping)
+
+
+class Pattern:
+    def __init__(self, give: Callable[[Any], Any]) -> None:
+        self.give = give
+
+    def build(self, model: nn.Module, layers: Any = None, exclude: Any = ()) -> Any:
+        return self.give(build_grouping("bad", layer_weights(model, layers, exclude), self._labels))
+
+    @staticmethod
+    def _labels(weight: Any) -> Any:
+        return (torch.arange(weight.parameter.shape[0]), weight.parameter.shape[0]), (None, 1)
+
+
+class Beyond(Pattern):
+    @staticmethod
+    def _labels(weight: Any) -> Any:
+        return (torch.arange(weight.parameter.shape[0]), 2), (None, 1)
+
+
+class Structural:
+    support: ClassVar[Support] = COUPLED
+
+    def __init__(self, give: Callable[[], Any]) -> None:
+        self.give = give
+
+    def chosen(self, model: nn.Module, layers: Any, exclude: Any = (), key: str = "") -> Any:
+        return self.give()
+
+    def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
+        return {}
+
+
+class Prepared:
+    acts: ClassVar[str] = "gradients"
+
+    def __init__(self, give: Callable[[Any], Any]) -> None:
+        self.give = give
+
+    def prepare(self, grouping: Any, saving_G: Any = None) -> Any:
+        return self.give(grouping)
+
+
+class Penalty:
+    def __init__(self, give: Callable[[], Any]) -> None:
+        self.give = give
+
+    def penalty(self, grouping: Any) -> Any:
+        return self.give()
+
+
+class Shrink:
+    def after_step(self, grouping: Any, rate_of: Any) -> None:
+        broken()
+
+
+class Own(Dynamic):
+    nested: ClassVar[bool] = False
+
+    def __init__(self, give: Any = lambda event: event.keep_G, step: Any = lambda masks: None) -> None:
+        self.give, self.step = give, step
+
+    def choose(self, event: Any, pick: Any) -> Any:
+        return self.give(event)
+
+    def stepped(self, masks: Any) -> None:
+        self.step(masks)
+
+
+def with_factors(grouping: Any, factor: Callable[..., Tensor]) -> Regularizer:
+    return Regularizer(GroupIndex(grouping, ("out",)), torch.ones(grouping.size), factor)
+
+
+SCORES, RAISED = (
+    "Expected: a vector of {} real numbers, one for each group, with no NaN",
+    r"ZeroDivisionError: no\nluck",
+)
+NUMBER = "Expected: a number in [0, 1], from start to final"
+COST = "Expected: a finite number of 0 or more for 'the model'"
+MASKS = "Expected: a bool vector of 168, True for each group that is kept"
+SCORED = SCORES.format(168)
+CASES: dict[str, tuple[str, Any, dict[str, Any], str, str]] = {
+    "scores too few": ("criterion", lambda g: torch.ones(3), ELEMENTS, "a Tensor of shape (3,)", SCORED),
+    "scores of no tensor": ("criterion", lambda g: [1.0] * g.size, ELEMENTS, "(list)", SCORED),
+    "no scores": ("criterion", lambda g: None, CHANNELS, "returned None", SCORES.format(20)),
+    "scores as a matrix": ("criterion", lambda g: torch.ones(g.size, 1), CHANNELS, "(20, 1)", SCORES.format(20)),
+    "complex scores": ("criterion", lambda g: torch.ones(g.size) * 1j, ELEMENTS, "torch.complex64", SCORED),
+    "scores true or false": ("criterion", lambda g: torch.ones(g.size) > 0, CHANNELS, "bool", SCORES.format(20)),
+    "scores without memory": ("criterion", lambda g: torch.ones(g.size, device="meta"), ELEMENTS, "meta", SCORED),
+    "scores NaN": ("criterion", lambda g: torch.full((g.size,), torch.nan), ELEMENTS, "NaN for 168 of 168", SCORED),
+    "a score NaN": ("criterion", lambda g: torch.ones(g.size).index_fill(0, torch.tensor(2), torch.nan), CHANNELS,
+                    "NaN for 1 of 20 groups", SCORES.format(20)),
+    "criterion raises": ("criterion", lambda g: broken(), CHANNELS, RAISED, SCORES.format(20)),
+    "cost raises": ("cost", lambda *_: broken(), CHANNELS, RAISED, COST),
+    "no cost": ("cost", lambda *_: None, CHANNELS, "returned None", COST),
+    "cost of a tensor": ("cost", lambda *_: torch.ones(()), CHANNELS, "a Tensor of shape ()", COST),
+    "cost below 0": ("cost", lambda *_: -1, CHANNELS, "returned -1 (int)", COST),
+    "cost NaN": ("cost", lambda *_: float("nan"), CHANNELS, "returned nan (float)", COST),
+    "schedule above 1": ("schedule", lambda t, start, final: 1.5, ELEMENTS, "1.5 at progress 0.5", NUMBER),
+    "schedule below 0": ("schedule", lambda t, start, final: -0.5, CHANNELS, "-0.5 at progress 0.5", NUMBER),
+    "schedule NaN": ("schedule", lambda t, start, final: float("nan"), CHANNELS, "nan at progress", NUMBER),
+    "schedule of a text": ("schedule", lambda t, start, final: "half", ELEMENTS, "'half' at progress", NUMBER),
+    "no schedule": ("schedule", lambda t, start, final: None, ELEMENTS, "None at progress", NUMBER),
+    "schedule raises": ("schedule", lambda t, start, final: broken(), CHANNELS, RAISED, NUMBER),
+    "groups overlap": ("pattern", Pattern(lambda g: concat([g, g])), {}, "groups that overlap: 0.weight",
+                       "Expected: every weight in one group at most"),
+    "labels too large": ("pattern", Beyond(lambda g: g), {}, "labels of 0.weight that are not in [0, (2, 1)]", "every"),
+    "no grouping": ("pattern", Pattern(lambda g: g.members), {}, "(tuple)", "Expected: a Grouping"),
+    "pattern raises": ("pattern", Pattern(lambda g: broken()), {}, RAISED, "Expected: a Grouping"),
+    "no layers": ("pattern", Structural(lambda: None), {}, "returned None", "Expected: a set of names of layers"),
+    "layers that are not there": ("pattern", Structural(lambda: {"9"}), {}, "{'9'}", "a set of names of layers"),
+    "choice of layers raises": ("pattern", Structural(broken), {}, RAISED, "a set of names of layers"),
+    "not prepared": ("regularizer", Prepared(lambda g: None), CHANNELS, "returned None", "20 strengths"),
+    "strengths too few": ("regularizer", Prepared(lambda g: Regularizer(GroupIndex(g, ("out",)), torch.ones(3), len)),
+                          CHANNELS, "a Tensor of shape (3,)", "20 strengths, one for each group"),
+    "factors too many": ("regularizer", Prepared(lambda g: with_factors(g, lambda *_: torch.ones(5))), CHANNELS,
+                         "RuntimeError", "Expected: a vector of 20 factors, one for each group"),
+    "preparing raises": ("regularizer", Prepared(lambda g: broken()), CHANNELS, RAISED, "20 strengths"),
+    "penalty of a vector": ("regularizer", Penalty(lambda: torch.ones(3)), ELEMENTS, "(3,)", "one real number"),
+    "penalty of no tensor": ("regularizer", Penalty(lambda: 0.5), ELEMENTS, "0.5 (float)", "one real number"),
+    "penalty raises": ("regularizer", Penalty(broken), ELEMENTS, RAISED, "one real number"),
+    "shrinking raises": ("regularizer", Shrink(), ELEMENTS, RAISED, "Expected: nothing"),
+    "dynamic raises": ("dynamic", Own(lambda event: broken()), ELEMENTS, RAISED, MASKS),
+    "masks too few": ("dynamic", Own(lambda event: event.keep_G[:4]), ELEMENTS, "a Tensor of shape (4,)", MASKS),
+    "masks of numbers": ("dynamic", Own(lambda event: event.scores_G), ELEMENTS, "torch.float32", MASKS),
+    "no masks": ("dynamic", Own(lambda event: None), ELEMENTS, "returned None", MASKS),
+    "steps raise": ("dynamic", Own(lambda event: event.keep_G, lambda masks: broken()), ELEMENTS, RAISED, "nothing"),
+    "steps exchange too few": ("dynamic", Own(step=lambda masks: masks.exchange(masks.keep_G[1:])), ELEMENTS,
+                               "a Tensor of shape (167,)", MASKS),
+}  # fmt: skip
+"""Case -> kind, what is registered, the rest of the rule, what the message says was returned, and was expected."""
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest) -> Iterator[str]:
+    kind, piece, *_ = CASES[request.param]
+    registry.names(kind)  # the library's own first
+    table = registry._ENTRIES.setdefault(kind, {})
+    table["bad"] = Criterion(piece) if kind == "criterion" else piece
+    yield request.param
+    del table["bad"]
+
+
+def rule_of(kind: str, extra: dict[str, Any]) -> dict[str, Any]:
+    rule: dict[str, Any] = {"target": {"sparsity": 0.5}, "end": 2, "application": "mask", **extra}
+    if kind == "cost":
+        return {**rule, "target": {"bad": 0.5}}
+    return {**rule, kind: "bad"}
+
+
+def train(model: nn.Module, rule: dict[str, Any]) -> None:
+    """One epoch of one step, with everything that a loop may call."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    pruner = Pruning(model, {"rules": [rule]}, example_inputs=X, optimizer=optimizer)
+    (model(X).sum() + pruner.slice_regularize(model)).backward()
+    pruner.channel_regularize(model)
+    optimizer.step()
+    pruner.prune(model, 0)
+
+
+def test_what_is_returned_is_refused_by_name_and_the_model_is_as_it_was(case: str) -> None:
+    kind, _, extra, returned, expected = CASES[case]
+    model = net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ExtensionError) as caught:
+        train(model, rule_of(kind, extra))
+    message = str(caught.value)
+    assert message.startswith(f"{kind} 'bad': it ") and "\n" not in message
+    assert returned in message and expected in message
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
