@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError, ModelError
-from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.groups.views import entry_vectors, fill_groups, fold_of, slot_counts, slot_maxima, slot_sums
+from pruningawaretraining.masks.view_writer import kept_of_members
 from pruningawaretraining.patterns.block import Block, NofM, Unstructured
 from pruningawaretraining.patterns.slice import Slice, pruned_channels
 from pruningawaretraining.patterns.stacking import check_stacking
@@ -239,6 +240,43 @@ def test_folded_and_general_reductions_agree(spec: Any) -> None:
         largest = torch.stack([part.max() for part in _by_slot(member, values)])
         assert torch.equal(slot_maxima(member, values), largest)
     assert any(fold_of(member) for member in grouping.members)
+
+
+@pytest.mark.parametrize(
+    ("labels", "size", "shape"),
+    [
+        ([0, 0, 1, 1, 0, 0, 1, 1], 2, (2, 2, 2)),  # runs that come in turns, as heads of packed projections
+        ([0, 0, 0, 1, 1, 1], 2, (2, 3)),
+        ([0, 1, 0, 1, 0, 1], 2, (3, 2)),
+        ([2, 0, 0, 1, 1, 2], 2, (2, 2)),  # the ends are outside
+        ([0, 0, 0], 1, (1, 3)),
+        ([], 0, (0,)),
+        ([0, 0, 1], 2, None),
+        ([1, 1, 0, 0], 2, None),
+        ([0, 1, 1, 0], 2, None),
+    ],
+)
+def test_labels_that_a_view_can_fold(labels: list[int], size: int, shape: tuple[int, ...] | None) -> None:
+    values = torch.randn(len(labels), 3, generator=torch.Generator().manual_seed(0))
+    member = Member("weight", values, (torch.tensor(labels, dtype=torch.int64), None), (size, 1))
+    fold = fold_of(member)
+    assert (fold.shape[:-1] if fold is not None else None) == shape
+    assert torch.allclose(slot_sums(member, values), member.slot_sums(values), atol=1e-6)
+
+
+def test_kept_groups_are_counted_by_sets_or_by_members() -> None:
+    weights = [torch.zeros(4, 1), torch.zeros(6, 1)]
+    labels = [((torch.arange(len(one)), None), (len(one), 1)) for one in weights]
+    members = tuple(
+        Member(str(start), weight, *label, offset=start)
+        for start, weight, label in zip((0, 4), weights, labels, strict=True)
+    )
+    keep = torch.tensor([1, 1, 0, 1, 0, 0, 0, 1, 1, 0]).bool()
+    by_sets = Grouping("own", members, (GroupSet("0", 0, 4), GroupSet("4", 4, 10)))
+    assert kept_of_members(by_sets, keep, [3, 2]) == [3, 2]
+    assert kept_of_members(by_sets, keep, [30, 20]) == [30, 20], "what is known is not counted again"
+    one_set = Grouping("own", members, (GroupSet("0", 0, 10),))
+    assert kept_of_members(one_set, keep, [5]) == [3, 2]
 
 
 def _by_slot(member: Any, values: Tensor) -> list[Tensor]:

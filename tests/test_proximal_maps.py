@@ -102,6 +102,16 @@ def test_blocks_and_labels_say_the_same(grouper: Grouper, shape: tuple[int, ...]
     assert torch.equal(found, spread)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("options", [{"group_type": "ElemGrouper"}, {"group_type": "KElementGrouper", "k": 1}], ids=str)
+def test_single_elements_of_any_precision_are_ranked(options: dict[str, Any], dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.tensor([[3.0, -1.0], [2.0, -4.0]], dtype=dtype))
+    weight.grad = torch.zeros_like(weight)
+    half = {"prox_type": "MinSparsityConstraint", "min_sparsity": 0.5}
+    PruneOptimizer(torch.optim.SGD([{"params": [weight], **options, **half}], lr=0.1)).step()
+    assert weight.tolist() == [[3.0, 0.0], [0.0, -4.0]]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("grouper", "shape"), GROUPERS)
 def test_group_lasso_is_its_formula_for_every_grouper(grouper: Grouper, shape: tuple[int, ...], layout: str) -> None:

@@ -98,7 +98,7 @@ class BlockStage:
             if dims:
                 torch.linalg.vector_norm(view, 2, dims, dtype=self.rows_R.dtype, out=out)
             else:
-                torch.abs(view, out=out)
+                torch.abs(view.to(out.dtype), out=out)
 
     def multiply(self) -> None:
         """Write source times row into the targets; the rows have been measured just before."""
