@@ -116,6 +116,7 @@ CHANNELS = {
     "enabled": True,
     "mode": "prune",
     "keep_zeros": False,
+    "nested": False,
     "release": False,
     "progressive": 1,
 }
@@ -402,7 +403,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"target": {"sparsity": 1.5}}, "rules[0].target.sparsity: 1.5 is not allowed. Allowed: a number in (0, 1]"),
     ({"target": {"macs": -0.5}}, "rules[0].target.macs: -0.5 is not allowed. Allowed: a number in (0, 1]"),
     ({"target": {"macs": float("nan")}}, "rules[0].target.macs: nan is not allowed"),
-    ({"target": {"macs": "0.5"}}, "rules[0].target.macs: '0.5' is not allowed. Allowed: a number"),
+    ({"target": {"macs": "half"}}, "rules[0].target.macs: 'half' is not allowed. Allowed: a number"),
+    ({"target": {"macs": "inf"}}, "rules[0].target.macs: 'inf' is not allowed. Allowed: a number"),
     ({"target": {"sparsity": True}}, "rules[0].target.sparsity: True is not allowed"),
     (
         {"target": {"mac": 0.5}},

@@ -137,6 +137,11 @@ class Rule(Strict):
         "the mask, for good.",
     )
     keep_zeros: bool = Field(False, description="Groups that are zero already at start count as pruned, and stay so.")
+    nested: bool = Field(
+        False,
+        description="May prune inside layers that an earlier rule prunes: what is masked there counts as pruned, and "
+        "both masks hold.",
+    )
     release: bool = Field(False, description="Lift the masks right after the last event: its zeros may come back.")
     progressive: Count = Field(
         1, description="Parts in which an event's weights are zeroed, evenly until the next event, lowest scores first."

@@ -46,11 +46,6 @@ class WeightRule(ActiveRule):
         """Limits of every allocation of the rule."""
         return limits_of(self.rule)
 
-    def described(self) -> list[dict[str, Any]]:
-        """One dict for each of its layers: source, dependencies (none), size and kept groups."""
-        kept = zip(self.grouping.members, self.masks.kept_of_members(), strict=True)
-        return [{"source": one.name, "dependencies": [], "size": one.n_slots, "kept": left} for one, left in kept]
-
     def norms(self) -> dict[str, Tensor]:
         """L2 norms of its groups by the name of their weight, on the CPU."""
         return {

@@ -22,6 +22,7 @@ from pruningawaretraining.criteria.second_order import Calibration, Sampling
 from pruningawaretraining.engine.compensation import prune_by_curvature, weight_pattern
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.dynamics import between_events, check_final, check_sharded_dynamic, go_back, heard
+from pruningawaretraining.engine.nested import counts, described, keep_masks, with_others
 from pruningawaretraining.engine.per_layer import fractions_by_rule, limited
 from pruningawaretraining.engine.phases import outside_phase, tell_of_whole_epochs, tell_what_stays
 from pruningawaretraining.engine.rule import Decision, check_finite
@@ -106,10 +107,12 @@ class WeightGroups:
     # --- events -------------------------------------------------------------------------------------------------
 
     def begin(self, one: WeightRule, context: RemovalContext) -> None:
-        """The rule has its first event: zeros that are there already may count."""
+        """The rule has its first event: what other rules have masked counts, and zeros that are there may."""
         tell_of_whole_epochs(one.key, one.times)
+        keep_G = with_others(one, self.rules) if one.dynamic.nested else one.masks.keep_G
         if one.rule.keep_zeros or one.rule.mode == "lock":
-            keep_G = one.masks.keep_G & ~zero_groups(one.grouping).to(one.masks.keep_G.device)
+            keep_G = keep_G & ~zero_groups(one.grouping).to(keep_G.device)
+        if keep_G is not one.masks.keep_G:
             self.mask(one, keep_G, context.optimizers)
             one.state.initial = one.sparsity
 
@@ -118,7 +121,7 @@ class WeightGroups:
         if one.rule.mode != "prune":
             return Decision(one.masks.keep_G if one.rule.mode == "lock" else torch.ones_like(one.masks.keep_G), True)
         check_finite(one.key, one.grouping)
-        keep_G, scores_G = one.masks.keep_G, None
+        keep_G, scores_G = with_others(one, self.rules) if one.dynamic.nested else one.masks.keep_G, None
         for asked in one.times.asked(now, one.state.initial):
             if asked.sparsity == 0 and one.rule.min_sparsity == 0:
                 continue
@@ -208,8 +211,7 @@ class WeightGroups:
     @property
     def groups(self) -> tuple[int, int]:
         """(groups, those that are masked) of all rules."""
-        sizes = [one.grouping.size for one in self.rules]
-        return sum(sizes), sum(sizes) - sum(sum(one.masks.kept_by_set) for one in self.rules)
+        return counts(self.rules)
 
     @property
     def finished(self) -> list[str]:
@@ -222,11 +224,11 @@ class WeightGroups:
 
     def keep_masks(self) -> dict[str, Tensor]:
         """Name of each weight -> keep mask of its groups, on the CPU."""
-        return {name: keep_G for one in self.rules for name, keep_G in one.masks.by_parameter().items()}
+        return keep_masks(self.rules)
 
     def describe_sets(self) -> list[dict[str, Any]]:
-        """One dict for each layer of each rule: source, dependencies (none), size and kept groups."""
-        return [row for one in self.rules for row in one.described()]
+        """One dict for each weight: source, dependencies (none), size and kept groups."""
+        return described(self.rules)
 
     # --- changes of the model, and state ------------------------------------------------------------------------
 
