@@ -6,7 +6,7 @@ Shape suffixes: ``_G`` groups of one rule, ``_S`` slots of one member, ``_W`` an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -32,47 +32,42 @@ def with_others(one: WeightRule, rules: Sequence[WeightRule]) -> Tensor:
 
 
 def counts(rules: Sequence[WeightRule]) -> tuple[int, int]:
-    """(groups, those that are masked); a weight of several rules counts once, in the groups of the first."""
+    """(groups, those that are masked); entries of a weight that several rules prune are groups of their own."""
     if _joint(rules):
-        sizes = [(member.n_slots, kept) for member, kept in _tallies(rules)]
-        return sum(size for size, _ in sizes), sum(size - kept for size, kept in sizes)
+        rows = _tallies(rules)
+        return sum(size for _, size, _ in rows), sum(size - kept for _, size, kept in rows)
     total = sum(one.grouping.size for one in rules)
     return total, total - sum(sum(one.masks.kept_by_set) for one in rules)
 
 
 def described(rules: Sequence[WeightRule]) -> list[dict[str, Any]]:
     """One dict for each weight: source, dependencies (none), size and kept groups."""
-    rows = [(member.name, member.n_slots, kept) for member, kept in _tallies(rules)]
-    return [{"source": name, "dependencies": [], "size": size, "kept": kept} for name, size, kept in rows]
+    return [{"source": name, "dependencies": [], "size": size, "kept": kept} for name, size, kept in _tallies(rules)]
 
 
 def keep_masks(rules: Sequence[WeightRule]) -> dict[str, Tensor]:
-    """Name of each weight -> keep mask of its groups, on the CPU."""
+    """Name of each weight -> keep mask of its groups, or of its entries where several rules prune it, on the CPU."""
     own = {name: keep_S for one in rules for name, keep_S in one.masks.by_parameter().items()}
-    return own | {name: keep_S.cpu() for name, keep_S in _joint(rules).items()}
+    return own | {name: kept_W.flatten().cpu() for name, kept_W in _joint(rules).items()}
 
 
-def _tallies(rules: Sequence[WeightRule]) -> Iterator[tuple[Member, int]]:
-    """Every weight with how many of its groups are kept."""
-    together, seen = _joint(rules), set()
-    for one in rules:
-        for member, left in zip(one.grouping.members, one.masks.kept_of_members(), strict=True):
-            if member.name not in together:
-                yield member, left
-            elif member.name not in seen:
-                seen.add(member.name)
-                yield member, int(together[member.name].sum())
+def _tallies(rules: Sequence[WeightRule]) -> list[tuple[str, int, int]]:
+    """(name, groups, those that are kept) of every weight."""
+    together = _joint(rules)
+    own = [
+        (member.name, member.n_slots, left)
+        for one in rules
+        for member, left in zip(one.grouping.members, one.masks.kept_of_members(), strict=True)
+        if member.name not in together
+    ]
+    return own + [(name, kept_W.numel(), int(kept_W.sum())) for name, kept_W in together.items()]
 
 
 def _joint(rules: Sequence[WeightRule]) -> dict[str, Tensor]:
-    """Name of each weight that several rules prune -> keep mask of the first one's groups under the masks of all."""
+    """Name of each weight that several rules prune -> True for its entries that none of them masks."""
     owners = Counter(name for one in rules for name in _names(one))
     shared = {name for name, count in owners.items() if count > 1}
-    kept = _kept_weights(rules, shared) if shared else {}
-    members: dict[str, Member] = {}
-    for one in rules:
-        members |= {each.name: each for each in one.grouping.members if each.name not in members}
-    return {name: _any_kept(members[name], kept_W) for name, kept_W in kept.items()}
+    return _kept_weights(rules, shared) if shared else {}
 
 
 def _names(one: WeightRule) -> set[str]:
