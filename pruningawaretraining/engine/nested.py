@@ -40,6 +40,14 @@ def counts(rules: Sequence[WeightRule]) -> tuple[int, int]:
     return total, total - sum(sum(one.masks.kept_by_set) for one in rules)
 
 
+def masked_weights(rules: Sequence[WeightRule]) -> int:
+    """How many weights are masked by any of the rules."""
+    if not _joint(rules):
+        return sum(one.masks.masked_weights() for one in rules)
+    kept = _kept_weights(rules, {name for one in rules for name in _names(one)})
+    return sum(kept_W.numel() - int(kept_W.sum()) for kept_W in kept.values())
+
+
 def described(rules: Sequence[WeightRule]) -> list[dict[str, Any]]:
     """One dict for each weight: source, dependencies (none), size and kept groups."""
     return [{"source": name, "dependencies": [], "size": size, "kept": kept} for name, size, kept in _tallies(rules)]
