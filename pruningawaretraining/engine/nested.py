@@ -18,10 +18,15 @@ from pruningawaretraining.groups.views import slot_maxima
 
 
 def with_others(one: WeightRule, rules: Sequence[WeightRule]) -> Tensor:
-    """A rule's masks, and of its other groups those whose every weight is masked by other rules."""
+    """A rule's masks, and of its other groups those whose every weight is masked by other rules, where masks are nested.
+
+    Args:
+        one: the rule.
+        rules: all that may prune the same weights.
+    """
     names = _names(one)
-    others = [other for other in rules if other is not one and other.masks.active and names & _names(other)]
-    if not others:
+    others = [each for each in rules if each is not one and each.masks.active and names & _names(each)]
+    if not others or not one.dynamic.nested:
         return one.masks.keep_G
     kept = _kept_weights(others, names)
     keep_S = [

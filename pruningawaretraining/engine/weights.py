@@ -63,6 +63,7 @@ class WeightGroups:
     ) -> None:
         self.model, self._followers = model, followers
         self.rules = [self._rule(*one, stacked) for one in rules]
+        self._share = any(one.rule.nested for one in self.rules)  # whether rules may prune the same weights
         self._empty: set[tuple[str, str]] = set()  # (rule, layer) without any weight, as has been said
 
     def _rule(self, key: str, rule: Rule, pattern: Any, criterion: Any, stacked: bool) -> WeightRule:
@@ -109,7 +110,7 @@ class WeightGroups:
     def begin(self, one: WeightRule, context: RemovalContext) -> None:
         """The rule has its first event: what other rules have masked counts, and zeros that are there may."""
         tell_of_whole_epochs(one.key, one.times)
-        keep_G = with_others(one, self.rules) if one.dynamic.nested else one.masks.keep_G
+        keep_G = with_others(one, self.rules if self._share else ())
         if one.rule.keep_zeros or one.rule.mode == "lock":
             keep_G = keep_G & ~zero_groups(one.grouping).to(keep_G.device)
         if keep_G is not one.masks.keep_G:
@@ -121,7 +122,7 @@ class WeightGroups:
         if one.rule.mode != "prune":
             return Decision(one.masks.keep_G if one.rule.mode == "lock" else torch.ones_like(one.masks.keep_G), True)
         check_finite(one.key, one.grouping)
-        keep_G, scores_G = with_others(one, self.rules) if one.dynamic.nested else one.masks.keep_G, None
+        keep_G, scores_G = with_others(one, self.rules if self._share else ()), None
         for asked in one.times.asked(now, one.state.initial):
             if asked.sparsity == 0 and one.rule.min_sparsity == 0:
                 continue
