@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import math
 import re
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from typing import Any, TypeVar
 from pruningawaretraining.errors import ConfigError, ExtensionError, PruningError, on_one_line, unknown
 
 T = TypeVar("T")
+
+NUMBER = re.compile(r"[-+]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][-+]?[0-9]{1,3})?")
+"""A text that is a number; not "nan", "inf" or "1_000"."""
 Spelling = Callable[[re.Match[str]], Mapping[str, Any]]
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "allocation": ("allocation.policies",),
@@ -166,6 +170,8 @@ def build(kind: str, spec: Any, where: str | None = None) -> Any:
         raise ConfigError(f"{where}: {dict(spec)!r} has no 'type'. Allowed: {', '.join(names(kind))}")
     entry: Any = lookup(kind, spec["type"], f"{where}.type")
     options = {key: value for key, value in spec.items() if key != "type"}
+    if dataclasses.is_dataclass(entry):
+        options = _numbers_in(entry, options)
     if not dataclasses.is_dataclass(entry):
         if options:
             raise ConfigError(f"{where}: {spec['type']!r} takes no options, but {sorted(options)} were given")
@@ -179,6 +185,25 @@ def build(kind: str, spec: Any, where: str | None = None) -> Any:
 
 def _construct(entry: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     return entry(**options)
+
+
+def as_number(value: Any) -> Any:
+    """The number that a text is, such as "1e-7", which YAML reads as text; any other value as it is."""
+    if not isinstance(value, str) or not NUMBER.fullmatch(value.strip()):
+        return value
+    return int(value) if value.strip().lstrip("+-").isdigit() else float(value)
+
+
+def _numbers_in(entry: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(entry)
+    numeric = [key for key in options if any(one in (int, float) for one in _kinds(hints.get(key)))]
+    return {key: as_number(value) if key in numeric else value for key, value in options.items()}
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """A type, or those that a union allows; nothing where text is one of them."""
+    found = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return () if str in found else found
 
 
 def check_fields(entry: Any, options: Mapping[str, Any], where: str) -> None:

@@ -110,3 +110,31 @@ def test_tables_and_drawings() -> None:
     )
     assert drawing([0.0, 0.5, 1.0]) == "▁▅█" and len(drawing([1.0] * 500)) == 60
     assert curve([(1, 0.5), (3, 0.9)], 4) == [0.0, 0.5, 0.5, 0.9, 0.9]
+
+
+FRACTIONS = """
+pruning_modifiers:
+  - !GMPruningModifier
+    {params: ["re:a.*"], init_sparsity: 0.4, final_sparsity: 0.8, start_epoch: 1, end_epoch: 2, update_frequency: 0.25,
+     inter_func: linear}
+  - !ACDCPruningModifier
+    {params: ["re:b.*"], compression_sparsity: 0.8, start_epoch: 0, end_epoch: 10, update_frequency: 2}
+  - !MovementPruningModifier
+    {params: ["re:c.*"], init_sparsity: 0.2, final_sparsity: 0.8, start_epoch: 0, end_epoch: 1, inter_func: linear}
+"""
+
+
+def test_events_at_fractions_and_dense_phases_are_shown(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(FRACTIONS, encoding="utf-8")
+    lines = pat("check", path).output.splitlines()
+    assert "  epoch       1  1.25  1.5  1.75    2" in lines
+    assert "  sparsity  0.4   0.5  0.6   0.7  0.8" in lines
+    assert "  epoch       2  4    6    8" in lines
+    assert "  sparsity  0.8  0  0.8  0.8" in lines
+    assert "  ▁▁▇▇▁▁▇▇▇▇" in lines
+    assert "  events  at every step; --steps shows them, here 2 of an epoch" in lines
+    assert "  epoch       0  0.5    1" in lines
+    with_steps = pat("check", path, "--steps", "3").output.splitlines()
+    assert "  step        0    1    2    3" in with_steps
+    assert "  sparsity  0.2  0.4  0.6  0.8" in with_steps

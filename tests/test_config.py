@@ -117,6 +117,7 @@ CHANNELS = {
     "enabled": True,
     "mode": "prune",
     "keep_zeros": False,
+    "nested": False,
     "release": False,
     "progressive": 1,
 }
@@ -389,11 +390,67 @@ def test_slice_keys(changes: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"mac_target": ...}, Target(sparsity=0.5)),
         ({"global_sparsity": ...}, Target(macs=0.7)),
         ({}, Target(macs=0.7)),
+        ({"mac_target": 0.0}, Target(sparsity=0.5)),
     ],
 )
 def test_flat_target(changes: dict[str, Any], target: Target) -> None:
     flat = {key: value for key, value in {**json.loads(FLAT.read_text()), **changes}.items() if value is not ...}
     assert load_config(flat).rules[0].target == target
+
+
+def test_a_flat_form_without_any_target_is_refused() -> None:
+    with pytest.raises(ConfigError, match="global_sparsity: missing, and so is mac_target"):
+        load_config({"mac_target": 0.0, "start_epoch": 1})
+
+
+@pytest.mark.parametrize("form", [{"global_sparsity": 0.5}, {"channel_sparsity_args": {"global_prune_rate": 0.5}}])
+def test_reset_optimizer_beside_foreign_keys(form: dict[str, Any]) -> None:
+    assert load_config({**form, "reset_optimizer": True}).reset_optimizer
+    assert not load_config(form).reset_optimizer
+    with pytest.raises(ConfigError, match="no form has the keys 'reset_optimizer'"):
+        load_config({"reset_optimizer": True})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"importance_mode": "weight_variance"},
+            "importance_mode is ignored: it is of VBP, and pruning_method is Group",
+        ),
+        ({"importance_mode": "weight_variance", "pruning_method": "VBP"}, ""),
+        ({"regularize": {"reg": 0, "mac_reg": 0.1}}, "mac_reg is ignored: without reg there is no penalty to weigh"),
+        ({"regularize": {"mac_reg": 0.1}}, "mac_reg is ignored: without reg there is no penalty to weigh"),
+        ({"regularize": {"reg": 0.1, "mac_reg": 0.1}}, ""),
+        ({"regularize": {"reg": 0, "mac_reg": 0}}, ""),
+    ],
+)
+def test_keys_of_another_method_are_said(changes: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture) -> None:
+    load_config({"channel_sparsity_args": {"global_prune_rate": 0.5, **changes}})
+    warnings = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert len(warnings) == bool(said) and all(said in one for one in warnings)
+
+
+FIRINGS: list[tuple[str, dict[str, Any], dict[int, float]]] = [
+    ("channel", {"start_epoch": 2, "end_epoch": 5}, {2: 0.15, 3: 0.3, 4: 0.45, 5: 0.6}),
+    ("channel", {"start_epoch": 2, "end_epoch": 9, "epoch_rate": 3}, {2: 0.2, 5: 0.4, 8: 0.6}),
+    ("channel", {"start_epoch": 1, "end_epoch": 4, "schedule": "geometric"},
+     {1: 0.2047292711, 2: 0.3675444680, 3: 0.4970266279, 4: 0.6}),
+    ("channel", {"start_epoch": 3}, {3: 0.6}),
+    ("slice", {"start_epoch": 1, "end_epoch": 6, "epoch_rate": 2, "pruning_gradually": True}, {2: 0.2, 4: 0.4, 6: 0.6}),
+    ("slice", {"start_epoch": 1, "end_epoch": 6, "epoch_rate": 2}, {2: 0.6, 4: 0.6, 6: 0.6}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "keys", "expected"), FIRINGS, ids=range(len(FIRINGS)))
+def test_sparsity_of_every_epoch_of_the_sections(
+    section: str, keys: dict[str, Any], expected: dict[int, float]
+) -> None:
+    """The second version fires where e >= start and (e - start) % rate == 0; slices where e % rate == 0."""
+    rate = {"global_prune_rate": 0.6} if section == "channel" else {"prune_rate": 0.6}
+    (rule,) = load_config({f"{section}_sparsity_args": {**rate, **keys}}).rules
+    times = rule.timeline()
+    assert {now: times.sparsity(now) for now in times.events()} == pytest.approx(expected, abs=1e-6)
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -403,7 +460,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"target": {"sparsity": 1.5}}, "rules[0].target.sparsity: 1.5 is not allowed. Allowed: a number in (0, 1]"),
     ({"target": {"macs": -0.5}}, "rules[0].target.macs: -0.5 is not allowed. Allowed: a number in (0, 1]"),
     ({"target": {"macs": float("nan")}}, "rules[0].target.macs: nan is not allowed"),
-    ({"target": {"macs": "0.5"}}, "rules[0].target.macs: '0.5' is not allowed. Allowed: a number"),
+    ({"target": {"macs": "half"}}, "rules[0].target.macs: 'half' is not allowed. Allowed: a number"),
+    ({"target": {"macs": "inf"}}, "rules[0].target.macs: 'inf' is not allowed. Allowed: a number"),
     ({"target": {"sparsity": True}}, "rules[0].target.sparsity: True is not allowed"),
     (
         {"target": {"mac": 0.5}},

@@ -13,7 +13,7 @@ from pruningawaretraining import load_config
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.patterns.stacking import check_stacking
+from pruningawaretraining.patterns.stacking import Claim, check_stacking
 from pruningawaretraining.registry import build
 
 DATA = Path(__file__).parent / "data" / "step_wise"
@@ -61,7 +61,7 @@ def test_the_seeds_pruners_share_no_layer_and_leave_none_out() -> None:
     assert {name.split(".")[-1] for name in blocks} == {"query", "key", "value"}
     assert len(single) == 6
     assert not any("pooler" in name or "classifier" in name for name in [*single, *blocks])
-    check_stacking([("a", "unstructured", single), ("b", "block", blocks)])
+    check_stacking([Claim("a", "unstructured", single), Claim("b", "block", blocks)])
 
 
 def test_the_flat_form() -> None:

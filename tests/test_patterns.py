@@ -15,7 +15,7 @@ from pruningawaretraining.groups.views import entry_vectors, fill_groups, fold_o
 from pruningawaretraining.masks.view_writer import kept_of_members
 from pruningawaretraining.patterns.block import Block, NofM, Unstructured
 from pruningawaretraining.patterns.slice import Slice, pruned_channels
-from pruningawaretraining.patterns.stacking import check_stacking
+from pruningawaretraining.patterns.stacking import Claim, check_stacking
 from pruningawaretraining.registry import build
 
 
@@ -293,8 +293,13 @@ def test_labels_are_small() -> None:
 
 
 def test_rules_that_do_not_stack_are_both_named() -> None:
-    check_stacking([("a", "channel", ["conv"]), ("b", "slice", ["conv"]), ("c", "block", ["fc"])])
+    check_stacking([Claim("a", "channel", ["conv"]), Claim("b", "slice", ["conv"]), Claim("c", "block", ["fc"])])
     with pytest.raises(ConfigError, match=r"c\.layers: 'conv' is pruned by b \(slice\) already, and block does not"):
-        check_stacking([("a", "channel", ["conv"]), ("b", "slice", ["conv"]), ("c", "block", ["fc", "conv"])])
+        check_stacking(
+            [Claim("a", "channel", ["conv"]), Claim("b", "slice", ["conv"]), Claim("c", "block", ["fc", "conv"])]
+        )
+    check_stacking([Claim("b", "slice", ["conv"]), Claim("c", "block", ["fc", "conv"], nested=True)])
+    with pytest.raises(ConfigError, match=r"c\.layers: 'conv' is pruned by b"):
+        check_stacking([Claim("b", "slice", ["conv"], lives=True), Claim("c", "block", ["conv"], nested=True)])
     with pytest.raises(ConfigError, match=r"b\.layers: 'conv' is pruned by a \(channel\)"):
-        check_stacking([("a", "channel", ["conv"]), ("b", "channel", ["conv"])])
+        check_stacking([Claim("a", "channel", ["conv"]), Claim("b", "channel", ["conv"])])

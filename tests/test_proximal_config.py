@@ -36,6 +36,7 @@ def test_the_optimizer_only_interface_is_imported_as_from_pat() -> None:
         {"params": others},
     ]
     optimizer = optim.PruneOptimizer(torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-4))
+    assert optim.prune_param_groups is prune_param_groups
     assert optim.PruneOptimizer is PruneOptimizer and group.CoupledChannelGrouper is CoupledChannelGrouper
     for _ in range(2):
         model(torch.ones(3, 4)).sum().backward()

@@ -133,7 +133,7 @@ def test_what_an_expression_matches_beside_weights_is_said(caplog: pytest.LogCap
     (warning,) = [one.message for one in caplog.records if one.levelname == "WARNING"]
     assert warning.startswith("pruning_modifiers[0]: its layers' expressions match 14 other parameters, which stay as")
     with pytest.raises(ConfigError, match="'param:.*conv.*' matches no parameter. Parameters are: patch_embed.weight"):
-        Pruning(vit(), recipe(modifier(params=["re:.*conv.*"], final_sparsity=0.5, start_epoch=0)))
+        Pruning(vit(), recipe(modifier(params=["re:.*conv.*"], init_sparsity=0.5, final_sparsity=0.5, start_epoch=0)))
 
 
 def test_a_gradual_recipe_prunes_in_phases_and_leaves_what_later_ones_do_not_name() -> None:
@@ -204,7 +204,7 @@ RATES: list[tuple[dict[str, Any], int, dict[float, float]]] = [
 
 @pytest.mark.parametrize(("keys", "steps", "expected"), RATES, ids=range(len(RATES)))
 def test_learning_rates(keys: dict[str, Any], steps: int, expected: dict[float, float]) -> None:
-    rates = LearningRates((RateFunction(**{"init_lr": 0.05, "final_lr": 0.001, "start_epoch": 0, **keys}),))
+    rates = LearningRates((RateFunction(**{"init_lr": 0.05, "final_lr": 0.001, "start_epoch": 0, **keys}),), cap=True)
     assert {epoch: rates.at(epoch, steps) for epoch in expected} == pytest.approx(expected, abs=1e-9)
 
 

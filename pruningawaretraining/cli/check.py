@@ -13,6 +13,7 @@ from pruningawaretraining.cli.common import BAD_INPUT, check_out, reported
 if TYPE_CHECKING:
     from torch import nn
 
+    from pruningawaretraining.config import PruningConfig
     from pruningawaretraining.config.plan import Plan
 
 Variables = Annotated[
@@ -87,9 +88,11 @@ def _values(given: Sequence[str] | None) -> dict[str, Any]:
 
 def _check(config: str, model: str | None, steps: int | None, variables: dict[str, Any]) -> None:
     from pruningawaretraining.config.plan import note_lines, rate_lines, read_plan, rule_lines
+    from pruningawaretraining.session.build import built_rules
 
     plan = read_plan(config, variables)
-    network = None if model is None else _model(model)
+    built_rules(plan.config)
+    network = None if model is None else _checked(model, plan.config)
     epochs = "" if plan.epochs is None else f", {plan.epochs} epochs"
     typer.echo(f"{plan.path}: {plan.form}{epochs}")
     for number, rule in enumerate(plan.config.rules):
@@ -103,11 +106,21 @@ def _check(config: str, model: str | None, steps: int | None, variables: dict[st
             typer.echo("\n".join(lines))
 
 
-def _model(name: str) -> nn.Module:
+def _checked(name: str, config: PruningConfig) -> nn.Module:
+    """The model, once ``Pruning`` has taken the config for a copy of it.
+
+    Raises:
+        PruningError: what ``Pruning`` would say.
+    """
+    from copy import deepcopy
+
     from pruningawaretraining.experiment.inspection import load_inspected
     from pruningawaretraining.experiment.shipped import shipped_configs
+    from pruningawaretraining.session.pruning import Pruning
 
-    return load_inspected(str(shipped_configs().get(name, name))).model
+    found = load_inspected(str(shipped_configs().get(name, name)))
+    Pruning(deepcopy(found.model), config, example_inputs=found.inputs)
+    return found.model
 
 
 def _chosen(model: nn.Module, rule: Any, number: int) -> list[str]:

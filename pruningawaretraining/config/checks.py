@@ -40,6 +40,22 @@ def are_sizes(values: Any) -> bool:
     return all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in values)
 
 
+def check_registered(kind: str, value: Any) -> Any:
+    """A name or a mapping with options, as a key of a rule takes them; None where the key may be absent.
+
+    Raises:
+        ConfigError: neither, an unknown name, or an unknown option.
+    """
+    if value is None and kind in ("regularizer", "allocation"):
+        return None
+    if isinstance(value, str):
+        return value if not names(kind) else check_name(kind, value)
+    if kind in NAMED_ONLY or not isinstance(value, Mapping):
+        form = "a name" if kind in NAMED_ONLY else "a name or a mapping with a 'type'"
+        raise ConfigError(f"{kind}: {value!r} is not {form}. Allowed: {', '.join(names(kind))}")
+    return dict(value) if not names(kind) else check_options(kind, value)
+
+
 def check_name(kind: str, name: str) -> str:
     """The registered name that a text stands for, or the spelling as it is.
 

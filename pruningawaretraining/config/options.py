@@ -10,7 +10,7 @@ from pruningawaretraining.config.targets import COSTS, Target
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import lookup, names, spelled
 
-IN_PLACE = frozenset({"mode", "keep_zeros", "release", "progressive"})
+IN_PLACE = frozenset({"mode", "keep_zeros", "release", "progressive", "nested"})
 REMOVED = frozenset(
     {"application", "final_sparsity", "max_sparsity_from", "target.macs", "target.parameters", "target.costs"}
 )
@@ -21,7 +21,7 @@ NEUTRAL = {"allocation": (None, "ranking")}
 """Values that any pattern may have, where these are more than the default."""
 
 FROZEN = "frozen"
-FINAL = {"progressive": 1, "mode": "prune", "keep_zeros": False, "application": "mask"}
+FINAL = {"progressive": 1, "mode": "prune", "keep_zeros": False, "application": "mask", "nested": False}
 """Options that need masks which are final unless they have this value."""
 
 

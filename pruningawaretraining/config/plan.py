@@ -10,13 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruningawaretraining.config.load import find_file, form_of, load_config, read_mapping
+from pruningawaretraining.config.options import type_of
 from pruningawaretraining.config.rates import LearningRates
 from pruningawaretraining.config.recipe import load_recipe
 from pruningawaretraining.config.schema import PruningConfig, Rule
+from pruningawaretraining.registry import lookup
+from pruningawaretraining.schedules import ROUNDING
 
 BARS = "▁▂▃▄▅▆▇█"
 MOST_COLUMNS = 12
 """Events in a table; more are thinned out."""
+LEAST_PARTS, MOST_PARTS = 2, 100
+"""Into how many parts an epoch is divided for events at fractions of one, where its steps are not known."""
 WIDTH = 60
 """Characters of a drawing."""
 
@@ -93,7 +98,23 @@ def events_of(rule: Rule, steps: int | None = None) -> list[tuple[int, float]]:
     if not rule.enabled or rule.mode != "prune" or not rule.target.given:
         return []
     times = rule.timeline(steps)
-    return [(now, times.sparsity(now)) for now in times.events()]
+    ticks = times.events()
+    lifted = ticks[1:-1:2] if getattr(lookup("dynamic", type_of("dynamic", rule.dynamic)), "alternates", False) else ()
+    return [(now, 0.0 if now in lifted else times.sparsity(now)) for now in ticks]
+
+
+def shown_parts(rule: Rule, steps: int | None) -> int | None:
+    """Parts of an epoch in which events at fractions of epochs are shown, where its steps are not known."""
+    times = rule.timeline(steps)
+    if times.counts != "epoch" or not times.fractional:
+        return None
+    moments = [m for one in times.stretches for m in (one.start, one.end, one.every) if m >= 1 / MOST_PARTS]
+    whole = (parts for parts in range(LEAST_PARTS, MOST_PARTS) if all(_is_whole(m * parts) for m in moments))
+    return next(whole, MOST_PARTS)
+
+
+def _is_whole(value: float) -> bool:
+    return abs(value - round(value)) < ROUNDING
 
 
 def table(columns: Sequence[tuple[str, str]], head: tuple[str, str]) -> list[str]:
@@ -122,7 +143,7 @@ def curve(events: Sequence[tuple[int, float]], until: int) -> list[float]:
     """The sparsity that holds at each tick from 0 on."""
     values, reached, known = [], 0.0, dict(events)
     for now in range(min(0, *known, 0), until + 1):
-        reached = max(reached, known.get(now, 0.0))
+        reached = known.get(now, reached)
         if now >= 0:
             values.append(reached)
     return values
@@ -155,14 +176,17 @@ def _target_lines(rule: Rule, steps: int | None) -> list[str]:
     if rule.mode != "prune":
         what = {"lock": "keep the zeros that are there", "unprune": "lift the masks"}[rule.mode]
         return [f"  {rule.unit} {rule.timeline(steps).first}: {what}"]
-    events, unit = events_of(rule, steps), rule.timeline(steps).counts
+    parts = shown_parts(rule, steps)
+    events, unit = events_of(rule, parts or steps), rule.timeline(steps).counts
     costs = rule.target.model_dump(
         exclude_none=True, include={"macs", "parameters", "peak_memory", "latency", "latency_ms"}
     )
     lines = [f"  until   {key} <= {value:g}" for key, value in costs.items()]
     if events:
         name = "at most" if costs else "sparsity"
-        lines += table([(str(now), f"{value:.4g}") for now, value in events], (unit, name))
+        if parts and any(one.every < 1 / MOST_PARTS for one in rule.timeline().stretches):
+            lines.append(f"  events  at every step; --steps shows them, here {parts} of an epoch")
+        lines += table([(f"{now / (parts or 1):g}", f"{value:.4g}") for now, value in events], (unit, name))
         lines.append(f"  {drawing(curve(events, events[-1][0] + max(1, events[-1][0] // 10)), 1.0)}")
     if rule.stable is not None:
         lines.append(f"  begins  when masks agree by {rule.stable:g} with those before; drawn as if at {rule.start:g}")

@@ -70,12 +70,15 @@ class LearningRates:
 
     Args:
         modifiers: in its order.
+        cap: whether ``linear`` and ``cosine`` are those of CAP's version, which go in cycles; ``linear`` has its final
+            rate at the last step of one. SparseML's go from start to end, which has the final rate.
 
     Raises:
         ConfigError: a cycle of no length.
     """
 
     modifiers: tuple[SetRate | RateFunction | RateSchedule, ...] = ()
+    cap: bool = False
 
     def __post_init__(self) -> None:
         for one in self.modifiers:
@@ -98,7 +101,10 @@ class LearningRates:
         last = max(enumerate(begun), key=lambda pair: (pair[1].start_epoch, pair[0]))[1]
         if isinstance(last, SetRate):
             return last.learning_rate
-        return _scheduled(last, epoch) if isinstance(last, RateSchedule) else _along(last, epoch, steps_per_epoch)
+        if isinstance(last, RateSchedule):
+            return _scheduled(last, epoch)
+        in_cycles = self.cap or last.lr_func not in WHOLE
+        return _along(last, epoch, steps_per_epoch) if in_cycles else _whole(last, epoch)
 
     def apply(self, optimizer: Any, epoch: float, steps_per_epoch: int | None = None) -> float | None:
         """Give every parameter group of an optimizer the rate of a moment, if there is one; returns it."""
@@ -107,6 +113,20 @@ class LearningRates:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         return rate
+
+
+WHOLE = ("linear", "cosine")
+"""lr_func that SparseML has without cycles."""
+
+
+def _whole(one: RateFunction, epoch: float) -> float:
+    """The rate in one course from start to end."""
+    curve: Curve = lookup("rate", one.lr_func)
+    start = max(one.start_epoch, 0.0)
+    length = one.end_epoch - start
+    if epoch >= one.end_epoch - ROUNDING or length <= 0:
+        return one.final_lr
+    return curve(Cycle(max(epoch - start, 0.0), length, None), one)
 
 
 def _along(one: RateFunction, epoch: float, steps: int | None) -> float:
@@ -124,7 +144,7 @@ def _along(one: RateFunction, epoch: float, steps: int | None) -> float:
     complete = math.floor(whole / length + ROUNDING) * length
     if passed > complete + ROUNDING:  # in the last, incomplete cycle
         rest = whole - complete
-        within, size = (passed - complete, rest) if one.lr_func == "cyclic_linear" else (rest, length)
+        within, size = (math.fmod(passed + ROUNDING, rest), rest) if one.lr_func == "cyclic_linear" else (rest, length)
     within = max(within, 0.0)
     return curve(Cycle(within, size, steps), one) * _warm(one, within, steps) * one.cycle_mul**number
 

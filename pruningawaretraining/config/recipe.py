@@ -18,7 +18,7 @@ from pruningawaretraining.config.dialects.sparseml_keys import (
     RateSchedule,
     SetRate,
 )
-from pruningawaretraining.config.dialects.sparseml_recipe import Found, modifiers_of
+from pruningawaretraining.config.dialects.sparseml_recipe import Found, is_cap, modifiers_of
 from pruningawaretraining.config.extent import check_extent
 from pruningawaretraining.config.load import find_file, read_mapping
 from pruningawaretraining.config.rates import LearningRates
@@ -97,7 +97,7 @@ def _recipe(mapping: Mapping[str, Any]) -> Recipe:
     found = modifiers_of(mapping)
     modifiers = [one.modifier for one in found]
     rates = tuple(one for one in modifiers if isinstance(one, (SetRate, RateFunction, RateSchedule)))
-    return Recipe(config_of(found), LearningRates(rates), _epochs(found), _quantized(modifiers))
+    return Recipe(config_of(found), LearningRates(rates, is_cap(found)), _epochs(found), _quantized(modifiers))
 
 
 def _epochs(found: list[Found]) -> int:

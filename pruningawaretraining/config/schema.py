@@ -10,7 +10,7 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining import schedules  # noqa: F401  (importing it registers the schedules)
 from pruningawaretraining.config.caps import read_caps
-from pruningawaretraining.config.checks import NAMED_ONLY, check_name, check_options, layer_name
+from pruningawaretraining.config.checks import check_registered, layer_name
 from pruningawaretraining.config.distillation import Distillation
 from pruningawaretraining.config.editor import complete_schema
 from pruningawaretraining.config.options import OPTIONS, check_supported
@@ -151,6 +151,11 @@ class Rule(Strict):
         "the mask, for good.",
     )
     keep_zeros: bool = Field(False, description="Groups that are zero already at start count as pruned, and stay so.")
+    nested: bool = Field(
+        False,
+        description="May prune inside layers that an earlier rule prunes: what is masked there counts as pruned, and "
+        "both masks hold.",
+    )
     release: bool = Field(False, description="Lift the masks right after the last event: its zeros may come back.")
     progressive: Count = Field(
         1, description="Parts in which an event's weights are zeroed, evenly until the next event, lowest scores first."
@@ -181,15 +186,7 @@ class Rule(Strict):
     @field_validator("pattern", "criterion", "regularizer", "dynamic", "schedule", "scope", "allocation", mode="before")
     @classmethod
     def _is_registered(cls, value: Any, info: ValidationInfo) -> Any:
-        kind = str(info.field_name)
-        if value is None and kind in ("regularizer", "allocation"):
-            return None
-        if isinstance(value, str):
-            return value if not names(kind) else check_name(kind, value)
-        if kind in NAMED_ONLY or not isinstance(value, Mapping):
-            form = "a name" if kind in NAMED_ONLY else "a name or a mapping with a 'type'"
-            raise ConfigError(f"{kind}: {value!r} is not {form}. Allowed: {', '.join(names(kind))}")
-        return dict(value) if not names(kind) else check_options(kind, value)
+        return check_registered(str(info.field_name), value)
 
     @field_validator("compensation")
     @classmethod

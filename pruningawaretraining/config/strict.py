@@ -13,6 +13,7 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining.config.extent import check_extent, dotted
 from pruningawaretraining.errors import ConfigError, unknown
+from pruningawaretraining.registry import as_number
 
 SHOWN = 30
 """How many problems are worded: a message has no room for more."""
@@ -28,9 +29,13 @@ _EXPECTED = {
 
 
 def within(allowed: str, accepts: Callable[[float], bool]) -> BeforeValidator:
-    """A check that refuses what is not a number (text and true/false too) or what ``accepts`` turns down."""
+    """A check that refuses what is not a number (true/false too) or what ``accepts`` turns down.
+
+    A text that is a number is read as one, in every form.
+    """
 
     def check(value: Any) -> Any:
+        value = as_number(value)
         if isinstance(value, bool) or not isinstance(value, Real) or not accepts(_as_float(value)):
             shown = value if not isinstance(value, int) or value.bit_length() <= 64 else float("inf")
             raise ValueError(f"{shown!r} is not allowed. Allowed: {allowed}")

@@ -12,7 +12,7 @@ from pruningawaretraining.config.dialects.base import TAG
 
 _MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 _NUMBER = "tag:yaml.org,2002:float"
-_EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
+_EXPONENT = re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 
 
 class ConfigLoader(yaml.SafeLoader):
@@ -43,8 +43,8 @@ class ConfigLoader(yaml.SafeLoader):
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
-# YAML 1.1 reads 5e-4, which has no dot, as text; in a config it is a number.
-ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+# YAML 1.1 reads 5e-4 and 1.5e5 as text, for want of a dot or a sign; nobody who writes a config means that.
+ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 ConfigLoader.add_constructor(None, ConfigLoader.construct_undefined)
 
 

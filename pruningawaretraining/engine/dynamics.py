@@ -105,15 +105,20 @@ def heard(one: WeightRule) -> bool:
 
 
 def check_final(one: ActiveRule) -> None:
-    """Refuse masks that are not final where an event moves the weights that stay to make up for those that go.
+    """Refuse masks that are not final, and looks at masks, where to choose masks is to move the weights that stay.
 
     Raises:
-        ConfigError: it names the dynamic and the criterion.
+        ConfigError: it names the dynamic or "stable", and the criterion.
     """
+    moves = f"and {one.rule.criterion!r} with data of its own moves the other weights to make up for them"
     if not one.dynamic.nested:
         raise ConfigError(
-            f"{one.key}.dynamic: {one.rule.dynamic!r} lifts masks again, and {one.rule.criterion!r} with data of its "
-            "own moves the other weights to make up for them. Allowed: frozen, rewind"
+            f"{one.key}.dynamic: {one.rule.dynamic!r} lifts masks again, {moves}. Allowed: frozen, rewind"
+        )
+    if one.rule.stable is not None:
+        raise ConfigError(
+            f"{one.key}.stable: {one.rule.stable} compares masks before they are put, {moves}. Allowed: another "
+            "criterion, or a 'start' in numbers"
         )
 
 

@@ -17,7 +17,6 @@ from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.distributed.collectives import agreed
 from pruningawaretraining.engine.domain import Domain
 from pruningawaretraining.engine.rule import ActiveRule
-from pruningawaretraining.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +29,6 @@ def agreement(one_G: Tensor, other_G: Tensor) -> float:
 def _overlap(one_G: Tensor, other_G: Tensor) -> float:
     union = int((one_G | other_G).sum())
     return int((one_G & other_G).sum()) / union if union else 1.0
-
-
-def check_looks(one: ActiveRule) -> None:
-    """Refuse looks where to choose masks is to move weights.
-
-    Raises:
-        ConfigError: names the rule.
-    """
-    if one.rule.stable is not None:
-        raise ConfigError(
-            f"{one.key}.stable: {one.rule.stable} cannot be combined with {one.rule.criterion!r} and data of its own, "
-            "which moves weights when it chooses masks. Allowed: another criterion, or a 'start' in numbers"
-        )
 
 
 def opens(domain: Domain, one: ActiveRule, now: int, calibration: Calibration | None) -> bool:

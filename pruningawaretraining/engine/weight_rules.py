@@ -43,11 +43,6 @@ class WeightRule(ActiveRule):
         """Fraction of its groups that are masked."""
         return 1.0 - sum(self.masks.kept_by_set) / self.grouping.size if self.grouping.size else 0.0
 
-    def described(self) -> list[dict[str, Any]]:
-        """One dict for each of its layers: source, dependencies (none), size and kept groups."""
-        kept = zip(self.grouping.members, self.masks.kept_of_members(), strict=True)
-        return [{"source": one.name, "dependencies": [], "size": one.n_slots, "kept": left} for one, left in kept]
-
     def norms(self) -> dict[str, Tensor]:
         """L2 norms of its groups by the name of their weight, on the CPU."""
         return {

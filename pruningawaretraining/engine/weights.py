@@ -30,10 +30,10 @@ from pruningawaretraining.engine.dynamics import (
     go_back,
     heard,
 )
+from pruningawaretraining.engine.nested import counts, described, keep_masks, with_others
 from pruningawaretraining.engine.per_layer import fractions_by_rule, limited
 from pruningawaretraining.engine.phases import outside_phase, tell_of_whole_epochs, tell_what_stays
 from pruningawaretraining.engine.rule import Decision, check_finite
-from pruningawaretraining.engine.stability import check_looks
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.weight_rules import WeightRule, check_phases, check_target, grouping_of, same_tensors
 from pruningawaretraining.errors import ConfigError
@@ -71,6 +71,7 @@ class WeightGroups:
     ) -> None:
         self.model, self._followers = model, followers
         self.rules = [self._rule(*one, stacked) for one in rules]
+        self._share = any(one.rule.nested for one in self.rules)  # whether rules may prune the same weights
         self._empty: set[tuple[str, str]] = set()  # (rule, layer) without any weight, as has been said
 
     def _rule(self, key: str, rule: Rule, pattern: Any, criterion: Any, stacked: bool) -> WeightRule:
@@ -110,15 +111,16 @@ class WeightGroups:
         for one in self.rules:
             if calibration is not None and isinstance(one.criterion, Sampling):
                 check_final(one)
-                check_looks(one)
 
     # --- events -------------------------------------------------------------------------------------------------
 
     def begin(self, one: WeightRule, context: RemovalContext) -> None:
-        """The rule has its first event: zeros that are there already may count."""
+        """The rule has its first event: what other rules have masked counts, and zeros that are there may."""
         tell_of_whole_epochs(one.key, one.times)
+        keep_G = with_others(one, self.rules if self._share else ())
         if one.rule.keep_zeros or one.rule.mode == "lock":
-            keep_G = one.masks.keep_G & ~zero_groups(one.grouping).to(one.masks.keep_G.device)
+            keep_G = keep_G & ~zero_groups(one.grouping).to(keep_G.device)
+        if keep_G is not one.masks.keep_G:
             self.mask(one, keep_G, context.optimizers)
             one.state.initial = one.sparsity
 
@@ -127,7 +129,7 @@ class WeightGroups:
         if one.rule.mode != "prune":
             return Decision(one.masks.keep_G if one.rule.mode == "lock" else torch.ones_like(one.masks.keep_G), True)
         check_finite(one.key, one.grouping)
-        keep_G, scores_G = one.masks.keep_G, None
+        keep_G, scores_G = with_others(one, self.rules if self._share else ()), None
         for asked in one.times.asked(now, one.state.initial):
             if asked.sparsity == 0 and one.rule.min_sparsity == 0:
                 continue
@@ -217,8 +219,7 @@ class WeightGroups:
     @property
     def groups(self) -> tuple[int, int]:
         """(groups, those that are masked) of all rules."""
-        sizes = [one.grouping.size for one in self.rules]
-        return sum(sizes), sum(sizes) - sum(sum(one.masks.kept_by_set) for one in self.rules)
+        return counts(self.rules)
 
     @property
     def finished(self) -> list[str]:
@@ -231,11 +232,11 @@ class WeightGroups:
 
     def keep_masks(self) -> dict[str, Tensor]:
         """Name of each weight -> keep mask of its groups, on the CPU."""
-        return {name: keep_G for one in self.rules for name, keep_G in one.masks.by_parameter().items()}
+        return keep_masks(self.rules)
 
     def describe_sets(self) -> list[dict[str, Any]]:
-        """One dict for each layer of each rule: source, dependencies (none), size and kept groups."""
-        return [row for one in self.rules for row in one.described()]
+        """One dict for each weight: source, dependencies (none), size and kept groups."""
+        return described(self.rules)
 
     # --- changes of the model, and state ------------------------------------------------------------------------
 

@@ -148,6 +148,7 @@ class Alternate(Dynamic):
 
     nested: ClassVar[bool] = False
     removable: ClassVar[bool] = False
+    alternates: ClassVar[bool] = True
 
     def choose(self, event: Event, pick: Callable[[], Tensor]) -> Tensor:
         """Mask at events 0, 2, 4 and so on, and at the last; lift the masks at the others."""

@@ -74,6 +74,7 @@ class Dynamic:
         removable: whether it works for groups that can be removed physically.
         windows: whether it works for N:M.
         rewinds: whether its events may go back to the weights that there were before step ``to``.
+        alternates: whether every other event lifts the masks, but for the last.
     """
 
     nested: ClassVar[bool] = True
@@ -82,6 +83,7 @@ class Dynamic:
     removable: ClassVar[bool] = True
     windows: ClassVar[bool] = True
     rewinds: ClassVar[bool] = False
+    alternates: ClassVar[bool] = False
     decay: float = 0.0
     to: int = 0
 

@@ -22,7 +22,7 @@ from pruningawaretraining.patterns.channel import chosen_layers_of, own_groups
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.channel_labels import producer_names
 from pruningawaretraining.patterns.depth import check_alone
-from pruningawaretraining.patterns.stacking import check_stacking
+from pruningawaretraining.patterns.stacking import Claim, check_stacking
 from pruningawaretraining.registry import build
 
 logger = logging.getLogger(__name__)
@@ -87,10 +87,11 @@ def build_weights(model: nn.Module, rules: BuiltRules, followers: Sequence[nn.Mo
         return None
     weights = WeightGroups(model, [one.parts for one in rules.weights], bool(rules.coupled), followers)
     producers = set(producer_names(model))
-    claims = [(one.key, "channel", sorted(one.chosen(model) & producers)) for one in rules.coupled]
-    for one in weights.rules:
-        check_lifted(one, weights.rules)
-    claims += [(one.key, one.grouping.name, [layer.name for layer in one.grouping.sets]) for one in weights.rules]
+    claims = [Claim(one.key, "channel", sorted(one.chosen(model) & producers)) for one in rules.coupled]
+    for rule in weights.rules:
+        check_lifted(rule, weights.rules)
+        layers = [layer.name for layer in rule.grouping.sets]
+        claims.append(Claim(rule.key, rule.grouping.name, layers, rule.rule.nested, rule.dynamic.lives))
     check_stacking(claims)
     return weights
 

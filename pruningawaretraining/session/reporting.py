@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.costs.macs import count_macs
 from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.engine.nested import masked_weights
 from pruningawaretraining.models.copies import CopyWatch
 from pruningawaretraining.models.example_inputs import batch_of
 from pruningawaretraining.models.widths import conv_linear_widths
@@ -115,7 +116,7 @@ def report_of(session: Session) -> Report:
         kept_parameters = round(coupled.parameters_cost(coupled.keep_D))
         dense_parameters = int(session.record["parameters"]) if session.record else coupled.dense_parameters
     if weights is not None:
-        kept_parameters -= sum(masks.masked_weights() for masks in weights.masks)
+        kept_parameters -= masked_weights(weights.rules)
     counts = {"dense": dense_parameters, "kept": kept_parameters}
     return Report(
         phase=phase_of(session),

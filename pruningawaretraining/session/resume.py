@@ -110,7 +110,7 @@ def _warn_of_another_config(session: Session, before: Any) -> None:
     now = session.config.model_dump(mode="json")
     for number, (mine, saved) in enumerate(zip(now["rules"], (before or now)["rules"], strict=False)):
         different = [
-            f"{key} was {saved.get(key)!r} and is {mine[key]!r}" for key in mine if saved.get(key) != mine[key]
+            f"{key} was {saved[key]!r} and is {mine[key]!r}" for key in mine if saved.get(key, mine[key]) != mine[key]
         ]
         if different:
             logger.warning("state: it was saved with another rules[%d]: %s", number, "; ".join(different))

@@ -12,7 +12,7 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 from pruningawaretraining.config.checks import layer_name
 from pruningawaretraining.config.dialects.base import check_window, native, schedule_name
 from pruningawaretraining.config.schema import PruningConfig
-from pruningawaretraining.config.strict import Count, Fraction, Strict, Whole
+from pruningawaretraining.config.strict import Count, Fraction, Strict, UnitInterval, Whole
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import register
 
@@ -24,9 +24,12 @@ class FlatConfig(Strict):
     end_epoch: Whole | None = Field(None, description="Epoch at which the target is due; start_epoch when absent.")
     interval: Count = Field(1, description="Epochs between pruning events.")
     global_sparsity: Fraction | None = Field(None, description="Fraction of channels to remove; mac_target goes first.")
-    mac_target: Fraction | None = Field(None, description="Fraction of MACs kept: 0.7 is a cut of 30%.")
+    mac_target: UnitInterval | None = Field(
+        None, description="Fraction of MACs kept: 0.7 is a cut of 30%. 0: no target of MACs."
+    )
     layers_to_prune: list[str] | None = Field(None, description="Layers or containers; all when absent.")
     schedule: str = Field("linear", description="How the sparsity grows.")
+    reset_optimizer: bool = Field(False, description="Clear the optimizer's state after removal.")
 
     @field_validator("layers_to_prune", mode="before")
     @classmethod
@@ -41,7 +44,7 @@ class FlatConfig(Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         check_window(self.start_epoch, self.end_epoch, "end_epoch", "start_epoch")
-        if self.global_sparsity is None and self.mac_target is None:
+        if self.global_sparsity is None and not self.mac_target:
             raise ConfigError("global_sparsity: missing, and so is mac_target. Allowed: either or both, each in (0, 1]")
         return self
 
@@ -51,7 +54,9 @@ class FlatConfig(Strict):
 class Flat:
     """One rule for channels, all its keys at the top level."""
 
-    keys: ClassVar[tuple[str, ...]] = tuple(key for key in FlatConfig.model_fields if key != "schedule")
+    keys: ClassVar[tuple[str, ...]] = tuple(
+        key for key in FlatConfig.model_fields if key not in ("schedule", "reset_optimizer")
+    )
     yaml_tags: ClassVar[tuple[str, ...]] = ()
 
     def recognises(self, mapping: Mapping[str, Any]) -> bool:
@@ -72,10 +77,10 @@ class Flat:
             "start": flat.start_epoch,
             "end": flat.end_epoch,
             "every": flat.interval,
-            "target": channel_target(flat.global_sparsity, flat.mac_target),
-            "final_sparsity": None if flat.mac_target is None else 1.0,
+            "target": channel_target(flat.global_sparsity, flat.mac_target or None),
+            "final_sparsity": 1.0 if flat.mac_target else None,
         }
-        return native([rule])
+        return native([rule], reset_optimizer=flat.reset_optimizer)
 
 
 def _is_section(value: Any) -> bool:

@@ -40,6 +40,7 @@ class SircConfig(Strict):
 
     channel_sparsity_args: ChannelArgs | None = Field(None, description="Channel pruning.")
     slice_sparsity_args: SliceArgs | None = Field(None, description="Slice pruning, after the channels.")
+    reset_optimizer: bool = Field(False, description="Clear the optimizer's state after removal.")
 
 
 @register("dialect", "sirc")
@@ -47,7 +48,7 @@ class SircConfig(Strict):
 class Sirc:
     """Channel pruning, slice pruning, or both."""
 
-    keys: ClassVar[tuple[str, ...]] = tuple(SircConfig.model_fields)
+    keys: ClassVar[tuple[str, ...]] = ("channel_sparsity_args", "slice_sparsity_args")
     yaml_tags: ClassVar[tuple[str, ...]] = ()
 
     def recognises(self, mapping: Mapping[str, Any]) -> bool:
@@ -68,7 +69,8 @@ class Sirc:
         inputs = None
         if channels and channels.input_shape is not None:
             inputs = {"shape": channels.input_shape, "container": channels.container}
-        return native(rules, example_inputs=inputs, infer=bool(channels and channels.infer))
+        options = {"infer": bool(channels and channels.infer), "reset_optimizer": given.reset_optimizer}
+        return native(rules, example_inputs=inputs, **options)
 
 
 def channel_rule(args: ChannelArgs) -> dict[str, Any]:
@@ -208,6 +210,10 @@ def _note_ignored(args: ChannelArgs) -> None:
         note_ignored(f"{section}.global_prune_rate", "mac_target decides how far to prune")
     if args.isomorphic and not args.global_pruning:
         note_ignored(f"{section}.isomorphic", "without global_pruning every layer is ranked by itself")
+    if "importance_mode" in args.model_fields_set and args.pruning_method != "VBP":
+        note_ignored(f"{section}.importance_mode", f"it is of VBP, and pruning_method is {args.pruning_method}")
+    if args.regularize and args.regularize.mac_reg and not args.regularize.reg:
+        note_ignored(f"{section}.regularize.mac_reg", "without reg there is no penalty to weigh")
     if args.regularize and args.pruning_method == "BNScalePruner":
         for key in sorted(args.regularize.model_fields_set - {"reg"}):
             note_ignored(f"{section}.regularize.{key}", "the BN scale penalty has no strength but reg")

@@ -13,7 +13,7 @@ from pruningawaretraining.config.dialects import sparseml_keys as keys
 from pruningawaretraining.config.dialects.base import native, note_ignored
 from pruningawaretraining.config.dialects.sparseml_criteria import criterion_of, pattern_of
 from pruningawaretraining.config.dialects.sparseml_dynamics import dynamic_rule
-from pruningawaretraining.config.dialects.sparseml_phases import Piece, rules_of
+from pruningawaretraining.config.dialects.sparseml_phases import Piece, nested, rules_of
 from pruningawaretraining.config.dialects.sparseml_recipe import NAMES, Found, is_recipe, modifiers_of
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.errors import ConfigError
@@ -48,8 +48,9 @@ class SparseMl:
 
 def config_of(found: Sequence[Found]) -> PruningConfig:
     """The modifiers of a recipe as a native config."""
-    rules = [*rules_of([piece for one in found for piece in _pieces(one)]), *_dynamic_rules(found)]
-    rules += _locks([one for one in found if isinstance(one.modifier, keys.Constant)], rules)
+    pieces = [piece for one in found for piece in _pieces(one)]
+    rules = nested([*_dynamic_rules(found), *rules_of(pieces)])
+    rules += _locks([one for one in found if _only_locks(one)], rules)
     if not rules:
         note_ignored("recipe", "no modifier in it prunes: the model stays dense")
         rules = [{"name": "nothing", "enabled": False}]
@@ -62,9 +63,7 @@ def config_of(found: Sequence[Found]) -> PruningConfig:
 def _dynamic_rules(found: Sequence[Found]) -> Iterator[dict[str, Any]]:
     for one in found:
         if isinstance(one.modifier, (keys.AlternatingPruning, keys.RegrowingPruning)):
-            rule = dynamic_rule(one, layers_of(one.modifier.params, one.where))
-            if rule is not None:
-                yield rule
+            yield dynamic_rule(one, one.modifier, layers_of(one.modifier.params, one.where))
 
 
 def _pieces(one: Found) -> Iterator[Piece]:
@@ -76,15 +75,20 @@ def _pieces(one: Found) -> Iterator[Piece]:
         return
     start = max(0.0, modifier.start_epoch) + one.offset
     end = max(start, modifier.end_epoch + one.offset) if modifier.end_epoch >= 0 and not one.once else start
+    initial: float | str = modifier.init_sparsity if isinstance(modifier.init_sparsity, float) else "present"
+    stays = _never_ends(one) and initial != modifier.final_sparsity
+    if stays:
+        why = "without an end_epoch the modifier stays at init_sparsity for good, there too"
+        note_ignored(f"{one.where}.final_sparsity", f"{why} ({modifier.init_sparsity})")
     for number, (sparsity, params) in enumerate(_targets(one.where, modifier)):
         pattern, final = pattern_of(modifier, sparsity, f"{one.where}.mask_type")
         layers = layers_of(params, one.where)
+        if stays:
+            final = initial if isinstance(initial, float) else 0.0
         if final == 0 or layers == []:
             continue
-        initial = modifier.init_sparsity
         if isinstance(initial, float) and initial > final:
             note_ignored(f"{one.where}.init_sparsity", f"{initial:g} is above final_sparsity, {final:g}, taken at once")
-            initial = final
         yield Piece(
             name=one.where if number == 0 else f"{one.where}.{number}",
             pattern=pattern,
@@ -96,9 +100,20 @@ def _pieces(one: Found) -> Iterator[Piece]:
             end=end,
             every=_frequency(modifier, end - start),
             schedule=modifier.inter_func,
-            initial="present" if isinstance(initial, str) else initial,
+            initial=min(initial, final) if isinstance(initial, float) else initial,
             final=final,
         )
+
+
+def _never_ends(one: Found) -> bool:
+    """Whether a modifier has no end: its sparsity then stays where it begins."""
+    return isinstance(one.modifier, keys.Pruning) and one.modifier.end_epoch < 0 and not one.once
+
+
+def _only_locks(one: Found) -> bool:
+    """Whether a modifier does nothing but keep the zeros that are there."""
+    from_param = isinstance(one.modifier, keys.Pruning) and isinstance(one.modifier.init_sparsity, str)
+    return isinstance(one.modifier, keys.Constant) or (from_param and _never_ends(one))
 
 
 def _one_shot_piece(one: Found, modifier: keys.OneShotPruning) -> Piece:
@@ -152,12 +167,10 @@ EVERY_STEP = 1e-6
 
 
 def _frequency(modifier: keys.Pruning, length: float) -> float:
-    """Epochs between events; a modifier without any has them where it starts and ends."""
+    """Epochs between events: every step where it is -1 or not given."""
     if modifier.update_frequency > 0:
         return modifier.update_frequency
-    if "update_frequency" in modifier.model_fields_set and length and modifier.init_sparsity != modifier.final_sparsity:
-        return EVERY_STEP
-    return 1.0
+    return EVERY_STEP if length and modifier.init_sparsity != modifier.final_sparsity else 1.0
 
 
 def layers_of(params: keys.Names, where: str) -> list[str] | None:
@@ -184,6 +197,8 @@ def _locks(constants: Iterable[Found], rules: list[dict[str, Any]]) -> list[dict
     """Rules that keep zeros, on layers that no other rule masks."""
     taken: list[str] = []
     for rule in rules:
+        if rule.get("release"):
+            continue
         if rule["layers"] is None:
             for one in constants:
                 note_ignored(one.where, f"{rule['name']} keeps its zeros for good")
@@ -191,7 +206,7 @@ def _locks(constants: Iterable[Found], rules: list[dict[str, Any]]) -> list[dict
         taken += [f"?{entry}" for entry in rule["layers"]]
     found: list[dict[str, Any]] = []
     for one in constants:
-        assert isinstance(one.modifier, keys.Constant)
+        assert isinstance(one.modifier, (keys.Constant, keys.Pruning))
         layers = layers_of(one.modifier.params, one.where)
         start = max(0.0, one.modifier.start_epoch) + one.offset
         key = {"layers": layers, "exclude": list(dict.fromkeys(taken))}
@@ -201,7 +216,8 @@ def _locks(constants: Iterable[Found], rules: list[dict[str, Any]]) -> list[dict
             note_ignored(one.where, "the modifiers before it keep their zeros for good")
             continue
         lock = {"name": one.where, "pattern": "unstructured", **key, "criterion": "weight", "mode": "lock"}
-        found.append({**lock, "start": start, "at_init": start == 0})
+        released = any(rule.get("release") for rule in rules)
+        found.append({**lock, "start": start, "at_init": start == 0, "nested": released})
     return found
 
 

@@ -75,7 +75,7 @@ def _second_order(where: str, name: str, modifier: keys.SecondOrderPruning) -> d
 
 
 def pattern_of(
-    modifier: keys.Pruning | keys.OneShotPruning, sparsity: float | None, where: str
+    modifier: keys.Pruning | keys.AlternatingPruning | keys.OneShotPruning, sparsity: float | None, where: str
 ) -> tuple[dict[str, Any], float]:
     """The pattern of a modifier's mask, and its final sparsity.
 
@@ -85,7 +85,7 @@ def pattern_of(
         ConfigError: an unknown mask, or a sparsity that it does not have.
     """
     mask = modifier.mask_structure if isinstance(modifier, keys.OneShotPruning) else modifier.mask_type
-    n, m = (None, None) if isinstance(modifier, keys.OneShotPruning) else (modifier.n, modifier.m)
+    n, m = (modifier.n, modifier.m) if isinstance(modifier, keys.Pruning) else (None, None)
     text = "x".join(map(str, mask)) if isinstance(mask, list) else str(mask).strip().lower()
     if text in ("n:m", "nm") and n and m:
         text = f"{n}:{m}"

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from pruningawaretraining.config.strict import Amount, Count, Positive, Strict, UnitInterval, Whole
+from pruningawaretraining.config.strict import Amount, Count, Positive, Strict, UnitInterval, Whole, within
 
-
-def _as_number(value: Any) -> Any:
-    """YAML reads 1e-7 as text; recipes mean a number."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-Number = Annotated[float, BeforeValidator(_as_number)]
-AmountText = Annotated[Amount, BeforeValidator(_as_number)]
-PositiveText = Annotated[Positive, BeforeValidator(_as_number)]
-UnitText = Annotated[UnitInterval, BeforeValidator(_as_number)]
+Number = Annotated[float, within("a number", math.isfinite)]
 Names = str | list[str]
 
 
@@ -41,7 +30,7 @@ class EpochRange(Modifier):
 class SetRate(Modifier):
     """A learning rate from an epoch on."""
 
-    learning_rate: AmountText | None = Field(None, description="The rate; absent: the optimizer's own.")
+    learning_rate: Amount | None = Field(None, description="The rate; absent: the optimizer's own.")
     param_groups: list[int] | None = Field(None, description="Ignored.")
     constant_logging: bool = Field(False, description="Ignored.")
 
@@ -52,14 +41,14 @@ class RateFunction(Modifier):
     """A learning rate that changes between two epochs, in cycles where it has ``cycle_epochs``."""
 
     lr_func: Literal["linear", "cosine", "cyclic_linear", "exponential", "step"] = Field(description="How it changes.")
-    init_lr: AmountText = Field(description="The rate at the start of every cycle.")
-    final_lr: AmountText = Field(description="The rate at the end of every cycle, or the least one.")
+    init_lr: Amount = Field(description="The rate at the start of every cycle.")
+    final_lr: Amount = Field(description="The rate at the end of every cycle, or the least one.")
     cycle_epochs: Number | None = Field(None, description="Epochs of a cycle; absent: one cycle from start to end.")
-    cycle_mul: AmountText = Field(1.0, description="Factor on the rate from one cycle to the next.")
-    cycle_warmup: AmountText = Field(0.0, description="Epochs of a linear warm-up inside every cycle.")
-    warmup: AmountText = Field(0.0, description="Another name for cycle_warmup.")
-    decay_rate: AmountText = Field(0.9, description="exponential and step: the factor of one decay.")
-    decay_epochs: PositiveText = Field(1.0, description="exponential and step: epochs of one decay.")
+    cycle_mul: Amount = Field(1.0, description="Factor on the rate from one cycle to the next.")
+    cycle_warmup: Amount = Field(0.0, description="Epochs of a linear warm-up inside every cycle.")
+    warmup: Amount = Field(0.0, description="Another name for cycle_warmup.")
+    decay_rate: Amount = Field(0.9, description="exponential and step: the factor of one decay.")
+    decay_epochs: Positive = Field(1.0, description="exponential and step: epochs of one decay.")
     param_groups: list[int] | None = Field(None, description="Ignored.")
     update_frequency: Number = Field(-1.0, description="Ignored.")
     constant_logging: bool = Field(False, description="Ignored.")
@@ -74,7 +63,7 @@ class RateSchedule(Modifier):
         description="The scheduler."
     )
     lr_kwargs: dict[str, Any] = Field({}, description="Its arguments, in epochs: gamma, step_size, milestones, T_0 ...")
-    init_lr: AmountText = Field(description="The rate at the start.")
+    init_lr: Amount = Field(description="The rate at the start.")
     constant_logging: bool = Field(False, description="Ignored.")
     update_frequency: Number = Field(-1.0, description="Ignored.")
 
@@ -84,8 +73,8 @@ class RateSchedule(Modifier):
 class Distillation(Modifier):
     """A teacher beside the model."""
 
-    hardness: UnitText = Field(0.5, description="Weight of the teacher's part; the task's loss has the rest.")
-    temperature: PositiveText = Field(2.0, description="Temperature of the logits.")
+    hardness: UnitInterval = Field(0.5, description="Weight of the teacher's part; the task's loss has the rest.")
+    temperature: Positive = Field(2.0, description="Temperature of the logits.")
     distill_output_keys: list[Any] | None = Field(None, description="Ignored: the logits are compared.")
     teacher_input_keys: list[Any] | None = Field(None, description="Ignored: the loop hands the inputs over.")
     update_frequency: Number = Field(-1.0, description="Ignored.")
@@ -123,10 +112,10 @@ class Pruning(Modifier):
     """Keys of every pruning modifier."""
 
     params: Names = Field("__ALL_PRUNABLE__", description="Parameters: names, 're:...', or all.")
-    init_sparsity: UnitText | Literal["__FROM_PARAM__"] = Field(
+    init_sparsity: UnitInterval | Literal["__FROM_PARAM__"] = Field(
         0.0, description="Sparsity at the start; __FROM_PARAM__: what the weights have."
     )
-    final_sparsity: UnitText | dict[str, list[str]] | None = Field(
+    final_sparsity: UnitInterval | dict[str, list[str]] | None = Field(
         None, description="Sparsity of the last event, or sparsity -> parameters."
     )
     update_frequency: Number = Field(-1.0, description="Epochs between events; -1: at every step.")
@@ -171,7 +160,7 @@ class SecondOrderPruning(SampledPruning):
     """Further keys of the second-order modifiers."""
 
     scope = "global"
-    damp: PositiveText | None = Field(None, description="Dampening.")
+    damp: Positive | None = Field(None, description="Dampening.")
     fisher_block_size: Count = Field(50, description="Weights in a Fisher block.")
     num_recomputations: Count = Field(1, description="Rounds with fresh curvature in each event.")
     recomputation_inter_func: Literal["linear", "cubic", "inverse_cubic"] = Field(
@@ -197,7 +186,7 @@ class MfacPruning(SecondOrderPruning):
 
     scope = "local"
     num_grads: Count | dict[str, Count] = Field(64, description="Gradients behind a score, or sparsity -> so many.")
-    damp: PositiveText | None = Field(1e-5, description="Dampening.")
+    damp: Positive | None = Field(1e-5, description="Dampening.")
     fisher_block_size: Count | None = Field(2000, description="Weights in a Fisher block; null: all of a layer.")  # type: ignore[assignment]
     use_gradient_buffering: bool | None = Field(None, description="Ignored.")
     grads_device: Any = Field(None, description="Ignored.")
@@ -217,24 +206,35 @@ class MfacPruning(SecondOrderPruning):
 class AlternatingPruning(Modifier):
     """AC/DC: dense and sparse phases in turn."""
 
-    compression_sparsity: UnitText = Field(description="Sparsity of the sparse phases.")
+    compression_sparsity: UnitInterval = Field(description="Sparsity of the sparse phases.")
     params: Names = Field("__ALL_PRUNABLE__", description="Parameters: names, 're:...', or all.")
     update_frequency: Count = Field(description="Epochs of a phase.")
     global_sparsity: bool = Field(True, description="One ranking over all layers, or the same in each.")
     leave_enabled: Literal[True] = Field(True, description="Masks stay after the end.")
-    mask_type: Literal["unstructured"] = Field("unstructured", description="Single weights.")
+    mask_type: str | list[int] = Field("unstructured", description="As that of the other pruning modifiers.")
     momentum_buffer_reset: bool = Field(True, description="Ignored.")
 
     unused = {"momentum_buffer_reset": "the optimizer's state of masked weights is what the 'alternate' dynamic leaves"}
 
 
+class CapAlternating(AlternatingPruning):
+    """CAP's version of AC/DC: it begins with a sparse phase, and phases may differ in length."""
+
+    dense_fraction: UnitInterval = Field(0.5, description="Dense part of two regular phases.")
+    last_decompression_epochs: Count | None = Field(None, description="Epochs of the last dense phase.")
+    last_compression_epochs: Count | None = Field(None, description="Epochs of the last sparse phase.")
+    rescale: bool = Field(False, description="Ignored.")
+
+    unused = {**AlternatingPruning.unused, "rescale": "nothing is rescaled there either"}
+
+
 class RegrowingPruning(Modifier):
     """RigL: the lowest weights go, those with the largest gradients come back."""
 
-    final_sparsity: UnitText = Field(description="Sparsity from the start on.")
+    final_sparsity: UnitInterval = Field(description="Sparsity from the start on.")
     params: Names = Field("__ALL_PRUNABLE__", description="Parameters: names, 're:...', or all.")
     update_frequency: Number = Field(description="Epochs between exchanges.")
-    init_update_fraction: UnitText = Field(0.3, description="Part of the weights that is exchanged at first.")
+    init_update_fraction: UnitInterval = Field(0.3, description="Part of the weights that is exchanged at first.")
     sparsity_strategy: Literal["erdos_renyi_kernel", "uniform"] = Field(
         "erdos_renyi_kernel", description="How the sparsity is shared among layers."
     )
@@ -256,13 +256,13 @@ class RegrowingPruning(Modifier):
 class OneShotPruning(Modifier):
     """SparseGPT and Wanda: all at once, from calibration data, the same in every layer."""
 
-    sparsity: UnitText = Field(description="Sparsity of every layer.")
+    sparsity: UnitInterval = Field(description="Sparsity of every layer.")
     mask_structure: str = Field("0:0", description="'0:0' and 'unstructured', or 'N:M' (N of M stay).")
     targets: Names | None = Field(None, description="Modules, or 're:...': everything in them; absent: all.")
     ignore: list[str] = Field([], description="Modules to leave out.")
     block_size: Count = Field(128, description="Ignored.")
-    dampening_frac: PositiveText = Field(0.01, description="Dampening, as a part of the mean diagonal.")
-    percdamp: PositiveText | None = Field(None, description="Another name for dampening_frac.")
+    dampening_frac: Positive = Field(0.01, description="Dampening, as a part of the mean diagonal.")
+    percdamp: Positive | None = Field(None, description="Another name for dampening_frac.")
     sequential_update: bool | None = Field(None, description="Ignored.")
     target_ids: Any = Field(None, description="Ignored.")
     preserve_sparsity_mask: bool = Field(False, description="Whether zeros that are there stay.")

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pruningawaretraining.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -66,6 +68,35 @@ def rules_of(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
             chain.append(piece)
     order = {piece.name: number for number, piece in enumerate(pieces)}
     return [_rule(chain) for chain in sorted(chains, key=lambda one: order[one[0].name])]
+
+
+def nested(rules: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rules of which each may prune layers that those before it prune, where it may name the same.
+
+    Raises:
+        ConfigError: two rules whose masks change name the same layers.
+    """
+    found: list[dict[str, Any]] = []
+    for rule in rules:
+        changing = [one for one in found if "dynamic" in one and _surely_shared(one["layers"], rule["layers"])]
+        if changing and "dynamic" in rule:
+            raise ConfigError(
+                f"{rule['name']}.params: {changing[0]['name']} prunes the same, and the masks of both change. Allowed: "
+                "one of them on a layer"
+            )
+        shared = "dynamic" not in rule and any(_may_share(one["layers"], rule["layers"]) for one in found)
+        found.append({**rule, "nested": True} if shared else rule)
+    return found
+
+
+def _may_share(one: list[str] | None, other: list[str] | None) -> bool:
+    """Whether two lists of entries may choose the same layer."""
+    exact = one is not None and other is not None and not any(":" in entry for entry in [*one, *other])
+    return not exact or _surely_shared(one, other)
+
+
+def _surely_shared(one: list[str] | None, other: list[str] | None) -> bool:
+    return one is None or other is None or not set(one).isdisjoint(other)
 
 
 def _holds(piece: Piece, before: Piece) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,8 @@ MODIFIERS: dict[str, type[keys.Modifier]] = {
     "FastCAPruningModifier": keys.FastPruning,
     "MFACPruningModifier": keys.MfacPruning,
     "ACDCPruningModifier": keys.AlternatingPruning,
+    "ACDC_MagnitudePruningModifier": keys.CapAlternating,
+    "ACDC_GlobalMagnitudePruningModifier": keys.CapAlternating,
     "RigLPruningModifier": keys.RegrowingPruning,
     "SparseGPTModifier": keys.OneShotPruning,
     "WandaPruningModifier": keys.OneShotPruning,
@@ -79,7 +81,7 @@ REFUSED = {
 
 NAMES = (*MODIFIERS, *OUTSIDE, *REFUSED)
 NEWER = {"start": "start_epoch", "end": "end_epoch", "targets": "params", "mask_structure": "mask_type"}
-NEWER |= {"update_scheduler": "inter_func", "apply_globally": "global_sparsity"}
+NEWER |= {"update_scheduler": "inter_func", "apply_globally": "global_sparsity", "update": "update_frequency"}
 """Keys of the newer form -> of the older one."""
 
 
@@ -148,6 +150,33 @@ def modifiers_of(mapping: Mapping[str, Any]) -> list[Found]:
                 note_ignored(f"{stage}.run_type", "it does not say how long the stage trains: 1 epoch is taken")
             offset += max(ends, default=1.0)
     return found
+
+
+CAP_NAMES = frozenset(
+    {
+        "CAPruningModifier",
+        "FastCAPruningModifier",
+        "GWProdPruningModifier",
+        "ACDC_MagnitudePruningModifier",
+        "ACDC_GlobalMagnitudePruningModifier",
+    }
+)
+"""Modifiers that only CAP's version of SparseML has."""
+CAP_KEYS = frozenset({"cycle_mul", "cycle_warmup", "warmup", "decay_rate", "decay_epochs", "recomputation_inter_func"})
+CAP_KEYS |= {"blocks_in_parallel", "traces_backup_dir"}
+"""Keys that only CAP's version knows."""
+
+
+def is_cap(found: Sequence[Found]) -> bool:
+    """Whether a recipe is for CAP's version of SparseML, whose learning rates have an arithmetic of their own.
+
+    It has a modifier or a key that only this version knows, or cycles of ``linear`` or ``cosine``.
+    """
+    if any(one.name in CAP_NAMES or one.modifier.model_fields_set & CAP_KEYS for one in found):
+        return True
+    rates = [one.modifier for one in found if isinstance(one.modifier, keys.RateFunction)]
+    in_cycles = [one for one in rates if one.lr_func in ("linear", "cosine") and one.cycle_epochs is not None]
+    return bool(in_cycles) or any(one.lr_func in ("exponential", "step") for one in rates)
 
 
 def _variables(mapping: Mapping[str, Any]) -> dict[str, Any]:
