@@ -531,15 +531,55 @@ def test_every_grouper_and_map_is_known_by_its_name() -> None:
     }
 
 
-def test_options_may_change_during_the_run() -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("min_sparsity", 0.7),
+        ("prox_type", "ProxGroupLasso"),
+        ("prox_type", None),
+        ("group_type", "Dim1Grouper"),
+        ("prox_freq", 3),
+        ("gamma_index_slope", 0.5),
+        ("min_sparsity_schedule", True),
+        ("prox_min_sparsity", 0.7),
+    ],
+)
+def test_options_are_frozen_once_the_optimizer_is_made(key: str, value: Any) -> None:
     ours = weights((10, 4))
     options = group(ours, prox_type="MinSparsityConstraint", min_sparsity=0.2)
-    optimizer = PruneOptimizer(torch.optim.SGD([options], lr=0.01))
-    for step, wanted in enumerate((0.2, 0.2, 0.7, 0.7)):
-        optimizer.param_groups[0]["min_sparsity"] = wanted
-        pull(ours, step)
+    optimizer = PruneOptimizer(torch.optim.SGD([options], lr=0.01), 0, 10)
+    pull(ours, 0)
+    optimizer.step()
+    before, was = ours[0].detach().clone(), optimizer.param_groups[0].get(key)
+    optimizer.param_groups[0][key] = value
+    pull(ours, 1)
+    with pytest.raises(ConfigError, match=rf"param_groups\[0\].{key}: .*{value!r} was {was!r} .* options stay"):
         optimizer.step()
-        assert int((ours[0] == 0).all(1).sum()) == round(10 * wanted)
+    assert torch.equal(ours[0], before) and optimizer.num_steps == 1
+    optimizer.param_groups[0][key] = was
+    optimizer.step()
+    assert int((ours[0] == 0).all(1).sum()) == 2
+
+
+def test_what_schedulers_change_may_change() -> None:
+    """Learning rates, weight decay and the strength of the regularisation; groups may be added."""
+    ours, more = weights((10, 4)), weights((4, 4))
+    optimizer = PruneOptimizer(torch.optim.SGD([group(ours, reg_lambda=0.0)], lr=0.1, momentum=0.9))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=6)  # changes momentum as well
+    rates = []
+    for step in range(5):
+        pull(ours, step)
+        optimizer.param_groups[0]["reg_lambda"] = 10.0 * (step == 4)
+        optimizer.param_groups[0]["weight_decay"] = 1e-4 * step
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+        assert bool((ours[0] == 0).all()) == (step == 4)
+    assert optimizer.param_groups[0]["gamma"] == pytest.approx(sum(rates)) and len(set(rates)) == 5
+    optimizer.add_param_group(group(more, reg_lambda=1e3))
+    pull(more, 0)
+    optimizer.step()
+    assert not bool(more[0].any())
 
 
 def test_deep_copies_train_on_alone() -> None:
