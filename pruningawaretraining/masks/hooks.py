@@ -42,7 +42,7 @@ class NormHooks:
                 assert make is not None
                 self._hooks[name] = hook = make(modules[name], device)
                 self._handles.append(modules[name].register_forward_hook(hook))
-            forget_compiled()
+            forget_compiled(self.model)
         for name, hook in self._hooks.items():
             hook.keep_C.copy_(keep_of[name])
 
@@ -76,7 +76,7 @@ class BlockHooks:
         for name in masked - self._handles.keys():
             hook = Bypass(self.blocks[name].outputs)
             self._handles[name] = modules[name].register_forward_hook(hook, with_kwargs=True)
-        forget_compiled()
+        forget_compiled(self.model)
 
     def release(self) -> None:
         """Take every hook out; none is left once nothing is masked."""
