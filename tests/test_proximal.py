@@ -49,6 +49,38 @@ class Foreign(torch.optim.Optimizer):
                 parameter.sub_(parameter.grad, alpha=0.1)
 
 
+class ScheduleFree(torch.optim.Optimizer):
+    """Steps z, trains at a mix y of z and its average x, and puts x into the weights to evaluate them; counts in "k".
+
+    As schedulefree's SGD does, with beta = 0.9.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float = 0.1) -> None:
+        super().__init__(groups, {"lr": lr, "k": 0})
+
+    @torch.no_grad()
+    def move(self, weight: float) -> None:
+        for group in self.param_groups:
+            for one in group["params"]:
+                one.lerp_(self.state[one]["z"], weight)
+
+    def eval(self) -> None:
+        self.move(1 - 1 / 0.9)
+
+    def train(self) -> None:
+        self.move(1 - 0.9)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["k"] += 1
+            for one in group["params"]:
+                z = self.state[one].setdefault("z", one.detach().clone())
+                one.lerp_(z, 1 / group["k"])
+                one.add_(one.grad, alpha=group["lr"] * (0.9 * (1 - 1 / group["k"]) - 1))
+                z.sub_(one.grad, alpha=group["lr"])
+
+
 def weights(*shapes: tuple[int, ...], seed: int = 0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
@@ -580,6 +612,25 @@ def test_what_schedulers_change_may_change() -> None:
     pull(more, 0)
     optimizer.step()
     assert not bool(more[0].any())
+
+
+def test_zeros_hold_in_what_a_schedule_free_optimizer_evaluates() -> None:
+    (weight,) = weights((6, 8))
+    options = group([weight], group_type="KElementGrouper", prox_type="NMSparseConstraint", n_nonzero=2, prox_k=4)
+    base = ScheduleFree([options])
+    optimizer = PruneOptimizer(base, 0, 6)
+    for step in range(10):
+        pull([weight], step)
+        optimizer.step()
+    gone = weight == 0
+    assert int(gone.sum()) == 24 and base.param_groups[0]["k"] == 10
+    base.eval()
+    assert torch.equal(weight == 0, gone)
+    assert not bool(base.state[weight]["z"][gone].any()) and bool(base.state[weight]["z"][~gone].all())
+    base.train()
+    pull([weight], 10)
+    optimizer.step()
+    assert torch.equal(weight == 0, gone)
 
 
 def test_deep_copies_train_on_alone() -> None:
