@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from test_books import INPUTS, RULES, assert_masked, begun, build, masked, step
+from test_books import CHANNELS, INPUTS, RULES, assert_masked, begun, build, masked, step
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, save_pruned
@@ -121,6 +121,38 @@ def test_optimizers_that_step_in_the_backward_pass(pattern: str) -> None:
         for member, keep_W in masks.grouping.expand(masks.keep_G.float(), 1.0):
             momentum = optimizers[member.parameter].state[member.parameter]["momentum_buffer"]
             assert not bool(momentum[(keep_W == 0).expand(momentum.shape)].any()), member.name
+
+
+READ = "reads the gradients of whole steps"
+
+
+@pytest.mark.parametrize(
+    ("rule", "named"),
+    [
+        ({"criterion": "taylor"}, "r.criterion: 'taylor'"),
+        ({"criterion": "snip_momentum"}, "r.criterion: 'snip_momentum'"),
+        ({"criterion": "movement", "pattern": "unstructured"}, "r.criterion: 'movement'"),
+        ({"criterion": "retrain_free"}, "r.criterion: 'retrain_free'"),
+        ({"criterion": "magnitude", "pattern": "unstructured", "dynamic": "regrow"}, "r.dynamic: 'regrow'"),
+        ({"criterion": "magnitude"}, None),
+        ({"criterion": "wanda", "pattern": "2:4"}, None),
+    ],
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_reads_gradients_is_named_where_they_are_gone(
+    rule: dict[str, Any], named: str | None, inside: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build()
+    optimizers = list(in_backward(model).values()) if inside else [torch.optim.SGD(model.parameters(), lr=0.01)]
+    pruner = Pruning(model, {"rules": [{**CHANNELS, **rule}]}, example_inputs=INPUTS, optimizer=optimizers)
+    for epoch in range(3):
+        for _ in range(2):
+            model(INPUTS).square().mean().backward()
+            for one in () if inside else optimizers:
+                one.step()
+        pruner.prune(model, epoch)
+    assert caplog.text.count(READ) == (inside and named is not None)
+    assert named is None or not inside or f"{named} {READ}" in caplog.text
 
 
 def test_a_removal_names_optimizers_that_are_found_by_their_parameter() -> None:

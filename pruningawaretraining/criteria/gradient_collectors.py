@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class GradientRule:
 
 class GradientCollector:
     """Keeps a :class:`GradientRule`'s score of every group (or weight)."""
+
+    reads_gradients: ClassVar[bool] = True
 
     def __init__(self, rule: GradientRule) -> None:
         self.rule = rule
@@ -176,6 +178,8 @@ class MaskGradientCollector:
         samples: how many are kept; the sum of their squares is over all.
         most: with more groups than this only the sum is kept.
     """
+
+    reads_gradients: ClassVar[bool] = True
 
     def __init__(self, samples: int, most: int) -> None:
         self.samples, self.most = samples, most
