@@ -1,8 +1,8 @@
 """State of optimizers: sliced or masked with their parameters, or cleared.
 
-Any state tensor of a parameter's shape is followed (momenta, second moments, their maxima), or of as many numbers in one
-row (Prodigy), or of that shape with a dimension summed out (Adafactor), or all parameters in one row (LBFGS). State of
-any other shape is dropped with a warning: the optimizer then starts that parameter afresh.
+Any state tensor of a parameter's shape is followed (momenta, second moments, their maxima), or of as many numbers in
+one row (Prodigy), or of that shape with a dimension summed out (Adafactor), or all parameters in one row (LBFGS). State
+of any other shape is dropped with a warning: the optimizer then starts that parameter afresh.
 """
 
 from __future__ import annotations
