@@ -133,6 +133,97 @@ def test_a_model_that_shrinks_at_every_event_is_compiled_every_time() -> None:
     assert sum(counters["graph_break"].values()) == 0
 
 
+class Counter:
+    """A backend that counts what it compiles and how often that runs."""
+
+    def __init__(self) -> None:
+        self.compiled = self.ran = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        self.compiled += 1
+
+        def run(*args: Any) -> Any:
+            self.ran += 1
+            return graph.forward(*args)
+
+        return run
+
+
+class Broken(BatchNormNet):
+    """Its forward pass is compiled in two pieces."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        torch._dynamo.graph_break()
+        return self.fc((x + self.conv2(torch.relu(self.norm1(self.conv1(x))))).mean((2, 3)))
+
+
+class Training(nn.Module):
+    """A module that has the model, as Lightning's has."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, x: Tensor) -> Tensor:
+        return self.model(x) * 1.0
+
+
+def sequential() -> nn.Sequential:
+    norm = nn.GroupNorm(4, 16)
+    return nn.Sequential(nn.Conv2d(3, 16, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+
+
+def compiled_here(model: nn.Module, backend: Any) -> Callable[[Tensor], Tensor]:
+    model.compile(backend=backend)
+    return model
+
+
+WAYS: dict[str, Callable[[nn.Module, Any], Callable[[Tensor], Tensor]]] = {
+    "torch.compile(model)": lambda model, backend: torch.compile(model, backend=backend),
+    "model.compile()": compiled_here,
+    "a function of the model": lambda model, backend: torch.compile(lambda x: model(x) * 1.0, backend=backend),
+    "a step of another module": lambda model, backend: torch.compile(Training(model).training_step, backend=backend),
+}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "batch norm": BatchNormNet,
+    "norms over channels": lambda: zoo.architecture("groupnorm")[0],
+    "graph break": Broken,
+    "sequential": sequential,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_removal_resets_what_compiled_this_model_and_nothing_else(kind: str, way: str) -> None:
+    torch.manual_seed(0)
+    mine, function, module = Counter(), Counter(), Counter()
+    model = MODELS[kind]().eval()
+    call = WAYS[way](model, mine)
+    other = torch.compile(lambda x: x.sin() + 1, backend=function)
+    teacher = torch.compile(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), backend=module)
+    given = batch(0), torch.randn(2, 3, 8)
+
+    def run() -> None:
+        assert torch.allclose(call(batch(1)), model(batch(1)), atol=1e-6)
+        other(given[0]), teacher(given[1])
+
+    run()
+    others, pieces = (function.compiled, module.compiled), mine.compiled
+    assert others == (1, module.compiled) and module.compiled > 0
+    counters.clear()  # anyone may do that
+    config = rules(start=0, end=2, application="remove", target={"sparsity": 0.6}, schedule="linear")
+    pruner, removed = Pruning(model, config, example_inputs=batch(0)), 0
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for epoch in range(3):
+            removed += pruner.prune(model, epoch) == "removed"
+            ran = mine.ran
+            run()
+            assert mine.ran - ran >= pieces, "it runs uncompiled"
+    assert removed > 0 and mine.compiled >= (1 + removed) * pieces
+    assert (function.compiled, module.compiled) == others
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["batch norm", "norms over channels"])
 def test_inductor_trains_masked_and_removed_models(name: str) -> None:

@@ -49,6 +49,38 @@ class Foreign(torch.optim.Optimizer):
                 parameter.sub_(parameter.grad, alpha=0.1)
 
 
+class ScheduleFree(torch.optim.Optimizer):
+    """Steps z, trains at a mix y of z and its average x, and puts x into the weights to evaluate them; counts in "k".
+
+    As schedulefree's SGD does, with beta = 0.9.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float = 0.1) -> None:
+        super().__init__(groups, {"lr": lr, "k": 0})
+
+    @torch.no_grad()
+    def move(self, weight: float) -> None:
+        for group in self.param_groups:
+            for one in group["params"]:
+                one.lerp_(self.state[one]["z"], weight)
+
+    def eval(self) -> None:
+        self.move(1 - 1 / 0.9)
+
+    def train(self) -> None:
+        self.move(1 - 0.9)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["k"] += 1
+            for one in group["params"]:
+                z = self.state[one].setdefault("z", one.detach().clone())
+                one.lerp_(z, 1 / group["k"])
+                one.add_(one.grad, alpha=group["lr"] * (0.9 * (1 - 1 / group["k"]) - 1))
+                z.sub_(one.grad, alpha=group["lr"])
+
+
 def weights(*shapes: tuple[int, ...], seed: int = 0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
@@ -531,15 +563,74 @@ def test_every_grouper_and_map_is_known_by_its_name() -> None:
     }
 
 
-def test_options_may_change_during_the_run() -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("min_sparsity", 0.7),
+        ("prox_type", "ProxGroupLasso"),
+        ("prox_type", None),
+        ("group_type", "Dim1Grouper"),
+        ("prox_freq", 3),
+        ("gamma_index_slope", 0.5),
+        ("min_sparsity_schedule", True),
+        ("prox_min_sparsity", 0.7),
+    ],
+)
+def test_options_are_frozen_once_the_optimizer_is_made(key: str, value: Any) -> None:
     ours = weights((10, 4))
     options = group(ours, prox_type="MinSparsityConstraint", min_sparsity=0.2)
-    optimizer = PruneOptimizer(torch.optim.SGD([options], lr=0.01))
-    for step, wanted in enumerate((0.2, 0.2, 0.7, 0.7)):
-        optimizer.param_groups[0]["min_sparsity"] = wanted
-        pull(ours, step)
+    optimizer = PruneOptimizer(torch.optim.SGD([options], lr=0.01), 0, 10)
+    pull(ours, 0)
+    optimizer.step()
+    before, was = ours[0].detach().clone(), optimizer.param_groups[0].get(key)
+    optimizer.param_groups[0][key] = value
+    pull(ours, 1)
+    with pytest.raises(ConfigError, match=rf"param_groups\[0\].{key}: .*{value!r} was {was!r} .* options stay"):
         optimizer.step()
-        assert int((ours[0] == 0).all(1).sum()) == round(10 * wanted)
+    assert torch.equal(ours[0], before) and optimizer.num_steps == 1
+    optimizer.param_groups[0][key] = was
+    optimizer.step()
+    assert int((ours[0] == 0).all(1).sum()) == 2
+
+
+def test_what_schedulers_change_may_change() -> None:
+    """Learning rates, weight decay and the strength of the regularisation; groups may be added."""
+    ours, more = weights((10, 4)), weights((4, 4))
+    optimizer = PruneOptimizer(torch.optim.SGD([group(ours, reg_lambda=0.0)], lr=0.1, momentum=0.9))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=6)  # changes momentum as well
+    rates = []
+    for step in range(5):
+        pull(ours, step)
+        optimizer.param_groups[0]["reg_lambda"] = 10.0 * (step == 4)
+        optimizer.param_groups[0]["weight_decay"] = 1e-4 * step
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+        assert bool((ours[0] == 0).all()) == (step == 4)
+    assert optimizer.param_groups[0]["gamma"] == pytest.approx(sum(rates)) and len(set(rates)) == 5
+    optimizer.add_param_group(group(more, reg_lambda=1e3))
+    pull(more, 0)
+    optimizer.step()
+    assert not bool(more[0].any())
+
+
+def test_zeros_hold_in_what_a_schedule_free_optimizer_evaluates() -> None:
+    (weight,) = weights((6, 8))
+    options = group([weight], group_type="KElementGrouper", prox_type="NMSparseConstraint", n_nonzero=2, prox_k=4)
+    base = ScheduleFree([options])
+    optimizer = PruneOptimizer(base, 0, 6)
+    for step in range(10):
+        pull([weight], step)
+        optimizer.step()
+    gone = weight == 0
+    assert int(gone.sum()) == 24 and base.param_groups[0]["k"] == 10
+    base.eval()
+    assert torch.equal(weight == 0, gone)
+    assert not bool(base.state[weight]["z"][gone].any()) and bool(base.state[weight]["z"][~gone].all())
+    base.train()
+    pull([weight], 10)
+    optimizer.step()
+    assert torch.equal(weight == 0, gone)
 
 
 def test_deep_copies_train_on_alone() -> None:

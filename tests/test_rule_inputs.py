@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pruningawaretraining import PruneOptimizer, Pruning
 from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.registry import lookup, names
 
 NUMBERS = (float("inf"), float("-inf"), float("nan"))
 
@@ -229,3 +232,30 @@ def test_an_average_by_another_name_is_masked() -> None:
     average = Ema(build())
     pruner.attach_ema(average)
     assert_masked(pruner, average.ema_model)
+
+
+ABSURD = [
+    (name, field.name, value)
+    for name in names("regularizer")
+    for field in dataclasses.fields(lookup("regularizer", name))
+    if isinstance(field.default, float)
+    for value in (-1.0, 1e7, 1e30)
+]
+
+
+@pytest.mark.parametrize(("name", "option", "value"), ABSURD)
+def test_no_option_of_a_regulariser_is_absurd(name: str, option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{option}: {re.escape(repr(value))} must be from 0 to"):
+        lookup("regularizer", name)(**{option: value})
+
+
+def test_the_steepest_growth_is_finite() -> None:
+    with pytest.raises(ValueError, match=r"alpha: 9\.0 times gamma 8\.0 must be at most 64"):
+        lookup("regularizer", "growing_l2")(alpha=9.0, gamma=8.0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    regularizer = {"type": "growing_l2", "alpha": 64.0, "strength": 1.0}
+    pruner = Pruning(model, {"rules": [{"regularizer": regularizer, "start": 1}]}, example_inputs=torch.randn(1, 4))
+    model(torch.randn(2, 4)).sum().backward()
+    pruner.channel_regularize(model)
+    pruner.channel_regularize(model)
+    assert all(bool(torch.isfinite(one.grad).all()) for one in model.parameters())

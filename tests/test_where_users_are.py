@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from test_books import INPUTS, RULES, assert_masked, begun, build, masked, step
+from test_books import CHANNELS, INPUTS, RULES, assert_masked, begun, build, masked, step
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, save_pruned
@@ -121,6 +121,38 @@ def test_optimizers_that_step_in_the_backward_pass(pattern: str) -> None:
         for member, keep_W in masks.grouping.expand(masks.keep_G.float(), 1.0):
             momentum = optimizers[member.parameter].state[member.parameter]["momentum_buffer"]
             assert not bool(momentum[(keep_W == 0).expand(momentum.shape)].any()), member.name
+
+
+READ = "reads the gradients of whole steps"
+
+
+@pytest.mark.parametrize(
+    ("rule", "named"),
+    [
+        ({"criterion": "taylor"}, "r.criterion: 'taylor'"),
+        ({"criterion": "snip_momentum"}, "r.criterion: 'snip_momentum'"),
+        ({"criterion": "movement", "pattern": "unstructured"}, "r.criterion: 'movement'"),
+        ({"criterion": "retrain_free"}, "r.criterion: 'retrain_free'"),
+        ({"criterion": "magnitude", "pattern": "unstructured", "dynamic": "regrow"}, "r.dynamic: 'regrow'"),
+        ({"criterion": "magnitude"}, None),
+        ({"criterion": "wanda", "pattern": "2:4"}, None),
+    ],
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_reads_gradients_is_named_where_they_are_gone(
+    rule: dict[str, Any], named: str | None, inside: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build()
+    optimizers = list(in_backward(model).values()) if inside else [torch.optim.SGD(model.parameters(), lr=0.01)]
+    pruner = Pruning(model, {"rules": [{**CHANNELS, **rule}]}, example_inputs=INPUTS, optimizer=optimizers)
+    for epoch in range(3):
+        for _ in range(2):
+            model(INPUTS).square().mean().backward()
+            for one in () if inside else optimizers:
+                one.step()
+        pruner.prune(model, epoch)
+    assert caplog.text.count(READ) == (inside and named is not None)
+    assert named is None or not inside or f"{named} {READ}" in caplog.text
 
 
 def test_a_removal_names_optimizers_that_are_found_by_their_parameter() -> None:
@@ -452,14 +484,76 @@ def test_a_memory_that_is_full_is_not_about_the_inputs(error: RuntimeError) -> N
 # --- averages that nobody mentioned ---------------------------------------------------------------------------------
 
 
-def test_a_forgotten_average_is_named_by_the_removal(caplog: pytest.LogCaptureFixture) -> None:
+class Keeper:
+    """An average that is no module, as timm's first one and ultralytics' are not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.ema = copy.deepcopy(model)
+
+    def update(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            for mine, other in zip(self.ema.parameters(), model.parameters(), strict=True):
+                mine.lerp_(other, 0.5)
+
+
+class Averaged(torch.optim.swa_utils.AveragedModel):
+    def update(self, model: nn.Module) -> None:
+        self.update_parameters(model)
+
+
+class Loop:
+    """A trainer that has the average among its attributes."""
+
+    def __init__(self, model: nn.Module, average: Callable[[nn.Module], Any]) -> None:
+        self.model, self.ema = model, average(model)
+
+
+@pytest.mark.parametrize("average", [Averaged, Keeper])
+@pytest.mark.parametrize("place", ["a variable", "an attribute", "made later"])
+@pytest.mark.parametrize("pattern", ["channel", "2:4"])
+def test_a_forgotten_average_is_found_and_follows(pattern: str, place: str, average: Any) -> None:
+    model = build()
+    loop = Loop(model, average) if place == "an attribute" else None
+    ema = average(model) if place == "a variable" else None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rule = {**RULES[pattern], "end": 3}
+    pruner = Pruning(model, {"rules": [rule]}, example_inputs=INPUTS, optimizer=optimizer)
+    ema = average(model) if place == "made later" else ema
+    own = loop.ema if loop is not None else ema
+    for epoch in range(5):
+        pruner.prune(model, epoch)
+        step(model, optimizer)
+        own.update(model)
+        inner = getattr(own, "ema", None) or own.module
+        assert {name: one.shape for name, one in inner.named_parameters()} == {
+            name: one.shape for name, one in model.named_parameters()
+        }
+        if pattern == "2:4":
+            assert_masked(pruner, inner)
+    assert (model[0].out_channels < 8) == (pattern == "channel")
+    assert pruner._session.followers == [inner if average is Keeper else own]
+
+
+def test_what_is_no_average_does_not_follow(caplog: pytest.LogCaptureFixture) -> None:
+    """A teacher, a best copy, a wrapper of the model itself, an average of another model."""
+    model = build()
+    teacher, best = build(), copy.deepcopy(model)
+    wrapped, other = nn.DataParallel(model), torch.optim.swa_utils.AveragedModel(nn.Linear(3, 3))
+    pruner = Pruning(model, {"rules": [NOW]}, example_inputs=INPUTS)
+    pruner.prune(model, 0)
+    assert pruner._session.followers == []
+    assert teacher[0].out_channels == best[0].out_channels == 8 and model[0].out_channels < 8
+    assert wrapped.module is model and other.module.in_features == 3
+
+
+def test_an_average_that_cannot_be_found_is_named_by_the_removal(caplog: pytest.LogCaptureFixture) -> None:
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     pruner = Pruning(model, {"rules": [NOW]}, example_inputs=INPUTS, optimizer=optimizer)
-    average = torch.optim.swa_utils.AveragedModel(model)
+    hidden = [{"ema": torch.optim.swa_utils.AveragedModel(model)}]
     pruner.prune(model, 0)
     assert "1 copy of the model made since" in caplog.text and "attach_ema" in caplog.text
-    del average
+    del hidden
 
 
 def test_copies_that_are_gone_or_known_are_not_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -52,7 +52,8 @@ class Criterion(Protocol):
 
 
 class Collector(Protocol):
-    """Collects statistics during training for :attr:`Statistics.tensors`."""
+    """Collects statistics during training for :attr:`Statistics.tensors`; one that reads gradients before a step says
+    so with a class attribute ``reads_gradients = True``."""
 
     def attach(self, model: nn.Module, grouping: Grouping) -> None:
         """Start collecting, with forward hooks if activations are needed."""

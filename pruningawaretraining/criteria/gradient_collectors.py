@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,8 @@ class _WithoutHooks:
 
 class GradientCollector(_WithoutHooks):
     """Keeps a :class:`GradientRule`'s score of every group (or weight)."""
+
+    reads_gradients: ClassVar[bool] = True
 
     def __init__(self, rule: GradientRule) -> None:
         self.rule = rule
@@ -180,6 +182,8 @@ class MaskGradientCollector(_WithoutHooks):
         samples: how many are kept; the sum of their squares is over all.
         most: with more groups than this only the sum is kept.
     """
+
+    reads_gradients: ClassVar[bool] = True
 
     def __init__(self, samples: int, most: int) -> None:
         self.samples, self.most = samples, most

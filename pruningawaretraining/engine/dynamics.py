@@ -21,6 +21,7 @@ from pruningawaretraining.groups.grouping import Member
 from pruningawaretraining.groups.views import slot_sums
 from pruningawaretraining.masks.dynamics import Event, top_of_sets
 from pruningawaretraining.masks.masks import Masks
+from pruningawaretraining.models.calling import in_backward
 from pruningawaretraining.patterns.elements import input_dims
 from pruningawaretraining.registry import calling
 
@@ -67,10 +68,26 @@ def observe(rules: Iterable[ActiveRule], scale: Tensor | float) -> None:
         rules: all rules.
         scale: what the gradients are still multiplied with.
     """
+    part = in_backward()
     for one in rules:
+        if part:
+            _warn_of_part(one)
         one.feed.observe(scale)
         if isinstance(one, WeightRule) and one.dynamic.listens and one.masks.passing:
             one.gradient_G = torch.cat([_squares(member) for member in one.grouping.members])
+
+
+def _warn_of_part(one: ActiveRule) -> None:
+    """Warn once of a rule that reads gradients where optimizers step in the backward pass."""
+    listens = isinstance(one, WeightRule) and one.dynamic.listens
+    if one.feed.told_of_part or not (listens or one.feed.reads_gradients):
+        return
+    one.feed.told_of_part = True
+    logger.warning(
+        "%s.%s: %r reads the gradients of whole steps, and optimizers that step in the backward pass leave only those "
+        "of the first parameter. Allowed: one that reads none, or an optimizer that steps after the backward pass",
+        *((one.key, "dynamic", one.rule.dynamic) if listens else (one.key, "criterion", one.rule.criterion)),
+    )
 
 
 def _squares(member: Member) -> Tensor:

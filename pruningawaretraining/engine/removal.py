@@ -98,7 +98,7 @@ def _remove(coupled: CoupledGroups, context: RemovalContext, surgeries: list[Sur
     before = comparison.outputs()
     coupled.masks.clear()
     part_G = _removed_part(coupled, keep_G, comparison, before, context, surgeries)
-    forget_compiled()
+    forget_compiled(coupled.model)
     coupled.follow_removal(part_G)
     coupled.masks.set(keep_G[part_G])
     coupled.reset_optimizer = True

@@ -236,7 +236,7 @@ def _remove_more(
         coupled.masks.clear()
         found = coupled.found
         surgeries.append(remove(coupled.model, found, keep_G, context.optimizers, context.followers, context.graphs))
-        forget_compiled()
+        forget_compiled(coupled.model)
         coupled.follow_removal(keep_G)
         engine.penalties.forget()
         if engine.weights is not None:

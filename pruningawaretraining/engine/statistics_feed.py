@@ -39,6 +39,12 @@ class StatisticsFeed:
         self._grouping_on = grouping_on
         self._grouping: Grouping | None = None
         self._listening = False
+        self.told_of_part = False
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether the gradients of a step are read."""
+        return bool(getattr(self.collector, "reads_gradients", False))
 
     @property
     def grouping(self) -> Grouping:

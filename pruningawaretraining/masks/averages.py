@@ -9,7 +9,7 @@ them so. They are applied at every event, and whenever the model's weights are l
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,18 @@ HOLDERS = ("module", "ema", "ema_model", "averaged_model")
 """Attributes under which wrappers hold the averaged copy: AveragedModel and timm's, and others' names for it."""
 
 
+def held_by(holder: Any) -> list[nn.Module]:
+    """The holder, if it is a module, and the modules that it has under the names of averaged copies."""
+    found = (holder, *(getattr(holder, name, None) for name in HOLDERS))
+    return [one for one in found if isinstance(one, nn.Module)]
+
+
+def is_alike(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a module has every parameter of a model, under its name and in its shape."""
+    found = {name: one.shape for name, one in module.named_parameters()}
+    return all(found.get(name) == one.shape for name, one in model.named_parameters())
+
+
 def copy_in(follower: nn.Module, touched: Collection[str]) -> nn.Module:
     """Return the module inside a follower that has the model's tensors under the model's names.
 
@@ -33,11 +45,10 @@ def copy_in(follower: nn.Module, touched: Collection[str]) -> nn.Module:
     Raises:
         ModelError: it holds no such copy.
     """
-    for candidate in (follower, *(getattr(follower, name, None) for name in HOLDERS)):
-        if isinstance(candidate, nn.Module):
-            names = {name for name, _ in candidate.named_parameters()} | {name for name, _ in candidate.named_buffers()}
-            if names.issuperset(touched):
-                return candidate
+    for candidate in held_by(follower):
+        names = {name for name, _ in candidate.named_parameters()} | {name for name, _ in candidate.named_buffers()}
+        if names.issuperset(touched):
+            return candidate
     one = next(iter(touched))
     raise ModelError(f"ema: {type(follower).__name__} holds no copy of the model; {one} is missing in it")
 

@@ -16,17 +16,13 @@ from pruningawaretraining.distributed.fsdp import is_sharded, local_member, loca
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.views import fold_of, slot_sums
+from pruningawaretraining.masks.penalties import check_strengths
 from pruningawaretraining.registry import register
 
 SMALL = 1e-8
 
 RateOf = Callable[[Tensor], "Tensor | float"]
 """The learning rate that a parameter has now; a tensor where the optimizer keeps one on the device."""
-
-
-def _check_strength(strength: float) -> None:
-    if not strength >= 0:
-        raise ValueError(f"strength: {strength!r} must be 0 or more")
 
 
 @register("regularizer", "slice_penalty")
@@ -46,7 +42,7 @@ class SlicePenalty:
     strength: float = 1e-4
 
     def __post_init__(self) -> None:
-        _check_strength(self.strength)
+        check_strengths(strength=self.strength)
 
     def penalty(self, grouping: Grouping) -> Tensor:
         """The penalty of all groups, a differentiable scalar on the device of the first weight.
@@ -93,7 +89,7 @@ class BlockLasso:
     strength: float = 1e-4
 
     def __post_init__(self) -> None:
-        _check_strength(self.strength)
+        check_strengths(strength=self.strength)
 
     @torch.no_grad()
     def after_step(self, grouping: Grouping, rate_of: RateOf) -> None:

@@ -20,6 +20,11 @@ from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.groups.placed import placed
 from pruningawaretraining.registry import calling, check_returned, register
 
+STRONGEST = 1e6
+"""Largest strength of a regulariser."""
+STEEPEST = 64.0
+"""Largest power of 2 by which decay grows."""
+
 
 class Regularizer:
     """A penalty made ready for one grouping.
@@ -72,10 +77,19 @@ def _strengths(grouping: Grouping, strength: float, mac_strength: float, saving_
     return out_G
 
 
-def _check_not_negative(**values: float) -> None:
+def check_strengths(most: float = STRONGEST, **values: float) -> None:
+    """Refuse options that would turn weights into infinities at the first step.
+
+    Args:
+        most: the largest that is allowed.
+        values: options by name.
+
+    Raises:
+        ValueError: it names the option.
+    """
     for key, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{key}: {value!r} must be 0 or more")
+        if not 0 <= value <= most:
+            raise ValueError(f"{key}: {value!r} must be from 0 to {most:g}")
 
 
 @register("regularizer", "growing_l2", "GroupNormPruner")
@@ -102,7 +116,10 @@ class GrowingL2:
     mac_strength: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_not_negative(strength=self.strength, alpha=self.alpha, gamma=self.gamma, mac_strength=self.mac_strength)
+        check_strengths(strength=self.strength, mac_strength=self.mac_strength)
+        check_strengths(STEEPEST, alpha=self.alpha, gamma=self.gamma)
+        if self.alpha * self.gamma > STEEPEST:
+            raise ValueError(f"alpha: {self.alpha!r} times gamma {self.gamma!r} must be at most {STEEPEST:g}")
 
     def prepare(self, grouping: Grouping, saving_G: Tensor | None = None) -> Regularizer:
         """Build the index for a grouping; ``saving_G`` are the MACs that each group costs."""
@@ -141,7 +158,7 @@ class GroupLasso:
     mac_strength: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_not_negative(strength=self.strength, mac_strength=self.mac_strength)
+        check_strengths(strength=self.strength, mac_strength=self.mac_strength)
 
     def prepare(self, grouping: Grouping, saving_G: Tensor | None = None) -> Regularizer:
         """Build the index for a grouping; ``saving_G`` are the MACs that each group costs."""
@@ -165,7 +182,7 @@ class NormScaleLasso:
     strength: float = 1e-4
 
     def __post_init__(self) -> None:
-        _check_not_negative(strength=self.strength)
+        check_strengths(strength=self.strength)
 
     def prepare(self, grouping: Grouping, saving_G: Tensor | None = None) -> Regularizer:
         """Build the index for a grouping; ``saving_G`` is not used."""

@@ -177,7 +177,7 @@ class NormHooks:
                 assert make is not None
                 self._hooks[name] = hook = make(modules[name], device)
                 self._handles.append(modules[name].register_forward_hook(hook))
-            forget_compiled()
+            forget_compiled(self.model)
         for name, hook in self._hooks.items():
             hook.keep_C.copy_(keep_of[name])
 

@@ -1,8 +1,8 @@
 """State of optimizers: sliced or masked with their parameters, or cleared.
 
-Any state tensor of a parameter's shape is followed (momenta, second moments, their maxima), or of that shape with a
-dimension summed out (Adafactor), or all parameters in one row (LBFGS). State of any other shape is dropped with a
-warning: the optimizer then starts that parameter afresh.
+Any state tensor of a parameter's shape is followed (momenta, second moments, their maxima), or of as many numbers in
+one row (Prodigy), or of that shape with a dimension summed out (Adafactor), or all parameters in one row (LBFGS). State
+of any other shape is dropped with a warning: the optimizer then starts that parameter afresh.
 """
 
 from __future__ import annotations
@@ -146,6 +146,8 @@ def _slice_state(key: str, value: Any, parameter: Tensor, keep: Keep) -> Any:
     shape = list(parameter.shape)
     if list(value.shape) == shape:
         return slice_tensor(value, keep)
+    if list(value.shape) == [parameter.numel()]:
+        return slice_tensor(value.view(shape), keep).flatten()
     if value.dim() == len(shape) and all(have in (1, want) for have, want in zip(value.shape, shape, strict=True)):
         return slice_tensor(value, {dim: indices for dim, indices in keep.items() if value.shape[dim] > 1})
     dropped = _summed_out(key, value, shape)
@@ -200,8 +202,12 @@ def mask_state(
             continue
         for parameter, factor in zip(parameters, factors, strict=True):
             for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and not is_coded(value, parameter):
+                if not isinstance(value, Tensor) or is_coded(value, parameter):
+                    continue
+                if value.shape == parameter.shape:
                     local_of(value).mul_(factor.to(value.device))
+                elif list(value.shape) == [parameter.numel()]:
+                    value.mul_(factor.to(value.device).expand(parameter.shape).flatten())
 
 
 def _mask_row(optimizer: torch.optim.LBFGS, parameters: Sequence[Tensor], factors: Sequence[Tensor]) -> None:

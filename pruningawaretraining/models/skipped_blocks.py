@@ -120,7 +120,7 @@ class BlockHooks:
         modules = dict(self.model.named_modules())
         for name in masked.keys() - self._handles.keys():
             self._handles[name] = modules[name].register_forward_hook(Bypass(masked[name]), with_kwargs=True)
-        forget_compiled()
+        forget_compiled(self.model)
 
     def release(self) -> None:
         """Take every hook out; none is left once nothing is masked."""

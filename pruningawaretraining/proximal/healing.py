@@ -7,7 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from pruningawaretraining.models.optimizer_state import mask_state
 from pruningawaretraining.proximal.latent import ParamSlot
 from pruningawaretraining.proximal.prox_groups import Unit
 from pruningawaretraining.proximal.spectral_plan import SpectralPlan
@@ -42,6 +44,18 @@ def mask_weights(weights: Sequence[Tensor], masks: Sequence[Tensor | None]) -> N
     pairs = [(weight, mask) for weight, mask in zip(weights, masks, strict=True) if mask is not None]
     if pairs:
         torch._foreach_mul_([weight for weight, _ in pairs], [mask for _, mask in pairs])
+
+
+def mask_base_state(base: Optimizer, weights: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """Zero the base optimizer's state of masked weights: schedule-free ones mix it into the weights to evaluate them.
+
+    Args:
+        base: the base optimizer.
+        weights: those of which healing begins, with their masks.
+    """
+    pairs = [(one, mask) for one, mask in weights if mask is not None]
+    if pairs:
+        mask_state([base], [one for one, _ in pairs], [mask for _, mask in pairs])
 
 
 def hold_ranks(unit: Unit, places: Sequence[ParamSlot], state: Mapping[Tensor, Any]) -> None:

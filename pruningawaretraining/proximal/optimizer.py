@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.proximal.coupled import CoupledGrouper
-from pruningawaretraining.proximal.healing import hold_ranks, mask_gradients, mask_of, mask_weights
+from pruningawaretraining.proximal.healing import hold_ranks, mask_base_state, mask_gradients, mask_of, mask_weights
 from pruningawaretraining.proximal.latent import (
     CopyIn,
     LatentBinding,
@@ -203,6 +203,7 @@ class PruneOptimizer(Wrapper):
     def _healing_step(self, closure: Closure | None) -> Any:
         places = [place for unit in self._units for place in unit.places(self.param_groups)]
         weights = [place.weight for place in places]
+        began = ["mask" in self.state[weight] for weight in weights]
         masks = [mask_of(self.state[weight], weight) for weight in weights]
 
         def masked() -> Any:
@@ -213,6 +214,8 @@ class PruneOptimizer(Wrapper):
             return loss
 
         own = take_own(self.state, weights)
+        fresh = [(one, mask) for one, mask, had in zip(weights, masks, began, strict=True) if not had]
+        mask_base_state(self.base_optimizer, fresh)
         try:
             if closure is None:
                 mask_gradients(weights, masks)

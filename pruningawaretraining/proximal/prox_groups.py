@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -164,10 +164,29 @@ def weight_name(group: ParamGroup, number: int, index: int) -> str:
     return str(names[index]) if names else f"param_groups[{number}].params[{index}]"
 
 
-def watched(groups: Sequence[ParamGroup], others: Sequence[str] = ()) -> list[tuple[Any, ...]]:
-    """Current options of all groups, to detect changes; without those that are the base optimizer's."""
+def watched(groups: Sequence[ParamGroup], others: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Options of all groups, without those that are the base optimizer's and those that may change (reg_lambda)."""
     keys = [key for key in WATCHED_KEYS if key not in others]
-    return [(group.get("prox_type") is not None, *(group.get(key) for key in keys)) for group in groups]
+    return [{key: group.get(key) for key in keys} for group in groups]
+
+
+def check_frozen(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse options that have changed.
+
+    Args:
+        before, now: options of all groups, see :func:`watched`; groups may have been added.
+
+    Raises:
+        ConfigError: an option has changed; it names the group, the key and both values.
+    """
+    for number, (one, other) in enumerate(zip(before, now, strict=False)):
+        for key, value in one.items():
+            if other[key] != value:
+                raise ConfigError(
+                    f"param_groups[{number}].{key}: {other[key]!r} was {value!r} when the optimizer was made, and "
+                    "options stay. Allowed: reg_lambda may change, a schedule (min_sparsity_schedule), or a new "
+                    "PruneOptimizer"
+                )
 
 
 def build_units(groups: Sequence[ParamGroup], others: Sequence[str], ramp_possible: bool, base: str = "") -> list[Unit]:

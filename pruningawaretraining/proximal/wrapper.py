@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.proximal.latent import reads_param_groups
 from pruningawaretraining.proximal.options import number, stable_name, whole
-from pruningawaretraining.proximal.prox_groups import ParamGroup, Unit, build_units, watched
+from pruningawaretraining.proximal.prox_groups import ParamGroup, Unit, build_units, check_frozen, watched
 from pruningawaretraining.proximal.state import (
     TYPES,
     pack_groups,
@@ -53,7 +53,7 @@ class Wrapper(Optimizer):
         super().__init__([{"params": []}], base_optimizer.defaults)
         self.base_optimizer = base_optimizer
         self._units: list[Unit] = []
-        self._watched: list[tuple[Any, ...]] = []
+        self._watched: list[dict[str, Any]] = []
         self._refresh()
 
     # The param groups and state are the base optimizer's own. They do not exist yet while Optimizer.__init__ runs.
@@ -114,7 +114,11 @@ class Wrapper(Optimizer):
         return [group for group in self.param_groups if group.get("prox_type") is not None]
 
     def _refresh(self) -> None:
-        """Build the units anew if a param group or one of its options has changed."""
+        """Build the units anew if param groups were added.
+
+        Raises:
+            ConfigError: an option has changed since the optimizer was made.
+        """
         groups, others = self.param_groups, [*self.base_optimizer.defaults, "initial_lr"]
         for group in groups:
             if group.get("prox_type") is not None:
@@ -122,6 +126,7 @@ class Wrapper(Optimizer):
                 group.setdefault("prox_gamma" if "gamma" in others else "gamma", 0.0)
         now = watched(groups, others)
         if now != self._watched:
+            check_frozen(self._watched, now)
             base = type(self.base_optimizer).__name__
             self._units = build_units(groups, others, self.healing_start_step != NEVER, base)
             self._watched = now

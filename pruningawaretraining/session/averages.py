@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pruningawaretraining.masks.averages import held_by
+
 logger = logging.getLogger(__name__)
 
-INSIDE = ("ema", "module", "ema_model", "averaged_model")
-"""Attributes under which averages that are no modules keep the copy of the model."""
 CACHES = ("_pairs",)
 """Lists of tensors that averages make anew where they are None: ultralytics' ModelEMA."""
 LOOKED_AT = 8
@@ -28,10 +28,7 @@ Write = tuple[Tensor, int]
 
 def module_in(given: Any) -> nn.Module | None:
     """The module that is an average, or is in one that is no module itself; None where there is none."""
-    if isinstance(given, nn.Module):
-        return given
-    found = (getattr(given, name, None) for name in INSIDE)
-    return next((one for one in found if isinstance(one, nn.Module)), None)
+    return next(iter(held_by(given)), None)
 
 
 def _writes(module: nn.Module) -> dict[str, Write]:

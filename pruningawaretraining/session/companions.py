@@ -8,9 +8,10 @@ from torch import nn
 
 from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.masks.averages import HOLDERS
+from pruningawaretraining.masks.averages import held_by, is_alike
 from pruningawaretraining.session.arguments import followers_of, given_averages
 from pruningawaretraining.session.bound import Bound
+from pruningawaretraining.session.forgotten import forgotten_averages
 from pruningawaretraining.session.state_in import StateHandle, put_state_in
 
 
@@ -52,11 +53,8 @@ class Companions(Bound):
             ConfigError: it is none of these.
             ModelError: it is no copy of the model as it is now.
         """
-        own = {name: one.shape for name, one in self._session.model.named_parameters()}
         for given, module in zip(given_averages(average), followers_of(average), strict=True):
-            inner = (module, *(getattr(module, name, None) for name in HOLDERS))
-            shapes = [dict(one.named_parameters()) for one in inner if isinstance(one, nn.Module)]
-            if not any(own.items() <= {name: one.shape for name, one in found.items()}.items() for found in shapes):
+            if not any(is_alike(one, self._session.model) for one in held_by(module)):
                 raise ModelError(
                     f"ema: {type(given).__name__} holds no copy of the {type(self._session.model).__name__} as it is "
                     "now. Allowed: an average that is made from it, after any removal"
@@ -64,6 +62,12 @@ class Companions(Bound):
             self._session.averages.add(given)
         for masks in self._session.engine.masks:
             masks.set(masks.keep_G)
+
+    def _follow_forgotten(self) -> None:
+        """Let averages follow that the training loop has and the pruner was not given."""
+        found = forgotten_averages(self._session.model, self._session.followers)
+        if found:
+            self.attach_ema(found)
 
     def rewrap(self, wrapped: nn.Module) -> nn.Module:
         """Make a DistributedDataParallel anew with the options it has, once channels have gone.

@@ -155,11 +155,13 @@ class Pruning(LoopHooks, Companions, Connections, Results):
     def _before_removal(self) -> None:
         if self._known is not None:
             check_found_by_parameter(self._steps.optimizers, self.model, told=self.after_removal is not nothing)
+            self._follow_forgotten()
         self.before_removal()
 
     def _note(self) -> None:
         if self._known is None:
             return
+        self._follow_forgotten()
         self._described.update(self.describe())
         names = {name for masks in self._known.engine.masks for name, _ in tensors_of(masks)}
         for one in (self._known.model, *(copy_in(each, names) for each in self._known.followers)):

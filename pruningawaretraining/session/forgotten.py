@@ -1,0 +1,65 @@
+"""Moving averages that the pruner was not given, found where the training loop keeps them."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from pruningawaretraining.masks.averages import held_by, is_alike
+
+logger = logging.getLogger(__name__)
+
+UPDATES = ("update_parameters", "update")
+"""Methods of averages: AveragedModel's, and those of timm, ultralytics and others."""
+PACKAGE = __name__.partition(".")[0]
+
+
+def forgotten_averages(model: nn.Module, known: Sequence[nn.Module]) -> list[Any]:
+    """Return the averages of a model among the variables of the functions that are being called, and among the
+    attributes of their objects (``trainer.ema``). They are only read.
+
+    Args:
+        model: the model.
+        known: averages that follow it already.
+    """
+    found: dict[int, Any] = {}
+    for one in _variables():
+        if id(one) not in found and _is_average(one, model, known):
+            found[id(one)] = one
+            logger.info("ema: %s is an average of the model and follows it from here on", type(one).__name__)
+    return list(found.values())
+
+
+def _is_average(one: Any, model: nn.Module, known: Sequence[nn.Module]) -> bool:
+    if not any(callable(getattr(type(one), name, None)) for name in UPDATES):
+        return False
+    modules = held_by(one)
+    if any(module is other for module in modules for other in (model, *known)):
+        return False
+    return any(module is not one and is_alike(module, model) for module in modules)
+
+
+def _variables() -> Iterator[Any]:
+    """Variables of the calling functions and of their modules, those of this package left out, and attributes of
+    objects among them."""
+    frame: FrameType | None = inspect.currentframe()
+    seen: set[int] = set()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] != PACKAGE:
+            for scope in (frame.f_locals, frame.f_globals):
+                yield from _reached(scope, seen)
+        frame = frame.f_back
+
+
+def _reached(scope: Mapping[str, Any], seen: set[int]) -> Iterator[Any]:
+    for one in list(scope.values()):
+        held = None if inspect.ismodule(one) or isinstance(one, type) else getattr(one, "__dict__", None)
+        if isinstance(held, dict) and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            yield from list(held.values())
