@@ -12,7 +12,7 @@ Places = tuple[StorageWeakRef, ...]
 
 
 class Flow:
-    """Notes what every operation reads and writes, by storage, so that views and writes in place are one with theirs."""
+    """Notes what every operation reads and writes, by storage: a view is one with what it looks at."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[Places, Places]] = []
@@ -31,4 +31,5 @@ class Flow:
 
 
 def _places(tensors: Iterable[Tensor]) -> Places:
-    return tuple(StorageWeakRef(one.untyped_storage()) for one in tensors if one.layout is torch.strided)
+    strided = (one.untyped_storage() for one in tensors if one.layout is torch.strided)
+    return tuple(StorageWeakRef(one) for one in strided)  # type: ignore[no-untyped-call]
