@@ -165,6 +165,44 @@ def test_layers_that_the_example_does_not_reach_are_looked_for_and_named(caplog:
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 4, 32, 32)
 
 
+class Flagged(nn.Module):
+    """A layer runs, and only one that a flag turns on reads it; of two outputs the second may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.extra, self.idle = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
+        self.depth, self.aux, self.o = nn.Conv2d(3, 3, 1, groups=3), nn.Conv2d(16, 10, 1), nn.Conv2d(16, 4, 1)
+        self.flag = False
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.a(x)
+        extra, _ = self.extra(y).relu_(), self.depth(x)
+        found = self.o(y)
+        return (found + self.idle(extra) if self.flag else found), self.aux(y)
+
+
+def first_of(model: nn.Module, x: Tensor) -> Any:
+    return model(x)[0]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_only_idle_layers_or_left_out_outputs_are_made_of_keeps_its_channels(
+    alone: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = Flagged().eval(), torch.randn(1, 3, 4, 4)
+    pruner = Pruning(model, HALF, first_of if alone else None, example_inputs=x)
+    assert set(pruner.masks) == {"a"}
+    only = "depth, extra" if not alone else "aux, depth, extra"
+    (line,) = [one.getMessage() for one in caplog.records if "not run on the example" in one.getMessage()]
+    named = line.partition("only they can read (")[2].partition(")")[0]
+    assert line.startswith("idle: ") and sorted(named.split(", ")) == only.split(", ")
+    pruner.prune(model, 0)
+    assert pruner.channel_pruner.removed and model.a.out_channels == 8
+    model.flag = True
+    found, aux = model(x)
+    assert found.shape == (1, 4, 4, 4) and aux.shape == (1, 10, 4, 4)
+
+
 class Routed(nn.Module):
     """A mixture of experts of which the example reaches some."""
 

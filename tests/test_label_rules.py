@@ -110,6 +110,33 @@ def test_what_changes_nothing(case: str) -> None:
     assert classes(function) == ([], [])
 
 
+FLOWS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], set[str]]] = {
+    "one": (lambda w, v: w * 2, {"w"}),
+    "dropped": (lambda w, v: (v * w, w + 1)[1], {"w"}),
+    "view": (lambda w, v: torch.cat([w, v], 1)[:, 0], {"w", "v"}),
+    "written in place": (lambda w, v: torch.zeros(1, 6, 1).add_(v), {"v"}),
+    "written into a view": (lambda w, v: _written(v), {"v"}),
+    "decides in code": (lambda w, v: v * 2 if bool(w.sum() > 1) else v, {"w", "v"}),
+    "a choice": (lambda w, v: v[:, w.argmax(1)[0]], {"w", "v"}),
+}
+
+
+def _written(v: Tensor) -> Tensor:
+    made = torch.zeros(1, 6, 1)
+    made[:, :3] = v[:, 3:]
+    return made
+
+
+@pytest.mark.parametrize("case", FLOWS)
+def test_what_an_output_is_made_of(case: str) -> None:
+    function, expected = FLOWS[case]
+    tensors = {"w": torch.zeros(1, 6, 1), "v": torch.zeros(1, 6, 1)}
+    follower = Follower(Slots(), tensors, Deadline(60))
+    with torch.no_grad(), followed(follower, nn.Module()):
+        found = function(tensors["w"], tensors["v"])
+    assert follower.flow.sources([found], tensors) == expected
+
+
 def test_arrays() -> None:
     array = torch.arange(6).reshape(1, 6, 1).numpy()
     assert reshaped(array, (2, 6, 4), (2, 2, 3, 4)).tolist() == [[[[0], [1], [2]], [[3], [4], [5]]]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional
 from pruningawaretraining import Pruning
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.masks import dry_run
+from pruningawaretraining.masks.culprits import failing_module
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 
 CONFIG = {"rules": [{"target": {"sparsity": 0.5}, "start": 0, "end": 0}]}
@@ -173,3 +175,66 @@ def test_processes_leave_out_what_the_first_did_not_find_in_time(number: int, mo
     assert set(pruner.masks) == {"trunk"}
     assert limits == [5.0 if number == 0 else math.inf]
     assert "side.1" in pruner.channel_pruner.found.skipped
+
+
+class Stated(nn.Module):
+    """Three blocks whose code states the width of one layer each; all others are free."""
+
+    def __init__(self, values: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 12)
+        self.blocks = nn.ModuleList(StatedBlock(values) for _ in range(3))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class StatedBlock(nn.Module):
+    def __init__(self, values: bool) -> None:
+        super().__init__()
+        self.inner, self.up, self.down = nn.Linear(12, 12), nn.Linear(12, 24), nn.Linear(24, 12)
+        self.values = values
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.values and bool((x > 1e6).any()):
+            return x
+        y = self.inner(x).relu().view(len(x), 12)
+        return self.down(self.up(y).relu())
+
+
+@pytest.mark.parametrize("values", [False, True], ids=["by shapes", "code looks at values"])
+def test_sets_that_fail_alone_are_found_where_the_model_fails(values: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the model runs on the meta device or not."""
+    model = Stated(values)
+    before = copy.deepcopy(model.state_dict())
+    found = dry_run.find_channels(model, torch.randn(2, 5), set(dry_run.producer_names(model)))
+    runs: list[int] = []
+    run = dry_run._Rehearsal._run
+
+    def counted(rehearsal: Any, *copied: Any) -> Any:
+        runs.append(len(copied))
+        return run(rehearsal, *copied)
+
+    monkeypatch.setattr(dry_run._Rehearsal, "_run", counted)
+    rehearsal = dry_run._Rehearsal(model, found, torch.randn(2, 5), None, {})
+    names = [one.name for one in found.grouping.sets]
+    left = [names[number] for number in rehearsal.able()]
+    assert left == [name for name in names if not name.endswith(".inner")] and len(left) == len(names) - 3 > 3
+    assert {names[number] for number in rehearsal.reasons} == {f"blocks.{number}.inner" for number in range(3)}
+    assert (2 in runs) is not values
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_module_that_fails_is_the_innermost_of_the_model() -> None:
+    model = Stated()
+    model.blocks[1].up = nn.Linear(7, 24)
+    with pytest.raises(RuntimeError) as caught:
+        model(torch.randn(2, 5))
+    assert failing_module(caught.value, model) == "blocks.1.up"
+    with pytest.raises(RuntimeError) as caught:
+        torch.zeros(2) + torch.zeros(3)
+    assert failing_module(caught.value, model) is None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pruningawaretraining.checkpoint.consistency import check_smaller, disagreements
 from pruningawaretraining.checkpoint.files import ATTRIBUTES, KEY, read_file, write_file
 from pruningawaretraining.checkpoint.records import own_state, remember, summary_of
+from pruningawaretraining.checkpoint.standalone import write_standalone
 from pruningawaretraining.distributed.fsdp import any_sharded
 from pruningawaretraining.errors import CheckpointError, nearest
 from pruningawaretraining.files import BROKEN, reason, write_atomically
@@ -45,18 +46,23 @@ def _widths(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def save_pruned(model: nn.Module, path: str | Path) -> Path:
+def save_pruned(model: nn.Module, path: str | Path, *, standalone: bool | Callable[..., nn.Module] = False) -> Path:
     """Save a pruned (or masked, or dense) model as safetensors with a JSON description.
 
     Args:
         model: the model; wrappers (DataParallel, torch.compile) are looked through.
         path: the file; it appears whole or not at all.
+        standalone: write a Python file of the same name beside it, whose ``build()`` makes the pruned model of its
+            original class with torch alone. What made the dense model is found out (models of timm and torchvision,
+            classes whose arguments are attributes), or given: a function or class that can be imported, or a
+            ``functools.partial`` of one.
 
     Returns:
         The path.
 
     Raises:
-        CheckpointError: not a module, quantized weights, or the path of a folder.
+        CheckpointError: not a module, quantized weights, the path of a folder, or no such Python file can be written;
+            then nothing is.
     """
     model = _savable(model)
     if Path(path).is_dir():
@@ -77,6 +83,9 @@ def save_pruned(model: nn.Module, path: str | Path) -> Path:
         "record": record,
     }
     metadata = {KEY: json.dumps(description), "format": "pt"}
+    if standalone is not False:
+        builder = None if standalone is True else standalone
+        write_standalone(model, builder, path, aliases, lambda temporary: write_file(tensors, temporary, metadata))
     return write_atomically(path, lambda temporary: write_file(tensors, temporary, metadata))
 
 

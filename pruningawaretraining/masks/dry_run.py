@@ -23,8 +23,10 @@ from pruningawaretraining.distributed.collectives import agreed, rank, world_siz
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Member
 from pruningawaretraining.masks.bisection import working
+from pruningawaretraining.masks.culprits import failing_module, sets_within
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.removal import remove
+from pruningawaretraining.masks.shape_copy import ShapeCopy, shape_copy
 from pruningawaretraining.masks.unprunable import warn_of_rest
 from pruningawaretraining.models.calling import ForwardFn, outputs_of
 from pruningawaretraining.models.comparison import Comparison, Outputs
@@ -98,6 +100,8 @@ class _Rehearsal:
         self.comparison = Comparison(model, inputs, forward_fn)
         self.multiples = multiples
         self.reasons: dict[int, str] = {}
+        self._failed_in: str | None = None
+        self._shapes: ShapeCopy | None = None
         self.told = True  # whether every comparison told something
 
     def problem_without(self, keep_G: Tensor) -> str:
@@ -108,9 +112,15 @@ class _Rehearsal:
     def problem(self, numbers: Sequence[int]) -> str:
         """Why the model fails without a channel of each of these sets, or about half of them; "" if it works."""
         ran = self._without(self._keep(numbers, _all_but_one), self._run)
-        if isinstance(ran, str):
-            return ran
-        return self.problem_without(self._keep(numbers, _a_part))
+        return ran if isinstance(ran, str) else self.problem_without(self._keep(numbers, _a_part))
+
+    def _problem_of_shapes(self, numbers: Sequence[int]) -> str:
+        """Why the model fails without about half of each of these sets, as far as shapes tell."""
+        keep_G = self._keep(numbers, _a_part)
+        ran = self._without(keep_G, self._run, self._shapes)
+        if isinstance(ran, str) and self._shapes is not None and len(numbers) == 1:
+            ran = self._without(keep_G, self._run)
+        return ran if isinstance(ran, str) else ""
 
     def _keep(self, numbers: Sequence[int], left: Left) -> Tensor:
         keep_G = torch.ones(self.found.grouping.size, dtype=torch.bool)
@@ -121,26 +131,29 @@ class _Rehearsal:
             keep_G[one.start : max(one.stop - kept, one.start)] = False
         return keep_G
 
-    def _without(self, keep_G: Tensor, run: Callable[[], Outputs]) -> Outputs | str:
-        """Outputs of the model without some groups, or the error that it raises."""
+    def _without(self, keep_G: Tensor, run: Callable[..., Outputs], shapes: ShapeCopy | None = None) -> Outputs | str:
+        """Outputs of the model (or of a copy of it) without some groups, or the error that it raises."""
         if bool(keep_G.all()):
             return Outputs([], exact=True)
+        model, found = (self.model, self.found) if shapes is None else (shapes.model, shapes.found)
         try:
-            surgery = remove(self.model, self.found, keep_G)
+            surgery = remove(model, found, keep_G)
         except ModelError as error:  # a layer would lose all: it reads but a part of what it is coupled to
             return str(error)
         try:
-            return run()
+            return run() if shapes is None else run(model, shapes.inputs)
         except ModelError as error:
+            self._failed_in = failing_module(error, model)
             lines = str(error.__cause__ or error).strip().splitlines()
             return lines[0] if lines else type(error.__cause__ or error).__name__
         finally:
             surgery.undo()
 
-    def _run(self) -> Outputs:
-        """Outputs of the model in its own dtype."""
-        with resting(self.model):
-            return Outputs(outputs_of(self.model, self.inputs, self.forward_fn), exact=False)
+    def _run(self, *copied: Any) -> Outputs:
+        """Outputs of the model, or of a copy on inputs of its own, in its own dtype."""
+        model, inputs = copied or (self.model, self.inputs)
+        with resting(model):
+            return Outputs(outputs_of(model, inputs, self.forward_fn), exact=False)
 
     def _misread(self, keep_G: Tensor, removed: Outputs) -> str:
         """Why groups are misread: the removed model differs from the masked one; "" if they agree."""
@@ -153,8 +166,26 @@ class _Rehearsal:
 
     def able(self) -> list[int]:
         """The sets that can lose channels, together."""
-        left, self.reasons = working(range(len(self.found.grouping.sets)), self.problem)
+        numbers = range(len(self.found.grouping.sets))
+        if not self.problem(numbers):
+            return list(numbers)
+        self._shapes = shape_copy(self.model, self.found, self.inputs, self.forward_fn)
+        alone = self._failing_alone(numbers)
+        left, reasons = working([one for one in numbers if one not in alone], self._problem_of_shapes)
+        left, others = working(left, self.problem)
+        self.reasons = {**alone, **reasons, **others}
         return left
+
+    def _failing_alone(self, numbers: Sequence[int]) -> dict[int, str]:
+        """Sets without which alone the model fails, looked for where it fails without all; each with its problem."""
+        found: dict[int, str] = {}
+        while self._problem_of_shapes([one for one in numbers if one not in found]) and self._failed_in is not None:
+            near = [one for one in sets_within(self.found.grouping, self._failed_in) if one not in found]
+            problems = {one: problem for one in near if (problem := self._problem_of_shapes([one]))}
+            if not problems:
+                break
+            found.update(problems)
+        return found
 
 
 def removable_channels(

@@ -18,7 +18,10 @@ from pruningawaretraining.patterns.labels.slots import varying
 from pruningawaretraining.patterns.projections import is_transposed_linear
 
 Conv = nn.modules.conv._ConvNd
+Producer = (Conv, nn.Linear, nn.RNNBase, nn.Embedding)
 Channelwise = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+UNREAD = "its outputs reach none of the model's on the example inputs"
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -48,6 +51,7 @@ class Builder:
                 spaces.append(_space(owner.tensor, name, "both", owner.tensor.shape[dim], dim))
                 parts.append(self.numbers[owner.slots])
         blocked, norms = self._blocked()
+        blocked = {**self._unread(spaces, parts), **blocked}
         return DependencyMap(tuple(spaces), tuple(parts), blocked, norms, self._widths(norms), self._works())
 
     def _along(self, name: str, dim: int, size: int, taken: set[tuple[str, int]]) -> Indices | None:
@@ -183,6 +187,20 @@ class Builder:
                 for number in mixed:
                     blocked.setdefault(int(number), f"reaches {one.what} {one.where}")
         return blocked, norms
+
+    def _unread(self, spaces: list[Space], parts: list[Indices]) -> dict[int, str]:
+        """Components of layers that ran, where nothing that the model returned is made of any of them."""
+        returned = {name.rpartition(".")[0] for name in self.follower.returned}
+        found: dict[int, str] = {}
+        others: set[int] = set()
+        for space, components in zip(spaces, parts, strict=True):
+            if space.side != "in" and isinstance(space.owner, Producer):
+                numbers = np.unique(components).tolist()
+                if space.name in returned:
+                    others.update(numbers)
+                else:
+                    found.update(dict.fromkeys(numbers, UNREAD))
+        return {number: reason for number, reason in found.items() if number not in others}
 
     def _normalised(self, one: Mixing, mixed: Indices) -> Indices | None:
         """The components of the channels of a module's input, where it mixes these alone and can be told about masks.

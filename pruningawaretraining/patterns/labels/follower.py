@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruningawaretraining.patterns.coupling import Deadline
+from pruningawaretraining.patterns.labels.flow import Flow
 from pruningawaretraining.patterns.labels.meeting import Operand, meet
 from pruningawaretraining.patterns.labels.notes import Mixing, Size, Work
 from pruningawaretraining.patterns.labels.slots import Array, Slots, varying
@@ -158,6 +159,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.works: list[Work] = []
         self.entered: dict[str, list[list[Array]]] = {}
         self.read: set[str] = set()
+        self.returned: set[str] = set()
+        self.flow = Flow()
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         self._arrays: Any = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
         self._own = slots.own(tensors)
@@ -217,6 +220,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif found is None:
             found = RULES["pointwise"] if _is_pointwise(func) else _unknown
         with torch.utils._python_dispatch._disable_current_modes():
+            self.flow.note(call.tensors(), call.outputs)
             results = found(call)
         for tensor, arrays in zip(call.outputs, [*results, *([[]] * len(call.outputs))], strict=False):
             self.put(tensor, arrays)

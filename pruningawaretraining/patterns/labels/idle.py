@@ -24,7 +24,8 @@ def follow_idle(model: nn.Module, inputs: Any, follower: Follower, follow: Calla
     """Follow layers that the example inputs did not reach.
 
     An expert that no token was sent to is taken to do what its siblings do. Branches for other sizes of images are
-    looked for at some. What is left keeps its channels, and is named in a warning.
+    looked for at some. What is left keeps its channels, as do layers whose outputs nothing else can read, and both are
+    named in a warning.
 
     Args:
         model: the model.
@@ -47,23 +48,35 @@ def follow_idle(model: nn.Module, inputs: Any, follower: Follower, follow: Calla
             logger.debug("not followed at %g of the size: %s", factor, error)
     idle = _idle(model, follower)
     if idle:
-        shown = ", ".join(idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")
+        only = [name for name in _layers(model) if is_unread(name, follower)]
         logger.warning(
-            "%s: not run on the example inputs. They keep their channels; if they read those of other layers at other "
-            "inputs, pass example_inputs= that reach them, or exclude the layers before them",
-            shown,
+            "%s: not run on the example inputs. They keep their channels%s; if they read those of other layers at "
+            "other inputs, pass example_inputs= that reach them, or exclude the layers before them",
+            _shown(idle),
+            f", and so do layers that only they can read ({_shown(only)})" if only else "",
         )
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _weight(name: str) -> str:
+    return f"{name}.weight" if name else "weight"
+
+
+def is_unread(name: str, follower: Follower) -> bool:
+    """Whether a layer ran and nothing that the model returned is made of it."""
+    return _weight(name) in follower.read and _weight(name) not in follower.returned
 
 
 def _idle(model: nn.Module, follower: Follower) -> list[str]:
     """Layers whose weights no operation has read."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if is_layer(module)
-        and "weight" in module._parameters
-        and (f"{name}.weight" if name else "weight") not in follower.read
-    ]
+    return [name for name in _layers(model) if _weight(name) not in follower.read]
+
+
+def _layers(model: nn.Module) -> list[str]:
+    return [name for name, one in model.named_modules() if is_layer(one) and "weight" in one._parameters]
 
 
 def _adopt(name: str, model: nn.Module, follower: Follower) -> None:
@@ -77,6 +90,7 @@ def _adopt(name: str, model: nn.Module, follower: Follower) -> None:
             for key, other in pairs:
                 for one, theirs in zip(follower.get(tensors[key]), follower.get(tensors[other]), strict=True):
                     follower.slots.join(one, theirs)
+            follower.returned.update(own)
             return
 
 

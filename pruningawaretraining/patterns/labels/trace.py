@@ -13,6 +13,7 @@ from pruningawaretraining.patterns.attention import attention_blocks
 from pruningawaretraining.patterns.coupling import TRACE_LIMIT, Deadline, DependencyMap
 from pruningawaretraining.patterns.labels import arithmetic, pieces, products, views  # noqa: F401  (rules)
 from pruningawaretraining.patterns.labels.build import Builder, is_layer
+from pruningawaretraining.patterns.labels.flow import Flow
 from pruningawaretraining.patterns.labels.follower import Follower, followed
 from pruningawaretraining.patterns.labels.idle import follow_idle
 from pruningawaretraining.patterns.labels.slots import Slots
@@ -57,10 +58,12 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
 def _follow(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None, follower: Follower) -> None:
     mode = mode_to_trace(model, inputs, forward_fn)
     inputs = beside(model, inputs)
+    follower.flow = Flow()
     for tensor in tensors_of(inputs):
         follower.put(tensor, ())
     with spelled_out(model), torch.no_grad(), mode(model), followed(follower, model):
         outputs = list(tensors_of(checked_call(model, inputs, forward_fn)))
+    follower.returned |= follower.flow.sources(outputs, follower.tensors)
     if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in outputs):
         follower.read.clear()  # nothing that could be compared
     for tensor in outputs:
