@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -534,16 +535,28 @@ def test_a_forgotten_average_is_found_and_follows(pattern: str, place: str, aver
     assert pruner._session.followers == [inner if average is Keeper else own]
 
 
-def test_what_is_no_average_does_not_follow(caplog: pytest.LogCaptureFixture) -> None:
-    """A teacher, a best copy, a wrapper of the model itself, an average of another model."""
+class Awkward:
+    """Has ``update``, and an attribute that cannot be read."""
+
+    def update(self) -> None: ...
+
+    @property
+    def module(self) -> nn.Module:
+        raise RuntimeError("not set up yet")
+
+
+def test_what_is_no_average_does_not_follow() -> None:
+    """A teacher, a best copy, a wrapper of the model itself, an average of another model; nothing of them is called."""
     model = build()
     teacher, best = build(), copy.deepcopy(model)
     wrapped, other = nn.DataParallel(model), torch.optim.swa_utils.AveragedModel(nn.Linear(3, 3))
+    awkward, dead = Awkward(), weakref.proxy(Awkward())
     pruner = Pruning(model, {"rules": [NOW]}, example_inputs=INPUTS)
     pruner.prune(model, 0)
     assert pruner._session.followers == []
     assert teacher[0].out_channels == best[0].out_channels == 8 and model[0].out_channels < 8
     assert wrapped.module is model and other.module.in_features == 3
+    assert "update" in dir(awkward) and type(dead) is weakref.ProxyType
 
 
 def test_an_average_that_cannot_be_found_is_named_by_the_removal(caplog: pytest.LogCaptureFixture) -> None:

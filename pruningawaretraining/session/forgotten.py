@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from torch import nn
 
-from pruningawaretraining.masks.averages import held_by, is_alike
+from pruningawaretraining.masks.averages import HOLDERS, is_alike
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,12 @@ def forgotten_averages(model: nn.Module, known: Sequence[nn.Module]) -> list[Any
 def _is_average(one: Any, model: nn.Module, known: Sequence[nn.Module]) -> bool:
     if not any(callable(getattr(type(one), name, None)) for name in UPDATES):
         return False
-    modules = held_by(one)
-    if any(module is other for module in modules for other in (model, *known)):
+    held = _attributes(one)
+    inside = [{**held.get("_modules", {}), **held}.get(name) for name in HOLDERS]
+    modules = [found for found in inside if isinstance(found, nn.Module)]
+    if any(module is other for module in (one, *modules) for other in (model, *known)):
         return False
-    return any(module is not one and is_alike(module, model) for module in modules)
+    return any(is_alike(module, model) for module in modules)
 
 
 def _variables() -> Iterator[Any]:
@@ -50,7 +52,7 @@ def _variables() -> Iterator[Any]:
     frame: FrameType | None = inspect.currentframe()
     seen: set[int] = set()
     while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] != PACKAGE:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] != PACKAGE:
             for scope in (frame.f_locals, frame.f_globals):
                 yield from _reached(scope, seen)
         frame = frame.f_back
@@ -58,8 +60,16 @@ def _variables() -> Iterator[Any]:
 
 def _reached(scope: Mapping[str, Any], seen: set[int]) -> Iterator[Any]:
     for one in list(scope.values()):
-        held = None if inspect.ismodule(one) or isinstance(one, type) else getattr(one, "__dict__", None)
-        if isinstance(held, dict) and id(one) not in seen:
+        if id(one) not in seen and not issubclass(type(one), (ModuleType, type)):
             seen.add(id(one))
             yield one
-            yield from list(held.values())
+            yield from list(_attributes(one).values())
+
+
+def _attributes(one: Any) -> dict[str, Any]:
+    """What an object holds itself: no property, no ``__getattr__`` and no proxy is asked."""
+    try:
+        held = object.__getattribute__(one, "__dict__")
+    except AttributeError:
+        return {}
+    return held if type(held) is dict else {}
