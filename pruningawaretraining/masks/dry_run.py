@@ -2,9 +2,9 @@
 
 Shape suffixes: ``_G`` groups.
 
-Models write widths into their code (a view, a constant that is added, attention heads). A trace cannot see them; they
-show when a channel of every set is removed, or half of them, and the model runs on its example inputs. Then all is
-restored. Meanwhile weights that start constant or tiny are random: a branch that starts at zero would hide its effect.
+Widths that code states (a view, attention heads) show when a channel of every set is removed, or half of them, and the
+model runs on its example inputs. Then all is restored. Meanwhile weights that start constant or tiny are random: a
+branch that starts at zero would hide its effect.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from pruningawaretraining.patterns.head import is_of_heads
 
 logger = logging.getLogger(__name__)
 
-
 MISREAD = "removed, some of it would leave another model than masked: an operation that is not understood"
 LATE = "the first process did not find its coupled channels within trace_limit"
 NOTHING_TOLD = (
@@ -58,7 +57,7 @@ def _all_but_one(number: int, size: int) -> int:
 
 
 def _a_part(number: int, size: int) -> int:
-    """About half of every set, a different part of each, which reveals sets whose widths must be equal."""
+    """About half of every set, a different part of each: sets whose widths must be equal show."""
     return math.ceil(size * (0.35 + 0.3 * (number * 0.618034 % 1)))
 
 
@@ -98,8 +97,7 @@ class _Rehearsal:
     ) -> None:
         self.model, self.found, self.inputs, self.forward_fn = model, found, inputs, forward_fn
         self.comparison = Comparison(model, inputs, forward_fn)
-        self.multiples = multiples
-        self.reasons: dict[int, str] = {}
+        self.multiples, self.reasons = multiples, dict[int, str]()
         self._failed_in: str | None = None
         self._shapes: ShapeCopy | None = None
         self.told = True  # whether every comparison told something
@@ -118,7 +116,7 @@ class _Rehearsal:
         """Why the model fails without about half of each of these sets, as far as shapes tell."""
         keep_G = self._keep(numbers, _a_part)
         ran = self._without(keep_G, self._run, self._shapes)
-        if isinstance(ran, str) and self._shapes is not None and len(numbers) == 1:
+        if isinstance(ran, str) and len(numbers) == 1:
             ran = self._without(keep_G, self._run)
         return ran if isinstance(ran, str) else ""
 
@@ -144,13 +142,12 @@ class _Rehearsal:
             return run() if shapes is None else run(model, shapes.inputs)
         except ModelError as error:
             self._failed_in = failing_module(error, model)
-            lines = str(error.__cause__ or error).strip().splitlines()
-            return lines[0] if lines else type(error.__cause__ or error).__name__
+            return (str(error.__cause__ or error).strip() or type(error.__cause__ or error).__name__).splitlines()[0]
         finally:
             surgery.undo()
 
     def _run(self, *copied: Any) -> Outputs:
-        """Outputs of the model, or of a copy on inputs of its own, in its own dtype."""
+        """Outputs of the model, or of a copy on inputs of its own."""
         model, inputs = copied or (self.model, self.inputs)
         with resting(model):
             return Outputs(outputs_of(model, inputs, self.forward_fn), exact=False)
@@ -166,22 +163,22 @@ class _Rehearsal:
 
     def able(self) -> list[int]:
         """The sets that can lose channels, together."""
-        numbers = range(len(self.found.grouping.sets))
+        numbers = list(range(len(self.found.grouping.sets)))
         if not self.problem(numbers):
-            return list(numbers)
+            return numbers
         self._shapes = shape_copy(self.model, self.found, self.inputs, self.forward_fn)
         alone = self._failing_alone(numbers)
-        left, reasons = working([one for one in numbers if one not in alone], self._problem_of_shapes)
-        left, others = working(left, self.problem)
-        self.reasons = {**alone, **reasons, **others}
-        return left
+        left, together = working([one for one in numbers if one not in alone], self._problem_of_shapes)
+        able, others = working(left, self.problem)
+        self.reasons = {**alone, **together, **others}
+        return able
 
     def _failing_alone(self, numbers: Sequence[int]) -> dict[int, str]:
         """Sets without which alone the model fails, looked for where it fails without all; each with its problem."""
         found: dict[int, str] = {}
         while self._problem_of_shapes([one for one in numbers if one not in found]) and self._failed_in is not None:
-            near = [one for one in sets_within(self.found.grouping, self._failed_in) if one not in found]
-            problems = {one: problem for one in near if (problem := self._problem_of_shapes([one]))}
+            near = set(sets_within(self.found.grouping, self._failed_in)) - found.keys()
+            problems = {one: problem for one in sorted(near) if (problem := self._problem_of_shapes([one]))}
             if not problems:
                 break
             found.update(problems)
