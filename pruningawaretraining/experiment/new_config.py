@@ -33,10 +33,10 @@ optimizer:
 pruning:
 """
 ROOT = """\
-  root: DATA                  # change it: {what}; `pat run --data` replaces it
+  root: DATA                  # change it: {what}
 """
 NEEDS_ROOT = {
-    "imagefolder": "a folder with train/ and val/ (or test/), and in them a folder for each class",
+    "imagefolder": "a folder with train/ and val/, and in them a folder for each class",
     "npz": "the path of an .npz file",
 }
 """What data sets without a download are read from."""
