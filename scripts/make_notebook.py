@@ -13,7 +13,7 @@ CELLS: list[tuple[str, str]] = [
         """# Prune a network while it trains
 
 A small residual network learns to read 8 x 8 handwritten digits, and half of its multiply-accumulates go on the way.
-It takes about half a minute on a CPU: `pip install pruningawaretraining`.""",
+It takes about half a minute on a CPU: `pip install .` in the repository first.""",
     ),
     (
         "code",

@@ -177,6 +177,11 @@ def test_the_epoch_is_where_the_mass_near_zero_has_settled() -> None:
     assert 1e-3 < found.threshold < 0.35 and "waiting longer changes little" in found.reason
 
 
+def test_a_heap_of_less_than_the_tolerance_has_to_be_there() -> None:
+    found = choice.choose(history([0, 0, 40, 150, 190, 190], whole=10_000))
+    assert (found.epoch, found.share) == (3, 0.015), "2% more or less do not matter, but all or nothing of a heap does"
+
+
 def test_a_heap_that_still_grows_says_so() -> None:
     found = choice.choose(history([0, 5, 10, 20, 30]))
     assert (found.epoch, found.settled) == (4, False) and "still grows" in found.reason
@@ -366,6 +371,18 @@ def test_where_a_page_may_go(tmp_path: Path, out: str, message: str) -> None:
     result = CliRunner().invoke(app, ["analyze", str(folder), "--out", str(tmp_path / out)])
     assert result.exit_code == 2 and result.stderr.startswith("error: --out: ") and message in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_page_of_one_run_lies_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, other = (report_fixture.write_run(tmp_path / name) for name in ("one", "other"))
+    alone = CliRunner().invoke(app, ["analyze", "one"])
+    assert alone.output.splitlines()[-1] == "wrote one/analysis.html, one/analysis.json, one/analysis.csv"
+    both = CliRunner().invoke(app, ["analyze", str(one), str(other)])
+    assert both.output.splitlines()[-1] == "wrote analysis.html, analysis.json, analysis.csv"
+    assert (
+        (one / "analysis.html").is_file() and Path("analysis.csv").is_file() and not (other / "analysis.html").exists()
+    )
 
 
 def test_axes_of_norms_have_at_least_two_decades() -> None:

@@ -46,6 +46,11 @@ def test_masks_alone_say_nothing_of_the_best(caplog: pytest.LogCaptureFixture) -
     assert pruner.prune(model, 0) == "masked" and "best" not in caplog.text
 
 
+def test_pruning_right_now_says_nothing_of_the_best(caplog: pytest.LogCaptureFixture) -> None:
+    pruner = Pruning(net(), {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=IMAGE)
+    assert pruner.prune() == "removed" and "best" not in caplog.text, "no epoch was before"
+
+
 # --- training batches -----------------------------------------------------------------------------------------------
 
 

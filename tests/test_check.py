@@ -103,6 +103,11 @@ def test_the_native_form_means_the_same(files: dict[str, Path], tmp_path: Path, 
     assert pat("convert", files[name], "--out", tmp_path / "native.txt", *options).exit_code == 2
 
 
+def test_a_converted_file_is_named(files: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "native.yaml"
+    assert pat("convert", files["channels"], "--out", out).output == f"wrote {out}\n" and out.is_file()
+
+
 def test_tables_and_drawings() -> None:
     assert table([("0", "0.5"), ("10", "1")], ("epoch", "x")) == ["  epoch    0  10", "  x      0.5   1"]
     assert table([(str(number), "1") for number in range(30)], ("a", "b"))[0] == (
@@ -138,3 +143,14 @@ def test_events_at_fractions_and_dense_phases_are_shown(tmp_path: Path) -> None:
     with_steps = pat("check", path, "--steps", "3").output.splitlines()
     assert "  step        0    1    2    3" in with_steps
     assert "  sparsity  0.2  0.4  0.6  0.8" in with_steps
+
+
+def test_an_experiment_is_shown_with_the_layers_of_its_model(tmp_path: Path) -> None:
+    named, written = pat("check", "demo"), tmp_path / "experiment.yaml"
+    assert named.exit_code == 0 and ": experiment, 30 epochs" in named.output
+    assert "until   macs <= 0.5" in named.output and ": conv1, stages.0.0.conv1, " in named.output
+    assert pat("new", "resnet18", "--input-shape", "1,3,32,32", "--out", written).exit_code == 0
+    shown = pat("check", written)
+    assert shown.exit_code == 0 and ": conv1, layer1.0.conv1, " in shown.output, "what the file of `pat new` says to do"
+    unread = pat("check", written, "--model", "resnet17")
+    assert unread.exit_code == 2 and "did you mean 'resnet18'" in unread.output

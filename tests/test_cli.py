@@ -43,8 +43,10 @@ def test_a_run_ends_with_a_table_and_is_not_overwritten(tmp_path: Path) -> None:
     config, out = written(tmp_path, epochs=3), tmp_path / "out"
     result = pat("run", config, "--out", out)
     assert result.exit_code == 0, result.output
-    for text in ("Accuracy", "MACs", "Parameters", "File size", "Latency", "masked = removed", "= ONNX", "report.html"):
+    for text in ("Accuracy", "MACs", "Parameters", "File size", "Latency", "masked = removed", "= ONNX"):
         assert text in result.output
+    assert f"wrote {out / 'report.html'}\nbeside it " in result.output
+    assert all(path.name in result.output for path in out.iterdir() if path.suffix not in (".pt", ".lock"))
     assert len(re.findall(r"epoch +\d/2", result.output)) == 6
     again = pat("run", config, "--out", out)
     assert (again.exit_code, again.stderr.count("\n")) == (2, 1)

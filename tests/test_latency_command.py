@@ -41,6 +41,7 @@ def run(*arguments: str) -> str:
 def test_dense_beside_pruned(checkpoint: Path, tmp_path: Path) -> None:
     onnx = str(checkpoint.with_suffix(".onnx"))
     text = run(str(checkpoint), onnx, "--model", MODEL, *SHAPE, "--batch", "2", "--out", str(tmp_path / "rows.json"))
+    assert text.splitlines()[-1] == f"wrote {tmp_path / 'rows.json'}"
     assert "onnxruntime, batch 2, 1 thread" in text and "(dense)" in text
     rows = json.loads((tmp_path / "rows.json").read_text())["models"]
     dense, pruned, file = rows

@@ -30,7 +30,7 @@ def test_pruning_starts_after_a_quarter_and_leaves_epochs_to_fine_tune(epochs: i
 def test_a_new_experiment_loads_and_runs(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     made = pat("new", DIGITS, "--epochs", "2", "--input-shape", "1,1,8,8", "--out", path)
-    assert made.exit_code == 0 and made.output.strip() == str(path)
+    assert made.exit_code == 0 and made.output.strip() == f"wrote {path}"
     config = load_experiment(path)
     (rule,) = config.pruning.rules
     assert (config.epochs, rule.start, rule.end, rule.target.macs) == (2, 0, 0, 0.5)
@@ -44,6 +44,15 @@ def test_a_new_experiment_loads_and_runs(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert found.output.index("channel by magnitude") < found.output.index("epoch   0/1")
     assert "until   macs <= 0.5" in found.output
+
+
+@pytest.mark.parametrize(("data", "root"), [("imagefolder", "DATA"), ("npz", "DATA"), ("CIFAR10", None)])
+def test_data_that_is_read_from_a_folder_has_a_place_for_its_path(data: str, root: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    assert pat("new", "resnet18", "--data", data, "--input-shape", "1,3,32,32", "--out", path).exit_code == 0
+    assert load_experiment(path).data.root == (root and str(tmp_path / root))
+    commented = [line.index("#") for line in path.read_text().splitlines() if line.startswith("  ") and " # " in line]
+    assert len(set(commented[:2])) == 1, "comments stand below each other"
 
 
 def test_a_new_pruning_config_is_for_a_loop(tmp_path: Path) -> None:

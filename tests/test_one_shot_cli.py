@@ -68,6 +68,8 @@ def test_sparsities_make_a_table_a_picture_and_models(experiment, tmp_path):
     drawn = (out / "oneshot.svg").read_text()
     assert drawn.startswith("<svg") and 'class="line s-kept"' in drawn and ">dense</text>" in drawn
     assert "0.75" in done.output and "dense" in done.output
+    files = ("oneshot.json", "oneshot.svg", *(f"pruned_{level}.safetensors" for level in (0.5, 0.75, 0.9)))
+    assert done.output.splitlines()[-1] == "wrote " + ", ".join(str(out / name) for name in files)
     model = load_pruned(digits_resnet(), out / "pruned_0.75.safetensors")
     weights = [p for name, p in model.named_parameters() if p.dim() > 1 and name.startswith(("stages.2", "linear"))]
     total = sum(p.numel() for p in weights)

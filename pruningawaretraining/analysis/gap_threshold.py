@@ -155,8 +155,8 @@ def with_removed(norms: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settled_at(shares: Sequence[float]) -> int:
-    """The first position from which on the share stays about what it is at the end."""
-    allowed = max(SETTLED, 0.1 * shares[-1])
+    """The first position from which on the share stays about what it is at the end: a small heap has to be there."""
+    allowed = max(min(SETTLED, 0.5 * shares[-1]), 0.1 * shares[-1])
     at = len(shares) - 1
     while at > 0 and abs(shares[at - 1] - shares[-1]) <= allowed:
         at -= 1

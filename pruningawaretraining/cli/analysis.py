@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Column, Table
 from rich.text import Text
 
-from pruningawaretraining.cli.common import check_out, experiment_of, reported, shape_of
+from pruningawaretraining.cli.common import check_out, experiment_of, reported, say_written, shape_of
 
 if TYPE_CHECKING:
     from pruningawaretraining.analysis.compare_figures import Compared
@@ -39,11 +39,12 @@ def analyze(
     ] = None,
     input_shape: Annotated[str | None, typer.Option(help="Shape of the example input, e.g. 1,3,224,224.")] = None,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            help="The page: a file that ends in .html, in a folder that is there; a .json and a .csv lie beside it."
+            help="The page: a file that ends in .html, in a folder that is there; a .json and a .csv lie beside it. "
+            "analysis.html without it, in the run's folder if one run is given, otherwise in the current one."
         ),
-    ] = Path("analysis.html"),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Draw the norms of groups through training; say from which epoch to prune, and below which norm."""
@@ -51,9 +52,11 @@ def analyze(
         from pruningawaretraining.analysis.compare import write_comparison
         from pruningawaretraining.analysis.sources import load_sources
         from pruningawaretraining.experiment.shipped import shipped_configs
+        from pruningawaretraining.report.run import NORMS
 
         console = Console()
-        check_out(out, ".html")
+        of_one_run = len(sources) == 1 and (sources[0] / NORMS).is_file()
+        out = check_out(out or (sources[0] if of_one_run else Path()) / "analysis.html", ".html")
         shape = None if input_shape is None else shape_of(input_shape)
 
         def shown(paths: Sequence[Path]) -> Any:
@@ -63,7 +66,7 @@ def analyze(
         runs = load_sources(sources, named, shape, out, shown)
         paths = write_comparison(runs, out, " / ".join(one.name for one in runs))
         _print_choices(runs, console)
-        console.print(", ".join(str(path) for path in paths), highlight=False, markup=False, soft_wrap=True)
+        say_written(*paths)
 
 
 def _print_choices(runs: Sequence[Compared], console: Console) -> None:
@@ -106,7 +109,7 @@ def sweep(
         console = Console()
         runs, page = run_sweep(experiment, SweepOptions(strengths, folder, resume, overwrite), console)
         _print_choices(runs, console)
-        console.print(str(page), highlight=False, markup=False, soft_wrap=True)
+        say_written(page)
 
 
 def sensitivity(
@@ -153,7 +156,7 @@ def sensitivity(
             table.add_row(Text(name), str(one["groups"]), *row, f"{one['max_sparsity']:g}")
         console.print(f"{found['accuracy']:.2%} on {found['images']} images; change in points at each sparsity:")
         console.print(table)
-        console.print(", ".join(str(path) for path in paths), highlight=False, markup=False, soft_wrap=True)
+        say_written(*paths)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pruningawaretraining.cli.common import BAD_INPUT, check_out, reported
+from pruningawaretraining.cli.common import BAD_INPUT, check_out, reported, say_written
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,8 +23,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the li
 
 
 def check(
-    configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="Configs in any form that is understood.")],
-    model: Annotated[str | None, typer.Option(help="A model by name, or an experiment config: shows layers.")] = None,
+    configs: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG...", help="Configs in any form that is understood, or experiments."),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model by name, or an experiment config: shows layers. Of an experiment its own."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of an epoch, for fractions of epochs.")] = None,
     variables: Variables = None,
     debug: Debug = False,
@@ -62,6 +68,7 @@ def convert(
             typer.echo(text, nl=False)
         else:
             out.write_text(text, encoding="utf-8")
+            say_written(out)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -88,9 +95,14 @@ def _values(given: Sequence[str] | None) -> dict[str, Any]:
 
 def _check(config: str, model: str | None, steps: int | None, variables: dict[str, Any]) -> None:
     from pruningawaretraining.config.plan import note_lines, rate_lines, read_plan, rule_lines
+    from pruningawaretraining.experiment.shipped import find_config
     from pruningawaretraining.session.build import built_rules
 
-    plan = read_plan(config, variables)
+    plan = _of_experiment(find_config(config)) if _is_experiment(config) else None
+    if plan is None:
+        plan = read_plan(config, variables)
+    elif model is None:
+        model = config
     built_rules(plan.config)
     network = None if model is None else _checked(model, plan.config)
     epochs = "" if plan.epochs is None else f", {plan.epochs} epochs"
@@ -104,6 +116,29 @@ def _check(config: str, model: str | None, steps: int | None, variables: dict[st
     for lines in (rate_lines(plan, steps), note_lines(plan)):
         if lines:
             typer.echo("\n".join(lines))
+
+
+def _is_experiment(config: str) -> bool:
+    """Whether it is an experiment: a shipped one by name, or a file with a model and none of the pruning forms."""
+    from pruningawaretraining.config.load import find_file, form_of, read_mapping
+    from pruningawaretraining.experiment.shipped import shipped_configs
+
+    if config in shipped_configs() and not Path(config).exists():
+        return True
+    values = read_mapping(find_file(config))
+    return "model" in values and form_of(values) is None
+
+
+def _of_experiment(path: Path) -> Plan:
+    """The plan of an experiment."""
+    from pruningawaretraining.config.plan import Plan, noted
+    from pruningawaretraining.config.rates import LearningRates
+    from pruningawaretraining.experiment.schema import load_experiment
+
+    with noted() as notes:
+        experiment = load_experiment(path)
+    rates = LearningRates(tuple(experiment.rates))
+    return Plan(str(path), "experiment", experiment.pruning, rates, experiment.epochs, tuple(dict.fromkeys(notes)))
 
 
 def _checked(name: str, config: PruningConfig) -> nn.Module:

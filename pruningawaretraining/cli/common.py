@@ -105,6 +105,11 @@ def check_out(path: Path, suffix: str | None = None, key: str = "--out") -> Path
     return path
 
 
+def say_written(*paths: Path) -> None:
+    """Say which files a command has written, on one line."""
+    typer.echo(f"wrote {', '.join(str(path) for path in paths)}")
+
+
 def _in_terms_of_commands(text: str, shaped: bool) -> str:
     """A message of the library without the arguments of its functions."""
     advice = "Allowed: another --input-shape" if shaped else "Allowed: data or example inputs that the model takes"

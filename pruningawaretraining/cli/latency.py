@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pruningawaretraining.cli.common import check_out, reported, shape_of
+from pruningawaretraining.cli.common import check_out, reported, say_written, shape_of
 
 Sources = Annotated[
     list[str],
@@ -64,8 +64,10 @@ def latency(
             console.print(table)
         if out is not None:
             write_timing(rows, out)
+            say_written(out)
         if plot is not None:
             draw_timing(rows, plot, title)
+            say_written(plot)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pruningawaretraining.cli import analysis, check, latency, new
-from pruningawaretraining.cli.common import App, check_out, experiment_of, reported, shape_of
+from pruningawaretraining.cli.common import App, check_out, experiment_of, reported, say_written, shape_of
 from pruningawaretraining.version import __version__
 
 app = App(
@@ -110,13 +110,14 @@ def oneshot(
 ) -> None:
     """Prune a trained model at once, to several sparsities, and compare: `--sparsities 0.5 0.6 0.75 0.9`."""
     with reported(debug):
-        from pruningawaretraining.experiment.one_shot_run import OneShotOptions, results_table, run_one_shot
+        from pruningawaretraining.experiment.one_shot_run import OneShotOptions, results_table, run_one_shot, written_in
         from pruningawaretraining.session.one_shot import AfterPruning
 
         experiment = experiment_of(config, data, out)
         levels = (*(sparsities or ()), *(more or ())) or None
         options = OneShotOptions(levels, experiment.folder(), save, AfterPruning(compensation, norms), wandb, overwrite)
         Console().print(results_table(run_one_shot(experiment, options)))
+        say_written(*written_in(experiment.folder()))
 
 
 @app.command()
@@ -144,7 +145,7 @@ def inspect(
         console.print(layers_table(inspected) if groups else tree_view(inspected, console.width))
         if picture is not None:
             picture.write_text(groups_picture(inspected), encoding="utf-8")
-            typer.echo(str(picture))
+            say_written(picture)
 
 
 @app.command()
@@ -201,8 +202,9 @@ def _run(
 
 
 def _show(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """The end of a run: dense against pruned, the chain of checks, and where the report is."""
+    """The end of a run: dense against pruned, the chain of checks, and what was written where."""
     from pruningawaretraining.report.html import duration
+    from pruningawaretraining.report.run import REPORT
     from pruningawaretraining.report.tables import chain, comparison_table
 
     console.print(comparison_table(summary))
@@ -220,9 +222,10 @@ def _show(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
     if target.get("macs") is not None and pruned["macs"] > target["macs"] * dense["macs"]:
         kept = f"{pruned['macs'] / dense['macs']:.3f} of the MACs are kept, {target['macs']} was asked for"
         console.print(f"[yellow]The target was not met: {kept}. Let the rule's end lie before the last epoch.[/yellow]")
-    console.print(
-        f"{folder / 'report.html'}  ({duration(summary.get('seconds'))})", highlight=False, markup=False, soft_wrap=True
-    )
+    say_written(folder / REPORT)
+    others = ", ".join(name for name in summary.get("files", ()) if name != REPORT)
+    took = duration(summary.get("seconds"))
+    console.print(f"beside it {others}; it took {took}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

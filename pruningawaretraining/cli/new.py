@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pruningawaretraining.cli.common import check_out, reported, shape_of
+from pruningawaretraining.cli.common import check_out, reported, say_written, shape_of
 
 
 def new(
@@ -35,7 +35,7 @@ def new(
             raise ConfigError(f"--epochs: {epochs} is not allowed. Allowed: 1 or more")
         inspected = load_inspected(model, None if input_shape is None else shape_of(input_shape))
         path.write_text(new_config(inspected, NewConfig(model, epochs, data, str(path), pruning)), encoding="utf-8")
-        typer.echo(str(path))
+        say_written(path)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -19,11 +19,11 @@ model:
   name: {name}
 
 data:
-  name: {data}                # or CIFAR10, CIFAR100, MNIST, FashionMNIST, npz, imagefolder (with root: FOLDER)
-  size: {size}                   # side in pixels to which images are resized
-  channels: {channels}                 # 3 repeats the channel of grey images
+  name: {data:<20}  # or CIFAR10, CIFAR100, MNIST, FashionMNIST, npz, imagefolder
+{root}  size: {size:<20}  # side in pixels to which images are resized
+  channels: {channels:<16}  # 3 repeats the channel of grey images
 
-epochs: {epochs}                    # of training, pruning and fine-tuning together, numbered from 0
+epochs: {epochs:<20}  # of training, pruning and fine-tuning together, numbered from 0
 batch_size: 128
 optimizer:
   name: SGD                   # any class of torch.optim
@@ -32,14 +32,22 @@ optimizer:
 
 pruning:
 """
+ROOT = """\
+  root: DATA                  # change it: {what}
+"""
+NEEDS_ROOT = {
+    "imagefolder": "a folder with train/ and val/, and in them a folder for each class",
+    "npz": "the path of an .npz file",
+}
+"""What data sets without a download are read from."""
 RULES = """\
 rules:
   - pattern: channel          # whole channels, which are removed for good
     criterion: magnitude      # the smallest weights go first
     regularizer: {{type: growing_l2, strength: 1.0e-3}}  # pulls weak channels towards zero until they go
     schedule: linear
-    start: {start}                  # epochs before it train with the regulariser alone
-    end: {end}                   # the target is met by then; what comes after it is fine-tuning
+    start: {start:<18}  # epochs before it train with the regulariser alone
+    end: {end:<20}  # the target is met by then; what comes after it is fine-tuning
     target: {{macs: 0.5}}       # keep half of the multiply-accumulates; or parameters, latency, sparsity
     multiple: 8               # widths that runtimes like
     # layers: [...]           # only these, by name, container or "re:" and a regular expression
@@ -88,6 +96,7 @@ def new_config(inspected: Inspected, wanted: NewConfig) -> str:
             file=wanted.file,
             title=wanted.name.replace(":", "-").replace("/", "-").rpartition(".")[2],
             data=wanted.data,
+            root=ROOT.format(what=NEEDS_ROOT[wanted.data]) if wanted.data in NEEDS_ROOT else "",
             size=size,
             channels=channels,
             epochs=wanted.epochs,

@@ -156,6 +156,11 @@ def write_results(rows: Sequence[Mapping[str, Any]], folder: Path, name: str) ->
     (folder / PICTURE).write_text(standalone(line_chart(chart)), encoding="utf-8")
 
 
+def written_in(folder: Path) -> list[Path]:
+    """The files that ``run_one_shot`` wrote into its folder."""
+    return [folder / RESULTS, folder / PICTURE, *sorted(folder.glob("pruned_*.safetensors"))]
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.3g}%"
 

@@ -149,7 +149,7 @@ class LoopHooks(Bound):
         with outside_inference():
             done = self._session.prune(now, log)
         self._watch.epoch(self._session.engine, 0 if now is None else now, self._steps.count)
-        if done == "removed" and not self.best_begins_anew:
+        if done == "removed" and now is not None and not self.best_begins_anew:  # without an epoch, nothing was before
             self.best_begins_anew = True
             logger.warning(
                 "best: channels have gone, and a best checkpoint of before is of the larger model. Allowed: begin the "
