@@ -1,4 +1,4 @@
-"""Pages on averages, AMP, accumulation, resuming and early stopping: what fails without the lines, what holds with them."""
+"""Pages on averages, AMP, accumulation, resuming and early stopping: what fails without them, what holds with them."""
 
 from __future__ import annotations
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +20,11 @@ from torch import Tensor, nn
 
 from pruningawaretraining.distributed.collectives import agreed, rank, world_size
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.groups.grouping import Member
 from pruningawaretraining.masks.bisection import working
 from pruningawaretraining.masks.culprits import failing_module, sets_within
-from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.masks.shape_copy import ShapeCopy, shape_copy
+from pruningawaretraining.masks.temporary import temporarily_masked
 from pruningawaretraining.masks.unprunable import warn_of_rest
 from pruningawaretraining.models.calling import ForwardFn, outputs_of
 from pruningawaretraining.models.comparison import Comparison, Outputs
@@ -59,31 +57,6 @@ def _all_but_one(number: int, size: int) -> int:
 def _a_part(number: int, size: int) -> int:
     """About half of every set, a different part of each: sets whose widths must be equal show."""
     return math.ceil(size * (0.35 + 0.3 * (number * 0.618034 % 1)))
-
-
-@contextmanager
-def _masked(model: nn.Module, found: ChannelGroups, keep_G: Tensor) -> Iterator[None]:
-    """The groups that go are masked inside the block."""
-    saved = {
-        id(member.parameter): (member.parameter, member.parameter.detach().clone()) for member in _losing(found, keep_G)
-    }
-    masks = Masks.coupled(model, found)
-    masks.set(keep_G)
-    try:
-        yield
-    finally:
-        masks.clear()
-        with torch.no_grad():
-            for tensor, values in saved.values():
-                tensor.copy_(values)
-
-
-def _losing(found: ChannelGroups, keep_G: Tensor) -> Iterator[Member]:
-    """The tensors that masks would change."""
-    keep_G1 = torch.cat([keep_G, torch.ones(1, dtype=torch.bool)])
-    for member in found.grouping.without_role("buffer").members:
-        if member.slots is not None and not bool(keep_G1[member.slots.cpu()].all()):
-            yield member
 
 
 class _Rehearsal:
@@ -156,7 +129,7 @@ class _Rehearsal:
         """Why groups are misread: the removed model differs from the masked one; "" if they agree."""
         if all(one.is_meta for one in removed.tensors):
             return ""
-        with _masked(self.model, self.found, keep_G):
+        with temporarily_masked(self.model, self.found, keep_G):
             verdict = self.comparison.verdict(self.comparison.outputs(), removed)
         self.told &= verdict.informative
         return MISREAD if verdict.difference else ""
