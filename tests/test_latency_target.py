@@ -31,7 +31,9 @@ from pruningawaretraining.engine.targets import Targets
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.masks.pruned_copy import bare_copy, pruned_copy
 from pruningawaretraining.patterns.channel import Channel
+from pruningawaretraining.runtimes import timing
 from pruningawaretraining.runtimes.runtime import OnnxRuntime, TorchEager
+from pruningawaretraining.runtimes.timing import Ratio
 
 STEP = 8
 
@@ -76,6 +78,11 @@ class MadeUp:
             found[name] = 1.0 + 1.2 * sum(table_of(one)(one.outputs, one.inputs) for one in shapes.values())
             found[name] *= self.slower if name == "copy" else 1.0
         return found
+
+    def ratio(self, dense: tuple[Any, Any], copied: tuple[Any, Any]) -> Ratio:
+        found = self.milliseconds({"dense": dense, "copy": copied})
+        value = found["copy"] / found["dense"]
+        return Ratio(value, 0.99 * value, 1.01 * value, 0.02, 50)
 
     def ready(self, model: nn.Module, example_inputs: Any) -> nn.Module:
         return model
@@ -286,8 +293,8 @@ def pruned(target: dict[str, Any], meter: MadeUp, **rule: Any) -> tuple[nn.Modul
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(layer_timers, "SPENT_MS", 0.0)
-    monkeypatch.setattr(layer_timers, "SWEEPS", 1)
+    monkeypatch.setattr(timing, "LAYER_MS", 0.0)
+    monkeypatch.setattr(layer_timers, "ALIKE", float("inf"))
 
 
 @pytest.fixture
