@@ -405,6 +405,69 @@ def test_the_last_masks_are_those_that_were_measured(monkeypatch: pytest.MonkeyP
     assert len(chosen) == 4 and int((~pruner.channel_pruner.keep_D).sum()) == 4
 
 
+class Noisy(MadeUp):
+    """A machine on which nothing can be measured: whatever it says is off by far, and it says so."""
+
+    def ratio(self, dense: tuple[Any, Any], copied: tuple[Any, Any]) -> Ratio:
+        return Ratio(3.0, 1.0, 5.0, 1.7, 45)
+
+
+def test_a_noisy_machine_keeps_what_the_tables_predict(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    meter = Noisy()
+    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
+    with caplog.at_level("WARNING"):
+        model, pruner = pruned({"latency": 0.6}, meter)
+    (event,) = pruner.engine.rules[0].state.latencies
+    dense = event["dense_ms"]
+    assert event["is_noisy"] and event["predicted_ms"] <= 0.6 * dense * 1.001 and event["spread"] == 1.7
+    truth = meter.milliseconds({"a": (model, INPUT)})["a"]
+    assert truth == pytest.approx(event["predicted_ms"], rel=0.1)  # the tables held; the measurement was not used
+    assert f"with 95% confidence {dense:.4g} to {5 * dense:.4g} ms: the machine is too noisy" in caplog.text
+    assert "spread by 170%" in caplog.text and "the target is missed" not in caplog.text
+    assert pruner.phase == "finetune"
+    head = str(pruner.report()).splitlines()[2]
+    assert head.startswith(f"latency {event['predicted_ms']:.4g} of {dense:.4g} ms predicted (")
+    assert "spread 170%" in head
+
+
+def test_every_event_and_the_report_say_the_latency(made_up: MadeUp) -> None:
+    torch.manual_seed(0)
+    model, lines = Net(), []
+    pruner = Pruning(model, {"rules": [{"target": {"latency": 0.6}, "end": 1}]}, example_inputs=INPUT)
+    for epoch in range(2):
+        pruner.prune(model, epoch, log=lines.append)
+    for event in pruner.engine.rules[0].state.latencies:
+        share, dense = event["measured_ms"] / event["dense_ms"], event["dense_ms"]
+        text = f"latency {event['measured_ms']:.4g} of {dense:.4g} ms ({share:.3f}; 95%: "
+        text += f"{0.99 * share:.3f} to {1.01 * share:.3f})"
+        assert any(f"epoch {event['at']}: masked to" in line and text in line for line in lines)
+    assert text in str(pruner.report()) and pruner.report().to_dict()["latency"]["measured_ms"] == event["measured_ms"]
+    assert event["low_ms"] < event["measured_ms"] < event["high_ms"]
+
+
+def test_the_first_measurement_is_told_and_the_next_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pruningawaretraining.costs.latency.meter.measure_table", lambda shape, *_: table_of(shape))
+    shapes = layer_shapes(Net(), INPUT, ["first", "second", "third"])
+    name = "pruningawaretraining.costs.latency.meter.progress"
+    with caplog.at_level("INFO", logger=name):
+        for _ in range(2):
+            RuntimeMeter("onnxruntime", cache=TimeCache({}, tmp_path / "times")).tables(shapes)
+    told = [(one.done, one.total) for one in caplog.records if one.name == name]
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert f"measuring 3 kinds of layers at many widths, 0 of 3: conv 3 x 32 (kept in {tmp_path}" in caplog.text
+
+
+def test_points_whose_times_differ_are_timed_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_timers, "ALIKE", 1.05)
+    times = {(1, 1): [2.0, 2.05], (2, 2): [5.0, 4.0, 3.0]}
+    assert layer_timers.swept(list(times), lambda point: times[point].pop(0)) == [2.0, 3.0]
+    assert times == {(1, 1): [], (2, 2): []}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_runtime_that_is_not_there_is_said_of_the_rule() -> None:
     with pytest.raises(ConfigError, match=r"^rules\[0\]\.target\.runtime: 'cuda' needs a GPU"):

@@ -71,8 +71,8 @@ def _wanted(given: dict[str, list[float] | None], more: list[float] | None) -> l
     named = {cost: values for cost, values in given.items() if values}
     if more and len(named) != 1:
         raise ConfigError(
-            f"{more[0]:g}: the option that it belongs to is not known. Allowed: one option with many fractions, or each "
-            "fraction with its option: --latency 0.5 --latency 0.33 --macs 0.5"
+            f"{more[0]:g}: the option that it belongs to is not known. Allowed: one option with many fractions, or "
+            "each fraction with its option: --latency 0.5 --latency 0.33 --macs 0.5"
         )
     found = [(cost, value) for cost, values in named.items() for value in (*values, *(more or ()))]
     names = {"latency": "--latency", "macs": "--macs", "parameters": "--params"}

@@ -19,6 +19,7 @@ from pruningawaretraining.runtimes.flat_model import FlatGraph
 from pruningawaretraining.runtimes.ort import as_arrays, checked_run, open_session, require
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+QDQ = ("QuantizeLinear", "DequantizeLinear")
 SAMPLE = 1
 """Batches that the layers' errors are measured on."""
 
@@ -92,6 +93,8 @@ class Int8:
         else:
             left = [_known(name, nodes) for name in self.exclude]
         self._quantize(prepared, target, graph, batches, exclude=[nodes[name] for name in left])
+        if left:
+            _with_float_inputs(target, prepared, {nodes[name] for name in left})
         return Converted(target, tuple(left), errors)
 
     def _quantize(
@@ -103,6 +106,7 @@ class Int8:
             _Reader(graph, batches),
             per_channel=self.per_channel,
             reduce_range=_reduced(),
+            extra_options={"QDQKeepRemovableActivations": "exclude" in nodes and bool(nodes["exclude"])},
             **{f"nodes_to_{key}": list(names) for key, names in nodes.items()},
         )
 
@@ -116,6 +120,38 @@ class Int8:
             gaps = zip(expected, _outputs(target, graph, batches), strict=True)
             found[name] = math.sqrt(sum(float(numpy.square(a - b).sum()) for a, b in gaps)) / scale
         return dict(sorted(found.items(), key=lambda one: -one[1]))
+
+
+def _with_float_inputs(path: Path, prepared: Path, excluded: set[str]) -> None:
+    """Let layers that stay in float32 read what was there before it was quantized.
+
+    Between quantized neighbours onnxruntime would quantize their weights after all, when it loads the file.
+    """
+    onnx = require("onnx")
+    model = onnx.load(str(path))
+    graph = model.graph
+    maker = {name: node for node in graph.node for name in node.output}
+    before = {
+        name: node.op_type
+        for node in onnx.load(str(prepared), load_external_data=False).graph.node
+        for name in node.output
+    }
+    for node in (one for one in graph.node if one.name in excluded):
+        back = maker.get(node.input[0])
+        there = None if back is None or back.op_type != "DequantizeLinear" else maker.get(back.input[0])
+        if there is None or there.op_type != "QuantizeLinear":
+            continue
+        given = there.input[0]
+        if given not in maker or maker[given].op_type == before.get(given):  # else an activation lies in the rounding
+            node.input[0] = given
+    while True:
+        read = {name for node in graph.node for name in node.input} | {one.name for one in graph.output}
+        idle = [node for node in graph.node if node.op_type in QDQ and not read & set(node.output)]
+        if not idle:
+            break
+        for node in idle:
+            graph.node.remove(node)
+    saved(model, path)
 
 
 def layer_nodes(model: Any) -> dict[str, str]:

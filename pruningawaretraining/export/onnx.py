@@ -213,8 +213,8 @@ def _tell_of(found: Agreement | None, settings: _Settings, converted: Converted)
     more = len(converted.excluded) + 2
     logger.warning(
         f"{text}, and {settings.precision.agreement:.1%} is asked for. Allowed: more calibration data, "
-        f'quantization-aware training, or precision={{"type": "int8", "exclude": {more}}}: the {more} worst layers stay '
-        "in float32"
+        f'quantization-aware training, or precision={{"type": "int8", "exclude": {more}}}: the {more} worst layers '
+        "stay in float32"
     )
 
 
