@@ -187,4 +187,4 @@ def test_a_bar_shows_the_first_measurement() -> None:
             logger.info("", extra={**about, "folder": "/cache"})
     assert (logger.level, logger.propagate, list(logger.handlers)) == before
     text = console.file.getvalue()
-    assert "measuring on torch, once for this machine: 3 layers (kept in /cache)" in text and "layer 2" in text
+    assert "measuring on torch, once for this machine: 3 layers (kept in /cache)" in text and "layer 3" in text

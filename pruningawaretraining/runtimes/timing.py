@@ -46,7 +46,7 @@ AGAIN = 3
 """Measurements in all before a ratio is called noisy."""
 NOISY = 0.03
 """Half of a ratio's interval, as a fraction of the ratio, beyond which milliseconds cannot be promised."""
-NORMAL_95 = 1.96
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -245,9 +245,17 @@ def ratio_of(reference: Sequence[float], other: Sequence[float]) -> Ratio:
     """
     turns = len(reference)
     ordered = sorted(right / max(left, 1e-9) for left, right in zip(reference, other, strict=True))
-    below = max(math.floor(turns / 2 - NORMAL_95 / 2 * math.sqrt(turns)), 0)
+    below = _passed_over(turns)
     spread = (decile(reference, 9) - decile(reference)) / max(statistics.median(reference), 1e-9)
     return Ratio(statistics.median(ordered), ordered[below], ordered[turns - 1 - below], spread, turns)
+
+
+def _passed_over(turns: int) -> int:
+    """How many of the smallest (and largest) ratios lie outside the interval, at 95% confidence."""
+    missed, count = 2 * 0.5**turns, 0
+    while (missed := missed + 2 * math.comb(turns, count + 1) * 0.5**turns) <= 1 - CONFIDENCE:
+        count += 1
+    return count
 
 
 def decile(times: Sequence[float], which: int = 1) -> float:
