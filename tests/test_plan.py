@@ -17,7 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from pruningawaretraining import Pruning, count_macs
-from pruningawaretraining.cli.common import MEASURING, measuring
+from pruningawaretraining.cli.common import MEASURING, measuring, spread
 from pruningawaretraining.cli.main import app
 from pruningawaretraining.config import load_config
 from pruningawaretraining.errors import ConfigError
@@ -138,7 +138,7 @@ def test_calibration_data_decides(machine: MadeUp, tmp_path: Path) -> None:
     [
         ([f"{MODELS}cifar_resnet20"], "--latency, --macs, --params: none is given"),
         (["demo", "--macs", "1.5"], "--macs: 1.5 is not allowed. Allowed: a number in (0, 1]"),
-        (["demo", "--macs", "0.5", "--params", "0.5", "0.3"], "0.3: the option that it belongs to is not known"),
+        (["demo", "--params", "0.5", "0.3", "--macs", "0.5", "2"], "--macs: 2 is not allowed"),
         (["demo", "--macs", "0.5", "--criterion", "magnitud"], "did you mean 'magnitude'"),
         (["resnet1", "--macs", "0.5"], "'resnet1'"),
         (["os:system", "--macs", "0.5"], "os:system"),
@@ -161,6 +161,18 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, tmp_path: Pat
 def test_rules_that_remove_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match="rules: none removes channels"):
         rule_of(load_config({"rules": [{"pattern": "element", "target": {"sparsity": 0.5}}]}))
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("m --latency 0.5 0.33 --macs 0.4 1e-1", "m --latency 0.5 --latency 0.33 --macs 0.4 --macs 1e-1"),
+        ("--latency=0.5 0.33 m", "--latency=0.5 --latency 0.33 m"),
+        ("--latency 0.5 m 0.3 --out 3 4", "--latency 0.5 m 0.3 --out 3 4"),
+    ],
+)
+def test_options_take_several_numbers(given: str, meant: str) -> None:
+    assert spread(given.split(), {"--latency", "--macs"}) == meant.split()
 
 
 @pytest.mark.parametrize("width", [80, 120])

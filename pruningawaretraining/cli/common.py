@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,11 +34,42 @@ class _PlainFlags:
 
 
 class Command(_PlainFlags, TyperCommand):
-    """One command."""
+    """One command. An option that may be repeated takes several numbers at once: ``--latency 0.5 0.33``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See click's command."""
+        repeated = {name for one in self.params if getattr(one, "multiple", False) for name in one.opts}
+        return super().parse_args(ctx, spread(args, repeated))
 
 
 class Commands(_PlainFlags, TyperGroup):
     """All commands."""
+
+
+def spread(args: Sequence[str], repeated: Collection[str]) -> list[str]:
+    """``--latency 0.5 0.33`` as ``--latency 0.5 --latency 0.33``, for the options that may be repeated."""
+    found: list[str] = []
+    option, values = "", 0
+    for one in args:
+        if one.startswith("--"):
+            name, equals, _ = one.partition("=")
+            option, values = name if name in repeated else "", len(equals)
+        elif option and values and _is_number(one):
+            found.append(option)
+        elif values:
+            option = ""
+        else:
+            values = 1
+        found.append(one)
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class App(typer.Typer):

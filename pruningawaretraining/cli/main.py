@@ -105,7 +105,6 @@ def oneshot(
     norms: Annotated[int, typer.Option(help="Batches over which batch norms are measured again.")] = 0,
     overwrite: Overwrite = False,
     wandb: Wandb = None,
-    more: Annotated[list[float] | None, typer.Argument(help="More sparsities.", hidden=True)] = None,
     debug: Debug = False,
 ) -> None:
     """Prune a trained model at once, to several sparsities, and compare: `--sparsities 0.5 0.6 0.75 0.9`."""
@@ -114,7 +113,7 @@ def oneshot(
         from pruningawaretraining.session.one_shot import AfterPruning
 
         experiment = experiment_of(config, data, out)
-        levels = (*(sparsities or ()), *(more or ())) or None
+        levels = tuple(sparsities) if sparsities else None
         options = OneShotOptions(levels, experiment.folder(), save, AfterPruning(compensation, norms), wandb, overwrite)
         console = Console()
         with measuring(console):

@@ -40,7 +40,6 @@ def plan(
     out: Annotated[
         Path | None, typer.Option(help="Write the plan to this JSON file; its folder must be there.")
     ] = None,
-    more: Annotated[list[float] | None, typer.Argument(help="More fractions.", hidden=True)] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the library's log.")] = False,
 ) -> None:
     """Show which layers would go and what that would cost, without training: `--latency 0.5 0.33`."""
@@ -51,7 +50,7 @@ def plan(
 
         if out is not None:
             check_out(out, ".json")
-        wanted = _wanted({"latency": latency, "macs": macs, "parameters": params}, more)
+        wanted = _wanted({"latency": latency, "macs": macs, "parameters": params})
         options = PlanOptions(runtime, threads, batch, measured=not predict)
         shape = None if input_shape is None else shape_of(input_shape)
         console = Console()
@@ -64,17 +63,11 @@ def plan(
             console.print(str(out), highlight=False, markup=False, soft_wrap=True)
 
 
-def _wanted(given: dict[str, list[float] | None], more: list[float] | None) -> list[tuple[str, float]]:
-    """Every target, in the order of the options; further fractions belong to the only option there is."""
+def _wanted(given: dict[str, list[float] | None]) -> list[tuple[str, float]]:
+    """Every target, in the order of the options."""
     from pruningawaretraining.errors import ConfigError
 
-    named = {cost: values for cost, values in given.items() if values}
-    if more and len(named) != 1:
-        raise ConfigError(
-            f"{more[0]:g}: the option that it belongs to is not known. Allowed: one option with many fractions, or "
-            "each fraction with its option: --latency 0.5 --latency 0.33 --macs 0.5"
-        )
-    found = [(cost, value) for cost, values in named.items() for value in (*values, *(more or ()))]
+    found = [(cost, value) for cost, values in given.items() for value in values or ()]
     names = {"latency": "--latency", "macs": "--macs", "parameters": "--params"}
     for cost, value in found:
         if not 0 < value <= 1:
