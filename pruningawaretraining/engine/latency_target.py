@@ -118,7 +118,7 @@ class LatencyTarget:
         else:
             self.cost.correct(keep_D, measured)
         found = LatencyReached(predicted, measured, scale, budget, low, high, ratio.spread, ratio.is_noisy)
-        logger.info("latency: %s, %.4g ms predicted", latency_text(vars(found)), predicted)
+        logger.info("%s; %.4g ms predicted", latency_text(vars(found)), predicted)
         return found
 
 
