@@ -54,7 +54,7 @@ def exported(model: nn.Module, path: Path, **options: Any) -> exporting.ExportRe
 
 
 def test_agreement_is_measured_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="pruningawaretraining"):
         result = exported(Net(), tmp_path / "m.onnx")
     found = result.agreement
     assert found.rows == 256 and found.same > 0.95 and found.model_accuracy == 1.0 and found.accuracy == found.same

@@ -241,8 +241,8 @@ class CoupledGroups:
     def summary(self, one: CoupledRule) -> tuple[str, str]:
         """The verb of an event, and what has been reached, for the log."""
         fraction = self.macs_cost(self.keep_D) / max(self.macs_cost.dense, 1.0)
-        timed = [latency_text(event) for event in one.state.latencies[-1:]]
-        return "masked to", ", ".join([f"sparsity {self.sparsity:.4f}", f"{fraction:.4f} of the MACs", *timed])
+        reached = "".join(f", {latency_text(event)}" for event in one.state.latencies[-1:])
+        return "masked to", f"sparsity {self.sparsity:.4f}, {fraction:.4f} of the MACs{reached}"
 
     # --- what has been reached ----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +198,8 @@ def _export(
     logger.info("%s: opset %d, largest difference %.3g (%.2g of the output)", path, version, difference, relative)
     _tell_of(found, settings, converted)
     ends = (graph.input_names, graph.output_names)
-    about = (settings.name, found, converted.excluded, converted.layer_errors)
-    return ExportResult(path, difference, settings.exporter, version, *ends, relative, sizes, *about)
+    result = ExportResult(path, difference, settings.exporter, version, *ends, relative, sizes, settings.name)
+    return replace(result, agreement=found, excluded=converted.excluded, layer_errors=converted.layer_errors)
 
 
 def _tell_of(found: Agreement | None, settings: _Settings, converted: Converted) -> None:

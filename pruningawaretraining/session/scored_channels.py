@@ -89,14 +89,15 @@ class ScoredChannels:
         return OnlyRule(rule, grouping, list(range(len(grouping.sets))), torch.arange(grouping.size))
 
     def meeting(self, target: Target, rounds: int = ROUNDS) -> tuple[Tensor, LatencyReached | None]:
-        """The masks that just meet a target, and its latency where the target is about it and ``rounds`` is above 0.
+        """The masks that just meet a target, and its latency if it is about that and there are rounds.
 
         Raises:
             TargetError: it is out of reach.
         """
         everything_D = torch.ones(self.found.grouping.size, dtype=torch.bool)
         share, targets = self.share(target), self.targets
-        keep_G, _, reached = targets.decide(share, self.scores_G, everything_D, 1.0, self.without, rounds)
+        copied = self.without if rounds else None
+        keep_G, _, reached = targets.decide(share, self.scores_G, everything_D, 1.0, copied, rounds)
         return keep_G, reached
 
     @property
