@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.allocation.ranking import Limits, limits_of
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
-from pruningawaretraining.criteria.base import Statistics
+from pruningawaretraining.criteria.base import Statistics, scores_of
 from pruningawaretraining.criteria.second_order.channels import readers
 from pruningawaretraining.criteria.second_order.criteria import Sampling
 from pruningawaretraining.criteria.second_order.gradients import Calibration
@@ -28,6 +27,7 @@ from pruningawaretraining.engine.targets import ROUNDS, Targets
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.dry_run import removable_blocks, removable_channels
 from pruningawaretraining.masks.pruned_copy import pruned_copy
+from pruningawaretraining.patterns.channel import chosen_layers_of, own_groups
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import build
 
@@ -42,10 +42,6 @@ class OnlyRule:
     sets: list[int]
     groups_D: Tensor
     key: str = "rule"
-
-    def limits(self) -> Limits:
-        """Limits of every allocation of the rule."""
-        return limits_of(self.rule)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +65,7 @@ class ScoredChannels:
     @cached_property
     def macs(self) -> LinearCost:
         """MACs as a function of masks."""
-        heads = {name: one.groups_H for name, one in self.found.heads.items()}
-        blocks = {name: one.group for name, one in self.found.blocks.items()}
-        return macs_cost(self.found.grouping, macs_per_layer(self.model, self.inputs), heads, blocks)
+        return macs_cost(self.found.grouping, macs_per_layer(self.model, self.inputs), self.found.costs())
 
     @cached_property
     def parameters(self) -> LinearCost:
@@ -122,14 +116,16 @@ def scored_channels(
         ConfigError, ModelError: nothing can be pruned, or the criterion needs data.
     """
     pattern, criterion = build("pattern", rule.pattern, "pattern"), build("criterion", rule.criterion, "criterion")
-    chosen = pattern.chosen(model, rule.layers, rule.exclude)
+    chosen = chosen_layers_of(pattern, model, rule.layers, rule.exclude)
     if support_of(pattern).kind == "block":
         found = removable_blocks(model, inputs, chosen)
     else:
         units, multiples = pattern.head_units(model, chosen), dict.fromkeys(chosen, rule.multiple)
-        found = removable_channels(model, inputs, chosen, multiples=multiples, units=units)
+        own = own_groups(pattern, model, chosen)
+        traced = set[str]() if own else chosen
+        found = removable_channels(model, inputs, traced, multiples=multiples, units=units, own=own)
     feed = StatisticsFeed(key, criterion, model, _scored(found, criterion))
-    scores_G = criterion.score(found.grouping, Statistics(tensors=feed.statistics(calibration)))
+    scores_G = scores_of(criterion, found.grouping, Statistics(tensors=feed.statistics(calibration)))
     return ScoredChannels(model, rule, inputs, found, scores_G)
 
 
