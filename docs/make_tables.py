@@ -224,7 +224,7 @@ TABLES: dict[str, Callable[[], str]] = {
         kind: registered(kind)
         for kind in (
             *("pattern", "criterion", "normalizer", "mac_weighting", "schedule", "scope", "regularizer", "allocation"),
-            *("dynamic", "runtime"),
+            *("dynamic", "runtime", "precision"),
         )
     },
 }

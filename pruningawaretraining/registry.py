@@ -49,7 +49,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "merge": ("criteria.second_order.methods",),
     "normalizer": ("criteria.magnitude",),
     "pattern": ("patterns.block", "patterns.channel", "patterns.depth", "patterns.head", "patterns.slice"),
-    "precision": ("export.precision",),
+    "precision": ("export.precision", "export.int8"),
     "prox": ("proximal",),
     "rate": ("config.recipe",),
     "reduction": ("groups.reductions",),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +63,83 @@ def test_comparison_of_an_onnx_file_and_a_module(tmp_path: Path) -> None:
     result = compare_latency(
         {"dense": (path, INPUT), "again": (str(path), inputs), "net": (model(), INPUT)}, TRACED, **FAST
     )
-    medians = {name: one.median_ms for name, one in result.latencies.items()}
-    assert result.ratios == {name: median / medians["dense"] for name, median in medians.items()}
-    assert list(result.to_dict()) == ["latencies", "ratios"] and result.ratios["dense"] == 1.0
+    assert list(result.latencies) == list(result.ratios) == ["dense", "again", "net"]
+    assert list(result.to_dict()) == ["latencies", "ratios", "intervals"] and result.ratios["dense"] == 1.0
+    assert result.intervals["dense"] == (1.0, 1.0)
+    assert all(low <= result.ratios[name] <= high for name, (low, high) in result.intervals.items())
     with pytest.raises(ModelError, match="do not fit .*m.onnx, whose inputs are input"):
         measure_latency(path, {"inpt": INPUT})
     with pytest.raises(ModelError, match=r"cannot run inputs of shape \{'input': \(2, 3, 9, 9\)\}"):
         measure_latency(path, torch.randn(2, 3, 9, 9))
     with pytest.raises(ModelError, match="use runtime='onnxruntime'"):
         measure_latency(path, INPUT, "torch")
+
+
+class MadeUpClock:
+    """Time that goes by only while something is run; each run takes the next of its milliseconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def run(self, milliseconds: Iterable[float]) -> Callable[[], None]:
+        left = itertools.cycle(milliseconds)
+
+        def run() -> None:
+            self.now += next(left) / 1e3
+
+        return run
+
+
+def test_a_ratio_is_taken_turn_by_turn() -> None:
+    """The machine slows down threefold half-way; both models do, and their ratio stays."""
+    speed = [1.0] * 10 + [3.0] * 11
+    ratio = latency.ratio_of(speed, [0.5 * one for one in speed])
+    assert (ratio.value, ratio.low, ratio.high, ratio.turns) == (0.5, 0.5, 0.5, 21) and not ratio.is_noisy
+    assert ratio.spread == pytest.approx((3.0 - 1.0) / 3.0)
+
+
+@pytest.mark.parametrize("turns", [15, 40, 100])
+def test_intervals_hold_the_truth_nineteen_times_in_twenty(turns: int) -> None:
+    draw = random.Random(0)
+    held = 0
+    for _ in range(1000):
+        dense, copy = ([draw.lognormvariate(0.0, 0.2) for _ in range(turns)] for _ in range(2))
+        found = latency.ratio_of(dense, [0.4 * one for one in copy])
+        held += found.low <= 0.4 <= found.high
+    assert 0.94 <= held / 1000 <= 0.99
+
+
+def test_a_noisy_machine_is_measured_longer_and_said_to_be_noisy() -> None:
+    clock = MadeUpClock()
+    quiet = latency.ratio_in_turns(clock.run([20.0, 21.0]), clock.run([10.0, 10.5]), clock)
+    assert not quiet.is_noisy and quiet.value == pytest.approx(0.5) and quiet.turns == 50
+    draw = random.Random(1)
+    wild = [10.0 * draw.uniform(0.5, 3.0) for _ in range(997)]
+    noisy = latency.ratio_in_turns(clock.run([20.0]), clock.run(wild), clock)
+    assert noisy.is_noisy and noisy.high - noisy.low > 0.06 * noisy.value
+    assert noisy.turns > quiet.turns and noisy.turns % 3 == 0 and noisy.spread == pytest.approx(0.0)
+
+
+def test_turns_are_as_many_as_time_allows() -> None:
+    clock = MadeUpClock()
+    counts = [latency.enough_turns([clock.run([ms])], clock) for ms in (1.0, 30.0, 900.0)]
+    assert counts == [latency.MOST, 50, latency.FEWEST]
+
+
+def test_the_least_of_a_layer_is_of_enough_runs() -> None:
+    clock = MadeUpClock()
+    assert latency.least_ms(clock.run([9.0, 3.0, 2.0, 1.0, 0.5]), clock) == pytest.approx(1.0)  # 3 + 2 + 1 are enough
+    assert latency.least_ms(clock.run([0.1] * 15 + [0.01]), clock) == pytest.approx(0.01)
+
+
+def test_what_models_are_compared_with() -> None:
+    pair = {name: (model(), INPUT) for name in ("a", "b", "c", "d")}
+    found = compare_latency(pair, "torch", **FAST, against={"b": "a", "d": "c", "c": "c"})
+    assert found.ratios["a"] == found.ratios["c"] == 1.0
+    assert found.intervals["c"] == (1.0, 1.0) and found.ratios["d"] > 0
 
 
 @pytest.mark.parametrize(

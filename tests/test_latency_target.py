@@ -31,7 +31,9 @@ from pruningawaretraining.engine.targets import Targets
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.masks.pruned_copy import bare_copy, pruned_copy
 from pruningawaretraining.patterns.channel import Channel
+from pruningawaretraining.runtimes import timing
 from pruningawaretraining.runtimes.runtime import OnnxRuntime, TorchEager
+from pruningawaretraining.runtimes.timing import Ratio
 
 STEP = 8
 
@@ -76,6 +78,11 @@ class MadeUp:
             found[name] = 1.0 + 1.2 * sum(table_of(one)(one.outputs, one.inputs) for one in shapes.values())
             found[name] *= self.slower if name == "copy" else 1.0
         return found
+
+    def ratio(self, dense: tuple[Any, Any], copied: tuple[Any, Any]) -> Ratio:
+        found = self.milliseconds({"dense": dense, "copy": copied})
+        value = found["copy"] / found["dense"]
+        return Ratio(value, 0.99 * value, 1.01 * value, 0.02, 50)
 
     def ready(self, model: nn.Module, example_inputs: Any) -> nn.Module:
         return model
@@ -286,8 +293,8 @@ def pruned(target: dict[str, Any], meter: MadeUp, **rule: Any) -> tuple[nn.Modul
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(layer_timers, "SPENT_MS", 0.0)
-    monkeypatch.setattr(layer_timers, "SWEEPS", 1)
+    monkeypatch.setattr(timing, "LAYER_MS", 0.0)
+    monkeypatch.setattr(layer_timers, "ALIKE", float("inf"))
 
 
 @pytest.fixture
@@ -396,6 +403,68 @@ def test_the_last_masks_are_those_that_were_measured(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("pruningawaretraining.engine.targets.lookup", lambda kind, name: allocate)
     _, pruner = pruned({"latency": 0.9}, meter)
     assert len(chosen) == 4 and int((~pruner.channel_pruner.keep_D).sum()) == 4
+
+
+class Noisy(MadeUp):
+    """A machine on which nothing can be measured: whatever it says is off by far, and it says so."""
+
+    def ratio(self, dense: tuple[Any, Any], copied: tuple[Any, Any]) -> Ratio:
+        return Ratio(3.0, 1.0, 5.0, 1.7, 45)
+
+
+def test_a_noisy_machine_keeps_what_the_tables_predict(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    meter = Noisy()
+    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
+    with caplog.at_level("WARNING"):
+        model, pruner = pruned({"latency": 0.6}, meter)
+    (event,) = pruner.engine.rules[0].state.latencies
+    dense = event["dense_ms"]
+    assert event["is_noisy"] and event["predicted_ms"] <= 0.6 * dense * 1.001 and event["spread"] == 1.7
+    truth = meter.milliseconds({"a": (model, INPUT)})["a"]
+    assert truth == pytest.approx(event["predicted_ms"], rel=0.1)  # the tables held; the measurement was not used
+    assert f"with 95% confidence {dense:.4g} to {5 * dense:.4g} ms: the machine is too noisy" in caplog.text
+    assert "spread by 170%" in caplog.text and "the target is missed" not in caplog.text
+    assert pruner.phase == "finetune"
+    head = " ".join(str(pruner.report()).split())
+    assert f"latency {event['predicted_ms']:.4g} of {dense:.4g} ms predicted (" in head and "spread 170%" in head
+
+
+def test_every_event_and_the_report_say_the_latency(made_up: MadeUp) -> None:
+    torch.manual_seed(0)
+    model, lines = Net(), []
+    pruner = Pruning(model, {"rules": [{"target": {"latency": 0.6}, "end": 1}]}, example_inputs=INPUT)
+    for epoch in range(2):
+        pruner.prune(model, epoch, log=lines.append)
+    for event in pruner.engine.rules[0].state.latencies:
+        share, dense = event["measured_ms"] / event["dense_ms"], event["dense_ms"]
+        text = f"latency {event['measured_ms']:.4g} of {dense:.4g} ms ({share:.3f}; 95%: "
+        text += f"{0.99 * share:.3f} to {1.01 * share:.3f})"
+        assert any(f"epoch {event['at']}: masked to" in line and text in line for line in lines)
+    assert text in str(pruner.report()) and pruner.report().to_dict()["latency"]["measured_ms"] == event["measured_ms"]
+    assert event["low_ms"] < event["measured_ms"] < event["high_ms"]
+
+
+def test_the_first_measurement_is_told_and_the_next_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pruningawaretraining.costs.latency.meter.measure_table", lambda shape, *_: table_of(shape))
+    shapes = layer_shapes(Net(), INPUT, ["first", "second", "third"])
+    name = "pruningawaretraining.costs.latency.meter.progress"
+    with caplog.at_level("INFO", logger=name):
+        for _ in range(2):
+            RuntimeMeter("onnxruntime", cache=TimeCache({}, tmp_path / "times")).tables(shapes)
+    told = [(one.done, one.total) for one in caplog.records if one.name == name]
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert f"measuring 3 kinds of layers at many widths, 0 of 3: conv 3 x 32 (kept in {tmp_path}" in caplog.text
+
+
+def test_points_whose_times_differ_are_timed_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_timers, "ALIKE", 1.05)
+    times = {(1, 1): [2.0, 2.05], (2, 2): [5.0, 4.0, 3.0]}
+    assert layer_timers.swept(list(times), lambda point: times[point].pop(0)) == [2.0, 3.0]
+    assert times == {(1, 1): [], (2, 2): []}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -174,7 +174,8 @@ def test_report_prints_as_a_table_and_converts_to_plain_data() -> None:
     console.print(report)
     assert "stem[0]" in console.export_text()
     plain = report.to_dict()
-    assert list(plain) == ["phase", "sparsity", "macs", "parameters", "layers", "groups", "batch", "masked"]
+    keys = ["phase", "sparsity", "macs", "parameters", "layers", "groups", "batch", "masked", "latency"]
+    assert list(plain) == keys and plain["latency"] is None
     assert json.loads(json.dumps(plain)) == plain
     plain["groups"][0]["dependencies"].clear()
     assert report.groups[0]["dependencies"] == ["bn", "head"]
@@ -386,3 +387,21 @@ def test_latency_that_was_predicted_and_measured(tmp_path: Path) -> None:
     (folder / "summary.json").write_text(json.dumps(summary))
     text = Page(write_report(folder).read_text()).text
     assert all(one in text for one in ("predicted, ms", "0.550", "0.500", "+10.0%", "50.0%"))
+
+
+@pytest.mark.parametrize("is_noisy", [False, True])
+def test_the_head_says_the_latency_with_its_interval(tmp_path: Path, is_noisy: bool) -> None:
+    folder = report_fixture.write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    event = {"rule": "channels", "at": 7, "predicted_ms": 0.55, "measured_ms": 0.5, "dense_ms": 1.0, "budget_ms": 0.6}
+    event |= {"low_ms": 0.488, "high_ms": 0.512, "spread": 0.37, "is_noisy": is_noisy}
+    summary["latency"] |= {"events": [event], "interval": [0.571, 0.633]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    cards = Page(write_report(folder).read_text()).text.partition("Each epoch of the pruned model")[0]
+    shown = render(tables.comparison_table(summary))
+    for text in (cards, shown):
+        text = " ".join(text.split())
+        assert "0.571 to 0.633 of dense (95%)" in text and "Latency at the target" in text
+        assert ("0.488 to 0.512 of dense (95%)" in text) is not is_noisy
+        assert ("predicted: timing is too noisy here (spread 37%)" in text) is is_noisy
+        assert ("0.55 ms" if is_noisy else "0.5 ms") in text

@@ -19,7 +19,7 @@ from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
-from pruningawaretraining.experiment.build import build_model
+from pruningawaretraining.experiment.build import build_model, has_weights
 from pruningawaretraining.experiment.calibration import TrainingBatches, loss_of
 from pruningawaretraining.experiment.data import Batch, Pipeline
 from pruningawaretraining.experiment.datasets import load_data
@@ -138,8 +138,7 @@ def _with_weights(config: ExperimentConfig, options: SensitivityOptions) -> Expe
     Raises:
         ConfigError: no weights are given or found.
     """
-    kwargs = config.model.kwargs
-    if options.weights is None and (config.model.weights or kwargs.get("weights") or kwargs.get("pretrained")):
+    if options.weights is None and has_weights(config.model):
         return config
     found = options.weights or config.folder() / record.DENSE
     if not found.is_file():

@@ -96,7 +96,6 @@ def sweep(
     out: Annotated[Path | None, typer.Option(help="Folder of the runs; runs/<name>-sweep without it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished runs, go on with interrupted ones.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the runs that are there.")] = False,
-    more: Annotated[list[float] | None, typer.Argument(help="More strengths.", hidden=True)] = None,
     debug: Debug = False,
 ) -> None:
     """Run an experiment at several strengths of its regulariser, and compare: `--reg 5e-2 5e-3 5e-4`."""
@@ -105,7 +104,7 @@ def sweep(
 
         experiment = experiment_of(config, data, None)
         folder = out or Path("runs") / f"{experiment.name}-sweep"
-        strengths = (*(reg or ()), *(more or ())) or STRENGTHS
+        strengths = tuple(reg or STRENGTHS)
         console = Console()
         runs, page = run_sweep(experiment, SweepOptions(strengths, folder, resume, overwrite), console)
         _print_choices(runs, console)
@@ -127,7 +126,6 @@ def sensitivity(
             help="The result: a file that ends in .json, in a folder that is there; a .html page lies beside it."
         ),
     ] = Path("sensitivity.json"),
-    more: Annotated[list[float] | None, typer.Argument(help="More sparsities.", hidden=True)] = None,
     debug: Debug = False,
 ) -> None:
     """Accuracy as each set of layers alone is pruned; the result can cap a rule: `max_sparsity_from`."""
@@ -136,7 +134,7 @@ def sensitivity(
 
         check_out(out, ".json")
         experiment = experiment_of(config, data, None)
-        levels = tuple(sorted({*(sparsities or ()), *(more or ())})) or GRID
+        levels = tuple(sorted(set(sparsities or GRID)))
         console = Console()
 
         def shown(names: Sequence[str]) -> Any:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.errors import LiveError
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
@@ -32,11 +34,42 @@ class _PlainFlags:
 
 
 class Command(_PlainFlags, TyperCommand):
-    """One command."""
+    """One command. An option that may be repeated takes several numbers at once: ``--latency 0.5 0.33``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See click's command."""
+        repeated = {name for one in self.params if getattr(one, "multiple", False) for name in one.opts}
+        return super().parse_args(ctx, spread(args, repeated))
 
 
 class Commands(_PlainFlags, TyperGroup):
     """All commands."""
+
+
+def spread(args: Sequence[str], repeated: Collection[str]) -> list[str]:
+    """``--latency 0.5 0.33`` as ``--latency 0.5 --latency 0.33``, for the options that may be repeated."""
+    found: list[str] = []
+    option, values = "", 0
+    for one in args:
+        if one.startswith("--"):
+            name, equals, _ = one.partition("=")
+            option, values = name if name in repeated else "", len(equals)
+        elif option and values and _is_number(one):
+            found.append(option)
+        elif values:
+            option = ""
+        else:
+            values = 1
+        found.append(one)
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class App(typer.Typer):
@@ -141,3 +174,58 @@ def reported(debug: bool, shaped: bool = False) -> Iterator[None]:
         for line in _in_terms_of_commands(str(error), shaped).splitlines() or [type(error).__name__]:
             errors.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(BAD_INPUT) from None
+
+
+MEASURING = "pruningawaretraining.costs.latency.meter.progress"
+"""The logger that says how far a first measurement has come."""
+
+
+class _MeasuringBar(logging.Handler):
+    """Shows records of :data:`MEASURING`: a line when a measurement begins, and a bar where there is a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self.console, self._bar = console, contextlib.ExitStack()
+        self._progress: Progress | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See :class:`logging.Handler`."""
+        done, total, what = (vars(record)[key] for key in ("done", "total", "what"))
+        if done == 0:
+            self._begin(total, vars(record))
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=done, description=what)
+        if done == total:
+            self.close()
+
+    def _begin(self, total: int, about: dict[str, Any]) -> None:
+        text = f"measuring on {about['runtime']}, once for this machine: {about['title']} (kept in {about['folder']})"
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        if self.console.is_terminal:
+            columns = (BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(compact=True), "{task.description}")
+            with contextlib.suppress(LiveError):  # another bar is there: the line has to do
+                self._progress = self._bar.enter_context(Progress(*columns, console=self.console))
+                self._progress.add_task("", total=total)
+
+    def close(self) -> None:
+        """See :class:`logging.Handler`."""
+        self._progress = None
+        self._bar.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def measuring(console: Console) -> Iterator[None]:
+    """Show the first measurement of latencies, which takes a while."""
+    logger, bar = logging.getLogger(MEASURING), _MeasuringBar(console)
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(bar)
+    try:
+        yield
+    finally:
+        logger.removeHandler(bar)
+        bar.close()
+        logger.setLevel(level)
+        logger.propagate = propagate

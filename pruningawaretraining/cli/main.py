@@ -17,8 +17,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pruningawaretraining.cli import analysis, check, latency, new
-from pruningawaretraining.cli.common import App, check_out, experiment_of, reported, say_written, shape_of
+from pruningawaretraining.cli import analysis, check, latency, new, plan
+from pruningawaretraining.cli.common import App, check_out, experiment_of, measuring, reported, say_written, shape_of
 from pruningawaretraining.version import __version__
 
 app = App(
@@ -105,7 +105,6 @@ def oneshot(
     norms: Annotated[int, typer.Option(help="Batches over which batch norms are measured again.")] = 0,
     overwrite: Overwrite = False,
     wandb: Wandb = None,
-    more: Annotated[list[float] | None, typer.Argument(help="More sparsities.", hidden=True)] = None,
     debug: Debug = False,
 ) -> None:
     """Prune a trained model at once, to several sparsities, and compare: `--sparsities 0.5 0.6 0.75 0.9`."""
@@ -114,9 +113,12 @@ def oneshot(
         from pruningawaretraining.session.one_shot import AfterPruning
 
         experiment = experiment_of(config, data, out)
-        levels = (*(sparsities or ()), *(more or ())) or None
+        levels = tuple(sparsities) if sparsities else None
         options = OneShotOptions(levels, experiment.folder(), save, AfterPruning(compensation, norms), wandb, overwrite)
-        Console().print(results_table(run_one_shot(experiment, options)))
+        console = Console()
+        with measuring(console):
+            rows = run_one_shot(experiment, options)
+        console.print(results_table(rows))
         say_written(*written_in(experiment.folder()))
 
 
@@ -169,6 +171,7 @@ analysis.add_to(app)
 check.add_to(app)
 latency.add_to(app)
 new.add_to(app)
+plan.add_to(app)
 
 
 def main() -> None:
@@ -194,7 +197,11 @@ def _run(
     if os.environ.get("RANK", "0") != "0":  # of several processes, the first logs
         loggers = Loggers()
     board = experiment.folder() / "tensorboard" if loggers.tensorboard else None
-    with tracked(loggers.wandb, experiment.name) as first, on_board(board, resume=resume) as second:
+    with (
+        tracked(loggers.wandb, experiment.name) as first,
+        on_board(board, resume=resume) as second,
+        measuring(console),
+    ):
         watch = each_of(first, second)
         summary = run_experiment(experiment, resume=resume, overwrite=overwrite, console=console, watch=watch)
     if summary:  # of several processes, the first has it

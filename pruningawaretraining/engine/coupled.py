@@ -50,6 +50,7 @@ from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.models.example_inputs import Example
 from pruningawaretraining.models.widths import conv_linear_widths
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.report.summary import latency_text
 
 
 class CoupledGroups:
@@ -240,7 +241,8 @@ class CoupledGroups:
     def summary(self, one: CoupledRule) -> tuple[str, str]:
         """The verb of an event, and what has been reached, for the log."""
         fraction = self.macs_cost(self.keep_D) / max(self.macs_cost.dense, 1.0)
-        return "masked to", f"sparsity {self.sparsity:.4f}, {fraction:.4f} of the MACs"
+        reached = "".join(f", {latency_text(event)}" for event in one.state.latencies[-1:])
+        return "masked to", f"sparsity {self.sparsity:.4f}, {fraction:.4f} of the MACs{reached}"
 
     # --- what has been reached ----------------------------------------------------------------------------------
 

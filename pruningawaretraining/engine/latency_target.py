@@ -22,12 +22,18 @@ from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.masks.pruned_copy import bare_copy, pruned_copy
 from pruningawaretraining.models.calling import ForwardFn, tensors_of
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.report.summary import latency_text
 from pruningawaretraining.runtimes.runtime import Model
 
 logger = logging.getLogger(__name__)
 
 ANCHORS = (0.5, 0.25)  # widths of the copies that are measured at first, beside the dense model and one of mixed widths
 ROUNDED = 8
+NOISY = (
+    "latency: %.4g ms measured, with 95%% confidence %.4g to %.4g ms: the machine is too noisy to promise milliseconds "
+    "(runs of the dense model spread by %.0f%%). The masks are chosen by the tables, which predict %.4g ms. Allowed: "
+    "a quiet machine, or a target of MACs"
+)
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,19 @@ class LatencyReached:
         measured_ms: what it took.
         dense_ms: what the dense model took.
         budget_ms: the target, or None where the event had none yet.
+        low_ms, high_ms: the 95% confidence interval of ``measured_ms``.
+        spread: of the dense model's runs, from the 10th to the 90th percentile, as a fraction of their median.
+        is_noisy: whether that interval is too wide for the measurement to decide anything.
     """
 
     predicted_ms: float
     measured_ms: float
     dense_ms: float
     budget_ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
+    spread: float | None = None
+    is_noisy: bool = False
 
 
 class LatencyTarget:
@@ -97,11 +110,16 @@ class LatencyTarget:
             budget: what was aimed at.
         """
         predicted = self.cost(keep_D)
-        found = self.meter.milliseconds({"dense": (self._dense, self.inputs), "copy": (copied, self.inputs)})
-        measured = self.dense_ms * found["copy"] / found["dense"]  # on the scale of the first measurement
-        self.cost.correct(keep_D, measured)
-        logger.info("latency: %.4g ms predicted, %.4g ms measured, dense %.4g ms", predicted, measured, self.dense_ms)
-        return LatencyReached(predicted, measured, self.dense_ms, budget)
+        ratio = self.meter.ratio((self._dense, self.inputs), (copied, self.inputs))
+        scale = self.dense_ms  # of the first measurement
+        measured, low, high = scale * ratio.value, scale * ratio.low, scale * ratio.high
+        if ratio.is_noisy:
+            logger.warning(NOISY, measured, low, high, 100 * ratio.spread, predicted)
+        else:
+            self.cost.correct(keep_D, measured)
+        found = LatencyReached(predicted, measured, scale, budget, low, high, ratio.spread, ratio.is_noisy)
+        logger.info("%s; %.4g ms predicted", latency_text(vars(found)), predicted)
+        return found
 
 
 def _anchors(found: ChannelGroups) -> list[Tensor]:

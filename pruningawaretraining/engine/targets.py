@@ -181,6 +181,7 @@ class Targets:
         keep_D: Tensor,
         progress: float,
         copied: Callable[[Tensor], nn.Module] | None,
+        rounds: int = ROUNDS,
     ) -> tuple[Tensor, bool, LatencyReached | None]:
         """The rule's next masks.
 
@@ -191,6 +192,7 @@ class Targets:
             progress: how far its schedule has come; 1 at its last event.
             copied: a copy of the model, as it is now, without the groups that a mask of all groups drops; None: no
                 latency is measured.
+            rounds: of allocating and measuring at most.
 
         Returns:
             Its masks, whether its target is met with them, and the latency where the target is about it.
@@ -211,7 +213,7 @@ class Targets:
             keep_R, met = allocate(replace(task, goals=mild, at_least=part * at_least)), False
         if timed is None or copied is None:
             return keep_R, met, None
-        return self._measured(task, timed, keep_R, met, allocate, copied)
+        return self._measured(task, timed, keep_R, met, allocate, copied, rounds)
 
     def _measured(
         self,
@@ -221,6 +223,7 @@ class Targets:
         met: bool,
         allocate: Callable[[Task], Tensor],
         copied: Callable[[Tensor], nn.Module],
+        rounds: int,
     ) -> tuple[Tensor, bool, LatencyReached | None]:
         """Measure the copy; at the last event choose again with the corrected prediction, until the budget is used.
 
@@ -230,17 +233,17 @@ class Targets:
         latency = self._latency_of(share)
         best: tuple[Tensor, LatencyReached] | None = None
         missed = ""
-        for turn in range(ROUNDS):
+        for turn in range(rounds):
             whole = task.keep_D.clone()
             whole[share.groups_D] = keep_R
             reached = latency.measure(whole, copied(whole), timed.budget)
-            if not met:
+            if not met or reached.is_noisy:
                 return keep_R, met, reached
             if reached.measured_ms <= timed.budget * (1 + TOLERANCE):
                 best = max(best or (keep_R, reached), (keep_R, reached), key=lambda one: one[1].measured_ms)
                 if reached.measured_ms >= timed.budget * (1 - UNUSED):
                     break
-            if turn + 1 == ROUNDS:
+            if turn + 1 == rounds:
                 break
             try:
                 again_R = allocate(task)

@@ -172,6 +172,11 @@ def _gives_module(found: Any) -> bool:
     return isinstance(result, type) and issubclass(result, nn.Module)
 
 
+def has_weights(config: ModelConfig) -> bool:
+    """Whether a config says where the weights of its model come from; else they are as random as it is built."""
+    return bool(config.weights or config.kwargs.get("weights") or config.kwargs.get("pretrained"))
+
+
 def load_weights(model: nn.Module, path: str) -> None:
     """Load a state dict from .safetensors, or from a torch file of tensors, with or without ``module.`` in its names.
 

@@ -146,6 +146,7 @@ def _latency(trained: Trained, model: nn.Module) -> dict[str, Any]:
     pair = {"dense": (trained.fresh_model(), images), "pruned": (model, images)}
     found = compare_latency(pair, runtime, spec.threads, spec.repeats, spec.warmup)
     common = {"runtime": spec.runtime, "threads": spec.threads, "batch": len(images), "ratio": found.ratios["pruned"]}
+    common["interval"] = list(found.intervals["pruned"])
     measured = {name: one.to_dict() for name, one in found.latencies.items()}
     return {**common, **measured, "events": _latency_events(trained.pruner)}
 

@@ -52,7 +52,8 @@ A run folder holds:
              "removed_reloaded": 0.0,           that against pruned.safetensors loaded into a fresh dense model
              "reloaded_onnx": 2e-6 | null,      that against model.onnx in onnxruntime
              "onnx_accuracy": 0.98 | null},     of model.onnx in onnxruntime over all test images
-         "latency": {"runtime", "threads", "batch", "dense": {...}, "pruned": {...}, "ratio": 0.6} | null,
+         "latency": {"runtime", "threads", "batch", "dense": {...}, "pruned": {...}, "ratio": 0.6,
+                     "interval": [0.58, 0.62], "events": [...]} | null,
                                                 dense and pruned are Latency.to_dict(); ratio is pruned / dense
          "files": ["config.yaml", ...],         the files of the folder that the run wrote
          "seconds": 93.1}                       of the whole run, over all sessions if it was resumed

@@ -57,10 +57,11 @@ class Timed:
     Attributes:
         name, family: as in :class:`Candidate`.
         median_ms, p10, p90: latency.
-        ratio: median over that of the family's first.
+        ratio: of its time to that of the family's first, the median over the turns.
         macs, parameters, peak_bytes: None for files.
         bytes: size on disk.
         accuracy: or None.
+        low, high: 95% confidence interval of the ratio; None where it is not known.
     """
 
     name: str
@@ -74,6 +75,13 @@ class Timed:
     peak_bytes: int | None
     bytes: int
     accuracy: float | None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def interval(self) -> str:
+        """Of the ratio, for a table."""
+        return "–" if self.low is None or self.high is None else f"{self.low:.3f} to {self.high:.3f}"
 
 
 def candidates(
@@ -196,14 +204,16 @@ def timed(
         raise ConfigError(f"{twice!r} is given twice. Allowed: models of different names")
     resize = RuntimeMeter(runtime, batch, threads).inputs
     pairs = {one.name: (one.model, resize(one.inputs)) for one in found}
-    latencies = compare_latency(pairs, runtime, threads, repeats).latencies
-    first: dict[str, float] = {}
+    firsts: dict[str, str] = {}
+    against = {one.name: firsts.setdefault(one.family, one.name) for one in found}
+    compared = compare_latency(pairs, runtime, threads, repeats, against=against)
     rows = []
     for one in found:
-        took = latencies[one.name]
-        base = first.setdefault(one.family, took.median_ms)
-        times = (took.median_ms, took.p10, took.p90, took.median_ms / base)
-        rows.append(Timed(one.name, one.family, *times, *_costs(*pairs[one.name]), one.bytes, one.accuracy))
+        took = compared.latencies[one.name]
+        times = (took.median_ms, took.p10, took.p90, compared.ratios[one.name])
+        costs = _costs(*pairs[one.name])
+        interval = (None, None) if against[one.name] == one.name else compared.intervals[one.name]
+        rows.append(Timed(one.name, one.family, *times, *costs, one.bytes, one.accuracy, *interval))
     return rows
 
 
@@ -228,6 +238,7 @@ def timing_tables(rows: Sequence[Timed], title: str, width: int, batch: int = 1)
         "ms": [f"{one.median_ms:.3g}" for one in rows],
         "p10 to p90": [f"{one.p10:.3g} to {one.p90:.3g}" for one in rows],
         "of dense": [f"{one.ratio:.3f}" for one in rows],
+        "95% interval": [one.interval for one in rows],
         "accuracy": [percent(one.accuracy, 2) for one in rows],
     }
     costs = {

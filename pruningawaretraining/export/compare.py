@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,17 +31,22 @@ def compare(
         batches, sizes = list(given), tuple(dict.fromkeys(len(one[0]) for one in given))
     difference, scale = 0.0, 0.0
     for tensors in batches:
-        expected = _reference(graph, tensors)
-        feed = ort.as_arrays(session, dict(zip(graph.input_names, tensors, strict=True)))
-        hint = ". If the model fixes its batch size, pass dynamic_batch=False" if graph.dynamic else ""
-        found = [torch.from_numpy(array) for array in ort.checked_run(session, feed, hint)]
+        expected = reference(graph, tensors)
+        found = outputs_in_onnxruntime(graph, session, tensors)
         for name, left, right in zip(graph.output_names, expected, found, strict=True):
             difference = max(difference, _difference(name, left, right))
             scale = max(scale, _largest(left))
     return difference, scale, sizes
 
 
-def _reference(graph: FlatGraph, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def outputs_in_onnxruntime(graph: FlatGraph, session: Any, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """The outputs of a session on the inputs of its graph."""
+    feed = ort.as_arrays(session, dict(zip(graph.input_names, tensors, strict=True)))
+    hint = ". If the model fixes its batch size, pass dynamic_batch=False" if graph.dynamic else ""
+    return [torch.from_numpy(array) for array in ort.checked_run(session, feed, hint)]
+
+
+def reference(graph: FlatGraph, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The model's own outputs in eval mode."""
     try:
         with torch.no_grad(), evaluating(graph.module), strict_float32(), exporters.without_attention_fastpath():

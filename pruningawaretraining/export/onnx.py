@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,18 @@ from torch import Tensor, nn
 
 from pruningawaretraining.checkpoint.records import summary_of
 from pruningawaretraining.errors import ConfigError, ModelError
+from pruningawaretraining.export.agreement import Agreement, agreement, labels_of
 from pruningawaretraining.export.compare import compare
-from pruningawaretraining.export.precision import SINGLE_FILE_BYTES, Convert, initializer_bytes
+from pruningawaretraining.export.precision import SINGLE_FILE_BYTES, Converted, Float16, Precision, initializer_bytes
 from pruningawaretraining.files import writing
 from pruningawaretraining.models.calling import move, unwrap
-from pruningawaretraining.registry import canonical, lookup
+from pruningawaretraining.registry import build, canonical, names
 from pruningawaretraining.runtimes.exporter_choice import AUTO, chosen_exporter
 from pruningawaretraining.runtimes.exporters import export_graph, opsets
 from pruningawaretraining.runtimes.flat_model import FlatGraph, batch_of, build_graph
 from pruningawaretraining.runtimes.ort import require
 
 logger = logging.getLogger(__name__)
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.25}
-"""Largest difference by precision, as a fraction of the largest output."""
 OWN = ("producer", "model", "parameters", "batch", "exporter", "torch", "precision", "pruning")
 """Entries of a file's metadata that the library writes."""
 
@@ -50,6 +49,9 @@ class ExportResult:
         relative_diff: ``max_abs_diff`` relative to the largest output, which the tolerance is about.
         batch_sizes: the batch sizes that were compared.
         precision: "float32", "float16" or "int8".
+        agreement: with the model, on the calibration data; None without data, or where the outputs have no classes.
+        excluded: layers that int8 left in float32.
+        layer_errors: what each layer alone would cost in int8, the worst first, where ``exclude`` asked for the worst.
     """
 
     path: Path
@@ -61,6 +63,9 @@ class ExportResult:
     relative_diff: float = 0.0
     batch_sizes: tuple[int, ...] = ()
     precision: str = "float32"
+    agreement: Agreement | None = None
+    excluded: tuple[str, ...] = ()
+    layer_errors: Mapping[str, float] = field(default_factory=dict)
 
 
 def export_onnx(
@@ -72,7 +77,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     opset: int | None = None,
     tolerance: float | None = None,
-    precision: str = "float32",
+    precision: str | Mapping[str, Any] | Precision = "float32",
     calibration: Iterable[Any] = (),
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     metadata: Mapping[str, object] | None = None,
@@ -89,9 +94,11 @@ def export_onnx(
         exporter: "dynamo" (torch.export), "torchscript" (tracing), or "auto": PyTorch's choice, dynamo from 2.9 on.
         dynamic_batch: leave the batch dimension of inputs and outputs free.
         opset: version of the ONNX operator set; None for the exporter's choice.
-        tolerance: largest difference as a fraction of the largest output; None for :data:`TOLERANCES`.
-        precision: "float32"; "float16" (inputs and outputs stay float32); "int8" (onnxruntime's static quantization).
-        calibration: batches like ``example_inputs`` for int8; surplus entries, such as labels, are ignored.
+        tolerance: largest difference as a fraction of the largest output; None for the precision's: 1e-4, 0.02 or 0.25.
+        precision: "float32"; "float16" (inputs and outputs stay float32); "int8" (onnxruntime's static quantization);
+            or ``{"type": name, **options}``, see :class:`~pruningawaretraining.export.int8.Int8`.
+        calibration: batches like ``example_inputs``, for int8, and to measure how often the file agrees with the model;
+            with labels after the inputs, also how often both are right.
         dynamic_axes: more free dimensions: input -> dimension -> name.
         metadata: entries added to the file's metadata.
 
@@ -100,12 +107,22 @@ def export_onnx(
         ModelError: the inputs or ``calibration`` do not fit, the export fails, or the file disagrees with the model.
     """
     settings = _settings(Path(path), exporter, opset, tolerance, precision)
-    properties = {"precision": settings.precision, **_pruning(model), **_allowed(metadata or {})}
+    properties = {"precision": settings.name, **_pruning(model), **_allowed(metadata or {})}
     graph = build_graph(model, example_inputs, dynamic_batch, dynamic_axes)
     cpu = torch.device("cpu")
-    moved = [(f"calibration[{number}]", move(one, cpu)) for number, one in enumerate(calibration)]
-    batches = [batch_of(graph, example_inputs, one, key) for key, one in moved]
-    return _export(graph, settings, batches, _properties(graph, settings.exporter, properties), _half(model))
+    moved = [move(one, cpu) for one in calibration]
+    batches = [batch_of(graph, example_inputs, one, f"calibration[{number}]") for number, one in enumerate(moved)]
+    settings.precision.check(graph, batches)
+    data = _Data(batches, [labels_of(graph, one) for one in moved])
+    return _export(graph, settings, data, _properties(graph, settings.exporter, properties), _half(model))
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Calibration data: the graph's inputs, and the labels of each batch where it has any."""
+
+    batches: Sequence[tuple[Tensor, ...]]
+    labels: Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -116,12 +133,17 @@ class _Settings:
     exporter: str
     opset: int | None
     tolerance: float
-    precision: str
+    precision: Precision
+    name: str
 
 
-def _settings(path: Path, exporter: str, opset: int | None, tolerance: float | None, precision: str) -> _Settings:
-    precision = canonical("precision", precision, "precision")
-    tolerance = TOLERANCES.get(precision, 1e-4) if tolerance is None else tolerance
+def _settings(path: Path, exporter: str, opset: int | None, tolerance: float | None, precision: Any) -> _Settings:
+    named = precision.get("type") if isinstance(precision, Mapping) else precision
+    name = canonical("precision", named, "precision") if isinstance(named, str) else type(precision).__name__.lower()
+    built: Precision = build("precision", precision)
+    if not hasattr(built, "convert"):
+        raise ConfigError(f"precision: {precision!r} is not one. Allowed: {', '.join(names('precision'))}")
+    tolerance = built.tolerance if tolerance is None else tolerance
     if not tolerance > 0:
         raise ConfigError(f"tolerance: {tolerance!r} is not a positive number")
     exporter = chosen_exporter(exporter)
@@ -129,7 +151,7 @@ def _settings(path: Path, exporter: str, opset: int | None, tolerance: float | N
         raise ConfigError(
             f"path: {str(path)!r} is a folder. Allowed: a file in it, such as {str(path / 'model.onnx')!r}"
         )
-    return _Settings(path, exporter, opset, tolerance, precision)
+    return _Settings(path, exporter, opset, tolerance, built, name)
 
 
 def _allowed(metadata: Mapping[str, object]) -> Mapping[str, object]:
@@ -143,38 +165,57 @@ def _allowed(metadata: Mapping[str, object]) -> Mapping[str, object]:
 def _export(
     graph: FlatGraph,
     settings: _Settings,
-    batches: Sequence[tuple[Tensor, ...]],
+    data: _Data,
     properties: Mapping[str, str],
     hint: str,
 ) -> ExportResult:
     """Write the file beside its place, check it there, and move it."""
-    path, opset = settings.path, settings.opset
-    convert: Convert = lookup("precision", settings.precision)
+    path, opset, precision = settings.path, settings.opset, settings.precision
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
         written, final = Path(folder) / "exported.onnx", Path(folder) / path.name
         export_graph(graph, written, settings.exporter, opset)
-        version = _finish(convert(written, graph, batches), final, properties)
+        converted = precision.convert(written, graph, data.batches)
+        version = _finish(converted.path, final, properties)
         if opset not in (None, version):
             raise ConfigError(
                 f"opset: {opset!r} is not what the exporter {settings.exporter!r} wrote, which is {version}. Allowed: "
                 f"that, None for the exporter's own choice, or another exporter ({opsets()}). Nothing was written"
             )
-        difference, scale, sizes = compare(graph, final, batches[:4] if settings.precision == "int8" else None)
+        difference, scale, sizes = compare(graph, final, data.batches[:4] if precision.compared_on_data else None)
         relative = difference / max(scale, 1e-12)
         if not relative <= settings.tolerance:
             raise ModelError(
                 f"{path.name}: onnxruntime differs from the model by {difference:.3g} where outputs reach {scale:.3g}; "
                 f"allowed is tolerance={settings.tolerance:g} of that. Nothing was written{hint}"
             )
+        found = agreement(graph, final, data.batches, data.labels) if data.batches else None
         with writing(path):
             for part in (final.with_name(final.name + ".data"), final):
                 if part.exists():
                     os.replace(part, path.with_name(part.name))
     logger.info("%s: opset %d, largest difference %.3g (%.2g of the output)", path, version, difference, relative)
-    names = (graph.input_names, graph.output_names)
-    return ExportResult(path, difference, settings.exporter, version, *names, relative, sizes, settings.precision)
+    _tell_of(found, settings, converted)
+    ends = (graph.input_names, graph.output_names)
+    result = ExportResult(path, difference, settings.exporter, version, *ends, relative, sizes, settings.name)
+    return replace(result, agreement=found, excluded=converted.excluded, layer_errors=converted.layer_errors)
+
+
+def _tell_of(found: Agreement | None, settings: _Settings, converted: Converted) -> None:
+    """Say how often the file agrees with the model; warn where that is too seldom."""
+    if found is None:
+        return
+    text = f"{settings.path.name}: {settings.name} {found}"
+    if found.same >= settings.precision.agreement:
+        logger.info(text)
+        return
+    more = len(converted.excluded) + 2
+    logger.warning(
+        f"{text}, and {settings.precision.agreement:.1%} is asked for. Allowed: more calibration data, "
+        f'quantization-aware training, or precision={{"type": "int8", "exclude": {more}}}: the {more} worst layers '
+        "stay in float32"
+    )
 
 
 def _half(model: nn.Module) -> str:
@@ -183,9 +224,7 @@ def _half(model: nn.Module) -> str:
     if not kinds:
         return ""
     kind = str(kinds.pop()).removeprefix("torch.")
-    return (
-        f'. The model is in {kind}: allow tolerance={TOLERANCES["float16"]:g}, or model.float() and precision="float16"'
-    )
+    return f'. The model is in {kind}: allow tolerance={Float16.tolerance:g}, or model.float() and precision="float16"'
 
 
 def _pruning(model: nn.Module) -> dict[str, str]:

@@ -1,80 +1,102 @@
-"""Precisions of an exported file: float32, float16, and int8 by static quantization."""
+"""Precisions of an exported file: float32 and float16; int8 is in :mod:`pruningawaretraining.export.int8`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
-from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import register
 from pruningawaretraining.runtimes.flat_model import FlatGraph
 from pruningawaretraining.runtimes.ort import require
 
 SINGLE_FILE_BYTES = 1_900_000_000  # protobuf holds at most 2 GiB; above this the weights go to <name>.data
 
-Convert = Callable[[Path, FlatGraph, Sequence[tuple[Tensor, ...]]], Path]
+Batches = Sequence[tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A file in another precision.
+
+    Attributes:
+        path: the file.
+        excluded: layers that were left in float32.
+        layer_errors: error of the outputs with one layer alone converted, as a fraction of the outputs, by layer, the
+            worst first; empty where it was not asked for.
+    """
+
+    path: Path
+    excluded: tuple[str, ...] = ()
+    layer_errors: Mapping[str, float] = field(default_factory=dict)
+
+
+class Precision(Protocol):
+    """Interface of registered precisions: frozen dataclasses with the precision's options.
+
+    Attributes:
+        tolerance: largest difference from the model, as a fraction of the largest output.
+        agreement: fraction of the calibration data's rows on which the largest output should be the model's.
+        compared_on_data: whether the file is compared with the model on the calibration data alone.
+    """
+
+    tolerance: ClassVar[float]
+    agreement: float
+    compared_on_data: ClassVar[bool]
+
+    def check(self, graph: FlatGraph, batches: Batches) -> None:
+        """Refuse what cannot be converted, before the export."""
+        ...
+
+    def convert(self, written: Path, graph: FlatGraph, batches: Batches) -> Converted:
+        """Convert an exported float32 file, beside it."""
+        ...
 
 
 @register("precision", "float32", "fp32")
-def keep_precision(written: Path, graph: FlatGraph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
-    """Keep the file unchanged."""
-    return written
+@dataclass(frozen=True)
+class Float32:
+    """The file as it was exported."""
+
+    tolerance: ClassVar[float] = 1e-4
+    compared_on_data: ClassVar[bool] = False
+    agreement: ClassVar[float] = 0.0
+
+    def check(self, graph: FlatGraph, batches: Batches) -> None:
+        """See :class:`Precision`."""
+
+    def convert(self, written: Path, graph: FlatGraph, batches: Batches) -> Converted:
+        """See :class:`Precision`."""
+        return Converted(written)
 
 
 @register("precision", "float16", "fp16", "half")
-def to_float16(written: Path, graph: FlatGraph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
-    """Weights and operators in half precision; inputs and outputs stay as they are."""
-    onnx, half = require("onnx"), require("onnxruntime.transformers.float16")
-    converted = half.convert_float_to_float16(onnx.load(str(written)), keep_io_types=True)
-    ordered = require("onnxruntime.transformers.onnx_model").OnnxModel(converted)
-    ordered.topological_sort()  # casts of inputs are put at the end
-    return saved(ordered.model, written.with_name("half.onnx"))
+@dataclass(frozen=True)
+class Float16:
+    """Weights and operators in half precision; inputs and outputs stay as they are.
 
-
-@register("precision", "int8")
-def to_int8(written: Path, graph: FlatGraph, batches: Sequence[tuple[Tensor, ...]]) -> Path:
-    """onnxruntime's static quantization, with quantize and dequantize nodes around operators.
-
-    Raises:
-        ConfigError: there are no batches.
+    Args:
+        agreement: below this a warning says how often the file agrees with the model on ``calibration``.
     """
-    if not batches:
-        raise ConfigError('calibration: precision="int8" needs data. Allowed: batches in the form of example_inputs')
-    quantization = require("onnxruntime.quantization")
-    prepared, target = written.with_name("prepared.onnx"), written.with_name("int8.onnx")
-    whole = saved(require("onnx").load(str(written)), written.with_name("whole.onnx"))
-    require("onnxruntime.quantization.shape_inference").quant_pre_process(
-        str(whole), str(prepared), skip_symbolic_shape=True
-    )
 
-    quantization.quantize_static(
-        str(prepared), str(target), _Reader(graph, batches), per_channel=True, reduce_range=_reduced()
-    )
-    return target
+    tolerance: ClassVar[float] = 2e-2
+    compared_on_data: ClassVar[bool] = False
+    agreement: float = 0.98
 
+    def check(self, graph: FlatGraph, batches: Batches) -> None:
+        """See :class:`Precision`."""
 
-class _Reader:
-    """Batches as onnxruntime reads them: one after the other, then None."""
-
-    def __init__(self, graph: FlatGraph, batches: Sequence[tuple[Tensor, ...]]) -> None:
-        self._names, self._left = graph.input_names, iter(batches)
-
-    def get_next(self) -> dict[str, Any] | None:
-        """The next batch."""
-        tensors = next(self._left, None)
-        if tensors is None:
-            return None
-        return {name: one.numpy() for name, one in zip(self._names, tensors, strict=True)}
-
-
-def _reduced() -> bool:
-    """Whether 7 bits are safer: without VNNI, x86 sums pairs of 8-bit products in 16 bits, which may saturate."""
-    return not torch.cpu._is_vnni_supported() if hasattr(torch.cpu, "_is_vnni_supported") else False
+    def convert(self, written: Path, graph: FlatGraph, batches: Batches) -> Converted:
+        """See :class:`Precision`."""
+        onnx, half = require("onnx"), require("onnxruntime.transformers.float16")
+        converted = half.convert_float_to_float16(onnx.load(str(written)), keep_io_types=True)
+        ordered = require("onnxruntime.transformers.onnx_model").OnnxModel(converted)
+        ordered.topological_sort()  # casts of inputs are put at the end
+        return Converted(saved(ordered.model, written.with_name("half.onnx")))
 
 
 def saved(model: Any, path: Path) -> Path:

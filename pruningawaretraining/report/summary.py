@@ -81,6 +81,7 @@ class Report:
         groups: one dict a set of coupled layers: ``number, source, dependencies, size, kept``.
         batch: rows of the example inputs, which MACs are counted for.
         masked: channels (or heads, blocks) that are masked and still in the model, in files and exports too.
+        latency: the last event of a latency target, as :func:`latency_text` reads it; None without one.
     """
 
     phase: str
@@ -91,6 +92,7 @@ class Report:
     groups: Sequence[Mapping[str, Any]] = field(default_factory=list)
     batch: int = 1
     masked: int = 0
+    latency: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dicts and lists, owned by the caller and ready for JSON."""
@@ -103,6 +105,7 @@ class Report:
             "groups": [copy.deepcopy(dict(group)) for group in self.groups],
             "batch": self.batch,
             "masked": self.masked,
+            "latency": None if self.latency is None else dict(self.latency),
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -123,15 +126,36 @@ class Report:
 
 
 def headline(report: Report) -> Text:
-    """Two lines: the phase with the sparsity, and MACs with parameters, dense and kept; a third for what is masked."""
+    """Two lines: the phase with the sparsity, and MACs with parameters, dense and kept; further ones for the latency
+    that was reached, and for what is masked."""
     text = Text()
     text.append(report.phase, style="bold")
     text.append(f"   sparsity {percent(report.sparsity)}\n")
     macs = "MACs" if report.batch == 1 else f"MACs of a batch of {report.batch}:"
     text.append("   ".join(_kept_of(macs, report.macs) + _kept_of("parameters", report.parameters)))
+    if report.latency is not None:
+        text.append(f"\n{latency_text(report.latency)}")
     if report.masked:
         text.append(f"\n{not_removed(report.masked)}")
     return text
+
+
+def latency_text(event: Mapping[str, Any]) -> str:
+    """The latency that an event of a latency target has reached, with its confidence interval.
+
+    Args:
+        event: ``predicted_ms``, ``measured_ms`` and ``dense_ms``; ``low_ms``, ``high_ms``, ``spread`` and ``is_noisy``
+            where they are known.
+    """
+    dense, low, high = event["dense_ms"], event.get("low_ms"), event.get("high_ms")
+    interval = "" if low is None or high is None else f"{low / dense:.3f} to {high / dense:.3f}"
+    if event.get("is_noisy"):
+        share = event["predicted_ms"] / dense
+        noise = f"not measured: the machine is noisy, {interval}, spread {percent(event.get('spread'), 0)}"
+        return f"latency {event['predicted_ms']:.4g} of {dense:.4g} ms predicted ({share:.3f}; {noise})"
+    share = event["measured_ms"] / dense
+    sure = f"; 95%: {interval}" if interval else ""
+    return f"latency {event['measured_ms']:.4g} of {dense:.4g} ms ({share:.3f}{sure})"
 
 
 def not_removed(masked: int) -> str:

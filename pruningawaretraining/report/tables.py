@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich import box
@@ -25,6 +25,7 @@ class Compared:
         change: the difference as text.
         good: whether the change is an improvement; None if unknown or unchanged.
         share: pruned / dense; None if unknown or not meaningful.
+        note: what else is to be said.
     """
 
     label: str
@@ -33,6 +34,7 @@ class Compared:
     change: str
     good: bool | None = None
     share: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,26 @@ def compared_rows(summary: Mapping[str, Any]) -> list[Compared]:
     rows = [_accuracy(dense.get("accuracy"), pruned.get("accuracy"))]
     rows += [_size(label, dense.get(key), pruned.get(key), text) for label, key, text in sizes]
     rows[1:1] = _zeros(summary)
+    rows[-1:] = _latencies(rows[-1], summary.get("latency") or {})
     return [row for row in rows if (row.dense, row.pruned) != ("–", "–")]
+
+
+def _latencies(measured: Compared, found: Mapping[str, Any]) -> list[Compared]:
+    """The latency at the end with its confidence interval, and the one that a latency target has reached."""
+    interval = found.get("interval")
+    rows = [replace(measured, note=_confident(*interval)) if interval else measured]
+    for event in (found.get("events") or [])[-1:]:
+        noisy, dense = bool(event.get("is_noisy")), event["dense_ms"]
+        row = _size("Latency at the target", dense, event["predicted_ms" if noisy else "measured_ms"], milliseconds)
+        ends = [event.get(key) for key in ("low_ms", "high_ms")]
+        known = "" if None in ends else _confident(*(one / dense for one in ends))
+        spread = percent(event.get("spread"), 0)
+        rows.append(replace(row, note=f"predicted: timing is too noisy here (spread {spread})" if noisy else known))
+    return rows
+
+
+def _confident(low: float, high: float) -> str:
+    return f"{low:.3f} to {high:.3f} of dense (95%)"
 
 
 def _zeros(summary: Mapping[str, Any]) -> list[Compared]:
@@ -138,4 +159,6 @@ def comparison_table(summary: Mapping[str, Any], title: str | None = None) -> Ta
     colours = {True: "green", False: "yellow", None: ""}
     for row in compared_rows(summary):
         table.add_row(row.label, row.dense, Text(row.pruned, style="bold"), Text(row.change, style=colours[row.good]))
+        if row.note:
+            table.add_row(Text(f"  {row.note}", style="dim"))
     return table

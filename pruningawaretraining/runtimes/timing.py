@@ -1,16 +1,18 @@
-"""Measured latency: median wall-clock time of one forward pass on a chosen runtime, and fair comparisons.
+"""Timing: of single layers, of whole models, and of several in turns. Every latency of the library is measured here.
 
 Several models are timed in turns (A B A B ...), so that a change of the machine's speed during the measurement hits all
-of them alike. Timing needs a quiet machine all the same: read the spread between the 10th and the 90th percentile.
+of them alike, and compared turn by turn: a ratio is the median over the turns, and its interval holds the true median
+with 95% confidence. Where that interval is wide, the machine is too noisy to promise milliseconds, and that is said.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +24,29 @@ __all__ = [
     "Latency",
     "LatencyComparison",
     "Model",
+    "Ratio",
     "Run",
     "Runtime",
     "compare_latency",
+    "decile",
+    "enough_turns",
+    "least_ms",
     "measure_latency",
+    "ratio_in_turns",
+    "ratio_of",
     "time_in_turns",
 ]
+
+Clock = Callable[[], float]
+LEAST_RUNS, MOST_RUNS, LAYER_MS = 3, 20, 4.0
+"""Of a single layer: runs, and the time that is spent on it."""
+FEWEST, MOST, SPENT_MS = 15, 100, 1500.0
+"""Of whole models: turns, and the time that is spent on them."""
+AGAIN = 3
+"""Measurements in all before a ratio is called noisy."""
+NOISY = 0.03
+"""Half of a ratio's interval, as a fraction of the ratio, beyond which milliseconds cannot be promised."""
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -56,16 +75,42 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """What one model takes of another's time, measured in turns.
+
+    Attributes:
+        value: median over the turns of one time divided by the other: 0.5 is twice as fast.
+        low, high: its 95% confidence interval.
+        spread: from the 10th to the 90th percentile of the other model's times, as a fraction of their median.
+        turns: number of turns.
+    """
+
+    value: float
+    low: float
+    high: float
+    spread: float
+    turns: int
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the interval is too wide to promise milliseconds."""
+        return (self.high - self.low) / 2 > NOISY * self.value
+
+
+@dataclass(frozen=True)
 class LatencyComparison:
     """Latencies that were measured in turns.
 
     Attributes:
         latencies: one for each name, in the order given.
-        ratios: median of each divided by the median of the first: 0.5 is twice as fast as the first.
+        ratios: what each takes of the time of the one it is compared with, the median over the turns: 0.5 is twice as
+            fast.
+        intervals: the 95% confidence intervals of the ratios.
     """
 
     latencies: dict[str, Latency]
     ratios: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dicts, ready for JSON."""
@@ -103,12 +148,14 @@ def compare_latency(
     threads: int = 1,
     repeats: int = 50,
     warmup: int = 10,
+    against: Mapping[str, str] | None = None,
 ) -> LatencyComparison:
     """Time several models in turns: one run of each, again and again.
 
     Args:
-        models: ``{name: (model, example_inputs)}``; ratios are to the first.
+        models: ``{name: (model, example_inputs)}``.
         runtime, threads, repeats, warmup: as in :func:`measure_latency`, the same for all.
+        against: which model each is compared with, by their names; the first where it says nothing.
 
     Raises:
         ConfigError, ModelError: as in :func:`measure_latency`; ConfigError too without a model.
@@ -120,8 +167,11 @@ def compare_latency(
         runs = [stack.enter_context(built.prepare(model, given, threads)) for model, given in models.values()]
         times = time_in_turns(runs, repeats, warmup)
     latencies = {key: _latency(taken, name, threads) for key, taken in zip(models, times, strict=True)}
-    first = next(iter(latencies.values())).median_ms
-    return LatencyComparison(latencies, {key: one.median_ms / first for key, one in latencies.items()})
+    taken = dict(zip(models, times, strict=True))
+    first = next(iter(taken))
+    found = {key: ratio_of(taken[(against or {}).get(key, first)], one) for key, one in taken.items()}
+    intervals = {key: (one.low, one.high) for key, one in found.items()}
+    return LatencyComparison(latencies, {key: one.value for key, one in found.items()}, intervals)
 
 
 def _check_numbers(models: Mapping[str, Any], **numbers: int) -> None:
@@ -139,7 +189,7 @@ def _runtime_name(runtime: str | Mapping[str, Any] | Runtime) -> str:
 
 
 def time_in_turns(
-    runs: list[Run], repeats: int, warmup: int, clock: Callable[[], float] = time.perf_counter
+    runs: Sequence[Run], repeats: int, warmup: int, clock: Clock = time.perf_counter
 ) -> list[list[float]]:
     """Milliseconds of every timed run, for each of the functions, by a clock that counts seconds."""
     for _ in range(warmup):
@@ -154,6 +204,64 @@ def time_in_turns(
     return times
 
 
+def enough_turns(runs: Sequence[Run], clock: Clock = time.perf_counter) -> int:
+    """Warm up, and say how many turns :data:`SPENT_MS` is enough for, within bounds."""
+    turn = math.fsum(min(taken) for taken in time_in_turns(runs, 3, 2, clock))
+    return int(min(max(SPENT_MS / max(turn, 1e-3), FEWEST), MOST))
+
+
+def least_ms(run: Callable[[], Any], clock: Clock = time.perf_counter) -> float:
+    """Minimum over several runs of a layer: disturbances only make runs longer."""
+    run()
+    found: list[float] = []
+    while len(found) < LEAST_RUNS or (math.fsum(found) < LAYER_MS and len(found) < MOST_RUNS):
+        start = clock()
+        run()
+        found.append((clock() - start) * 1e3)
+    return min(found)
+
+
+def ratio_in_turns(reference: Run, other: Run, clock: Clock = time.perf_counter) -> Ratio:
+    """What ``other`` takes of the time of ``reference``; measured longer, within bounds, while the interval is wide."""
+    runs = [reference, other]
+    turns = enough_turns(runs, clock)
+    times: list[list[float]] = [[], []]
+    found = None
+    for _ in range(AGAIN):
+        for taken, more in zip(times, time_in_turns(runs, turns, 0, clock), strict=True):
+            taken += more
+        found = ratio_of(*times)
+        if not found.is_noisy:
+            break
+    assert found is not None
+    return found
+
+
+def ratio_of(reference: Sequence[float], other: Sequence[float]) -> Ratio:
+    """The ratio of times that were taken in turns, turn by turn.
+
+    The interval lies between two order statistics: how many turns fall below the true median is binomial, whatever the
+    times are like.
+    """
+    turns = len(reference)
+    ordered = sorted(right / max(left, 1e-9) for left, right in zip(reference, other, strict=True))
+    below = _passed_over(turns)
+    spread = (decile(reference, 9) - decile(reference)) / max(statistics.median(reference), 1e-9)
+    return Ratio(statistics.median(ordered), ordered[below], ordered[turns - 1 - below], spread, turns)
+
+
+def _passed_over(turns: int) -> int:
+    """How many of the smallest (and largest) ratios lie outside the interval, at 95% confidence."""
+    missed, count = 2 * 0.5**turns, 0
+    while (missed := missed + 2 * math.comb(turns, count + 1) * 0.5**turns) <= 1 - CONFIDENCE:
+        count += 1
+    return count
+
+
+def decile(times: Sequence[float], which: int = 1) -> float:
+    """The 10th percentile, which disturbances change least: they only make runs longer. Or another tenth."""
+    return statistics.quantiles(times, n=10, method="inclusive")[which - 1] if len(times) > 1 else times[0]
+
+
 def _latency(times: list[float], runtime: str, threads: int) -> Latency:
-    deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times
-    return Latency(statistics.median(times), deciles[0], deciles[-1], len(times), runtime, threads)
+    return Latency(statistics.median(times), decile(times), decile(times, 9), len(times), runtime, threads)

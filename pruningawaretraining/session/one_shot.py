@@ -6,9 +6,8 @@ Shape suffixes: ``_W`` the shape of a weight, ``_G`` groups, ``_N`` candidates o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +17,11 @@ from pruningawaretraining.allocation.ranking import Allocator, limits_of
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.targets import Target
-from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
-from pruningawaretraining.criteria.base import Statistics, check_kind, scores_of
+from pruningawaretraining.criteria.base import check_kind
 from pruningawaretraining.criteria.second_order.channels import (
     compensate_readers,
     losing_readers,
     measure,
-    readers,
     recalibrate_norms,
 )
 from pruningawaretraining.criteria.second_order.criteria import Sampling
@@ -33,19 +30,13 @@ from pruningawaretraining.criteria.second_order.gradients import Calibration, Lo
 from pruningawaretraining.engine.compensation import WeightPruner, put
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.engine import Engine
-from pruningawaretraining.engine.statistics_feed import StatisticsFeed
-from pruningawaretraining.engine.targets import Targets
 from pruningawaretraining.engine.weights import WeightGroups
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.masks.dry_run import removable_blocks, removable_channels
-from pruningawaretraining.masks.pruned_copy import pruned_copy
 from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.calling import unwrap
-from pruningawaretraining.patterns.channel import StructuredPattern, chosen_layers_of, own_groups
-from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.registry import build, lookup
 from pruningawaretraining.session.arguments import check_model
+from pruningawaretraining.session.scored_channels import ScoredChannels, scored_channels
 
 __all__ = ["AfterPruning", "accuracy", "one_shot"]
 
@@ -101,7 +92,7 @@ def one_shot(
     if support.removable:
         if after.compensation == "none":
             after = replace(after, compensation=rule.compensation)
-        return _one_shot_channels(calibration, rule, pattern, criterion, wanted, after)
+        return _one_shot_channels(calibration, rule, wanted, after)
     if after.compensation != "none":
         raise ConfigError(
             f"after.compensation: {after.compensation!r} is not supported by the pattern {rule.pattern!r}. "
@@ -173,28 +164,13 @@ def _checked(sparsities: Any, rule: Rule) -> list[float]:
 
 
 def _one_shot_channels(
-    calibration: Calibration,
-    rule: Rule,
-    pattern: StructuredPattern,
-    criterion: Any,
-    sparsities: Sequence[float],
-    after: AfterPruning,
+    calibration: Calibration, rule: Rule, sparsities: Sequence[float], after: AfterPruning
 ) -> dict[float, nn.Module]:
     """Score groups once; for each sparsity compensate their readers, remove them, and measure the norms again."""
     model = calibration.model
-    inputs = calibration.example()
-    chosen = chosen_layers_of(pattern, model, rule.layers, rule.exclude)
-    units, multiples = pattern.head_units(model, chosen), dict.fromkeys(chosen, rule.multiple)
-    if support_of(pattern).kind == "block":
-        channels = removable_blocks(model, inputs, chosen)
-    else:
-        own = own_groups(pattern, model, chosen)
-        traced = set[str]() if own else chosen
-        channels = removable_channels(model, inputs, traced, multiples=multiples, units=units, own=own)
-    grouping = channels.grouping
-    listener = StatisticsFeed("rule", criterion, model, _scored(channels, criterion))
-    scores_G = scores_of(criterion, grouping, Statistics(tensors=listener.statistics(calibration)))
-    keeps = _keeps(model, rule, channels, inputs, scores_G, sparsities)
+    scored = scored_channels(model, rule, calibration.example(), calibration)
+    channels, grouping = scored.found, scored.found.grouping
+    keeps = _keeps(scored, sparsities)
     hooks = None
     if after.compensation != "none":
         every = list(losing_readers(model, grouping, torch.zeros(grouping.size, dtype=torch.bool)))
@@ -213,41 +189,13 @@ def _one_shot_channels(
     return models
 
 
-def _scored(channels: ChannelGroups, criterion: Any) -> Callable[[nn.Module], Grouping]:
-    """The groups as a criterion looks at them, on the model or on a copy of it."""
-
-    def grouping_on(model: nn.Module) -> Grouping:
-        grouping = channels.on(model).grouping
-        return readers(grouping) if isinstance(criterion, Sampling) else grouping
-
-    return grouping_on
-
-
-@dataclass(eq=False)
-class _Everything:
-    """The share of the only rule: all channels that were found; see
-    :class:`pruningawaretraining.allocation.policies.RuleView`."""
-
-    rule: Rule
-    grouping: Grouping
-    sets: list[int]
-    groups_D: Tensor
-    key: str = "rule"
-
-
-def _keeps(
-    model: nn.Module, rule: Rule, found: ChannelGroups, inputs: Any, scores_G: Tensor, sparsities: Sequence[float]
-) -> dict[float, Tensor]:
+def _keeps(scored: ScoredChannels, sparsities: Sequence[float]) -> dict[float, Tensor]:
     """Keep masks by sparsity: at those that are wanted, or where the rule's target is met."""
-    grouping = found.grouping
+    rule = scored.rule
     if sparsities:
-        allocator = Allocator(grouping, scores_G, limits_of(rule), rule.scope)
+        allocator = Allocator(scored.found.grouping, scored.scores_G, limits_of(rule), rule.scope)
         return {sparsity: allocator.at(sparsity) for sparsity in sparsities}
-    macs = macs_cost(grouping, macs_per_layer(model, inputs), found.costs())
-    targets = Targets(model, found, macs, parameters_cost(grouping, model), inputs)
-    share = _Everything(rule, grouping, list(range(len(grouping.sets))), torch.arange(grouping.size))
-    everything = torch.ones(grouping.size, dtype=torch.bool)
-    keep_G, _, _ = targets.decide(share, scores_G, everything, 1.0, partial(pruned_copy, model, found, device="cpu"))
+    keep_G, _ = scored.meeting(rule.target)
     return {1.0 - float(keep_G.double().mean()): keep_G}
 
 

@@ -127,7 +127,14 @@ def report_of(session: Session) -> Report:
         groups=sets_of(session),
         batch=batch_of(session.inputs),
         masked=masked_of(session),
+        latency=latency_of(session),
     )
+
+
+def latency_of(session: Session) -> dict[str, Any] | None:
+    """The last event of a latency target, or None."""
+    events = [event for one in session.engine.rules for event in one.state.latencies]
+    return max(events, key=lambda event: int(event["at"]), default=None)
 
 
 def masked_of(session: Session) -> int:

@@ -21,9 +21,9 @@ from pruningawaretraining.costs.latency.layer_timers import Timer, time_modules
 from pruningawaretraining.registry import lookup, names
 from pruningawaretraining.runtimes.runtime import Runtime
 
-FRACTIONS = (1.0, 0.8, 0.6, 0.45, 0.3, 0.15)
+FRACTIONS = (1.0, 0.75, 0.5, 0.25)
 BLOCK, SMALL_BLOCK, SMALL = 16, 8, 64
-VERSION = 1  # of how a table is measured: a change makes tables on disk count as absent
+VERSION = 2  # of how a table is measured: a change makes tables on disk count as absent
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +135,3 @@ def _factors(widths: Sequence[int], beyond: Sequence[float]) -> tuple[float, ...
     period = len(widths) + 1
     found = {width % period: ratio for width, ratio in zip(widths, beyond, strict=True)}
     return tuple(1.0 if abs(found.get(one, 1.0) - 1) < 0.03 else max(found[one], 0.9) for one in range(period))
-
-
-# --- timers ---------------------------------------------------------------------------------------------------------

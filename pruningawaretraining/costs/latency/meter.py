@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -32,14 +30,25 @@ from pruningawaretraining.runtimes.runtime import (
     on_device,
     runtime_version,
 )
-from pruningawaretraining.runtimes.timing import time_in_turns
+from pruningawaretraining.runtimes.timing import (
+    Clock,
+    Ratio,
+    Run,
+    decile,
+    enough_turns,
+    ratio_in_turns,
+    time_in_turns,
+)
 
-logger = logging.getLogger(__name__)
+progress = logging.getLogger(f"{__name__}.progress")
+"""Says how far a first measurement has come; its records have ``done``, ``total`` and ``what``, for a bar."""
 
-FEWEST, MOST, SPENT_MS = 15, 100, 1500.0
 ONE_THREAD = ("onnxruntime", "torch", "torch_compile")
 """Runtimes that stay on the calling thread when they are given one: the time that the processor spent is then that of
 the clock on a quiet machine, and other processes disturb it less."""
+
+
+Result = TypeVar("Result")
 
 
 class Meter(Protocol):
@@ -51,6 +60,10 @@ class Meter(Protocol):
 
     def milliseconds(self, models: Mapping[str, tuple[Model, Any]]) -> dict[str, float]:
         """Milliseconds of whole models, measured in turns: the 10th percentile, which other processes disturb least."""
+        ...
+
+    def ratio(self, dense: tuple[Model, Any], copied: tuple[Model, Any]) -> Ratio:
+        """What a copy takes of the dense model's time, measured in turns, with its confidence interval."""
         ...
 
     def ready(self, model: nn.Module, example_inputs: Any) -> Model:
@@ -130,26 +143,43 @@ class RuntimeMeter:
 
     def tables(self, shapes: Mapping[str, LayerShape]) -> dict[str, LayerTable]:
         """See :class:`Meter`. Layers of one shape are measured once."""
-        known: dict[LayerShape, LayerTable] = {}
-        for shape in shapes.values():
-            if shape not in known:
-                known[shape] = self._table(shape)
-        return {name: known[shape] for name, shape in shapes.items()}
+        known: dict[LayerShape, Any] = {shape: self.cache.get({"layer": vars(shape)}) for shape in shapes.values()}
+        missing = [shape for shape, found in known.items() if found is None]
+        title = f"{len(missing)} kinds of layers at many widths"
+        for done, shape in enumerate(missing):
+            self._tell(done, len(missing), f"{shape.kind} {shape.inputs} x {shape.outputs}", title)
+            known[shape] = measure_table(shape, self.runtime, self.name, self.threads).to_json()
+            self.cache.put({"layer": vars(shape)}, known[shape])
+        if missing:
+            self._tell(len(missing), len(missing), "done", title)
+        return {name: LayerTable.from_json(known[shape]) for name, shape in shapes.items()}
 
-    def _table(self, shape: LayerShape) -> LayerTable:
-        what = {"layer": vars(shape)}
-        found = self.cache.get(what)
-        if found is None:
-            logger.info("measuring %s of %d x %d on %s", shape.kind, shape.outputs, shape.inputs, self.name)
-            found = measure_table(shape, self.runtime, self.name, self.threads).to_json()
-            self.cache.put(what, found)
-        return LayerTable.from_json(found)
+    def _tell(self, done: int, total: int, what: str, title: str) -> None:
+        about = {"done": done, "total": total, "what": what, "title": title, "runtime": self.name}
+        text = "latency on %s: measuring %s, %d of %d: %s (kept in %s)"
+        folder = self.cache.folder
+        progress.info(text, self.name, title, done, total, what, folder, extra={**about, "folder": folder})
 
     def milliseconds(self, models: Mapping[str, tuple[Model, Any]]) -> dict[str, float]:
         """See :class:`Meter`."""
+
+        def measured(runs: list[Run]) -> dict[str, float]:
+            times = time_in_turns(runs, enough_turns(runs, self.clock), 0, self.clock)
+            return {name: decile(taken) for name, taken in zip(models, times, strict=True)}
+
+        return self._prepared(list(models.values()), measured)
+
+    def ratio(self, dense: tuple[Model, Any], copied: tuple[Model, Any]) -> Ratio:
+        """See :class:`Meter`."""
+        return self._prepared([dense, copied], lambda runs: ratio_in_turns(runs[0], runs[1], self.clock))
+
+    def _prepared(self, models: Sequence[tuple[Model, Any]], measured: Callable[[list[Run]], Result]) -> Result:
+        """Measure models that are prepared on the runtime; where its exporter cannot express one, on the next."""
         while True:
             try:
-                return self._milliseconds(models)
+                with contextlib.ExitStack() as stack:
+                    made = [self.runtime.prepare(model, given, self.threads) for model, given in models]
+                    return measured([stack.enter_context(one) for one in made])
             except ModelError:
                 if not self._others:
                     raise
@@ -160,15 +190,10 @@ class RuntimeMeter:
         """Whether everything timed runs on the calling thread, so that CPU time can be used."""
         return self.threads == 1 and self.name in ONE_THREAD and self._device is None
 
-    def _milliseconds(self, models: Mapping[str, tuple[Model, Any]]) -> dict[str, float]:
-        clock = time.process_time if self.on_processor else time.perf_counter
-        with contextlib.ExitStack() as stack:
-            prepared = [self.runtime.prepare(model, given, self.threads) for model, given in models.values()]
-            runs = [stack.enter_context(one) for one in prepared]
-            turn = math.fsum(min(taken) for taken in time_in_turns(runs, 3, 2, clock))
-            repeats = int(min(max(SPENT_MS / max(turn, 1e-3), FEWEST), MOST))
-            times = time_in_turns(runs, repeats, 0, clock)
-        return {name: _decile(taken) for name, taken in zip(models, times, strict=True)}
+    @property
+    def clock(self) -> Clock:
+        """What counts seconds: of the processor where that is possible."""
+        return time.process_time if self.on_processor else time.perf_counter
 
     def ready(self, model: nn.Module, example_inputs: Any) -> Model:
         """See :class:`Meter`. For onnxruntime, a file in a temporary folder that lives as long as the meter."""
@@ -191,11 +216,9 @@ class RuntimeMeter:
         """See :class:`Meter`."""
         found = self.cache.get(what)
         if found is None:
+            title = "the dense model and copies at other widths"
+            self._tell(0, 1, "models", title)
             found = measure()
             self.cache.put(what, found)
+            self._tell(1, 1, "done", title)
         return [float(one) for one in found]
-
-
-def _decile(times: list[float]) -> float:
-    """10th percentile: disturbances only make runs longer."""
-    return statistics.quantiles(times, n=10, method="inclusive")[0]
