@@ -91,6 +91,18 @@ def test_milliseconds_are_there_at_every_width(name: str, width: int) -> None:
     assert len(timing_tables(rows, "", width)) == (1 if width == 200 else 2)
 
 
+def test_names_break_at_no_width_that_one_table_or_two_fit() -> None:
+    rows = [
+        Timed(f"0.002 ({n})", "r", 10.2, 1.99, 14.5, 1, 10**8, 10**6, 10**6, 10**6, 0.99) for n in ("dense", "pruned")
+    ]
+    for width in range(60, 140):
+        console = Console(width=width, file=io.StringIO())
+        for table in timing_tables(rows, "onnxruntime", width, batch=16):
+            console.print(table)
+        text = console.file.getvalue()
+        assert "0.002 (dense) " in text and "0.002 (pruned) " in text and " model " in f" {text}", width
+
+
 def test_a_picture_of_a_family(tmp_path: Path) -> None:
     rows = [Timed(f"r{n}", "r", 2.0 - n, 1, 3, 1 - n / 4, 5, 5, 5, 5, 0.9 - n / 500) for n in range(2)]
     draw_timing(rows, tmp_path / "p.svg", "title")

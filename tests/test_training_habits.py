@@ -1,4 +1,4 @@
-"""Pages on averages, AMP, accumulation, resuming and early stopping: what fails without them, what holds with them."""
+"""What the pages on averages, AMP, accumulation, resuming and early stopping promise, and what fails without it."""
 
 from __future__ import annotations
 

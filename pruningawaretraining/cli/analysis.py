@@ -146,13 +146,15 @@ def sensitivity(
             Column("set", overflow="fold"),
             "groups",
             *(f"{level:g}" for level in levels),
-            "max_sparsity",
+            "cap",
             box=box.SIMPLE,
         )
         for name, one in found["sets"].items():
             row = [f"{100 * (at['accuracy'] - found['accuracy']):+.1f}" for at in one["rows"]]
             table.add_row(Text(name), str(one["groups"]), *row, f"{one['max_sparsity']:g}")
-        console.print(f"{found['accuracy']:.2%} on {found['images']} images; change in points at each sparsity:")
+        console.print(
+            f"{found['accuracy']:.2%} on {found['images']} images; change in points at each sparsity; cap: max_sparsity"
+        )
         console.print(table)
         say_written(*paths)
 

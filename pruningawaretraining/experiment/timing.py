@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -27,6 +28,9 @@ from pruningawaretraining.report.coupling import COLOURS
 from pruningawaretraining.report.summary import percent, si
 from pruningawaretraining.report.svg import LineChart, Series, line_chart, standalone
 from pruningawaretraining.runtimes.timing import Model, compare_latency
+
+ANY_WIDTH = 10_000
+"""Of a terminal in which every table fits."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +254,7 @@ def timing_tables(rows: Sequence[Timed], title: str, width: int, batch: int = 1)
     names = [one.name for one in rows]
     accuracy = times.pop("accuracy")
     whole = _table(title, names, {**times, **costs, "accuracy": accuracy})
-    needed = sum(max(map(len, (heading, *cells))) + 2 for heading, cells in {**times, **costs}.items())
-    if needed + len("accuracy") + max(map(len, ("model", *names))) + 2 <= width:
+    if Console(width=ANY_WIDTH).measure(whole).maximum <= width:
         return [whole]
     return [_table(title, names, {**times, "accuracy": accuracy}), _table("", names, costs)]
 
