@@ -28,17 +28,23 @@ class RuleView(Protocol):
 
     Attributes:
         key: how messages call the rule.
-        rule: its configuration.
+        rule: its configuration; of a family's member, with its target alone.
+        before: the configuration of the member before it, or None.
         sets: numbers of its sets.
         groups_D: its groups among the dense model's.
         grouping: the same groups alone.
     """
 
     key: str
-    rule: Rule
     sets: list[int]
     groups_D: Tensor
     grouping: Grouping
+
+    @property
+    def rule(self) -> Rule: ...
+
+    @property
+    def before(self) -> Rule | None: ...
 
 
 @dataclass(frozen=True, eq=False)

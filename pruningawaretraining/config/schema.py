@@ -13,6 +13,7 @@ from pruningawaretraining.config.caps import read_caps
 from pruningawaretraining.config.checks import check_registered, layer_name
 from pruningawaretraining.config.distillation import Distillation
 from pruningawaretraining.config.editor import complete_schema
+from pruningawaretraining.config.family import Hold, Span, check_family, check_one_family
 from pruningawaretraining.config.options import OPTIONS, check_supported
 from pruningawaretraining.config.phases import (
     OWN,
@@ -79,7 +80,12 @@ class Rule(Strict):
     )
     end: Moment | None = Field(None, description="Epoch (or step) at which the target is due; absent: start, at once.")
     every: Pace = Field(1, description="Epochs (or steps) between one pruning event and the next, above 0.")
-    unit: Literal["epoch", "step"] = Field("epoch", description="What start, end and every count.")
+    hold: Hold | None = Field(
+        None,
+        description="Epochs (or steps) of fine-tuning for each member of a family, before pruning goes on to the next; "
+        "the last one has what follows end. Absent: until the next event, as 'every' says.",
+    )
+    unit: Literal["epoch", "step"] = Field("epoch", description="What start, end, every and hold count.")
     steps_per_epoch: Count | None = Field(
         None,
         description="Optimizer steps of an epoch, for events at fractions of epochs; absent: as many as the "
@@ -166,16 +172,28 @@ class Rule(Strict):
         """Whether there is anything to reach."""
         return self.target.given or self.sparsity_per_layer is not None or self.keep_per_layer is not None
 
+    @property
+    def span(self) -> Span:
+        """When the members of a family have their events; of one member without a family."""
+        end = self.start if self.end is None or self.at_init else self.end
+        return Span(self.start, end, self.every, self.hold, len(self.target.members()))
+
+    def members(self) -> tuple[Self, ...]:
+        """One rule for each member of a family, with its own target, start and end; this rule where there is none."""
+        if not self.target.lists:
+            return (self,)
+        own = zip(self.target.members(), self.span.bounds(), strict=True)
+        return tuple(self.model_copy(update={"target": one, "start": a, "end": b}) for one, (a, b) in own)
+
     def timeline(self, steps: int | None = None) -> Timeline:
         """When its events are, and how far each goes.
 
         Args:
             steps: optimizer steps of an epoch, where they are known; steps_per_epoch goes first.
         """
-        end = self.start if self.end is None or self.at_init else self.end
         final = self.target.sparsity or self.final_sparsity or 1.0
-        own = Stretch(self.start, end, self.every, self.schedule, self.initial, final)
-        stretches = tuple(phase.stretch() for phase in self.phases) or (own,)
+        own = (Stretch(a, b, self.every, self.schedule, self.initial, final) for a, b in self.span.bounds())
+        stretches = tuple(phase.stretch() for phase in self.phases) or tuple(own)
         return Timeline(self.unit, stretches, self.steps_per_epoch or steps)
 
     @model_validator(mode="before")
@@ -237,6 +255,7 @@ class Rule(Strict):
         if self.enabled and names("pattern"):
             check_supported(self, {option: type(self).model_fields[option].default for option in OPTIONS})
         check_per_layer(self.sparsity_per_layer, self.keep_per_layer, self.target)
+        check_family(self)
         aimless = not self.aims and self.regularizer is None
         if self.enabled and self.mode == "prune" and aimless:
             raise ConfigError("target: nothing to reach. Allowed: sparsity, macs, parameters, latency and the like")
@@ -280,6 +299,7 @@ class PruningConfig(Strict):
     def _names_differ(cls, rules: list[Rule]) -> list[Rule]:
         if not rules:
             raise ConfigError("rules: [] prunes nothing. Allowed: one rule or more")
+        check_one_family(rules)
         seen: dict[str, int] = {}
         for number, rule in enumerate(rules):
             if rule.name is not None and seen.setdefault(rule.name, number) != number:

@@ -141,7 +141,7 @@ class CoupledGroups:
             check_caps(one, self.model)
             allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), limits_of(one.rule), scope_of(one))
             if one.rule.target.about_costs and one.rule.enabled:
-                self.targets.check(one)
+                self.targets.check(one, one.members[-1])
             if one.rule.target.sparsity is not None:
                 allocator.check_sparsity(one.rule.target.sparsity, f"{one.key}.target.sparsity")
 

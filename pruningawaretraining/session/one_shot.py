@@ -152,6 +152,8 @@ def _parsed(rule: Any, aimless: bool) -> Rule:
 
 
 def _checked(sparsities: Any, rule: Rule) -> list[float]:
+    for name, values in rule.target.lists.items():
+        raise ConfigError(f"rule.target.{name}: {values} is a family of one training. Allowed: a single fraction")
     if sparsities is None:
         if rule.target.about_costs:
             return []
@@ -233,6 +235,7 @@ class _Everything:
     sets: list[int]
     groups_D: Tensor
     key: str = "rule"
+    before: Rule | None = None
 
 
 def _keeps(
