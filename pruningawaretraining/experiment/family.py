@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from pruningawaretraining.checkpoint.pruned import load_pruned
 from pruningawaretraining.costs.macs import count_macs
+from pruningawaretraining.experiment.schema import ExperimentConfig, OnnxConfig
+from pruningawaretraining.experiment.state import RunState
+from pruningawaretraining.experiment.train import Learner
 from pruningawaretraining.experiment.verify import OnnxModel, difference, scores
 from pruningawaretraining.export.onnx import export_onnx
 from pruningawaretraining.models.calling import evaluating
 from pruningawaretraining.session.members import Member
 
-if TYPE_CHECKING:
-    from pruningawaretraining.experiment.finish import Trained
-    from pruningawaretraining.experiment.runner import Runner
-    from pruningawaretraining.experiment.train import Learner
+Row = Mapping[str, Any]
 
 
-def keep_member(runner: Runner, learner: Learner, member: Member) -> None:
+class Keeping(Protocol):
+    """A runner, as far as it has to be known to keep a member."""
+
+    config: ExperimentConfig
+    folder: Path
+    state: RunState
+
+    @property
+    def writes(self) -> bool: ...
+
+    def accuracy(self, learner: Learner) -> float: ...
+
+
+def keep_member(runner: Keeping, learner: Learner, member: Member) -> None:
     """A member is finished: test it, write its file, and remember its line for the report.
 
     Args:
@@ -43,20 +57,27 @@ def keep_member(runner: Runner, learner: Learner, member: Member) -> None:
     runner.state.members = [*(one for one in runner.state.members if one["number"] < member.number), row]
 
 
-def load_members(trained: Trained) -> dict[str, nn.Module]:
-    """The members of a run by name, loaded from their files."""
-    return {one["name"]: load_pruned(trained.fresh_model(), trained.folder / one["file"]) for one in trained.members}
+def load_members(rows: Iterable[Row], folder: Path, fresh_model: Callable[[], nn.Module]) -> dict[str, nn.Module]:
+    """The members of a run by name, loaded from their files into dense models."""
+    return {one["name"]: load_pruned(fresh_model(), folder / one["file"]) for one in rows}
 
 
 def family_rows(
-    trained: Trained, models: Mapping[str, nn.Module], latencies: Mapping[str, Any], images: Tensor
+    rows: Iterable[Row],
+    folder: Path,
+    models: Mapping[str, nn.Module],
+    latencies: Mapping[str, float],
+    spec: OnnxConfig | None,
+    images: Tensor,
 ) -> list[dict[str, Any]]:
     """The lines of the report: what each member reached and costs, its files, and how far its ONNX file is from it.
 
     Args:
-        trained: the run.
+        rows: what the run remembers of its members.
+        folder: of the run.
         models: its members, by name.
         latencies: median milliseconds by name, as measured in turns with the dense model; empty if not measured.
+        spec: how members are exported; None: they are not.
         images: for the comparison.
     """
     return [
@@ -64,19 +85,18 @@ def family_rows(
             **row,
             "macs": count_macs(models[row["name"]], images[:1]),
             "parameters": sum(parameter.numel() for parameter in models[row["name"]].parameters()),
-            "bytes": (trained.folder / row["file"]).stat().st_size,
+            "bytes": (folder / row["file"]).stat().st_size,
             "latency_ms": latencies.get(row["name"]),
-            **_exported(trained, row, models[row["name"]], images),
+            **_exported(folder, row["name"], models[row["name"]], spec, images),
         }
-        for row in trained.members
+        for row in rows
     ]
 
 
-def _exported(trained: Trained, row: Mapping[str, Any], model: nn.Module, images: Tensor) -> dict[str, Any]:
+def _exported(folder: Path, name: str, model: nn.Module, spec: OnnxConfig | None, images: Tensor) -> dict[str, Any]:
     """The member's ONNX file, and the largest difference of its outputs; None for both without one."""
-    spec = trained.config.onnx
     if spec is None:
         return {"onnx": None, "onnx_difference": None}
-    path = trained.folder / f"model-{row['name']}.onnx"
+    path = folder / f"model-{name}.onnx"
     export_onnx(model, images[:2], path, exporter=spec.exporter, opset=spec.opset, tolerance=spec.tolerance)
     return {"onnx": path.name, "onnx_difference": difference(scores(model, images), OnnxModel(path)(images))}

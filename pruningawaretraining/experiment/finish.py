@@ -107,13 +107,13 @@ def finish(trained: Trained, display: Display) -> dict[str, Any]:
     if trained.config.onnx is not None:
         with display.step("exporting to ONNX and checking it in onnxruntime"):
             verification.update(_exported(trained, reloaded, after, images))
-    latency, medians, members = None, dict[str, float](), load_members(trained)
+    latency, medians, members = None, dict[str, float](), load_members(trained.members, folder, trained.fresh_model)
     if trained.config.latency is not None:
         with display.step("measuring latency, dense and pruned in turns"):
             latency, medians = _latency(trained, reloaded, members)
     summary = _summary(trained, reloaded, pruning, verification, latency)
     with display.step("exporting the family") if members else contextlib.nullcontext():
-        summary["family"] = family_rows(trained, members, medians, images)
+        summary["family"] = family_rows(trained.members, folder, members, medians, trained.config.onnx, images)
     written = {one[key] for one in summary["family"] for key in ("file", "onnx") if one[key]}
     summary["files"] = sorted({*summary["files"], *written})
     summary["seconds"] = trained.before + time.perf_counter() - started
