@@ -13,7 +13,7 @@ from pruningawaretraining.config.caps import read_caps
 from pruningawaretraining.config.checks import check_registered, layer_name
 from pruningawaretraining.config.distillation import Distillation
 from pruningawaretraining.config.editor import complete_schema
-from pruningawaretraining.config.family import Hold, Span, check_family, check_one_family
+from pruningawaretraining.config.family import Hold, check_family, check_one_family
 from pruningawaretraining.config.options import OPTIONS, check_supported
 from pruningawaretraining.config.phases import (
     OWN,
@@ -27,10 +27,11 @@ from pruningawaretraining.config.phases import (
     read_start,
 )
 from pruningawaretraining.config.strict import Amount, Count, Fraction, Moment, Pace, Positive, Strict, UnitInterval
+from pruningawaretraining.config.structures import check_comparable, check_structures, one_pattern
 from pruningawaretraining.config.targets import ExampleInputs, Target, check_per_layer
+from pruningawaretraining.config.times import Timed
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import canonical, names
-from pruningawaretraining.schedules import Stretch, Timeline
 
 __all__ = [
     "Amount",
@@ -50,12 +51,14 @@ __all__ = [
 MOST_RULES = 2000
 
 
-class Rule(Strict):
+class Rule(Timed, Strict):
     """One thing to prune: which layers, in which pattern, by which criterion, when, how far, and how it is applied."""
 
     name: str | None = Field(None, description="Name for messages and reports; the position in the list when absent.")
     pattern: str | dict[str, Any] = Field(
-        "channel", description="What lives or dies together: a name, or {type: name, ...its options}."
+        "channel",
+        description="What lives or dies together: a name, or {type: name, ...its options}; or a list of channel, head "
+        "and depth, which then compete in one ranking.",
     )
     layers: list[str] | None = Field(
         None,
@@ -172,30 +175,6 @@ class Rule(Strict):
         """Whether there is anything to reach."""
         return self.target.given or self.sparsity_per_layer is not None or self.keep_per_layer is not None
 
-    @property
-    def span(self) -> Span:
-        """When the members of a family have their events; of one member without a family."""
-        end = self.start if self.end is None or self.at_init else self.end
-        return Span(self.start, end, self.every, self.hold, len(self.target.members()))
-
-    def members(self) -> tuple[Self, ...]:
-        """One rule for each member of a family, with its own target, start and end; this rule where there is none."""
-        if not self.target.lists:
-            return (self,)
-        own = zip(self.target.members(), self.span.bounds(), strict=True)
-        return tuple(self.model_copy(update={"target": one, "start": a, "end": b}) for one, (a, b) in own)
-
-    def timeline(self, steps: int | None = None) -> Timeline:
-        """When its events are, and how far each goes.
-
-        Args:
-            steps: optimizer steps of an epoch, where they are known; steps_per_epoch goes first.
-        """
-        final = self.target.sparsity or self.final_sparsity or 1.0
-        own = (Stretch(a, b, self.every, self.schedule, self.initial, final) for a, b in self.span.bounds())
-        stretches = tuple(phase.stretch() for phase in self.phases) or tuple(own)
-        return Timeline(self.unit, stretches, self.steps_per_epoch or steps)
-
     @model_validator(mode="before")
     @classmethod
     def _starts(cls, values: Any) -> Any:
@@ -225,6 +204,15 @@ class Rule(Strict):
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{info.field_name}: {value!r} is not a list of layer names")
         return [layer_name(entry, f"{info.field_name}[{number}]") for number, entry in enumerate(value)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _compares(cls, values: Any) -> Any:
+        """Structures of a list are ranked together."""
+        several = values.get("pattern") if isinstance(values, Mapping) else None
+        if isinstance(several, (list, tuple)) and len(several) > 1 and isinstance(one_pattern(several), dict):
+            check_comparable(values.get("criterion", cls.model_fields["criterion"].default), several)
+        return values
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -256,6 +244,7 @@ class Rule(Strict):
             check_supported(self, {option: type(self).model_fields[option].default for option in OPTIONS})
         check_per_layer(self.sparsity_per_layer, self.keep_per_layer, self.target)
         check_family(self)
+        check_structures(self)
         aimless = not self.aims and self.regularizer is None
         if self.enabled and self.mode == "prune" and aimless:
             raise ConfigError("target: nothing to reach. Allowed: sparsity, macs, parameters, latency and the like")

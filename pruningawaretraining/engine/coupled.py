@@ -50,6 +50,7 @@ from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.models.example_inputs import Example
 from pruningawaretraining.models.widths import conv_linear_widths
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.patterns.structures import blocks_of_sets
 
 
 class CoupledGroups:
@@ -92,7 +93,7 @@ class CoupledGroups:
         self.dense_types = {name: type(module).__name__ for name, module in model.named_modules()}
         self.keep_D = torch.ones(found.grouping.size, dtype=torch.bool)
         self.live_D = torch.arange(found.grouping.size)  # dense numbers of the groups that are still there
-        self.rules = assign(found.grouping, rules)
+        self.rules = assign(found.grouping, rules, blocks_of_sets(found))
         self.make_feeds()
         self.spared: frozenset[str] = frozenset()
         self.dynamic = common_dynamic(self.rules)

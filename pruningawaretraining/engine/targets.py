@@ -22,8 +22,9 @@ from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.costs.latency.meter import Meter, RuntimeMeter
 from pruningawaretraining.costs.latency.model import LatencyCost
-from pruningawaretraining.costs.macs import LayerCost, LinearCost, macs_cost, macs_per_layer, weighted
+from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer
 from pruningawaretraining.costs.memory import MemoryCost, memory_cost
+from pruningawaretraining.costs.weighted import LayerCost, weighted
 from pruningawaretraining.costs.widths import LinearBySets, SetCost
 from pruningawaretraining.engine.latency_target import LatencyReached, LatencyTarget
 from pruningawaretraining.errors import ConfigError, TargetError

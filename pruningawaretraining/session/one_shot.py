@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -236,6 +236,7 @@ class _Everything:
     groups_D: Tensor
     key: str = "rule"
     before: Rule | None = None
+    inside: dict[int, int] = field(default_factory=dict)
 
 
 def _keeps(
