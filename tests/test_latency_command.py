@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from pruningawaretraining import Pruning, count_macs, export_onnx, save_pruned
 from pruningawaretraining.cli.main import app
 from pruningawaretraining.experiment.models import digits_resnet
-from pruningawaretraining.experiment.timing import Timed, draw_timing, timing_tables, weight_bytes
+from pruningawaretraining.experiment.timing import Timed, timing_tables, weight_bytes
+from pruningawaretraining.experiment.timing_plot import draw_timing
 from pruningawaretraining.report.summary import si
 
 MODEL = "pruningawaretraining.experiment.models:digits_resnet"

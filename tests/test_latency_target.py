@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from pruningawaretraining import Pruning, count_macs, registry
-from pruningawaretraining.allocation.knapsack import Goal, WidthSearch
+from pruningawaretraining.allocation.goals import Goal
+from pruningawaretraining.allocation.knapsack import WidthSearch
 from pruningawaretraining.allocation.ranking import Allocator, Limits
 from pruningawaretraining.config import Target
 from pruningawaretraining.costs.latency import cache as time_cache

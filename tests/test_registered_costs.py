@@ -12,7 +12,8 @@ from torch import nn
 
 from pruningawaretraining import Pruning, count_macs, register, registry
 from pruningawaretraining.config.schema import PruningConfig
-from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, weighted
+from pruningawaretraining.costs.macs import macs_cost, macs_per_layer
+from pruningawaretraining.costs.weighted import weighted
 from pruningawaretraining.errors import ConfigError, ExtensionError, TargetError
 from pruningawaretraining.experiment.models import DigitsResNet
 from pruningawaretraining.patterns.channel import Channel

@@ -11,48 +11,19 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from pruningawaretraining.allocation.goals import Goal
 from pruningawaretraining.allocation.ranking import Allocator
 from pruningawaretraining.costs.widths import SetCost
-from pruningawaretraining.errors import TargetError
 
 WIDTHS = 64  # steps of a set are the largest power of 2 that leaves it about so many widths
 LEAST = 1e-12
 UNITS = (1, 4, 8, 16)
 TIGHTER = 0.995  # of a budget, when the masks miss what the widths promised
-
-
-@dataclass(frozen=True, eq=False)
-class Goal:
-    """A cost that must not be above a budget.
-
-    Args:
-        key: of the config, for messages.
-        cost: of the whole model.
-        budget: in the units of the cost.
-        asked: what the user wrote, for messages; without it a fraction of the dense cost.
-        unit: of the cost, where amounts say something.
-    """
-
-    key: str
-    cost: SetCost
-    budget: float
-    asked: str = ""
-    unit: str = ""
-
-    def out_of_reach(self, least: float) -> TargetError:
-        """The error if the limits leave more of the cost than the budget."""
-        dense = self.cost.dense
-        asked = self.asked or f"{self.budget / dense:.4g} of the dense cost"
-        amount = f", {least:.4g} of {dense:.4g} {self.unit}" if self.unit else ""
-        return TargetError(
-            f"{self.key}: {asked} is out of reach: caps, multiples and the selected layers leave at least "
-            f"{least / dense:.4f}{amount}. Raise the target or max_sparsity, or select more"
-        )
 
 
 class WidthSearch:
@@ -124,7 +95,7 @@ class WidthSearch:
         self.check(goals)
         tight = list(goals)
         for _ in range(12):
-            kept_S = self._give_back(self._descend(tight, driver), tight)
+            kept_S = self.give_back(self.descend(tight, driver), tight)
             keep_G = self.mask(kept_S)
             missed = [goal.cost(self._whole(keep_G)) > goal.budget for goal in goals]
             if not any(missed):
@@ -133,6 +104,10 @@ class WidthSearch:
                 replace(goal, budget=goal.budget * TIGHTER) if miss else goal
                 for goal, miss in zip(tight, missed, strict=True)
             ]
+        return self.least(goals)
+
+    def least(self, goals: Sequence[Goal]) -> Tensor:
+        """Smallest keep mask that the limits allow."""
         return self.allocator.smallest()
 
     def mask(self, kept_S: Tensor) -> Tensor:
@@ -152,11 +127,11 @@ class WidthSearch:
             TargetError: the message names the goal, and what is reachable.
         """
         for goal in goals:
-            least = min(goal.cost(self._whole(self.mask(self._rounded(unit)))) for unit in UNITS)
+            least = min(goal.cost(self._whole(self.mask(self.rounded(unit)))) for unit in UNITS)
             if least > goal.budget:
                 raise goal.out_of_reach(least)
 
-    def _descend(self, goals: Sequence[Goal], driver: SetCost | None) -> Tensor:
+    def descend(self, goals: Sequence[Goal], driver: SetCost | None) -> Tensor:
         kept_S = self.start_S.clone()
         savings: dict[int, Tensor] = {}
         active: SetCost | None = None
@@ -177,18 +152,26 @@ class WidthSearch:
                 driver, with_goal = None, False  # nothing saves more of it
                 continue
             if step is None:
-                return self._smallest(goals)
-            kept_S[step[0]] = step[1]
+                return self.smallest(goals)
+            self.take(kept_S, *step)
             for one in {step[0], *torch.nonzero(chosen.neighbours()[step[0]]).flatten().tolist()}:
                 savings.pop(one, None)
 
-    def _smallest(self, goals: Sequence[Goal]) -> Tensor:
+    def take(self, kept_S: Tensor, one: int, width: int) -> None:
+        """Narrow a set, in place."""
+        kept_S[one] = width
+
+    def lost(self, one: int, kept_S: Tensor, lower: list[int]) -> Tensor:
+        """Importance that each of these widths of a set would lose."""
+        return self.worth[one][int(kept_S[one])] - self.worth[one][torch.tensor(lower)]
+
+    def smallest(self, goals: Sequence[Goal]) -> Tensor:
         """The smallest widths, rounded up as suits the goals best."""
-        rows = [self._rounded(unit) for unit in UNITS]
+        rows = [self.rounded(unit) for unit in UNITS]
         over = [max(float(goal.cost.of_sets(row.unsqueeze(0))[0]) / goal.budget for goal in goals) for row in rows]
         return rows[over.index(min(over))]
 
-    def _rounded(self, unit: int) -> Tensor:
+    def rounded(self, unit: int) -> Tensor:
         """Each set's smallest width, rounded up to a multiple of a unit."""
         kept_S = self.start_S.clone()
         for one in self.sets:
@@ -214,11 +197,11 @@ class WidthSearch:
         best: tuple[float, int, int] | None = None
         enough: tuple[float, int, int] | None = None
         for one in self.sets:
-            lower = self._lower(one, kept_S)
+            lower = self.lower(one, kept_S)
             if not lower:
                 continue
             saved_K = savings[one]
-            lost_K = self.worth[one][int(kept_S[one])] - self.worth[one][torch.tensor(lower)]
+            lost_K = self.lost(one, kept_S, lower)
             ratio_K = torch.where(saved_K > LEAST, saved_K / lost_K.clamp(min=LEAST), -1.0)
             index = int(ratio_K.argmax())
             if float(ratio_K[index]) > 0 and (best is None or float(ratio_K[index]) > best[0]):
@@ -237,17 +220,18 @@ class WidthSearch:
     def _suffices(
         self, step: tuple[float, int, int], savings: dict[int, Tensor], kept_S: Tensor, need: float | None
     ) -> bool:
-        lower = self._lower(step[1], kept_S)
+        lower = self.lower(step[1], kept_S)
         return need is not None and float(savings[step[1]][lower.index(step[2])]) >= need
 
-    def _lower(self, one: int, kept_S: Tensor) -> list[int]:
+    def lower(self, one: int, kept_S: Tensor) -> list[int]:
+        """Widths that a set may still be narrowed to."""
         return self.widths[one][: bisect.bisect_left(self.widths[one], int(kept_S[one]))]
 
     def _fill(self, cost: SetCost, kept_S: Tensor, savings: dict[int, Tensor], missing: Sequence[int]) -> None:
         """Savings of every lower width of these sets, with the others unchanged."""
         rows, counts = [], []
         for one in missing:
-            lower = self._lower(one, kept_S)
+            lower = self.lower(one, kept_S)
             changed = kept_S.repeat(len(lower), 1)
             changed[:, one] = torch.tensor(lower, dtype=torch.float64)
             rows.append(changed)
@@ -259,29 +243,31 @@ class WidthSearch:
         for one, part in zip(missing, torch.split(saved, counts), strict=True):
             savings[one] = part
 
-    def _give_back(self, kept_S: Tensor, goals: Sequence[Goal]) -> Tensor:
+    def give_back(self, kept_S: Tensor, goals: Sequence[Goal]) -> Tensor:
         """Widen sets, the most important groups first, as long as every goal holds."""
         while goals:
-            candidates = [
-                (one, width)
-                for one in self.sets
-                for width in self.widths[one]
-                if int(kept_S[one]) < width <= int(self.most[one])
-            ]
-            if not candidates:
+            found = self.wider(kept_S)
+            if not found:
                 break
-            rows = kept_S.repeat(len(candidates), 1)
-            for row, (one, width) in enumerate(candidates):
-                rows[row, one] = float(width)
-            fits = torch.ones(len(candidates), dtype=torch.bool)
+            rows = torch.stack([row for row, _ in found])
+            fits = torch.ones(len(found), dtype=torch.bool)
             for goal in goals:
                 fits &= goal.cost.of_sets(rows) <= goal.budget
-            gains = torch.tensor([float(self.worth[o][w] - self.worth[o][int(kept_S[o])]) for o, w in candidates])
-            gains = torch.where(fits, gains, -1.0)
+            gains = torch.where(fits, torch.tensor([gain for _, gain in found], dtype=torch.float64), -1.0)
             index = int(gains.argmax())
             if float(gains[index]) < 0:
                 break
-            one, width = candidates[index]
-            kept_S = kept_S.clone()
-            kept_S[one] = float(width)
+            kept_S = rows[index]
         return kept_S
+
+    def wider(self, kept_S: Tensor) -> list[tuple[Tensor, float]]:
+        """Every widening of one set, with the importance that it gives back."""
+        found = []
+        for one in self.sets:
+            now = int(kept_S[one])
+            for width in self.widths[one]:
+                if now < width <= int(self.most[one]):
+                    row = kept_S.clone()
+                    row[one] = float(width)
+                    found.append((row, float(self.worth[one][width] - self.worth[one][now])))
+        return found

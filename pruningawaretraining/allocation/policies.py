@@ -12,14 +12,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pruningawaretraining.allocation.knapsack import Goal, WidthSearch
+from pruningawaretraining.allocation.goals import Goal
+from pruningawaretraining.allocation.knapsack import WidthSearch
 from pruningawaretraining.allocation.ranking import Allocator, limits_of
+from pruningawaretraining.allocation.structures import StructureSearch
 from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.config.structures import with_blocks
 from pruningawaretraining.costs.latency.model import LatencyCost
 from pruningawaretraining.costs.widths import KeptGroups, SetCost
 from pruningawaretraining.criteria.base import needs_of
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.patterns.structures import is_block
 from pruningawaretraining.registry import lookup, register
 
 
@@ -28,17 +32,25 @@ class RuleView(Protocol):
 
     Attributes:
         key: how messages call the rule.
-        rule: its configuration.
+        rule: its configuration; of a family's member, with its target alone.
+        before: the configuration of the member before it, or None.
         sets: numbers of its sets.
         groups_D: its groups among the dense model's.
         grouping: the same groups alone.
+        inside: number of a set of the model that lies in a residual block -> that block's.
     """
 
     key: str
-    rule: Rule
     sets: list[int]
     groups_D: Tensor
     grouping: Grouping
+    inside: dict[int, int]
+
+    @property
+    def rule(self) -> Rule: ...
+
+    @property
+    def before(self) -> Rule | None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +83,10 @@ class Task:
 
     def search(self) -> WidthSearch:
         """A search over the widths of the rule's sets."""
-        share = self.share
-        return WidthSearch(self.allocator(), self.scores_R, share.sets, share.groups_D, self.keep_D, self.set_ids_D)
+        share, found = self.share, self.allocator()
+        parts = (found, self.scores_R, share.sets, share.groups_D, self.keep_D, self.set_ids_D)
+        blocks = [n for n, one in zip(share.sets, share.grouping.sets, strict=True) if is_block(one)]
+        return StructureSearch(*parts, blocks, share.inside) if blocks else WidthSearch(*parts)
 
     def check(self) -> None:
         """Refuse a goal that is out of reach, whatever the allocation.
@@ -80,7 +94,8 @@ class Task:
         Raises:
             TargetError: the message names it, and what is reachable.
         """
-        if self.share.rule.allocation not in RANKED and any(isinstance(one.cost, LatencyCost) for one in self.goals):
+        timed = any(isinstance(one.cost, LatencyCost) for one in self.goals)
+        if has_blocks(self.share.rule) or (self.share.rule.allocation not in RANKED and timed):
             self.search().check(self.goals)
             return
         allocator = self.allocator(RANKED.get(self.share.rule.allocation or "ranking"))
@@ -144,6 +159,11 @@ RANKED = {"ranking": None, "uniform": "local"}
 """Allocations that go by ranks, with the scope that they need; ``final_sparsity`` is for them."""
 
 
+def has_blocks(rule: Rule) -> bool:
+    """Whether residual blocks compete with the channels and heads in them."""
+    return with_blocks(rule.pattern)
+
+
 def allocation_of(rule: Rule) -> str:
     """The allocation of a rule whose target is about costs.
 
@@ -156,7 +176,7 @@ def allocation_of(rule: Rule) -> str:
     if target.latency is not None or target.latency_ms is not None:
         return "latency"
     named = rule.criterion if isinstance(rule.criterion, str) else rule.criterion["type"]
-    if not needs_of(lookup("criterion", named)).adds_up:
+    if not has_blocks(rule) and not needs_of(lookup("criterion", named)).adds_up:
         return "ranking"
     return "parameters" if target.macs is None and target.parameters is not None else "macs"
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.errors import TargetError
 from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.patterns.structures import is_block
 from pruningawaretraining.registry import lookup, register
 
 Cost = Callable[[Tensor], float]
@@ -130,11 +131,14 @@ class Allocator:
         least = torch.ceil((1 - self.limits.most_of(self.grouping)) * self.sizes_S.double() - SLACK).long().clamp(min=1)
         step = self._steps()
         rounded = torch.ceil(least / step).long() * step
-        return torch.minimum(rounded, self.sizes_S)
+        blocks = torch.tensor(
+            [is_block(one) and self.limits.caps.get(one.name, 1.0) >= 1.0 for one in self.grouping.sets]
+        )
+        return torch.where(blocks, 0, torch.minimum(rounded, self.sizes_S)) if len(blocks) else rounded
 
     def _steps(self) -> Tensor:
         multiple = self.limits.multiple
-        steps = [multiple // math.gcd(multiple, one.width) for one in self.grouping.sets]
+        steps = [1 if is_block(one) else multiple // math.gcd(multiple, one.width) for one in self.grouping.sets]
         return torch.tensor(steps, dtype=torch.int64)
 
     def _forced_by_minimum(self) -> Tensor:

@@ -210,11 +210,14 @@ def _run(
 
 def _show(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
     """The end of a run: dense against pruned, the chain of checks, and what was written where."""
+    from pruningawaretraining.report.family import family_table
     from pruningawaretraining.report.html import duration
     from pruningawaretraining.report.run import REPORT
     from pruningawaretraining.report.tables import chain, comparison_table
 
     console.print(comparison_table(summary))
+    if summary.get("family"):
+        console.print(family_table(summary))
     text = Text()
     for number, link in enumerate(chain(summary)):
         if number == 0:

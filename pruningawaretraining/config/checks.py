@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pruningawaretraining import schedules  # noqa: F401  (importing it registers the schedules)
+from pruningawaretraining.config.structures import one_pattern
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import build, canonical, names, spelled
 
@@ -46,6 +47,8 @@ def check_registered(kind: str, value: Any) -> Any:
     Raises:
         ConfigError: neither, an unknown name, or an unknown option.
     """
+    if kind == "pattern" and isinstance(value, (list, tuple)):
+        return one_pattern(value)
     if value is None and kind in ("regularizer", "allocation"):
         return None
     if isinstance(value, str):

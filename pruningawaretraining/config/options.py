@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from pruningawaretraining.config.targets import COSTS, Target
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.registry import lookup, names, spelled
+from pruningawaretraining.registry import build, lookup, names, spelled
 
 IN_PLACE = frozenset({"mode", "keep_zeros", "release", "progressive", "nested"})
 REMOVED = frozenset(
@@ -48,6 +48,14 @@ class Support:
 WEIGHTS = Support()
 TILES = Support("tile")
 COUPLED = Support("channel", True, BY_WIDTH, frozenset({"gradients"}))
+TOGETHER = Support(
+    "channel",
+    True,
+    frozenset({"application", "allocation", "max_sparsity_from", "multiple"})
+    | {f"target.{name}" for name in ("macs", "parameters", "costs", "latency", "latency_ms")},
+    frozenset({"gradients"}),
+)
+"""Blocks beside the channels and heads in them."""
 BLOCKS = Support("block", True, REMOVED - {"max_sparsity_from"}, frozenset({"gradients"}))
 OPTIONS = tuple(sorted(one for one in IN_PLACE | BY_WIDTH if not one.startswith("target.")))
 
@@ -70,6 +78,8 @@ class RuleOptions(Protocol):
 
 def support_of(pattern: Any) -> Support:
     """Support declared by a pattern or its class; by default that of patterns inside layers."""
+    if getattr(pattern, "depth", False):
+        return TOGETHER
     found: Support = getattr(pattern, "support", WEIGHTS)
     return found
 
@@ -95,7 +105,7 @@ def check_supported(rule: RuleOptions, defaults: Mapping[str, Any]) -> None:
     given = [option for option in OPTIONS if getattr(rule, option) not in neutral[option]]
     if not given and not rule.target.about_costs and rule.regularizer is None and rule.dynamic == FROZEN:
         return
-    support = support_of(lookup("pattern", type_of("pattern", rule.pattern)))
+    support = support_of(build("pattern", rule.pattern, "pattern"))
     for option in given:
         if option not in support.options:
             raise ConfigError(_refusal(rule, option, getattr(rule, option), repr(defaults[option])))

@@ -181,6 +181,8 @@ def _target_lines(rule: Rule, steps: int | None) -> list[str]:
     costs = rule.target.model_dump(
         exclude_none=True, include={"macs", "parameters", "peak_memory", "latency", "latency_ms"}
     )
+    if rule.target.lists:
+        return _member_lines(rule, steps)
     lines = [f"  until   {key} <= {value:g}" for key, value in costs.items()]
     if events:
         name = "at most" if costs else "sparsity"
@@ -192,6 +194,19 @@ def _target_lines(rule: Rule, steps: int | None) -> list[str]:
         lines.append(f"  begins  when masks agree by {rule.stable:g} with those before; drawn as if at {rule.start:g}")
     if rule.at_init and rule.start <= 0:
         lines.append("  at once, when the pruner is made")
+    return lines
+
+
+def _member_lines(rule: Rule, steps: int | None) -> list[str]:
+    """A line for each member of a family: its target, when its events are, and how long it is fine-tuned."""
+    lines, unit = [], rule.timeline(steps).counts
+    members = rule.members()
+    for number, (name, one) in enumerate(zip(rule.target.names, members, strict=True)):
+        costs = ", ".join(f"{key} <= {value:g}" for key, value in one.target.fractions.items())
+        times = one.timeline(steps)
+        after = members[number + 1].timeline(steps).first if number + 1 < len(members) else None
+        rest = "then until the end" if after is None else f"held until {unit} {after}"
+        lines.append(f"  member  {name}: {costs} in {unit} {times.last}, events from {times.first}; {rest}")
     return lines
 
 

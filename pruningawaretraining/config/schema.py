@@ -13,6 +13,7 @@ from pruningawaretraining.config.caps import read_caps
 from pruningawaretraining.config.checks import check_registered, layer_name
 from pruningawaretraining.config.distillation import Distillation
 from pruningawaretraining.config.editor import complete_schema
+from pruningawaretraining.config.family import Hold, check_family, check_one_family
 from pruningawaretraining.config.options import OPTIONS, check_supported
 from pruningawaretraining.config.phases import (
     OWN,
@@ -26,10 +27,11 @@ from pruningawaretraining.config.phases import (
     read_start,
 )
 from pruningawaretraining.config.strict import Amount, Count, Fraction, Moment, Pace, Positive, Strict, UnitInterval
+from pruningawaretraining.config.structures import check_comparable, check_structures, one_pattern
 from pruningawaretraining.config.targets import ExampleInputs, Target, check_per_layer
+from pruningawaretraining.config.times import Timed
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import canonical, names
-from pruningawaretraining.schedules import Stretch, Timeline
 
 __all__ = [
     "Amount",
@@ -49,12 +51,14 @@ __all__ = [
 MOST_RULES = 2000
 
 
-class Rule(Strict):
+class Rule(Timed, Strict):
     """One thing to prune: which layers, in which pattern, by which criterion, when, how far, and how it is applied."""
 
     name: str | None = Field(None, description="Name for messages and reports; the position in the list when absent.")
     pattern: str | dict[str, Any] = Field(
-        "channel", description="What lives or dies together: a name, or {type: name, ...its options}."
+        "channel",
+        description="What lives or dies together: a name, or {type: name, ...its options}; or a list of channel, head "
+        "and depth, which then compete in one ranking.",
     )
     layers: list[str] | None = Field(
         None,
@@ -79,7 +83,12 @@ class Rule(Strict):
     )
     end: Moment | None = Field(None, description="Epoch (or step) at which the target is due; absent: start, at once.")
     every: Pace = Field(1, description="Epochs (or steps) between one pruning event and the next, above 0.")
-    unit: Literal["epoch", "step"] = Field("epoch", description="What start, end and every count.")
+    hold: Hold | None = Field(
+        None,
+        description="Epochs (or steps) of fine-tuning for each member of a family, before pruning goes on to the next; "
+        "the last one has what follows end. Absent: until the next event, as 'every' says.",
+    )
+    unit: Literal["epoch", "step"] = Field("epoch", description="What start, end, every and hold count.")
     steps_per_epoch: Count | None = Field(
         None,
         description="Optimizer steps of an epoch, for events at fractions of epochs; absent: as many as the "
@@ -166,27 +175,11 @@ class Rule(Strict):
         """Whether there is anything to reach."""
         return self.target.given or self.sparsity_per_layer is not None or self.keep_per_layer is not None
 
-    def timeline(self, steps: int | None = None) -> Timeline:
-        """When its events are, and how far each goes.
-
-        Args:
-            steps: optimizer steps of an epoch, where they are known; steps_per_epoch goes first.
-        """
-        end = self.start if self.end is None or self.at_init else self.end
-        final = self.target.sparsity or self.final_sparsity or 1.0
-        own = Stretch(self.start, end, self.every, self.schedule, self.initial, final)
-        stretches = tuple(phase.stretch() for phase in self.phases) or (own,)
-        return Timeline(self.unit, stretches, self.steps_per_epoch or steps)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _starts(cls, values: Any) -> Any:
-        return read_start(values) if isinstance(values, Mapping) else values
-
     @field_validator("pattern", "criterion", "regularizer", "dynamic", "schedule", "scope", "allocation", mode="before")
     @classmethod
     def _is_registered(cls, value: Any, info: ValidationInfo) -> Any:
-        return check_registered(str(info.field_name), value)
+        several = info.field_name == "pattern" and isinstance(value, (list, tuple))
+        return one_pattern(value) if several else check_registered(str(info.field_name), value)
 
     @field_validator("compensation")
     @classmethod
@@ -207,6 +200,17 @@ class Rule(Strict):
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{info.field_name}: {value!r} is not a list of layer names")
         return [layer_name(entry, f"{info.field_name}[{number}]") for number, entry in enumerate(value)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, values: Any) -> Any:
+        """A start in words as numbers; structures of a list are ranked together."""
+        if not isinstance(values, Mapping):
+            return values
+        several = values.get("pattern")
+        if isinstance(several, (list, tuple)) and len(several) > 1 and isinstance(one_pattern(several), dict):
+            check_comparable(values.get("criterion", cls.model_fields["criterion"].default), several)
+        return read_start(values)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -237,6 +241,8 @@ class Rule(Strict):
         if self.enabled and names("pattern"):
             check_supported(self, {option: type(self).model_fields[option].default for option in OPTIONS})
         check_per_layer(self.sparsity_per_layer, self.keep_per_layer, self.target)
+        check_family(self)
+        check_structures(self)
         aimless = not self.aims and self.regularizer is None
         if self.enabled and self.mode == "prune" and aimless:
             raise ConfigError("target: nothing to reach. Allowed: sparsity, macs, parameters, latency and the like")
@@ -280,6 +286,7 @@ class PruningConfig(Strict):
     def _names_differ(cls, rules: list[Rule]) -> list[Rule]:
         if not rules:
             raise ConfigError("rules: [] prunes nothing. Allowed: one rule or more")
+        check_one_family(rules)
         seen: dict[str, int] = {}
         for number, rule in enumerate(rules):
             if rule.name is not None and seen.setdefault(rule.name, number) != number:

@@ -10,6 +10,7 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining import schedules  # noqa: F401  (importing it registers the schedules)
 from pruningawaretraining.config.checks import are_sizes
+from pruningawaretraining.config.family import Fractions, check_lengths, member_name
 from pruningawaretraining.config.strict import Count, Fraction, Positive, Strict
 from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.registry import canonical, names
@@ -21,24 +22,25 @@ COSTS = ("macs", "parameters", "peak_memory", "latency", "latency_ms", "costs")
 class Target(Strict):
     """Limits to reach: all that are given must hold; without any, a rule only regularises.
 
+    A fraction to keep may be a list of decreasing ones: a family of models from one run, see docs/family.md.
     A registered cost is a key too: ``{"energy": 0.5}`` is short for ``{"costs": {"energy": 0.5}}``.
     """
 
     sparsity: Fraction | None = Field(None, description="Fraction of the rule's groups to remove, in (0, 1].")
-    macs: Fraction | None = Field(
+    macs: Fractions | None = Field(
         None, description="Fraction of the dense model's MACs to KEEP, in (0, 1]: 0.7 is a cut of 30%."
     )
-    parameters: Fraction | None = Field(
+    parameters: Fractions | None = Field(
         None, description="Fraction of the dense model's parameters to KEEP, in (0, 1]."
     )
-    peak_memory: Fraction | None = Field(
+    peak_memory: Fractions | None = Field(
         None, description="Fraction to KEEP of the most memory that activations take at once, in (0, 1]."
     )
-    latency: Fraction | None = Field(
+    latency: Fractions | None = Field(
         None, description="Fraction of the dense model's latency to KEEP, measured on 'runtime', in (0, 1]."
     )
     latency_ms: Positive | None = Field(None, description="Latency to stay within, in milliseconds.")
-    costs: dict[str, Fraction] | None = Field(
+    costs: dict[str, Fractions] | None = Field(
         None, description="Registered cost -> fraction of the dense model's to KEEP; a cost's name may be a key itself."
     )
     runtime: str = Field("onnxruntime", description="Where latency is measured: a registered runtime.")
@@ -73,6 +75,41 @@ class Target(Strict):
     def given(self) -> bool:
         """Whether there is anything to reach."""
         return self.sparsity is not None or self.about_costs
+
+    @property
+    def fractions(self) -> dict[str, Any]:
+        """Fraction to keep, or the list of a family, by cost: those that are given."""
+        own = {name: getattr(self, name) for name in ("macs", "parameters", "peak_memory", "latency")}
+        return {name: value for name, value in {**own, **(self.costs or {})}.items() if value is not None}
+
+    @property
+    def lists(self) -> dict[str, list[float]]:
+        """The fractions of a family by cost; empty without one."""
+        return {name: value for name, value in self.fractions.items() if isinstance(value, list)}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the members of a family, by the fractions of its first list."""
+        return [member_name(fraction) for fraction in next(iter(self.lists.values()), [])]
+
+    def members(self) -> list[Target]:
+        """The target of each member of a family; without one, this target alone."""
+        if not self.lists:
+            return [self]
+        count = len(next(iter(self.lists.values())))
+        return [self.at({name: value[number] for name, value in self.lists.items()}) for number in range(count)]
+
+    def at(self, fractions: Mapping[str, float | list[float]]) -> Target:
+        """This target with other fractions of some costs."""
+        own = {name: value for name, value in fractions.items() if name in Target.model_fields}
+        costs = None if self.costs is None else {name: fractions.get(name, value) for name, value in self.costs.items()}
+        return self.model_copy(update={**own, "costs": costs})
+
+    @model_validator(mode="after")
+    def _is_of_one_family(self) -> Self:
+        if self.lists:
+            check_lengths(self.lists)
+        return self
 
     @model_validator(mode="after")
     def _is_about_latency(self) -> Self:

@@ -8,12 +8,10 @@ outputs), so ``kept = dense * out / out0 * in / in0`` is exact after removal, an
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from pruningawaretraining.groups.attachment import OwnCost
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.products import Product
 from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluating, spelled_out
-from pruningawaretraining.registry import calling, check_returned
+from pruningawaretraining.patterns.structures import is_block
 
 
 def count_macs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = None) -> int:
@@ -105,7 +103,8 @@ class _Side:
 
 @dataclass(frozen=True, eq=False)
 class LinearCost:
-    """A cost that is a sum over layers of ``base * kept outputs * kept inputs``, plus what masks do not change.
+    """A cost that is a sum over layers of ``base * kept outputs * kept inputs``, plus what masks do not change; a layer
+    in a residual block that is a group beside channels costs nothing without it.
 
     Args:
         dense: the cost of the dense model.
@@ -113,6 +112,7 @@ class LinearCost:
         base_L: their dense costs.
         out, in_: their output and input channels.
         size: number of groups.
+        block_L: the group of the residual block that a layer lies in, ``size`` for none; None where there are no such.
     """
 
     dense: float
@@ -121,6 +121,11 @@ class LinearCost:
     out: _Side
     in_: _Side
     size: int
+    block_L: Tensor | None = None
+
+    def there_L(self, keep_G1: Tensor) -> Tensor:
+        """1 for layers whose block stays, 0 for the others."""
+        return torch.ones_like(self.base_L) if self.block_L is None else keep_G1[self.block_L]
 
     @cached_property
     def constant(self) -> float:
@@ -130,7 +135,7 @@ class LinearCost:
     def layers(self, keep_G: Tensor) -> Tensor:
         """The cost of each touched layer under a mask (vector, in the order of ``names``)."""
         keep_G1 = self._extended(keep_G)
-        return self.base_L * self.out.kept_L(keep_G1) * self.in_.kept_L(keep_G1)
+        return self.base_L * self.out.kept_L(keep_G1) * self.in_.kept_L(keep_G1) * self.there_L(keep_G1)
 
     def __call__(self, keep_G: Tensor) -> float:
         """The cost under a mask.
@@ -154,18 +159,21 @@ class LinearCost:
         """First and second order change of the cost with each group, and which groups stay."""
         keep_G1 = self._extended(keep_G)
         out_L, in_L = self.out.kept_L(keep_G1), self.in_.kept_L(keep_G1)
-        per_out_L = self.base_L / self.out.widths_L.clamp(min=1)
-        per_in_L = self.base_L / self.in_.widths_L.clamp(min=1)
+        there_L = self.there_L(keep_G1)
+        per_out_L = self.base_L * there_L / self.out.widths_L.clamp(min=1)
+        per_in_L = self.base_L * there_L / self.in_.widths_L.clamp(min=1)
         gain = torch.zeros(self.size + 1, dtype=torch.float64)
         gain.index_add_(0, self.out.groups_N, (per_out_L * in_L)[self.out.layers_N])
         gain.index_add_(0, self.in_.groups_N, (per_in_L * out_L)[self.in_.layers_N])
+        if self.block_L is not None:
+            gain.index_add_(0, self.block_L, self.base_L * out_L * in_L)
         square = torch.zeros(self.size, dtype=torch.float64)
-        for base, counts_G in self._both_sides:  # a group on both sides of one layer
-            square += base * counts_G
+        for layer, base, counts_G in self._both_sides:  # a group on both sides of one layer
+            square += base * float(there_L[layer]) * counts_G
         return gain[:-1], square, keep_G1[:-1] > 0
 
     @cached_property
-    def _both_sides(self) -> list[tuple[float, Tensor]]:
+    def _both_sides(self) -> list[tuple[int, float, Tensor]]:
         found = []
         shared = torch.isin(self.out.groups_N, self.in_.groups_N) & (self.out.groups_N < self.size)
         for layer in torch.unique(self.out.layers_N[shared]).tolist():
@@ -174,7 +182,7 @@ class LinearCost:
             product = (out_G * in_G).double()
             if bool(product.any()):
                 widths = float(self.out.widths_L[layer] * self.in_.widths_L[layer])
-                found.append((float(self.base_L[layer]) / widths, product))
+                found.append((layer, float(self.base_L[layer]) / widths, product))
         return found
 
     def _extended(self, keep_G: Tensor) -> Tensor:
@@ -195,7 +203,7 @@ def macs_cost(grouping: Grouping, per_layer: Mapping[str, float], own: Iterable[
     own = list(own)
     groups_of = {one.module: one.groups_N.cpu() for one in own if not one.inner}
     for name, groups_N in groups_of.items():
-        bases[name] = float(_own_macs(name, per_layer))
+        bases[name] = float(own_macs(name, per_layer))
         outputs.append((name, groups_N))
     for number, one in enumerate(_counted(grouping.products, per_layer)):
         name, own_N = f"{one.layer}@{number}", groups_of.get(one.layer)
@@ -209,7 +217,7 @@ def macs_cost(grouping: Grouping, per_layer: Mapping[str, float], own: Iterable[
         known = sum(base for layer, base in bases.items() if layer.startswith(f"{whole.module}."))
         bases[whole.module] = float(per_layer.get(whole.module, 0)) - known
         outputs.append((whole.module, whole.groups_N.cpu()))
-    return _linear_cost(outputs, inputs, bases, float(per_layer.get("", 0)), grouping.size)
+    return _linear_cost(outputs, inputs, bases, float(per_layer.get("", 0)), grouping)
 
 
 def _counted(products: Sequence[Product], per_layer: Mapping[str, float]) -> list[Product]:
@@ -217,39 +225,14 @@ def _counted(products: Sequence[Product], per_layer: Mapping[str, float]) -> lis
     sums: dict[str, int] = {}
     for one in products:
         sums[one.layer] = sums.get(one.layer, 0) + one.macs
-    return [one for one in products if sums[one.layer] <= _own_macs(one.layer, per_layer)]
+    return [one for one in products if sums[one.layer] <= own_macs(one.layer, per_layer)]
 
 
-def _own_macs(name: str, per_layer: Mapping[str, float]) -> float:
+def own_macs(name: str, per_layer: Mapping[str, float]) -> float:
     """The MACs of a module without those of its children."""
     prefix = f"{name}." if name else ""
     children = (one for one in per_layer if one.startswith(prefix) and one and "." not in one[len(prefix) :])
     return per_layer.get(name, 0) - sum(per_layer[one] for one in children)
-
-
-LayerCost = Callable[[str, nn.Module, float], float]
-"""A registered cost: name, module and own MACs of a layer -> its cost, which masks scale as they scale its MACs."""
-
-
-def weighted(model: nn.Module, per_layer: Mapping[str, float], cost: LayerCost) -> dict[str, float]:
-    """The cost of every module, its children included, where each layer has a cost of its own.
-
-    Raises:
-        ExtensionError: the cost raises, or is not a finite number of 0 or more.
-    """
-    found = dict.fromkeys(per_layer, 0.0)
-    for name, module in model.named_modules():
-        expected = f"a finite number of 0 or more for {name or 'the model'!r}"
-        with calling("cost", cost, expected):
-            given: Any = cost(name, module, _own_macs(name, per_layer))
-        number = isinstance(given, Real) and not isinstance(given, bool)
-        check_returned(number and 0 <= given < math.inf, "cost", cost, given, expected)
-        value = float(given)
-        parts = name.split(".") if name else []
-        for depth in range(len(parts) + 1):
-            parent = ".".join(parts[:depth])
-            found[parent] = found.get(parent, 0.0) + value
-    return found
 
 
 def parameters_cost(grouping: Grouping, model: nn.Module) -> LinearCost:
@@ -258,7 +241,7 @@ def parameters_cost(grouping: Grouping, model: nn.Module) -> LinearCost:
     members = [member for member in grouping.members if member.name in learned]
     bases = {member.name: float(member.parameter.numel()) for member in members}
     total = float(sum(parameter.numel() for parameter in model.parameters()))
-    return _linear_cost(*_dimensions(members), bases, total, grouping.size)
+    return _linear_cost(*_dimensions([one for one in members if one.role != "block"]), bases, total, grouping)
 
 
 Dimensions = list[tuple[str, Tensor]]  # name of a tensor, and the group of every entry of one of its dimensions
@@ -278,9 +261,11 @@ def _dimensions(members: Sequence[Member]) -> tuple[Dimensions, Dimensions]:
 
 
 def _linear_cost(
-    outputs: Dimensions, inputs: Dimensions, bases: dict[str, float], dense: float, size: int
+    outputs: Dimensions, inputs: Dimensions, bases: dict[str, float], dense: float, grouping: Grouping
 ) -> LinearCost:
-    numbers = {name: index for index, name in enumerate(bases)}
+    size, numbers = grouping.size, {name: index for index, name in enumerate(bases)}
+    blocks = {f"{one.name}.": one.start for one in grouping.sets if is_block(one)}
+    block_L = [next((group for one, group in blocks.items() if name.startswith(one)), size) for name in bases]
     return LinearCost(
         dense,
         tuple(name.removesuffix(".weight") for name in bases),
@@ -288,4 +273,5 @@ def _linear_cost(
         _Side.of([(numbers[name], entries) for name, entries in outputs], len(bases), size),
         _Side.of([(numbers[name], entries) for name, entries in inputs], len(bases), size),
         size,
+        torch.tensor(block_L, dtype=torch.int64) if blocks else None,
     )

@@ -46,19 +46,31 @@ class Widths:
     Args:
         out_LS, in_LS: channels of a layer's outputs (inputs) that one group of a set stands for.
         out_L, in_L: channels outside every group.
+        block_L: the set of the block that a layer lies in, the number of sets for none; None without such blocks.
     """
 
     out_LS: Tensor
     in_LS: Tensor
     out_L: Tensor
     in_L: Tensor
+    block_L: Tensor | None = None
 
     @classmethod
     def of(cls, linear: LinearCost, grouping: Grouping) -> Widths:
         """The widths of the layers that a cost knows."""
         out_LS, out_L = _side(linear.out.layers_N, linear.out.groups_N, len(linear.names), grouping)
         in_LS, in_L = _side(linear.in_.layers_N, linear.in_.groups_N, len(linear.names), grouping)
-        return cls(out_LS, in_LS, out_L, in_L)
+        if linear.block_L is None:
+            return cls(out_LS, in_LS, out_L, in_L)
+        sets = torch.cat([grouping.set_ids, torch.tensor([len(grouping.sets)])])
+        return cls(out_LS, in_LS, out_L, in_L, sets[linear.block_L])
+
+    def there(self, kept_NS: Tensor) -> Tensor:
+        """1 for layers whose block stays, 0 for the others (N x L)."""
+        if self.block_L is None:
+            return torch.ones(1, len(self.out_LS), dtype=torch.float64)
+        ones_N = torch.ones(len(kept_NS), 1, dtype=torch.float64)
+        return torch.cat([kept_NS, ones_N], 1)[:, self.block_L]
 
     def outputs(self, kept_NS: Tensor) -> Tensor:
         """Kept outputs of every layer (N x L; 0 where a layer has none that the groups know)."""
@@ -71,6 +83,9 @@ class Widths:
     def neighbours(self) -> Tensor:
         """Sets that meet in a layer."""
         met_LS = ((self.out_LS > 0) | (self.in_LS > 0)).double()
+        if self.block_L is not None:
+            inside = self.block_L < met_LS.shape[1]
+            met_LS[torch.nonzero(inside).flatten(), self.block_L[inside]] = 1.0
         return met_LS.T @ met_LS > 0
 
 
@@ -105,7 +120,7 @@ class LinearBySets:
         linear = self.linear
         out_NL = _share(self.widths.outputs(kept_NS), linear.out.widths_L)
         in_NL = _share(self.widths.inputs(kept_NS), linear.in_.widths_L)
-        return linear.constant + (linear.base_L * out_NL * in_NL).sum(1)
+        return linear.constant + (linear.base_L * out_NL * in_NL * self.widths.there(kept_NS)).sum(1)
 
     def neighbours(self) -> Tensor:
         """See :class:`SetCost`."""

@@ -107,11 +107,14 @@ class Needs:
             :class:`~pruningawaretraining.config.options.Support`.
         whole_layers: whether a layer has to be whole for it; False where scores are sums over weights alone.
         adds_up: whether its scores are in one unit and add up, so that they can be weighed against costs.
+        loss: whether they are changes of the loss (or of outputs, which stand for it), so that channels, heads and
+            whole blocks compare.
     """
 
     kinds: tuple[str, ...] = EVERY_KIND
     whole_layers: bool = True
     adds_up: bool = False
+    loss: bool = False
 
 
 def needs_of(criterion: Any) -> Needs:
@@ -124,7 +127,8 @@ def needs_of(criterion: Any) -> Needs:
     if own is None:
         return inner
     kinds = [one for one in inner.kinds if _among(one, own.kinds)] + [one for one in own.kinds if one in inner.kinds]
-    return Needs(tuple(dict.fromkeys(kinds)), own.whole_layers or inner.whole_layers, own.adds_up and inner.adds_up)
+    whole, adds = own.whole_layers or inner.whole_layers, own.adds_up and inner.adds_up
+    return Needs(tuple(dict.fromkeys(kinds)), whole, adds, own.loss and inner.loss)
 
 
 def scores_of(criterion: Any, grouping: Grouping, statistics: Statistics) -> Tensor:

@@ -149,6 +149,8 @@ class Snip(_FromGradients):
         half: scores in bfloat16.
     """
 
+    needs: ClassVar[Needs] = Needs(whole_layers=False, loss=True)
+
     def combine(self, weight_W: Tensor, gradient_W: Tensor) -> Tensor:
         return (weight_W * gradient_W).abs_()
 
@@ -195,6 +197,8 @@ class Taylor(_FromGradients):
         half: scores in bfloat16.
     """
 
+    needs: ClassVar[Needs] = Needs(whole_layers=False, loss=True)
+
     momentum: float = 0.9
     reduction: str = "sum"
 
@@ -215,6 +219,8 @@ class TaylorSquared(Taylor):
         reduction: "sum", "mean" or "max" over the group.
         half: scores in bfloat16.
     """
+
+    needs: ClassVar[Needs] = Needs(whole_layers=False)
 
     def finish(self, values: Tensor) -> Tensor:
         return values.square()

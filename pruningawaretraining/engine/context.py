@@ -21,6 +21,7 @@ class RemovalContext:
         graphs: exported from the model.
         before_removal: called when the model is masked as it will be removed.
         after_removal: called once the model has been changed.
+        member_done: called when the fine-tuning of a family's member is over, before the model changes.
     """
 
     optimizers: Sequence[torch.optim.Optimizer] = ()
@@ -28,3 +29,4 @@ class RemovalContext:
     graphs: Sequence[ExportedGraph] = ()
     before_removal: Callable[[], None] = lambda: None
     after_removal: Callable[[], None] = lambda: None
+    member_done: Callable[[], None] = lambda: None

@@ -50,6 +50,7 @@ from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.models.example_inputs import Example
 from pruningawaretraining.models.widths import conv_linear_widths
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.patterns.structures import blocks_of_sets
 from pruningawaretraining.report.summary import latency_text
 
 
@@ -93,7 +94,7 @@ class CoupledGroups:
         self.dense_types = {name: type(module).__name__ for name, module in model.named_modules()}
         self.keep_D = torch.ones(found.grouping.size, dtype=torch.bool)
         self.live_D = torch.arange(found.grouping.size)  # dense numbers of the groups that are still there
-        self.rules = assign(found.grouping, rules)
+        self.rules = assign(found.grouping, rules, blocks_of_sets(found))
         self.make_feeds()
         self.spared: frozenset[str] = frozenset()
         self.dynamic = common_dynamic(self.rules)
@@ -142,7 +143,7 @@ class CoupledGroups:
             check_caps(one, self.model)
             allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), limits_of(one.rule), scope_of(one))
             if one.rule.target.about_costs and one.rule.enabled:
-                self.targets.check(one)
+                self.targets.check(one, one.members[-1])
             if one.rule.target.sparsity is not None:
                 allocator.check_sparsity(one.rule.target.sparsity, f"{one.key}.target.sparsity")
 

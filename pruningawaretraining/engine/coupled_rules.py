@@ -6,7 +6,7 @@ Shape suffixes: ``_D`` groups of the dense model, ``_G`` groups of one rule that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,11 +33,13 @@ class CoupledRule(ActiveRule):
         sets: numbers of its sets.
         groups_D: its groups, as indices of the dense model's groups.
         grouping: the same groups alone (without members), renumbered.
+        inside: number of a set of the model that lies in a residual block -> that block's.
     """
 
     sets: list[int]
     groups_D: Tensor
     grouping: Grouping
+    inside: dict[int, int] = field(default_factory=dict)
 
 
 class LiveCost:
@@ -59,8 +61,15 @@ class LiveCost:
         return self._cost.saving_G(self._whole(keep_G))[self._groups_D]
 
 
-def assign(grouping: Grouping, rules: Sequence[tuple[str, Rule, Any, Any, set[str]]]) -> list[CoupledRule]:
+def assign(
+    grouping: Grouping, rules: Sequence[tuple[str, Rule, Any, Any, set[str]]], inside: dict[int, int]
+) -> list[CoupledRule]:
     """Give every set to the rule that selects its source layer.
+
+    Args:
+        grouping: the model's groups.
+        rules: key, rule, built pattern, built criterion and layers of each.
+        inside: number of a set that lies in a residual block -> that block's.
 
     Raises:
         ConfigError: two rules select one set.
@@ -79,7 +88,7 @@ def assign(grouping: Grouping, rules: Sequence[tuple[str, Rule, Any, Any, set[st
         if not numbers:
             raise ConfigError(f"{key}.layers: no prunable channel group among the layers that it selects")
         groups_D, own = _share(grouping, numbers)
-        assigned.append(CoupledRule(key, rule, pattern, criterion, numbers, groups_D, own))
+        assigned.append(CoupledRule(key, rule, pattern, criterion, numbers, groups_D, own, inside))
     return assigned
 
 
@@ -127,7 +136,7 @@ def started_from(one: CoupledRule, keep_D: Tensor, live_D: Tensor) -> Tensor:
 
 def norms_of_sets(grouping: Grouping) -> dict[str, Tensor]:
     """L2 norms of the groups by set, over output and input weights and norm weights, on the CPU."""
-    weights = grouping.of_role("out", "in", "norm")
+    weights = grouping.of_role("out", "in", "norm", "block")
     norms_G = weights.reduce_of(lambda weight: weight.float().square()).sqrt().cpu()
     return {one.name: norms_G[one.start : one.stop] for one in grouping.sets}
 

@@ -73,7 +73,7 @@ class Engine(Observing):
     @property
     def phase(self) -> str:
         """The earliest phase of any rule."""
-        return min((one.state.phase for one in self.rules), key=PHASES.index, default="done")
+        return min((one.phase for one in self.rules), key=PHASES.index, default="done")
 
     # --- events -------------------------------------------------------------------------------------------------
 
@@ -144,8 +144,9 @@ class Engine(Observing):
         if not domain.ready(one, self.calibration):
             await_gradients(one, now)
             return []
-        one.state.waiting = None
         context = self._context()
+        self.leave_member(one, context)
+        one.state.waiting = None
         aside = nullcontext() if self.calibration is None else self.paused()  # the data is no training
         with aside, full_precision(self.model):
             if one.waits and not opens(domain, one, now, self.calibration):
@@ -170,7 +171,8 @@ class Engine(Observing):
                 complete(domain, one, context)
                 domain.mask(one, torch.ones_like(keep_G), context.optimizers)
                 lines[0] += "; masks lifted"
-            one.state.phase = "finetune" if met else "prune"
+            one.settle_target(met)
+            lines[0] += f"; member {one.held} is reached" if one.held else ""
         self.follow_phases()
         return lines
 
@@ -186,6 +188,13 @@ class Engine(Observing):
         with self.paused():
             self._remove(context)
         return [f"{where}: removed, {domain.summary(one)[1]}"]
+
+    def leave_member(self, one: ActiveRule, context: RemovalContext) -> None:
+        """The fine-tuning of a rule's member is over: tell it, with the model as the member is."""
+        if one.state.holds:
+            with self.paused():
+                context.member_done()
+            one.state.holds = False
 
     def remove(self) -> None:
         """Remove what is masked now, whatever the schedule says; zeros inside a weight stay there.

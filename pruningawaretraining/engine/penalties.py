@@ -37,10 +37,11 @@ class ActivePenalties:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # for each regulariser: all masks, and its own
 
     def of_gradients(self, coupled: CoupledGroups) -> list[tuple[Regularizer, Tensor]]:
-        """Each regulariser of the gradients whose rule works, with its factors at these weights."""
+        """Each regulariser of the gradients whose rule works, with its factors at these weights; not while a
+        member is fine-tuned."""
         found = []
         for one, options, ready, mine_G in self._ready(coupled):
-            if one.works and ready.acts:
+            if one.works and not one.state.holds and ready.acts:
                 keep_G = self._keep_for(coupled, ready, mine_G) if coupled.masks.active else None
                 size = len(ready.strength_G)
                 expected = f"a vector of {size} factors, one for each group"

@@ -48,6 +48,8 @@ class RuleState:
         first: scores of all groups before that, at the first event. Later events divide by the same scale, corrected
             for how the groups that are left have changed, so that those that are gone do not change how layers compare.
         latencies: predicted and measured at every event of a latency target.
+        member: members of a family whose target has been met.
+        holds: whether the last of them is still what the model is: it is fine-tuned until the next event.
     """
 
     phase: str = "regularize"
@@ -62,6 +64,8 @@ class RuleState:
     scale: list[float] | None = None
     first: Tensor | None = None
     latencies: list[dict[str, Any]] = field(default_factory=list)
+    member: int = 0
+    holds: bool = False
 
 
 @dataclass(eq=False)
@@ -70,11 +74,13 @@ class ActiveRule:
 
     Args:
         key: how messages call it.
-        rule: the configuration.
+        given: the configuration.
         pattern: its pattern, built.
         criterion: what scores its groups.
+        names: of the members of a family, as the user has written them; more than members where a file has met some.
+        members: the configuration of each member of a family; that of the rule alone without one.
         feed: gathers what the criterion needs.
-        planned: when it has its events, and how far each goes, if it begins at start.
+        timelines: when each member has its events, and how far each goes, if it begins at start.
         state: where it stands.
         fractions: the fraction of each of its sets that is to go, where the config gives them one by one.
         dynamic: what masked weights do meanwhile.
@@ -83,10 +89,12 @@ class ActiveRule:
     """
 
     key: str
-    rule: Rule
+    given: Rule
     pattern: Any
     criterion: Criterion
-    planned: Timeline = field(init=False)
+    names: tuple[str, ...] = field(init=False)
+    members: tuple[Rule, ...] = field(init=False)
+    timelines: tuple[Timeline, ...] = field(init=False)
     dynamic: Dynamic = field(init=False)
     feed: StatisticsFeed = field(init=False)
     state: RuleState = field(default_factory=RuleState, init=False)
@@ -96,15 +104,57 @@ class ActiveRule:
     gradient_G: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.planned = self.rule.timeline()
-        for one in self.planned.stretches:
+        self.names = tuple(self.given.target.names)
+        self.aim(self.given)
+        for one in (stretch for times in self.timelines for stretch in times.stretches):
             sparsity_at(one.schedule, 0.5)  # a schedule of the user's own that fails is refused before training
-        self.dynamic = build("dynamic", self.rule.dynamic, f"{self.key}.dynamic")
+        self.dynamic = build("dynamic", self.given.dynamic, f"{self.key}.dynamic")
+
+    def aim(self, rule: Rule) -> None:
+        """Follow a configuration from its first member on."""
+        self.given, self.members = rule, rule.members()
+        self.count(None)
+
+    def count(self, steps: int | None) -> None:
+        """Let events at fractions of epochs know how many steps an epoch has."""
+        self.timelines = tuple(one.timeline(steps) for one in self.members)
+
+    @property
+    def rule(self) -> Rule:
+        """The configuration with the target, start and end of the member that comes next, or was the last."""
+        return self.members[min(self.state.member, len(self.members) - 1)]
 
     @property
     def times(self) -> Timeline:
-        """When it has its events, and how far each goes."""
-        return self.planned if self.state.opened is None else self.planned.beginning(self.state.opened)
+        """When that member has its events, and how far each goes."""
+        planned = self.timelines[min(self.state.member, len(self.members) - 1)]
+        return planned if self.state.opened is None else planned.beginning(self.state.opened)
+
+    @property
+    def before(self) -> Rule | None:
+        """The configuration of the member before it."""
+        return self.members[self.state.member - 1] if self.state.member else None
+
+    @property
+    def phase(self) -> str:
+        """Where it stands, of :data:`PHASES`: a member that holds is fine-tuned."""
+        return "finetune" if self.state.holds else self.state.phase
+
+    @property
+    def held(self) -> str:
+        """Name of the member that the model is now; "" without one."""
+        return self.names[self.state.member - 1 - len(self.members)] if self.state.holds else ""
+
+    @property
+    def missed(self) -> tuple[str, ...]:
+        """Names of the members that are not met yet."""
+        return self.names[len(self.names) - len(self.members) + self.state.member :]
+
+    def settle_target(self, met: bool) -> None:
+        """An event is over: a target that is met ends the rule, or begins the fine-tuning of a member."""
+        self.state.phase = "finetune" if met and self.state.member + 1 >= len(self.members) else "prune"
+        if met and self.given.target.lists:
+            self.state.member, self.state.holds = self.state.member + 1, True
 
     @property
     def waits(self) -> bool:

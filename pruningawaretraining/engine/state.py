@@ -86,10 +86,12 @@ def _read_rule_state(values: Mapping[str, Any]) -> RuleState:
     state = RuleState(**values)
     if state.phase not in PHASES:
         raise CheckpointError(f"state: phase {state.phase!r} is not one of {', '.join(PHASES)}")
-    for name in ("event", "part", "last", "waiting", "begun", "opened"):
+    for name in ("event", "part", "last", "waiting", "begun", "opened", "member"):
         value = getattr(state, name)
         if not (name in ("last", "waiting", "begun", "opened") and value is None) and not is_whole(value):
             raise CheckpointError(f"state: {name}: {value!r} is not a whole number of 0 or more")
+    if not isinstance(state.holds, bool):
+        raise CheckpointError(f"state: holds: {state.holds!r} is not true or false")
     if not _is_finite(state.initial) or not 0 <= state.initial <= 1:
         raise CheckpointError(f"state: initial: {state.initial!r} is not a fraction")
     numbers = state.scale is None or (isinstance(state.scale, list) and all(map(_is_finite, state.scale)))
@@ -145,6 +147,8 @@ def _read_coupled(coupled: CoupledGroups, state: Mapping[str, Any]) -> _Coupled:
     rules = [_read_rule_state(values) for _, values in zip(coupled.rules, state["rules"], strict=True)]
     statistics = state.get("heard", [None] * len(coupled.rules))  # absent from states of early versions
     for one, rule_state, known in zip(coupled.rules, rules, statistics, strict=True):
+        if rule_state.member > len(one.members):
+            raise CheckpointError(f"state: {one.key} has met {rule_state.member} of {len(one.members)} targets")
         first = rule_state.first
         if first is not None and (not isinstance(first, Tensor) or first.shape != one.groups_D.shape):
             raise CheckpointError(f"state: the first scores of {one.key} are not those of its groups")

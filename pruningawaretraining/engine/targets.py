@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.allocation.knapsack import Goal
+from pruningawaretraining.allocation.goals import Goal
 from pruningawaretraining.allocation.policies import RANKED, RuleView, Task, allocation_of
+from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.costs.latency.meter import Meter, RuntimeMeter
 from pruningawaretraining.costs.latency.model import LatencyCost
-from pruningawaretraining.costs.macs import LayerCost, LinearCost, macs_cost, macs_per_layer, weighted
+from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer
 from pruningawaretraining.costs.memory import MemoryCost, memory_cost
+from pruningawaretraining.costs.weighted import LayerCost, weighted
 from pruningawaretraining.costs.widths import LinearBySets, SetCost
 from pruningawaretraining.engine.latency_target import LatencyReached, LatencyTarget
 from pruningawaretraining.errors import ConfigError, TargetError
@@ -74,31 +76,34 @@ class Targets:
         self._meter = meter or (lambda target: _runtime_meter(target, model))
         self.set_ids_D = found.grouping.set_ids
 
-    def goals(self, share: RuleView) -> list[Goal]:
+    def goals(self, share: RuleView, rule: Rule | None = None) -> list[Goal]:
         """The budgets of a rule besides its sparsity.
+
+        Args:
+            share: the rule.
+            rule: the configuration of another member of its family.
 
         Raises:
             ConfigError: a runtime that is not there.
             ModelError: the runtime cannot run the model.
         """
-        target, key = share.rule.target, f"{share.key}.target"
-        asked = {name: getattr(target, name) for name in ("macs", "parameters", "peak_memory")}
+        target, key = (rule or share.rule).target, f"{share.key}.target"
         goals = [
             Goal(f"{key}.{name}", self._cost(name), fraction * self._cost(name).dense)
-            for name, fraction in {**asked, **(target.costs or {})}.items()
-            if fraction is not None
+            for name, fraction in target.fractions.items()
+            if name != "latency"
         ]
         if target.latency is not None or target.latency_ms is not None:
-            goals.append(self._latency_goal(share))
+            goals.append(self._latency_goal(share, target))
         return goals
 
-    def _latency_goal(self, share: RuleView) -> Goal:
+    def _latency_goal(self, share: RuleView, target: Target) -> Goal:
         """The lower of a latency that is a fraction, and one in milliseconds."""
-        target, key, latency = share.rule.target, f"{share.key}.target", self._latency_of(share)
+        key, latency = f"{share.key}.target", self._latency_of(share)
         goals = []
-        if target.latency is not None:
-            asked = f"{target.latency:g} of the dense cost"
-            goals.append(Goal(f"{key}.latency", latency.cost, target.latency * latency.dense_ms, asked, "ms"))
+        if (fraction := target.fractions.get("latency")) is not None:
+            asked = f"{fraction:g} of the dense cost"
+            goals.append(Goal(f"{key}.latency", latency.cost, fraction * latency.dense_ms, asked, "ms"))
         if target.latency_ms is not None:
             asked = f"{target.latency_ms:g} ms"
             goals.append(Goal(f"{key}.latency_ms", latency.cost, target.latency_ms, asked, "ms"))
@@ -140,13 +145,17 @@ class Targets:
             self._latencies[key] = made
         return self._latencies[key]
 
-    def check(self, share: RuleView) -> None:
+    def check(self, share: RuleView, rule: Rule) -> None:
         """Refuse goals that no mask within the limits reaches.
+
+        Args:
+            share: the rule.
+            rule: the configuration whose target it is: of a family that of its last member.
 
         Raises:
             TargetError: the message names the goal, and what is reachable.
         """
-        goals = self.goals(share)
+        goals = self.goals(share, rule)
         everything = torch.ones(len(self.set_ids_D), dtype=torch.bool)
         scores_R = torch.zeros(share.grouping.size)
         for goal in goals:
@@ -209,11 +218,21 @@ class Targets:
             keep_R, met = self._by_sparsity(task, RANKED[name], progress, allocate)
         else:
             part = sparsity_at(rule.schedule, progress)
-            mild = [replace(one, budget=one.cost.dense + part * (one.budget - one.cost.dense)) for one in goals]
+            starts = [one.budget for one in self._goals_before(share, goals)]
+            mild = [
+                replace(one, budget=begin + part * (one.budget - begin))
+                for one, begin in zip(goals, starts, strict=True)
+            ]
             keep_R, met = allocate(replace(task, goals=mild, at_least=part * at_least)), False
         if timed is None or copied is None:
             return keep_R, met, None
         return self._measured(task, timed, keep_R, met, allocate, copied, rounds)
+
+    def _goals_before(self, share: RuleView, goals: list[Goal]) -> list[Goal]:
+        """Where the way to each goal begins: at the member before, or at the dense cost."""
+        if share.before is not None:
+            return self.goals(share, share.before)
+        return [replace(one, budget=one.cost.dense) for one in goals]
 
     def _measured(
         self,

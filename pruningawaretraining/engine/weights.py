@@ -294,7 +294,7 @@ class WeightGroups:
             old.masks.clear()
             old.feed.end()
             new = self._rule(old.key, old.rule, old.pattern, old.criterion, old.stacked)
-            new.state, new.planned = replace(old.state, begun=None, part=0, would=None), old.planned
+            new.state, new.timelines = replace(old.state, begun=None, part=0, would=None), old.timelines
             self.rules[number] = new
             renewed.append(new)
         return renewed

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import build_model
 from pruningawaretraining.experiment.data import DataSet, Pipeline
 from pruningawaretraining.experiment.display import Display
+from pruningawaretraining.experiment.family import family_rows, load_members
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.verify import OnnxModel, accuracy_of, difference, scores
 from pruningawaretraining.export.onnx import export_onnx
@@ -50,6 +53,7 @@ class Trained:
         dense_seconds, pruned_seconds: time spent on each, None for no baseline.
         masked_removed: the check made when channels were removed.
         before: wall-clock time until the last checkpoint, over all sessions.
+        members: lines of a family's members, in order.
     """
 
     config: ExperimentConfig
@@ -64,6 +68,7 @@ class Trained:
     pruned_seconds: float
     masked_removed: float | None
     before: float
+    members: list[dict[str, Any]]
 
     @property
     def folder(self) -> Path:
@@ -102,11 +107,15 @@ def finish(trained: Trained, display: Display) -> dict[str, Any]:
     if trained.config.onnx is not None:
         with display.step("exporting to ONNX and checking it in onnxruntime"):
             verification.update(_exported(trained, reloaded, after, images))
-    latency = None
+    latency, medians, members = None, dict[str, float](), load_members(trained.members, folder, trained.fresh_model)
     if trained.config.latency is not None:
         with display.step("measuring latency, dense and pruned in turns"):
-            latency = _latency(trained, reloaded)
+            latency, medians = _latency(trained, reloaded, members)
     summary = _summary(trained, reloaded, pruning, verification, latency)
+    with display.step("exporting the family") if members else contextlib.nullcontext():
+        summary["family"] = family_rows(trained.members, folder, members, medians, trained.config.onnx, images)
+    written = {one[key] for one in summary["family"] for key in ("file", "onnx") if one[key]}
+    summary["files"] = sorted({*summary["files"], *written})
     summary["seconds"] = trained.before + time.perf_counter() - started
     record.write_json(folder / record.SUMMARY, summary, indent=2)
     write_report(folder)
@@ -136,19 +145,24 @@ def _exported(trained: Trained, model: nn.Module, expected: Tensor, images: Tens
     return found
 
 
-def _latency(trained: Trained, model: nn.Module) -> dict[str, Any]:
+def _latency(
+    trained: Trained, model: nn.Module, members: Mapping[str, nn.Module]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The latency of dense and pruned model for the report, and the medians of a family's members, all in turns."""
     spec = trained.config.latency
     assert spec is not None
     images = trained.images(spec.batch)
     runtime = on_device({"type": spec.runtime}, trained.device)
     if spec.runtime == "onnxruntime" and trained.config.onnx is not None:
         runtime["exporter"] = trained.config.onnx.exporter
-    pair = {"dense": (trained.fresh_model(), images), "pruned": (model, images)}
-    found = compare_latency(pair, runtime, spec.threads, spec.repeats, spec.warmup)
+    models = {"dense": trained.fresh_model(), "pruned": model, **members}
+    timed = {name: (one, images) for name, one in models.items()}
+    found = compare_latency(timed, runtime, spec.threads, spec.repeats, spec.warmup)
     common = {"runtime": spec.runtime, "threads": spec.threads, "batch": len(images), "ratio": found.ratios["pruned"]}
     common["interval"] = list(found.intervals["pruned"])
-    measured = {name: one.to_dict() for name, one in found.latencies.items()}
-    return {**common, **measured, "events": _latency_events(trained.pruner)}
+    measured = {name: found.latencies[name].to_dict() for name in ("dense", "pruned")}
+    medians = {name: found.latencies[name].median_ms for name in members}
+    return {**common, **measured, "events": _latency_events(trained.pruner)}, medians
 
 
 def _latency_events(pruner: Pruning) -> list[dict[str, Any]]:
@@ -170,7 +184,7 @@ def _summary(
     pruned = {"accuracy": trained.accuracy, **_costs(model, folder / record.PRUNED, trained)}
     for name, one, seconds in (("dense", dense, trained.dense_seconds), ("pruned", pruned, trained.pruned_seconds)):
         one.update(latency_ms=latency[name]["median_ms"] if latency else None, seconds=seconds)
-    target = next((rule.target for rule in config.pruning.rules if rule.enabled), None)
+    target = next((rule.target.members()[-1] for rule in config.pruning.rules if rule.enabled), None)
     written = [name for name in record.FILES if (folder / name).is_file() and name != record.CHECKPOINT]
     return {
         "format": 1,

@@ -44,7 +44,7 @@ A run folder holds:
          "dense":  {"accuracy": 0.99 | null, "macs", "parameters", "bytes", "latency_ms" | null, "seconds" | null},
          "pruned": {the same},                  accuracy: fraction of the test images; bytes: of the weights' file;
                                                 a dense accuracy or time is null when no baseline was trained
-         "target": {"macs": 0.5 | null, "sparsity": 0.3 | null},   of the first channel rule
+         "target": {"macs": 0.5 | null, "sparsity": 0.3 | null},   of the first rule; of a family its last
          "pruning": {...},                      Report.to_dict() of the pruner, at the end
          "verification": {                      largest absolute differences of the outputs on test images, in a chain
              "scale": 17.2,                     largest absolute output
@@ -55,6 +55,10 @@ A run folder holds:
          "latency": {"runtime", "threads", "batch", "dense": {...}, "pruned": {...}, "ratio": 0.6,
                      "interval": [0.58, 0.62], "events": [...]} | null,
                                                 dense and pruned are Latency.to_dict(); ratio is pruned / dense
+         "family": [                            members of a target with a list, in order; empty without one
+            {"number": 0, "name": "0.70", "target": {"macs": 0.7}, "epoch": 9,    the epoch in which it was finished
+             "accuracy", "macs", "parameters", "bytes", "latency_ms" | null,      as of the pruned model
+             "file": "pruned-0.70.safetensors", "onnx": "model-0.70.onnx" | null, "onnx_difference": 1e-6 | null}],
          "files": ["config.yaml", ...],         the files of the folder that the run wrote
          "seconds": 93.1}                       of the whole run, over all sessions if it was resumed
 
@@ -86,6 +90,8 @@ NUMBERS = numbers.FILES
 FILES = (SUMMARY, CONFIG, METRICS, NORMS, REPORT, *NUMBERS, PRUNED, DENSE, ONNX, CHECKPOINT)
 """Files of a run in the order of their deletion, the summary first."""
 
+MEMBERS = ("pruned-0.[0-9]*.safetensors", "model-0.[0-9]*.onnx")
+
 ROW = frozenset(("model", "epoch", "phase", "loss", "train_accuracy", "accuracy", "lr", "macs", "sparsity", "seconds"))
 """Keys of a line of ``metrics.jsonl``."""
 MOMENT = frozenset(("epoch", "phase", "sets"))
@@ -97,9 +103,14 @@ EDGES: tuple[float, ...] = tuple(
 """Bin edges of the norm histograms: fixed, so that the histograms of a resumed run line up."""
 
 
+def member_files(folder: Path) -> list[Path]:
+    """The files of a family's members: ``pruned-0.70.safetensors``, ``model-0.70.onnx``."""
+    return [path for form in MEMBERS for path in sorted(folder.glob(form))]
+
+
 def clear_temporary(folder: Path) -> None:
     """Take away what a killed process of this run was writing when it died: half-written files, folders of exports."""
-    for name in (*FILES, LOCK):
+    for name in (*FILES, *MEMBERS, LOCK):
         for left in folder.glob(f".{name}.*.tmp"):
             left.unlink(missing_ok=True)
     for left in folder.glob(".onnx-*"):

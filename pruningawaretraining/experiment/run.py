@@ -129,8 +129,8 @@ def _trained(runner: Runner, resume: bool, display: Display, resolved: dict[str,
         display.say(f"going on in {folder}: {runner.state.stage} model, epoch {runner.state.epoch}")
     else:
         runner.state.config = resolved
-        for name in record.FILES if runner.writes else ():
-            (folder / name).unlink(missing_ok=True)
+        for path in [folder / name for name in record.FILES] + record.member_files(folder) if runner.writes else ():
+            path.unlink(missing_ok=True)
     barrier()
     if runner.writes:
         record.write_config(folder / record.CONFIG, resolved)

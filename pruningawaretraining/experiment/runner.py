@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pruningawaretraining.config.rates import LearningRates
 from pruningawaretraining.distributed.collectives import Ranks, rank, same_buffers, world_size
-from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import initial_model
 from pruningawaretraining.experiment.calibration import TrainingBatches, loss_of
 from pruningawaretraining.experiment.checks import check_scores, check_share, late_ends
 from pruningawaretraining.experiment.data import Batch, DataSet, Pipeline
 from pruningawaretraining.experiment.display import Display, StageDisplay, epochs_text
+from pruningawaretraining.experiment.family import keep_member
 from pruningawaretraining.experiment.finish import Trained, prunes, save_dense
 from pruningawaretraining.experiment.lock import check_mine
 from pruningawaretraining.experiment.optim import (
@@ -112,6 +113,8 @@ class Runner:
         precision = Precision.of(config, self.device)
         wrapped = DistributedDataParallel(model) if world_size() > 1 else None
         learner = Learner(model, optimizer, precision, config.label_smoothing, config.clip_norm, pruner, wrapped)
+        if pruner is not None:
+            pruner.on_member = partial(keep_member, self, learner)
         torch.manual_seed(config.seed + rank())
         return Stage(name, learner, scheduler)
 
@@ -146,6 +149,7 @@ class Runner:
             pruned_seconds=seconds["pruned"],
             masked_removed=self.state.masked_removed,
             before=self.state.seconds,
+            members=self.state.members,
         )
 
     def train(self, name: str) -> Stage:
@@ -168,7 +172,7 @@ class Runner:
             with reading(self.folder / record.CHECKPOINT, "--resume", ALLOWED, used=True):
                 stage.load_state_dict(self.state.training)
                 set_rng_state(self.state.rng)
-            self._rewrap(stage)
+            stage.rewrapped()
         return stage
 
     def _epoch(self, stage: Stage, epoch: int, shown: StageDisplay) -> None:
@@ -177,7 +181,7 @@ class Runner:
         phase = EpochPhase(pruner, within.get("phase"))
         if begins and not within:
             self._events(learner, epoch)
-            learner = self._rewrap(stage)
+            learner = stage.rewrapped()
         steps = self.data.steps(self.config.batch_size)
         rate = self.rates.apply(learner.optimizer, epoch, steps) or float(learner.optimizer.param_groups[0]["lr"])
         started -= float(within.get("seconds", 0.0))
@@ -185,8 +189,8 @@ class Runner:
         same_buffers(learner.model)
         if not begins or epoch == self.config.epochs - 1:
             self._events(learner, epoch + begins)
-            learner = self._rewrap(stage)
-        accuracy = self._accuracy(learner)
+            learner = stage.rewrapped()
+        accuracy = self.accuracy(learner)
         step_scheduler(stage.scheduler, loss)
         row = {
             "model": stage.name,
@@ -226,12 +230,6 @@ class Runner:
         with self.stop.waiting() if world_size() == 1 else contextlib.nullcontext():
             return train_epoch(learner, batches, tick, sums)
 
-    def _rewrap(self, stage: Stage) -> Learner:
-        """The stage's learner; with several processes it is rewrapped after a removal."""
-        if stage.learner.wrapped is not None:
-            rewrap_in_place(stage.learner.wrapped)
-        return stage.learner
-
     def _events(self, learner: Learner, epoch: int) -> None:
         """Tasks that are due in an epoch."""
         pruner = learner.pruner
@@ -270,7 +268,8 @@ class Runner:
             if masked is not None:
                 self.state.masked_removed = difference(masked, scores(model, self.images))
 
-    def _accuracy(self, learner: Learner) -> float:
+    def accuracy(self, learner: Learner) -> float:
+        """Accuracy on the test images; the model is left in eval mode."""
         batches = self.pipeline.test(self.data.test, TEST_BATCH, self.device, self.pipeline.share)
         return evaluate(learner.model, batches, learner.precision)
 
@@ -278,7 +277,7 @@ class Runner:
         """Without a baseline: the accuracy of the weights that the user gave, if any."""
         given = self.config.model.weights or self.config.model.kwargs.get("weights")
         given = given or self.config.model.kwargs.get("pretrained")
-        return self._accuracy(self.new_stage("dense").learner) if given else None
+        return self.accuracy(self.new_stage("dense").learner) if given else None
 
     def _save_dense(self, model: nn.Module) -> None:
         if self.writes:

@@ -17,6 +17,7 @@ import pruningawaretraining.runtimes.timing  # noqa: F401  (importing it registe
 from pruningawaretraining.config import PruningConfig, load_config
 from pruningawaretraining.config.dialects.sparseml_keys import RateFunction, RateSchedule, SetRate
 from pruningawaretraining.config.editor import complete_schema
+from pruningawaretraining.config.family import check_epochs
 from pruningawaretraining.config.load import find_file, read_mapping
 from pruningawaretraining.config.recipe import is_recipe, load_recipe
 from pruningawaretraining.config.strict import Amount, Count, Fraction, Positive, Strict, within
@@ -207,6 +208,11 @@ class ExperimentConfig(Strict):
     @classmethod
     def _drop_schema_key(cls, values: Any) -> Any:
         return {key: values[key] for key in values if key != "$schema"} if isinstance(values, Mapping) else values
+
+    @model_validator(mode="after")
+    def _has_epochs_for_all(self) -> Self:
+        check_epochs(self.pruning, self.epochs, self.prune_at)
+        return self
 
     def folder(self) -> Path:
         """Folder of the run."""

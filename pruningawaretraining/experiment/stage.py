@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.optim import Scheduler
 from pruningawaretraining.experiment.train import Learner
@@ -35,6 +36,12 @@ class Stage:
     name: str
     learner: Learner
     scheduler: Scheduler | None
+
+    def rewrapped(self) -> Learner:
+        """The learner; with several processes it is rewrapped after a removal."""
+        if self.learner.wrapped is not None:
+            rewrap_in_place(self.learner.wrapped)
+        return self.learner
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes: tensors and plain data."""

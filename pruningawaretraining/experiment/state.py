@@ -38,6 +38,7 @@ class RunState:
         rng: states of torch's generators.
         masked_removed: the check made when channels were removed, see :mod:`record`.
         config: the resolved experiment, to notice when a run is resumed with another one.
+        members: lines of the members of a family that are finished.
         within: of an epoch that was stopped: its ``steps`` so far, their sums, and what its line will say; else empty.
     """
 
@@ -51,6 +52,7 @@ class RunState:
     masked_removed: float | None = None
     config: dict[str, Any] = field(default_factory=dict)
     within: dict[str, Any] = field(default_factory=dict)
+    members: list[dict[str, Any]] = field(default_factory=list)
 
 
 def save_state(state: RunState, folder: Path) -> None:

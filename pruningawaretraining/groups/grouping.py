@@ -19,7 +19,7 @@ from pruningawaretraining.distributed.fsdp import across, full_of, is_sharded, l
 from pruningawaretraining.groups.placed import placed
 from pruningawaretraining.groups.products import Product
 
-ROLES = ("out", "in", "norm", "bias", "raw", "element", "buffer")
+ROLES = ("out", "in", "norm", "bias", "raw", "element", "buffer", "block")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class Member:
         slots: int64 vector, as long as the product of ``sizes``, that maps the raveled labels to groups, the number
             of groups meaning "outside"; None when slot s simply is group ``offset + s``.
         offset: the group of slot 0 when ``slots`` is None.
-        role: what the tensor is to the group: "out" and "in" weights of a layer, a "norm" weight, a "bias", a "raw"
-            parameter, an "element" of an unstructured or block pattern, or a "buffer" such as a running mean.
+        role: "out" and "in" weights of a layer, a "norm" weight, a "bias", a "raw" parameter, an "element" of a pattern
+            inside layers, a "buffer" such as a running mean, or part of a residual "block" beside groups in it.
     """
 
     name: str

@@ -84,7 +84,7 @@ def remove(
 
     def shrink(module: nn.Module) -> tuple[Exchanged, list[nn.Parameter]]:
         exchanged = _slice_module(module, kept, surgery)
-        return exchanged, [lost for one in found.attachments for lost in one.remove(module, keep_G, surgery)]
+        return exchanged, [lost for one in found.outside(keep_G) for lost in one.remove(module, keep_G, surgery)]
 
     try:
         exchanged, lost = shrink(model)

@@ -53,7 +53,7 @@ class KeptLayerNorm(KeptNorm):
         shape = [1] * x.dim()
         shape[self.axis] = -1
         keep = self._keep(x).to(x.dtype).view(shape)
-        normal = _standardised(x, keep, [self.axis], keep.sum(), module.eps)
+        normal = _standardised(x, keep, [self.axis], keep.sum().clamp(min=1), module.eps)
         return _scaled(normal, module, shape, keep).to(output.dtype)
 
 
@@ -85,7 +85,7 @@ class KeptRMSNorm(KeptNorm):
         keep = self._keep(x).to(x.dtype)
         eps = torch.finfo(inputs[0].dtype).eps if module.eps is None else module.eps
         x = x * keep
-        x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) / keep.sum() + eps)
+        x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) / keep.sum().clamp(min=1) + eps)
         return (x if module.weight is None else x * module.weight.to(x.dtype)).to(output.dtype)
 
 
@@ -123,7 +123,7 @@ class KeptForeignRMSNorm(KeptNorm):
         x = _at_least_float(inputs[0])
         keep = self._keep(x).to(x.dtype)
         squares = (x * keep).square().sum(-1, keepdim=True)
-        ratio = (x.square().mean(-1, keepdim=True) + self.eps) / (squares / keep.sum() + self.eps)
+        ratio = (x.square().mean(-1, keepdim=True) + self.eps) / (squares / keep.sum().clamp(min=1) + self.eps)
         return (output * ratio.sqrt() * keep).to(output.dtype)
 
 

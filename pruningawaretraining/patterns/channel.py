@@ -18,10 +18,11 @@ from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.models.fake_quant import resting
+from pruningawaretraining.patterns.block_names import candidates, chosen_blocks
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.channel_labels import channel_groups, producer_names
 from pruningawaretraining.patterns.coupling import TRACE_LIMIT
-from pruningawaretraining.patterns.head import chosen_heads, find_heads, is_of_heads
+from pruningawaretraining.patterns.head import attention_names, chosen_heads, find_heads, is_of_heads
 from pruningawaretraining.patterns.labels.trace import trace
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.registry import calling, check_returned, register
@@ -69,11 +70,13 @@ class Channel:
 
     Args:
         heads: attention heads too, in the same ranking and towards the same target.
+        depth: whole residual blocks too; one that goes takes the channels and heads in it along.
     """
 
     support: ClassVar[Support] = COUPLED
 
     heads: bool = False
+    depth: bool = False
 
     def build(
         self,
@@ -102,13 +105,15 @@ class Channel:
     def chosen(
         self, model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] = (), key: str = ""
     ) -> set[str]:
-        """The layers that a rule selects, and attention blocks if heads are wanted."""
+        """The layers that a rule selects, attention blocks if heads are wanted, and residual blocks if depth is."""
         chosen = chosen_layers(model, layers, exclude, key)
-        return chosen | chosen_heads(model, layers, exclude, key) if self.heads else chosen
+        chosen |= chosen_heads(model, layers, exclude, key) if self.heads else set()
+        return chosen | chosen_blocks(model, layers, exclude, key) if self.depth else chosen
 
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
         """Attention block -> its unit of pruning."""
-        return dict.fromkeys(chosen - set(producer_names(model)), "group")
+        blocks = set(candidates(model)) - attention_names(model) if self.depth else set()
+        return dict.fromkeys(chosen - set(producer_names(model)) - blocks, "group")
 
 
 def chosen_layers_of(

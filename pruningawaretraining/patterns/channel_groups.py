@@ -35,8 +35,14 @@ class ChannelGroups:
         number_G1 = torch.full((self.grouping.size + 1,), -1)
         number_G1[:-1][keep_G], number_G1[-1] = torch.arange(size), size
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        prefixes = self._prefixes(keep_G)
         members = []
         for member in self.grouping.members:
+            if member.name.startswith(prefixes):
+                continue
+            if member.role == "block":
+                members.append(_of_block(member, tensors[member.name], number_G1, size))
+                continue
             dim = next(index for index, label in enumerate(member.labels) if label is not None)
             assert member.slots is not None
             slots = renumbered(member.slots, number_G1)
@@ -55,7 +61,8 @@ class ChannelGroups:
             for one in self.grouping.sets
         )
         grouping = Grouping(self.grouping.name, tuple(members), sets)
-        return ChannelGroups(grouping, self.skipped, self._renumbered(number_G1, size))
+        attachments = tuple(one.renumber(number_G1, size) for one in self.outside(keep_G))
+        return ChannelGroups(grouping, self.skipped, attachments)
 
     def on(self, copy: nn.Module) -> ChannelGroups:
         """The same groups on the tensors of a copy of the model."""
@@ -97,6 +104,25 @@ class ChannelGroups:
         """Modules that leave the model as a whole."""
         return {name for one in self.attachments for name in one.taken_out(keep_G)}
 
+    def _prefixes(self, keep_G: Tensor) -> tuple[str, ...]:
+        """What the names of everything in modules begin with that leave the model as a whole."""
+        return tuple(f"{name}." for name in self.taken_out(keep_G))
+
+    def outside(self, keep_G: Tensor) -> list[Attachment]:
+        """The attachments without parts in modules that leave the model as a whole."""
+        prefixes = self._prefixes(keep_G)
+        return [
+            replace(one, groups={name: groups for name, groups in one.groups.items() if not name.startswith(prefixes)})
+            for one in self.attachments
+        ]
+
     def costs(self) -> list[OwnCost]:
         """What modules cost beside the layers that the groups index."""
         return [cost for one in self.attachments for cost in one.costs()]
+
+
+def _of_block(member: Member, tensor: Tensor, number_G1: Tensor, size: int) -> Member:
+    """A member that is one group as a whole, whatever is left of its rows."""
+    assert member.slots is not None
+    group = number_G1[member.slots[0]]
+    return Member.along(member.name, tensor, 0, group.expand(len(tensor)).clone(), size, "block")

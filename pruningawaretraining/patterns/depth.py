@@ -25,6 +25,7 @@ from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluat
 from pruningawaretraining.models.fake_quant import is_converted, resting
 from pruningawaretraining.models.skipped_blocks import BlockHooks, remove_blocks
 from pruningawaretraining.models.surgery import Surgery
+from pruningawaretraining.patterns.block_names import candidates
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.registry import register
@@ -61,17 +62,6 @@ class Depth:
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
         """No heads are groups of their own."""
         return {}
-
-
-def candidates(model: nn.Module) -> list[str]:
-    """Children of containers that have parameters and children themselves, in the order of the model."""
-    modules = dict(model.named_modules())
-    return [
-        name
-        for name, module in modules.items()
-        if name and isinstance(modules.get(name.rpartition(".")[0]), (nn.Sequential, nn.ModuleList))
-        if any(True for _ in module.children()) and any(True for _ in module.parameters())
-    ]
 
 
 def is_of_blocks(one: GroupSet) -> bool:
@@ -278,10 +268,10 @@ def check_alone(patterns: Sequence[tuple[str, Any]]) -> None:
     Raises:
         ConfigError: it names both.
     """
-    depth = next((key for key, pattern in patterns if support_of(pattern).kind == "block"), None)
-    other = next((key for key, _ in patterns if key != depth), None)
-    if depth is not None and other is not None:
+    found = [key for key, one in patterns if support_of(one).kind == "block" or getattr(one, "depth", False)]
+    other = next((key for key, _ in patterns if key != found[0]), None) if found else None
+    if other is not None:
         raise ConfigError(
-            f"{depth}.pattern: 'depth' removes whole blocks, and {other} would prune in them. Allowed: one after the "
-            "other, each in a Pruning of its own"
+            f"{found[0]}.pattern: 'depth' removes whole blocks, and {other} would prune in them. Allowed: one rule "
+            "with 'pattern: [channel, head, depth]'; or one after the other, each in a Pruning of its own"
         )

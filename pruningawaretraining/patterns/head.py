@@ -23,6 +23,7 @@ from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.models.pruned_attention import Kept, shrink_heads
 from pruningawaretraining.models.surgery import Surgery
 from pruningawaretraining.patterns.attention import Attention, attention_blocks, scaled_attributes
+from pruningawaretraining.patterns.block_names import chosen_blocks
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.projections import HeadTensor
 from pruningawaretraining.patterns.selection import select
@@ -65,11 +66,13 @@ class Head:
     Args:
         unit: what goes together where query heads share keys and values: "group" (a key-value head with its query
             heads) or "query" (one query head of each).
+        depth: whole residual blocks too; one that goes takes the heads in it along.
     """
 
     support: ClassVar[Support] = COUPLED
 
     unit: str = "group"
+    depth: bool = False
 
     def __post_init__(self) -> None:
         lookup("head_unit", self.unit, "unit")
@@ -90,11 +93,17 @@ class Head:
                 f"{where}layers: {layers!r} selects no attention block (exclude: {list(exclude)!r}). "
                 + (f"Allowed: {blocks}" if blocks else f"The {type(model).__name__} has none that is known")
             )
-        return chosen
+        return chosen | chosen_blocks(model, layers, exclude, key) if self.depth else chosen
 
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
         """Block -> unit."""
-        return dict.fromkeys(chosen, self.unit)
+        return dict.fromkeys(chosen & attention_names(model), self.unit)
+
+
+def attention_names(model: nn.Module) -> set[str]:
+    """Names of the attention blocks of a model, those included whose heads cannot be pruned."""
+    blocks, unread = attention_blocks(model)
+    return {one.name for one in blocks} | set(unread)
 
 
 def chosen_heads(

@@ -103,8 +103,9 @@ def _kept(run: Run, bands: Sequence[Band]) -> Figure | None:
     macs = [Series("MACs kept", line.points, "s-kept") for line in _series(run, "macs", ("pruned",))]
     gone = units_of(run.summary).label
     sparsity = [Series(gone, line.points, "s-other") for line in _series(run, "sparsity", ("pruned",))]
-    target = (run.summary.get("target") or {}).get("macs")
-    guides = [Guide(float(target), f"target {100 * target:.3g}% of MACs")] if target else []
+    members = [one["target"].get("macs") for one in run.summary.get("family") or []]
+    targets = [one for one in members or [(run.summary.get("target") or {}).get("macs")] if one]
+    guides = [Guide(float(one), f"target {100 * one:.3g}% of MACs") for one in targets]
 
     def text(value: float) -> str:
         return f"{100 * value:.3g}%"

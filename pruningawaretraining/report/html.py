@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pruningawaretraining.files import reading, write_text
-from pruningawaretraining.report import coupling, figures, tables
+from pruningawaretraining.report import coupling, family, figures, tables
 from pruningawaretraining.report.nouns import Units, units_of
 from pruningawaretraining.report.numbers import write_numbers
 from pruningawaretraining.report.run import REPORT, SUMMARY, Phase, Run, load_run
@@ -75,6 +75,8 @@ def page(run: Run) -> dict[str, Any]:
         "about": _about(summary),
         "rows": tables.compared_rows(summary),
         "verdict": _verdict(links),
+        "family": family.rows(summary),
+        "family_figures": family.figures(summary),
         "phases": [_phase(phase, found) for phase in run.phases],
         "units": found,
         "timeline": figures.timeline(run),

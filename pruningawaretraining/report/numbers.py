@@ -22,7 +22,19 @@ FILES = (JSON, EPOCHS, LAYERS, GROUPS)
 def numbers(run: Run) -> dict[str, Any]:
     """Everything that the page shows, as plain data."""
     summary, pruning = run.summary, run.summary.get("pruning") or {}
-    chosen = ("name", "version", "date", "seconds", "environment", "data", "target", "dense", "pruned", "latency")
+    chosen = (
+        "name",
+        "version",
+        "date",
+        "seconds",
+        "environment",
+        "data",
+        "target",
+        "dense",
+        "pruned",
+        "family",
+        "latency",
+    )
     return {
         **{key: summary.get(key) for key in chosen},
         "phases": [asdict(phase) for phase in run.phases],

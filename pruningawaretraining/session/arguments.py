@@ -71,6 +71,10 @@ def nothing() -> None:
     """Do nothing; what before_removal and after_removal are until the user gives functions."""
 
 
+def nothing_of(one: object) -> None:
+    """Do nothing; what on_member is until the user gives a function."""
+
+
 def check_found_by_parameter(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, told: bool) -> None:
     """Refuse a removal whose new parameters the user's own hooks would not find.
 
@@ -212,6 +216,7 @@ class Given:
         before_removal: called when the model is masked as it will be removed.
         after_removal: called when channels have gone.
         changed: called after every event.
+        member_done: called when a family's member is finished.
     """
 
     forward_fn: ForwardFn | None
@@ -221,6 +226,7 @@ class Given:
     before_removal: Callable[[], None]
     after_removal: Callable[[], None]
     changed: Callable[[], None]
+    member_done: Callable[[], None]
 
 
 def weak_call(owner: Any, name: str) -> Callable[[], Any]:

@@ -16,13 +16,16 @@ from pruningawaretraining.criteria.base import check_kind
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.weight_rules import check_lifted
 from pruningawaretraining.engine.weights import WeightGroups
+from pruningawaretraining.errors import ModelError
 from pruningawaretraining.masks.dry_run import removable_blocks, removable_channels
 from pruningawaretraining.models.calling import ForwardFn, from_shapes
+from pruningawaretraining.patterns.block_names import candidates
 from pruningawaretraining.patterns.channel import chosen_layers_of, own_groups
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.channel_labels import producer_names
 from pruningawaretraining.patterns.depth import check_alone
 from pruningawaretraining.patterns.stacking import Claim, check_stacking
+from pruningawaretraining.patterns.structures import together
 from pruningawaretraining.registry import build
 
 logger = logging.getLogger(__name__)
@@ -68,7 +71,9 @@ def built_rules(config: PruningConfig) -> BuiltRules:
         criterion = build("criterion", rule.criterion, f"{key}.criterion")
         if rule.enabled:
             kind = support_of(pattern).kind
-            check_kind(criterion, kind, f"{key}.criterion", rule.criterion, rule.pattern)
+            kinds = (kind, "block") if getattr(pattern, "depth", False) else (kind,)
+            for kind in kinds:
+                check_kind(criterion, kind, f"{key}.criterion", rule.criterion, rule.pattern)
             built.append(BuiltRule(key, rule, pattern, criterion))
     check_alone([(one.key, one.pattern) for one in built])
     removable = [support_of(one.pattern).removable for one in built]
@@ -122,6 +127,8 @@ def build_coupled(
         found = removable_blocks(model, inputs, union, forward_fn)
     else:
         found = _channels(model, chosen, union, inputs, forward_fn, trace_limit)
+        if any(getattr(one.pattern, "depth", False) for one, _ in chosen):
+            found = _with_blocks(model, found, union & set(candidates(model)), inputs, forward_fn)
     for name, reason in found.skipped.items():
         logger.info("%s stays as it is: %s", name, reason)
     parts = [(*one.parts, layers) for one, layers in chosen]
@@ -131,6 +138,17 @@ def build_coupled(
         if check is not None:
             check(found.grouping, rule.sets, rule.key)
     return coupled
+
+
+def _with_blocks(
+    model: nn.Module, found: ChannelGroups, chosen: set[str], inputs: Any, forward_fn: ForwardFn | None
+) -> ChannelGroups:
+    """The channels with the residual blocks beside them; without any that can go, that is said."""
+    try:
+        return together(found, removable_blocks(model, inputs, chosen, forward_fn))
+    except ModelError as error:
+        logger.warning("depth: %s", error)
+        return found
 
 
 def _channels(
@@ -148,6 +166,8 @@ def _channels(
         own += mine
         union = union - layers if mine else union
         units |= one.pattern.head_units(model, layers)
+        if getattr(one.pattern, "depth", False):
+            union = union - (set(candidates(model)) - units.keys())
     multiples = {name: one.rule.multiple for one, layers in chosen for name in layers}
     return removable_channels(model, inputs, union, forward_fn, multiples, units, trace_limit, own)
 

@@ -44,11 +44,11 @@ def continue_coupled(coupled: CoupledGroups, record: Mapping[str, Any]) -> None:
         record: what the file says.
     """
     for one in coupled.rules:
-        left = None if _same_and_met(one.key, one.rule, record) else _left(coupled, one, record)
+        left = None if _same_and_met(one.key, one.given, record) else _left(coupled, one, record)
         if left is None:
             one.state.phase = "finetune"
         else:
-            one.rule = one.rule.model_copy(update={"target": left})
+            one.aim(one.given.model_copy(update={"target": left, "hold": one.given.hold if left.lists else None}))
 
 
 def _same_and_met(key: str, rule: Rule, record: Mapping[str, Any]) -> bool:
@@ -58,8 +58,20 @@ def _same_and_met(key: str, rule: Rule, record: Mapping[str, Any]) -> bool:
 
 
 def _left(coupled: CoupledGroups, one: CoupledRule, record: Mapping[str, Any]) -> Target | None:
-    """A rule's target in terms of the model as it was loaded; None if the file meets it."""
-    target, changed = one.rule.target, dict[str, Any]()
+    """A rule's target in terms of the model as it was loaded, without members of a family that the file meets; None if
+    it meets all."""
+    target = one.given.target
+    if "latency" in target.fractions or "peak_memory" in target.fractions:
+        logger.warning("%s.target: latency and memory are fractions of those of the model as it was loaded", one.key)
+    members = [_member_left(coupled, one, member, record) for member in target.members()]
+    left = [member for member in members if member is not None]
+    if not left:
+        return None
+    return left[0].at({name: [member.fractions[name] for member in left] for name in target.lists})
+
+
+def _member_left(coupled: CoupledGroups, one: CoupledRule, target: Target, record: Mapping[str, Any]) -> Target | None:
+    changed = dict[str, Any]()
     if target.sparsity is not None:
         dense, here = channels_of(coupled, one, record)
         changed["sparsity"] = 1.0 - (1.0 - target.sparsity) * dense / here
@@ -72,8 +84,6 @@ def _left(coupled: CoupledGroups, one: CoupledRule, record: Mapping[str, Any]) -
     others = [name for name in ("peak_memory", "latency", "latency_ms") if getattr(target, name) is not None]
     if met and not others:
         return None
-    if "latency" in others or "peak_memory" in others:
-        logger.warning("%s.target: latency and memory are fractions of those of the model as it was loaded", one.key)
     limited = {name: min(value, 1.0) if value > 0 else None for name, value in changed.items()}
     return target.model_copy(update=limited)
 

@@ -143,6 +143,8 @@ def _parsed(rule: Any, aimless: bool) -> Rule:
 
 
 def _checked(sparsities: Any, rule: Rule) -> list[float]:
+    for name, values in rule.target.lists.items():
+        raise ConfigError(f"rule.target.{name}: {values} is a family of one training. Allowed: a single fraction")
     if sparsities is None:
         if rule.target.about_costs:
             return []

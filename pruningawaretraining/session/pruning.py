@@ -32,6 +32,7 @@ from pruningawaretraining.session.arguments import (
     followers_of,
     given_averages,
     nothing,
+    nothing_of,
     optimizers_of,
     weak_call,
 )
@@ -40,6 +41,7 @@ from pruningawaretraining.session.companions import Companions
 from pruningawaretraining.session.connections import Connections
 from pruningawaretraining.session.gathering import copy_whole
 from pruningawaretraining.session.loop_hooks import Log, LoopHooks
+from pruningawaretraining.session.members import Member
 from pruningawaretraining.session.reporting import Macs, tell_of_copies, tell_of_masked
 from pruningawaretraining.session.results import Results
 from pruningawaretraining.session.resume import load_session, session_state
@@ -76,6 +78,8 @@ class Pruning(LoopHooks, Companions, Connections, Results):
         before_removal: a function of nothing, yours if you like: called when channels are about to be removed, when the
             model is masked as it will be removed.
         after_removal: likewise, called when channels have gone and optimizers and averages have followed.
+        on_member: a function of a ``Member``, yours: called when a member of a family is finished, before pruning goes
+            on to the next one and at the end of the training.
 
     Raises:
         ValueError: a configuration, layer, target or input that cannot be used; one line that names it.
@@ -100,13 +104,14 @@ class Pruning(LoopHooks, Companions, Connections, Results):
         optimizers = optimizers_of(optimizer)
         self._config = load_config(config)
         followers_of(ema)
-        calls = (weak_call(self, name) for name in ("_before_removal", "_after_removal", "_note"))
+        calls = (weak_call(self, name) for name in ("_before_removal", "_after_removal", "_note", "_member_done"))
         self._given = Given(forward_fn, example_inputs, given_averages(ema), teacher, *calls)
         super().__init__()
         self._described: dict[str, Any] = {}  # what save_pruned writes once this pruner is gone
         self._no_channels = NoChannels()
         self.before_removal: Callable[[], None] = nothing
         self.after_removal: Callable[[], None] = nothing
+        self.on_member: Callable[[Member], object] = nothing_of
         if isinstance(model, nn.Module):
             self.model = model
         for one in optimizers:
@@ -157,6 +162,10 @@ class Pruning(LoopHooks, Companions, Connections, Results):
             check_found_by_parameter(self._steps.optimizers, self.model, told=self.after_removal is not nothing)
             self._follow_forgotten()
         self.before_removal()
+
+    def _member_done(self) -> None:
+        if (member := self.member) is not None:
+            self.on_member(member)
 
     def _note(self) -> None:
         if self._known is None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from pruningawaretraining.report.summary import Report
 from pruningawaretraining.session import reporting
 from pruningawaretraining.session.bound import Bound
+from pruningawaretraining.session.members import Member, member_of
 from pruningawaretraining.session.reporting import Macs
 
 
@@ -19,6 +20,11 @@ class Results(Bound):
     def phase(self) -> str:
         """One of "regularize" (no event yet), "prune" (target not met), "finetune" and "done" (training has ended)."""
         return reporting.phase_of(self._session)
+
+    @property
+    def member(self) -> Member | None:
+        """The member of a family that the model is now, from its target being met until pruning goes on; else None."""
+        return member_of(self._session.engine.rules, self._session.model)
 
     @property
     def has_begun(self) -> bool:

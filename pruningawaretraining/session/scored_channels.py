@@ -6,7 +6,7 @@ Shape suffixes: ``_D`` groups of the dense model, ``_G`` the same, ``_R`` those 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -42,6 +42,8 @@ class OnlyRule:
     sets: list[int]
     groups_D: Tensor
     key: str = "rule"
+    before: Rule | None = None
+    inside: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,7 @@ from pruningawaretraining.session.counted_macs import CountedMacs
 from pruningawaretraining.session.distillation import Distiller
 from pruningawaretraining.session.epochs import check_missing, warn_of_late
 from pruningawaretraining.session.input_capture import InputCapture
+from pruningawaretraining.session.members import warn_of_missed
 from pruningawaretraining.session.optimizer_hooks import Steps
 from pruningawaretraining.session.step_events import StepEvents
 
@@ -127,7 +128,7 @@ class Session(StepEvents):
         """Let rules that count in fractions of epochs know how many steps an epoch has."""
         self.steps_per_epoch = steps
         for one in self.engine.rules:
-            one.planned = one.rule.timeline(steps)
+            one.count(steps)
 
     def trace(self) -> CoupledGroups:
         """The groups that can be removed from the model as it is; nothing acts on them yet."""
@@ -167,7 +168,8 @@ class Session(StepEvents):
     def context(self) -> RemovalContext:
         """Everything that follows a mask or a removal."""
         before, after = self._given.before_removal, weak_call(self, "after_removal")
-        return RemovalContext(self.steps.optimizers, self.followers, self.graphs, before, after)
+        done = self._given.member_done
+        return RemovalContext(self.steps.optimizers, self.followers, self.graphs, before, after, done)
 
     def after_removal(self) -> None:
         """Update configs of transformers models; clear optimizers if ``reset_optimizer`` is set."""
@@ -257,6 +259,9 @@ class Session(StepEvents):
         """Nothing prunes or regularises any more; masks stay."""
         if not self.ended:
             warn_of_idle(self.engine.rules)
+            warn_of_missed(self.engine.rules)
+            if any(one.state.holds for one in self.engine.rules):
+                self._given.member_done()
             self.engine.finish()
         self.ended = True
 

@@ -159,12 +159,13 @@ class LatencyCost:
 
     def __call__(self, keep_G: Tensor) -> float:
         """Milliseconds under a mask."""
-        return float(self._of_widths(*self._widths(keep_G))[0])
+        keep_G1 = torch.cat([keep_G.detach().cpu().double(), torch.ones(1, dtype=torch.float64)])
+        return float(self._of_widths(*self._widths(keep_G), self._macs.there_L(keep_G1)[self._chosen])[0])
 
     def of_sets(self, kept_NS: Tensor) -> Tensor:
         """See :class:`~pruningawaretraining.costs.widths.SetCost`."""
         out_NL, in_NL = self._all.outputs(kept_NS)[:, self._chosen], self._all.inputs(kept_NS)[:, self._chosen]
-        return self._of_widths(*self._completed(out_NL, in_NL))
+        return self._of_widths(*self._completed(out_NL, in_NL), self._all.there(kept_NS)[:, self._chosen])
 
     def neighbours(self) -> Tensor:
         """See :class:`~pruningawaretraining.costs.widths.SetCost`."""
@@ -217,7 +218,7 @@ class LatencyCost:
     def _numbers(self, out_NL: Tensor) -> Tensor:
         return (out_NL * self._positions_L).sum(1)
 
-    def _of_widths(self, out_NL: Tensor, in_NL: Tensor) -> Tensor:
-        known = self.fitted
-        varied_N = known.per_number * self._numbers(out_NL) + known.layers * self._tables(out_NL, in_NL).sum(1)
+    def _of_widths(self, out_NL: Tensor, in_NL: Tensor, there_NL: Tensor) -> Tensor:
+        known, layers_N = self.fitted, (self._tables(out_NL, in_NL) * there_NL).sum(1)
+        varied_N = known.per_number * self._numbers(out_NL * there_NL) + known.layers * layers_N
         return known.correction * (known.fixed + varied_N)

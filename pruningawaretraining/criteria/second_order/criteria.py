@@ -78,7 +78,7 @@ class Sampling:
         recomputation_schedule: how it rises: a registered schedule.
     """
 
-    needs: ClassVar[Needs] = Needs(kinds=("channel", "tile"), adds_up=True)
+    needs: ClassVar[Needs] = Needs(kinds=("channel", "tile"), adds_up=True, loss=True)
 
     num_grads: int = 1024
     micro_batch: int | None = None

@@ -51,7 +51,7 @@ class Reconstruction:
         num_batches: batches of the given data that are run.
     """
 
-    needs: ClassVar[Needs] = Needs(kinds=("channel",), adds_up=True)
+    needs: ClassVar[Needs] = Needs(kinds=("channel",), adds_up=True, loss=True)
 
     num_batches: int = 16
 

@@ -1,0 +1,67 @@
+"""Residual blocks beside the channels and heads in them: one grouping of all, a set for each block.
+
+Shape suffixes: ``_G`` groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
+
+SIGNATURE = "block beside channels"
+
+
+def is_block(one: GroupSet) -> bool:
+    """Whether a set is a residual block beside channels: it may lose its only group."""
+    return one.signature == SIGNATURE
+
+
+def together(channels: ChannelGroups, blocks: ChannelGroups) -> ChannelGroups:
+    """Channels and heads followed by residual blocks.
+
+    Args:
+        channels: of a model, heads included.
+        blocks: of the same model, all in one set.
+    """
+    (one,) = blocks.grouping.sets
+    sets = tuple(GroupSet(name, n, n + 1, 1, SIGNATURE, (name,)) for n, name in enumerate(one.layers))
+    members = tuple(replace(member, role="block") for member in blocks.grouping.members)
+    return channels.beside(replace(blocks, grouping=Grouping("depth", members, sets)))
+
+
+def blocks_of_sets(found: ChannelGroups) -> dict[int, int]:
+    """Number of each set whose groups lie in one residual block alone -> number of that block's set."""
+    grouping, numbers = found.grouping, {one.name: n for n, one in enumerate(found.grouping.sets) if is_block(one)}
+    if not numbers:
+        return {}
+    places: dict[int, set[str]] = {}
+    for member in grouping.members:
+        if member.role != "block":
+            inside = next((name for name in numbers if member.name.startswith(f"{name}.")), "")
+            for number in _sets_of(member, grouping):
+                places.setdefault(number, set()).add(inside)
+    return {
+        number: numbers[next(iter(names))] for number, names in places.items() if len(names) == 1 and "" not in names
+    }
+
+
+def _sets_of(member: Member, grouping: Grouping) -> list[int]:
+    assert member.slots is not None
+    slots = member.slots.cpu()
+    found: list[int] = torch.unique(grouping.set_ids[slots[slots < grouping.size]]).tolist()
+    return found
+
+
+def without_contents(keep_G: Tensor, grouping: Grouping, inside: dict[int, int]) -> Tensor:
+    """The masks with all groups dropped that lie in blocks which are dropped."""
+    keep_G = keep_G.clone()
+    for number, block in inside.items():
+        if not bool(keep_G[grouping.sets[block].start]):
+            one = grouping.sets[number]
+            keep_G[one.start : one.stop] = False
+    return keep_G
