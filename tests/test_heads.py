@@ -18,7 +18,7 @@ from pruningawaretraining.models.calling import call, outputs_of
 from pruningawaretraining.models.pruned_attention import PrunedMultiheadAttention
 from pruningawaretraining.models.pruned_window_attention import PrunedWindowAttention
 from pruningawaretraining.patterns.attention import attention_blocks
-from pruningawaretraining.patterns.head import find_heads
+from pruningawaretraining.patterns.head import Heads, find_heads
 
 BOTH = {"type": "channel", "heads": True}
 
@@ -88,10 +88,12 @@ def test_what_a_group_is_under_grouped_queries(
 ) -> None:
     """Llama with 8 query heads of 8 and 4 key-value heads: group 0 in rows of q, rows of k, columns of o."""
     model, _ = build("llama")
-    grouping, heads, skipped = find_heads(model, {"model.layers.0.self_attn": unit})
+    found = find_heads(model, {"model.layers.0.self_attn": unit})
+    grouping, (heads,) = found.grouping, found.attachments
+    assert isinstance(heads, Heads) and heads.groups["model.layers.0.self_attn"].tolist() == list(range(grouping.size))
     labels = {member.name.split("self_attn.")[1]: member.slots for member in grouping.members}
     first = {name: torch.nonzero(slots == 0).flatten().tolist() for name, slots in labels.items() if slots is not None}
-    assert not skipped
+    assert not found.skipped
     if unit == "group":
         assert grouping.size == 4
         assert first == {
@@ -100,12 +102,12 @@ def test_what_a_group_is_under_grouped_queries(
             "v_proj.weight": list(range(8)),
             "o_proj.weight": list(range(16)),
         }
-        assert heads["model.layers.0.self_attn"].attributes == ()
+        assert heads.attributes["model.layers.0.self_attn"] == ()
     else:
         every_other = [16 * group + entry for group in range(4) for entry in range(8)]
         assert grouping.size == 2
         assert first == {"q_proj.weight": every_other, "o_proj.weight": every_other}
-        assert heads["model.layers.0.self_attn"].attributes == ("num_key_value_groups",)
+        assert heads.attributes["model.layers.0.self_attn"] == ("num_key_value_groups",)
 
 
 @pytest.mark.parametrize("unit", ["group", "query"])
