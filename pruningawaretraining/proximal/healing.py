@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pruningawaretraining.distributed.fsdp import local_of
 from pruningawaretraining.models.optimizer_state import mask_state
 from pruningawaretraining.proximal.latent import ParamSlot
 from pruningawaretraining.proximal.prox_groups import Unit
@@ -55,7 +56,7 @@ def mask_base_state(base: Optimizer, weights: Sequence[tuple[Tensor, Tensor | No
     """
     pairs = [(one, mask) for one, mask in weights if mask is not None]
     if pairs:
-        mask_state([base], [one for one, _ in pairs], [mask for _, mask in pairs])
+        mask_state([base], [one for one, _ in pairs], [local_of(mask) for _, mask in pairs])
 
 
 def hold_ranks(unit: Unit, places: Sequence[ParamSlot], state: Mapping[Tensor, Any]) -> None:
