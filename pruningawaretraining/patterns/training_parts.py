@@ -20,10 +20,13 @@ Mode = Callable[[nn.Module], AbstractContextManager[None]]
 
 @contextmanager
 def as_in_training(model: nn.Module) -> Iterator[None]:
-    """Containers think that they train; layers, such as norms and dropout, do not: nothing that they hold changes."""
+    """Containers are in training mode; layers (norms, dropout), and whatever has buffers itself, are not.
+
+    So no statistics are updated: a norm may have parts of its own, such as timm's with their activation.
+    """
     with evaluating(model), torch.random.fork_rng(devices=[]):
         for module in model.modules():
-            module.training = not _is_leaf(module)
+            module.training = not _is_leaf(module) and next(module.buffers(recurse=False), None) is None
         yield
 
 
