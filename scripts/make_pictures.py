@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torchvision.models import resnet50
 
 from pruningawaretraining import Pruning
@@ -24,6 +25,8 @@ from pruningawaretraining.report.coupling import picture
 from pruningawaretraining.report.svg import standalone
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
+COLOURS = 192
+"""Of a picture: as many as the pages have, so that it is about half as large."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -70,6 +73,9 @@ def take(shot: Shot, path: Path) -> None:
     command += ["--virtual-time-budget=3000", f"--window-size={shot.width},{shot.height}", f"--screenshot={path}"]
     command += ["--blink-settings=preferredColorScheme=0"] if shot.dark else []
     subprocess.run([*command, shot.page.resolve().as_uri()], check=True, capture_output=True, timeout=300)
+    with Image.open(path) as taken:
+        few = taken.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
 
 
 def coupling() -> str:

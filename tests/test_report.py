@@ -265,6 +265,9 @@ def test_an_axis_of_accuracies_leaves_out_the_climb_and_no_fall() -> None:
     assert limits is not None and limits[0] < 0.2 and limits[0] > 0.1 and "first epochs" in note
     assert figures.without_climb([svg.Series("b", [(0.0, 0.9), (1.0, 0.91)])])[1] == ""
     assert figures.without_climb([]) == (None, "")
+    early = [0.1, 0.75, 0.88, 0.36, 0.6, 0.98]  # falls before it has come near its best
+    limits, note = figures.without_climb([svg.Series("c", list(enumerate(early)))])
+    assert limits is not None and 0.1 < limits[0] < 0.36 and "first epochs" in note
 
 
 def test_each_histogram_has_an_axis_of_its_own_norms() -> None:

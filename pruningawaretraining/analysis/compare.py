@@ -133,7 +133,7 @@ def advice(runs: Sequence[Compared]) -> str:
         return f"Accuracy holds in none of them: {told}. Try a weaker regulariser, a milder target, or more epochs."
     apart = [one for one in good if one.choice.separated]
     if apart:
-        chosen = max(apart, key=lambda one: (one.choice.settled, one.choice.share))
+        chosen = max(apart, key=lambda one: (one.choice.share, one.choice.settled))
         text = f"its norms have fallen apart, with {100 * chosen.choice.share:.1f}% of the groups near zero"
     elif len(good) < len(runs):
         chosen = max(good, key=lambda one: (one.strength or 0.0, one.choice.share))

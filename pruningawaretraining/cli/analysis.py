@@ -142,13 +142,8 @@ def sensitivity(
 
         found = measure(experiment, SensitivityOptions(levels, tolerance, images, weights), shown)
         paths = write_sensitivity(found, out)
-        table = Table(
-            Column("set", overflow="fold"),
-            "groups",
-            *(f"{level:g}" for level in levels),
-            "cap",
-            box=box.SIMPLE,
-        )
+        headings = ("groups", *(f"{level:g}" for level in levels), "cap")
+        table = Table(Column("set", overflow="fold"), *headings, box=box.SIMPLE)
         for name, one in found["sets"].items():
             row = [f"{100 * (at['accuracy'] - found['accuracy']):+.1f}" for at in one["rows"]]
             table.add_row(Text(name), str(one["groups"]), *row, f"{one['max_sparsity']:g}")

@@ -21,6 +21,8 @@ from pruningawaretraining.report.svg import (
     line_chart,
 )
 
+FALL = 0.1
+"""Of an accuracy from one epoch to the next: what falls by so much has ended its climb."""
 _ROWS = 8
 _STYLES = {"dense": "s-dense", "pruned": "s-kept"}
 
@@ -75,12 +77,16 @@ def _accuracy(run: Run, bands: Sequence[Band]) -> Figure | None:
 def without_climb(series: Sequence[Series]) -> tuple[tuple[float, float] | None, str]:
     """Limits of an axis of accuracies that leave out at most the climb at the beginning, and a note if they do.
 
-    What comes after a line has first reached nine tenths of its best value is shown whole: a fall stays in sight.
+    What comes after a line has first reached nine tenths of its best value, or first falls by a tenth, is shown whole:
+    a fall stays in sight.
     """
     shown, every = [], []
     for line in series:
         values = [value for _, value in line.points if math.isfinite(value)]
-        start = next((at for at, value in enumerate(values) if value >= 0.9 * max(values)), 0)
+        top = 0.9 * max(values, default=0.0)
+        nexts = [*values[1:], math.inf]
+        ends = (value >= top or value - after > FALL for value, after in zip(values, nexts, strict=False))
+        start = next((at for at, ended in enumerate(ends) if ended), 0)
         shown += values[start:]
         every += values
     if not shown:
