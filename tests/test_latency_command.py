@@ -96,7 +96,7 @@ def test_names_break_at_no_width_that_one_table_or_two_fit() -> None:
     rows = [
         Timed(f"0.002 ({n})", "r", 10.2, 1.99, 14.5, 1, 10**8, 10**6, 10**6, 10**6, 0.99) for n in ("dense", "pruned")
     ]
-    for width in range(60, 140):
+    for width in range(80, 160):
         console = Console(width=width, file=io.StringIO())
         for table in timing_tables(rows, "onnxruntime", width, batch=16):
             console.print(table)
