@@ -109,11 +109,8 @@ def export_onnx(
     settings = _settings(Path(path), exporter, opset, tolerance, precision)
     properties = {"precision": settings.name, **_pruning(model), **_allowed(metadata or {})}
     graph = build_graph(model, example_inputs, dynamic_batch, dynamic_axes)
-    cpu = torch.device("cpu")
-    moved = [move(one, cpu) for one in calibration]
-    batches = [batch_of(graph, example_inputs, one, f"calibration[{number}]") for number, one in enumerate(moved)]
-    settings.precision.check(graph, batches)
-    data = _Data(batches, [labels_of(graph, one) for one in moved])
+    data = _Data.of(graph, example_inputs, calibration)
+    settings.precision.check(graph, data.batches)
     return _export(graph, settings, data, _properties(graph, settings.exporter, properties), _half(model))
 
 
@@ -123,6 +120,13 @@ class _Data:
 
     batches: Sequence[tuple[Tensor, ...]]
     labels: Sequence[Tensor | None]
+
+    @classmethod
+    def of(cls, graph: FlatGraph, example_inputs: Any, calibration: Iterable[Any]) -> _Data:
+        """What the user gave, on the CPU; a batch that does not fit is named."""
+        moved = [move(one, torch.device("cpu")) for one in calibration]
+        batches = [batch_of(graph, example_inputs, one, f"calibration[{number}]") for number, one in enumerate(moved)]
+        return cls(batches, [labels_of(graph, one) for one in moved])
 
 
 @dataclass(frozen=True)
