@@ -24,29 +24,17 @@ Kernel = Callable[..., None]
 
 @dataclass(frozen=True)
 class Kernels:
-    """The compiled passes; arguments are numpy arrays, an empty one stands for a dimension that does not count.
+    """The compiled passes; arguments are numpy arrays.
 
     Attributes:
-        clear: ``(w_ON, cleared_O, columns)``: set some rows, and some columns of the others, to 0.
         shrink_rows: ``(source_ON, target_ON, threshold_O)``: shorten every row by a threshold, to 0 at least.
         clear_chosen: ``(w_PRQ, chosen_PQ)``: set the chosen entries (uint8, 1 = chosen) to 0 at every R.
         find_lowest: ``(values_NM, count, found_NM)``: True for the lowest of every row, the first among equals.
     """
 
-    clear: Kernel
     shrink_rows: Kernel
     clear_chosen: Kernel
     find_lowest: Kernel
-
-
-def _clear(w_ON: Any, cleared_O: Any, columns: Any) -> None:
-    for o in range(w_ON.shape[0]):
-        if cleared_O[o]:
-            for n in range(w_ON.shape[1]):
-                w_ON[o, n] = 0
-        else:
-            for n in columns:
-                w_ON[o, n] = 0
 
 
 def _clear_chosen(w_PRQ: Any, chosen_PQ: Any) -> None:
@@ -127,7 +115,6 @@ def kernels() -> Kernels | None:
     import numba
 
     matrix, vector = numba.float32[:, ::1], numba.float32[::1]
-    rows, flags = numba.int64[::1], numba.boolean[::1]
 
     def compiled(function: Kernel, *arguments: Any) -> Kernel:
         made: Kernel = numba.njit([numba.void(*arguments)], fastmath={"reassoc", "contract"}, nogil=True, cache=True)(
@@ -136,7 +123,6 @@ def kernels() -> Kernels | None:
         return made
 
     return Kernels(
-        compiled(_clear, matrix, flags, rows),
         compiled(_shrink_rows, matrix, matrix, vector),
         compiled(_clear_chosen, numba.float32[:, :, ::1], numba.uint8[:, ::1]),
         compiled(_find_lowest, matrix, numba.int64, numba.boolean[:, ::1]),

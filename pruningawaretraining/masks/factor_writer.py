@@ -1,20 +1,17 @@
 """Masks of coupled groups: each parameter is multiplied with the factors of its rows and columns.
 
-Shape suffixes: ``_G`` groups, ``_O`` output channels, ``_W`` any weight.
+Shape suffixes: ``_G`` groups, ``_W`` any weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from pruningawaretraining.distributed.fsdp import is_sharded, local_of, part_of
-from pruningawaretraining.groups import kernels as fused
+from pruningawaretraining.distributed.fsdp import local_of, part_of
 from pruningawaretraining.groups.grouping import Grouping, Member
 
 SPELLED = 1 << 22
@@ -142,11 +139,10 @@ class FactorWriter:
     def __init__(self, grouping: Grouping) -> None:
         self.grouping = grouping
         self._factors = MaskFactors()
-        self._cleared: list[_Cleared] = []
 
     def build(self, keep_G: Tensor, kept_by_set: list[int]) -> None:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""
-        self._factors, self._cleared = MaskFactors(), []
+        self._factors = MaskFactors()
         if bool(keep_G.all()):
             return
         parameters, factors = [], []
@@ -155,9 +151,6 @@ class FactorWriter:
                 parameters.append(member.parameter)
                 factors.append(_for_multiplication(member, keep_W))
         self._factors = MaskFactors(parameters, factors)
-        on_the_cpu = all(one.device.type == "cpu" and not is_sharded(one) for one in parameters)
-        if on_the_cpu and fused.kernels() is not None:
-            self._cleared = _cleared(parameters, factors)
 
     def parameters(self) -> list[Tensor]:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""
@@ -165,12 +158,6 @@ class FactorWriter:
 
     def clear_weights(self, only: set[int] | None = None) -> None:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""
-        kernels = fused.kernels()
-        if kernels is not None and self._cleared and all(fused.fits(one.parameter) for one in self._cleared):
-            for one in self._cleared if only is None else [one for one in self._cleared if id(one.parameter) in only]:
-                kernels.clear(fused.as_matrix(one.parameter.detach()), one.cleared_O, one.columns)
-                torch.autograd.graph.increment_version(one.parameter)
-            return
         self._factors.multiply(only)
 
     def clear_gradients(self, only: set[int] | None = None) -> None:
@@ -196,33 +183,6 @@ class FactorWriter:
             known = kept.get(id(parameter), torch.ones(()))
             kept[id(parameter)] = known * (factor != 0).cpu()
         return sum(one.numel() - round(float(kept[id(one)].expand(one.shape).sum())) for one in self.parameters())
-
-
-@dataclass(frozen=True, eq=False)
-class _Cleared:
-    """The rows and columns of a parameter that are masked, as numpy arrays."""
-
-    parameter: Tensor
-    cleared_O: Any
-    columns: Any
-
-
-def _cleared(parameters: list[Tensor], factors: list[Tensor]) -> list[_Cleared]:
-    """Rows and columns to set to 0, one entry for each parameter; empty if some mask is neither."""
-    found: dict[int, tuple[Tensor, Tensor, list[Tensor]]] = {}
-    for parameter, factor in zip(parameters, factors, strict=True):
-        rows, columns = torch.zeros(len(parameter), dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
-        masked = (factor == 0).cpu()
-        if masked.numel() == len(parameter) == len(masked):
-            rows = masked.reshape(-1)
-        elif len(masked) == 1 and masked.numel() * len(parameter) == parameter.numel():
-            columns = torch.nonzero(masked.reshape(-1)).flatten()
-        else:
-            return []
-        _, known_rows, known_columns = found.setdefault(id(parameter), (parameter, torch.zeros_like(rows), []))
-        known_rows |= rows
-        known_columns.append(columns)
-    return [_Cleared(one, rows.numpy(), torch.cat(columns).numpy()) for one, rows, columns in found.values()]
 
 
 def _for_multiplication(member: Member, keep_W: Tensor) -> Tensor:
