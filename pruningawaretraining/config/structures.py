@@ -85,6 +85,10 @@ def check_structures(rule: Any) -> None:
             f"{key}: a count of groups means nothing where blocks, heads and channels compete. Allowed: target.macs, "
             "target.parameters, target.latency"
         )
+    if rule.dynamic != "frozen":
+        raise ConfigError(
+            f"dynamic: {rule.dynamic!r} would give back channels in blocks that are gone. Allowed with blocks: frozen"
+        )
     if rule.allocation in ("ranking", "uniform"):
         raise ConfigError(
             f"allocation: {rule.allocation!r} does not weigh what a structure saves. Allowed: macs, parameters, latency"
