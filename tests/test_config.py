@@ -96,6 +96,7 @@ CHANNELS = {
     "start": 5,
     "end": 50,
     "every": 5,
+    "hold": None,
     "unit": "epoch",
     "steps_per_epoch": None,
     "initial": None,
