@@ -118,6 +118,7 @@ class GroupSet:
         width: how many channels one group stands for (more than 1 where groups of a grouped convolution are tied).
         signature: sets with equal signatures have the same topology (isomorphic ranking).
         layers: names of the layers that belong to the set, the source first.
+        least: how many groups always stay.
     """
 
     name: str
@@ -126,6 +127,7 @@ class GroupSet:
     width: int = 1
     signature: str = ""
     layers: tuple[str, ...] = ()
+    least: int = 1
 
     @property
     def size(self) -> int:
