@@ -49,7 +49,10 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "mac_weighting": ("criteria.cost_aware",),
     "merge": ("criteria.second_order.methods",),
     "normalizer": ("criteria.magnitude",),
-    "pattern": ("patterns.block", "patterns.channel", "patterns.depth", "patterns.expert", "patterns.head", "patterns.slice"),
+    "pattern": (
+        *("patterns.block", "patterns.channel", "patterns.depth"),
+        *("patterns.expert", "patterns.head", "patterns.slice"),
+    ),
     "precision": ("export.precision", "export.int8"),
     "prox": ("proximal",),
     "rate": ("config.recipe",),

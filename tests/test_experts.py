@@ -262,8 +262,8 @@ def test_what_is_not_understood_is_refused_with_the_reason(kind: Any, reason: st
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"target": {"macs": 0.5}}, "target.macs: 0.5 is not supported by the pattern 'expert'. Allowed: target.sparsity, "
-         "target.parameters"),
+        ({"target": {"macs": 0.5}}, "target.macs: 0.5 is not supported by the pattern 'expert'. Allowed: "
+         "target.sparsity, target.parameters"),
         ({"target": {"latency": 0.5}}, "target.latency: 0.5 is not supported by the pattern 'expert'"),
         ({"compensation": "bias"}, "compensation: 'bias' is not supported by the pattern 'expert'"),
         ({"criterion": "wanda"}, "criterion: 'wanda' scores channels and heads and whole blocks"),
@@ -395,5 +395,5 @@ def test_experts_that_are_called_in_another_way_are_named() -> None:
         model.blocks[number] = Other(moe.WIDTH, EXPERTS, TOP_K)
         model.blocks[number].experts = Listed(moe.WIDTH, 5, EXPERTS)
     pruner_of(model, x, criterion="reap")
-    with pytest.raises(ModelError, match="blocks.0: its experts are given .*'reap' needs experts that are given tokens"):
+    with pytest.raises(ModelError, match="blocks.0: its experts are given .*'reap' needs experts that are given"):
         model(x)

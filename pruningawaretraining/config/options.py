@@ -30,8 +30,8 @@ class Support:
     """Declares what a pattern supports; a pattern has it as its class attribute ``support``.
 
     Args:
-        kind: what criteria know its groups as: "channel", "expert", "block" (of layers), "weight", or "tile": those inside
-            layers that second-order criteria can solve for.
+        kind: what criteria know its groups as: "channel", "expert", "block" (of layers), "weight", or "tile": those
+            inside layers that second-order criteria can solve for.
         removable: whether its groups can be removed physically.
         options: options of a rule beyond those that every pattern has; "target.macs" and the like for targets.
         penalties: where a regulariser may act: on "gradients", in the "loss", or on "weights" after a step.

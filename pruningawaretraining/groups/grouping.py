@@ -113,12 +113,10 @@ class GroupSet:
     """A run of groups that are ranked, capped and counted together: a layer, or the channels of coupled layers.
 
     Args:
-        name: the layer that stands for the set.
-        start, stop: the set's groups are ``start .. stop - 1``.
-        width: how many channels one group stands for (more than 1 where groups of a grouped convolution are tied).
+        name, start, stop: the layer that stands for the set, whose groups are ``start .. stop - 1``.
+        width: how many channels a group stands for (more than 1 where groups of a grouped convolution are tied).
         signature: sets with equal signatures have the same topology (isomorphic ranking).
-        layers: names of the layers that belong to the set, the source first.
-        least: how many groups always stay.
+        layers, least: names of the layers that belong to the set, the source first; how many groups always stay.
     """
 
     name: str

@@ -25,8 +25,8 @@ COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_ex
 class KeptExperts:
     """Forward hook of a router: what it gives out without the masked experts.
 
-    Logits (an output alone, or the first beside numbers of experts) are minus infinity for masked experts, so that their
-    probability is exactly 0. What else there is one of for each expert is 0.
+    Logits (an output alone, or the first beside numbers of experts) are minus infinity for masked experts, so that
+    their probability is exactly 0. What else there is one of for each expert is 0.
 
     Args:
         experts: how many there are.
