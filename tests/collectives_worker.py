@@ -46,7 +46,7 @@ def main() -> None:
     for criterion in names("criterion"):
         for pattern, rule in PATTERNS.items():
             of_channels = criterion in ("mac_aware", "reconstruction") and pattern != "channel"
-            if criterion == "block_change" or of_channels:
+            if criterion in ("block_change", "reap") or of_channels:
                 continue
             regularizer = {"regularizer": "growing_l2"} if pattern == "channel" else {}
             rule = {"pattern": pattern, "criterion": criterion, **regularizer, **rule}

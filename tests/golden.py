@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moe import MoeNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,6 +27,7 @@ TABLE = Path(__file__).parent / "data" / "golden_masks.json"
 PATTERNS: dict[str, Any] = {
     "channel": {"type": "channel"},
     "head": {"type": "head"},
+    "expert": "expert",
     "depth": {"type": "depth"},
     "slice": {"type": "slice", "block_size": 4},
     "block": "4x1",
@@ -80,6 +82,18 @@ class Net(nn.Module):
         return self.head(torch.relu(self.hidden(tokens.mean(1))))
 
 
+class Images(MoeNet):
+    """Blocks of experts behind the pixels of an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(2).transpose(1, 2)).mean(1)
+
+
+def net_of(pattern: Any) -> nn.Module:
+    """What a pattern is tried on."""
+    return Images(4, 4) if pattern == "expert" else Net()
+
+
 def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(count, 16, 4, 5, 5, generator=generator)
@@ -103,7 +117,7 @@ def masks_of(pruner: Pruning) -> dict[str, str]:
 def decisions(pattern: Any, criterion: Any, scope: str) -> dict[str, dict[str, str]] | str:
     """Masks after the first and the last event of a short training, or the kind of error that refuses the pruner."""
     torch.manual_seed(0)
-    model, data = Net(), batches(EVENTS)
+    model, data = net_of(pattern), batches(EVENTS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     try:
         pruner = pruner_of(model, pattern, criterion, scope, optimizer)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import moe
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -49,6 +50,14 @@ def residual_network() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(72, 8), *blocks, nn.Linear(8, 3))
 
 
+def expert_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), moe.MoeNet(72, 3))
+
+
+NETWORKS = {"layers": network, "blocks": residual_network, "experts": expert_network}
+
+
 def batch(number: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(number)
     inputs = torch.randn(BATCH, 2, 6, 6, generator=generator)
@@ -79,10 +88,10 @@ def wrap(model: nn.Module) -> nn.Module:
 
 
 def pruned(
-    rule: dict[str, Any], calibrated: bool = False, in_place: bool = False, blocks: bool = False
+    rule: dict[str, Any], calibrated: bool = False, in_place: bool = False, of: str = "layers"
 ) -> dict[str, Any]:
-    """A training with masks, and with a removal where there are channels or blocks."""
-    model = residual_network() if blocks else network()
+    """A training with masks, and with a removal where there are channels, blocks or experts."""
+    model = NETWORKS[of]()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     pruner = Pruning(model, {"rules": [rule]}, example_inputs=batch(0)[0][:1], optimizer=optimizer)
     if calibrated:
@@ -119,9 +128,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     try:
         if "proximal" in case:
             return proximal(case["proximal"])
-        return pruned(
-            case["rule"], case.get("calibrated", False), case.get("in_place", False), case.get("blocks", False)
-        )
+        return pruned(**case)
     except PruningError as error:
         return {"refused": f"{type(error).__name__}: {error}"}
 

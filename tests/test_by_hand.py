@@ -111,7 +111,7 @@ def test_channels_chosen_by_hand_are_removed_with_what_is_coupled() -> None:
     [
         ({"frist": [0]}, "channels: 'frist' is not known; did you mean 'first'"),
         ({"first": [12]}, "channels.first: 12 is not allowed. Allowed: 0 to 11"),
-        ({"first": list(range(12))}, "nothing would be left of 'first'"),
+        ({"first": list(range(12))}, "0 would be left of 'first'. Allowed: at least 1"),
         ({"head": [0]}, "channels: 'head' stays: "),
         ({"grouped": [0]}, r"channels.grouped: \[0\] go only together with"),
     ],

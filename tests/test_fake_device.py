@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import moe
 import pytest
 import torch
 import zoo
@@ -42,6 +43,7 @@ PATTERNS: dict[str, tuple[Callable[[], Built], Any]] = {
     "channel of every shape": (lambda: zoo.architecture("shapes"), "channel"),
     "head": (lambda: attention("encoder"), "head"),
     "depth": (stack, "depth"),
+    "expert": (moe.built, "expert"),
     "slice": (lambda: zoo.architecture("groupnorm"), "slice"),
     "block": (lambda: zoo.architecture("groupnorm"), "4x1"),
     "block that is padded": (lambda: zoo.architecture("groupnorm"), {"type": "block", "rows": 5, "columns": 3}),
@@ -56,7 +58,7 @@ CRITERIA: dict[str, Any] = {
 }
 OCCASIONAL = {"reconstruction": 16}
 """Criteria that look at one batch in so many."""
-WITHOUT_WEIGHTS = {("bn_scale", "channel of every shape"), ("bn_scale", "head")}
+WITHOUT_WEIGHTS = {("bn_scale", "channel of every shape"), ("bn_scale", "head"), ("bn_scale", "expert")}
 """Regularisers that find none of their weights in a model."""
 
 
@@ -200,7 +202,7 @@ def test_regularizers_act_on_the_gpu_and_nothing_waits(regularizer: str, pattern
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_criteria_listen_on_the_gpu_and_nothing_waits(criterion: str) -> None:
     tried = 0
-    for pattern in ("channel", "n_of_m", "block that is padded", "depth"):
+    for pattern in ("channel", "n_of_m", "block that is padded", "depth", "expert"):
         try:
             with on_the_gpu(pattern, criterion=CRITERIA[criterion]) as run:
                 collectors = collectors_of(run.pruner)

@@ -54,7 +54,7 @@ def test_what_does_not_go_together_is_refused_when_the_pruner_is_made(pattern: s
     for criterion in names("criterion"):
         refused = not isinstance(TABLE[f"{pattern} {criterion} global"], dict)
         with pytest.raises(ConfigError, match="criterion: ") if refused else nullcontext():
-            golden.pruner_of(golden.Net(), golden.PATTERNS[pattern], criterion)
+            golden.pruner_of(golden.net_of(pattern), golden.PATTERNS[pattern], criterion)
 
 
 @pytest.mark.slow

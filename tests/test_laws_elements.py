@@ -42,7 +42,7 @@ def built(number: int) -> tuple[nn.Sequential, Any, Grouping]:
 
 
 def element_criteria() -> list[str]:
-    left_out = {*NEED_MACS, *NEED_GRADIENTS, "block_change", "reconstruction"}
+    left_out = {*NEED_MACS, *NEED_GRADIENTS, "block_change", "reap", "reconstruction"}
     return [name for name in names("criterion") if name not in left_out and hasattr(build("criterion", name), "score")]
 
 

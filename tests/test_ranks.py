@@ -26,7 +26,7 @@ REGISTRY = {
     f"{criterion} {pattern}": {"rule": {**rule, **SCHEDULE, "criterion": criterion}}
     for criterion in names("criterion")
     for pattern, rule in PATTERNS.items()
-    if criterion not in ("block_change", "bn_scale")  # of whole blocks; of norms, which the network lacks
+    if criterion not in ("block_change", "reap", "bn_scale")  # of blocks, experts, and norms, which the network lacks
 }
 CAP = {"type": "cap", "num_grads": 64, "micro_batch": 1, "damp": 1e-2, "fisher_block_size": 16}
 SAME: dict[str, dict[str, Any]] = {
@@ -42,7 +42,11 @@ SAME: dict[str, dict[str, Any]] = {
     "channel, variance": {"rule": {**PATTERNS["channel"], **SCHEDULE, "criterion": "variance"}},
     "depth": {
         "rule": {"pattern": "depth", "criterion": "block_change", **SCHEDULE, "target": {"sparsity": 0.5}},
-        "blocks": True,
+        "of": "blocks",
+    },
+    "expert": {
+        "rule": {"pattern": "expert", "criterion": "reap", **SCHEDULE, "target": {"sparsity": 0.4}},
+        "of": "experts",
     },
     "slice": {"rule": {**PATTERNS["slice"], **SCHEDULE, "criterion": "magnitude"}},
     "2:4": {"rule": {**PATTERNS["2:4"], **SCHEDULE, "criterion": "weight"}},

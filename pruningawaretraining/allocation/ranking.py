@@ -51,7 +51,7 @@ class Limits:
     """Constraints of an allocation, in every set.
 
     Args:
-        min_sparsity, max_sparsity: bounds on the fraction of the set's groups that go. At least one group always stays.
+        min_sparsity, max_sparsity: bounds on the fraction of the set's groups that go. A set's ``least`` always stay.
         caps: set -> largest fraction of it, where that is less than ``max_sparsity``.
         per_set: (least, most) of each set in order, instead of the fractions above.
         multiple: kept channels are rounded down to a multiple of this, never below one multiple; a set that loses
@@ -128,7 +128,8 @@ class Allocator:
         self.key_G = self.rank_G / self.class_sizes.clamp(min=1)[classes]
 
     def _floors(self) -> Tensor:
-        least = torch.ceil((1 - self.limits.most_of(self.grouping)) * self.sizes_S.double() - SLACK).long().clamp(min=1)
+        least = torch.ceil((1 - self.limits.most_of(self.grouping)) * self.sizes_S.double() - SLACK).long()
+        least = torch.maximum(least, torch.tensor([one.least for one in self.grouping.sets], dtype=torch.int64))
         step = self._steps()
         rounded = torch.ceil(least / step).long() * step
         blocks = torch.tensor(

@@ -30,8 +30,8 @@ class Support:
     """Declares what a pattern supports; a pattern has it as its class attribute ``support``.
 
     Args:
-        kind: what criteria know its groups as: "channel", "block" (of layers), "weight", or "tile": those inside layers
-            that second-order criteria can solve for.
+        kind: what criteria know its groups as: "channel", "expert", "block" (of layers), "weight", or "tile": those
+            inside layers that second-order criteria can solve for.
         removable: whether its groups can be removed physically.
         options: options of a rule beyond those that every pattern has; "target.macs" and the like for targets.
         penalties: where a regulariser may act: on "gradients", in the "loss", or on "weights" after a step.
@@ -57,6 +57,13 @@ TOGETHER = Support(
 )
 """Blocks beside the channels and heads in them."""
 BLOCKS = Support("block", True, REMOVED - {"max_sparsity_from"}, frozenset({"gradients"}))
+EXPERTS = Support(
+    "expert",
+    True,
+    (REMOVED - {"target.macs", "target.costs"}) | {"multiple", "widths"},
+    frozenset({"gradients"}),
+)
+"""As many experts a token are computed whatever their number, so that MACs say nothing of them."""
 OPTIONS = tuple(sorted(one for one in IN_PLACE | BY_WIDTH if not one.startswith("target.")))
 
 

@@ -71,6 +71,8 @@ class Wanda(_FromActivations):
             patterns that cut rows (not for whole channels).
     """
 
+    needs: ClassVar[Needs] = Needs(kinds=("channel", "block", "weight"))
+
     reduction: str = "mean"
     by_row: bool = True
 

@@ -92,7 +92,7 @@ class Collector(Protocol):
         """
 
 
-EVERY_KIND = ("channel", "block", "weight")
+EVERY_KIND = ("channel", "expert", "block", "weight")
 EXPECTED_SCORES = "a vector of {} real numbers, one for each group, with no NaN"
 EXPECTED_MASKS = "a bool vector of {}, True for each group that is kept"
 
@@ -102,8 +102,8 @@ class Needs:
     """Declares what a criterion needs; it has it as its class attribute ``needs``.
 
     Args:
-        kinds: the groups that it can score: "channel" (heads included), "block" (of layers), "weight" (inside layers),
-            or of these only "tile" (single weights, NxM and N:M); see
+        kinds: the groups that it can score: "channel" (heads included), "expert", "block" (of layers), "weight" (inside
+            layers), or of these only "tile" (single weights, NxM and N:M); see
             :class:`~pruningawaretraining.config.options.Support`.
         whole_layers: whether a layer has to be whole for it; False where scores are sums over weights alone.
         adds_up: whether its scores are in one unit and add up, so that they can be weighed against costs.
@@ -230,6 +230,7 @@ def _among(kind: str, kinds: tuple[str, ...]) -> bool:
 
 _PLURAL = {
     "channel": "channels and heads",
+    "expert": "experts",
     "block": "whole blocks of layers",
     "weight": "weights inside layers",
     "tile": "single weights, NxM and N:M",

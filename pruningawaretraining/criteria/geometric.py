@@ -34,7 +34,7 @@ class GeometricMedian:
         iterations: of Weiszfeld's algorithm.
     """
 
-    needs: ClassVar[Needs] = Needs(kinds=("channel", "weight"))
+    needs: ClassVar[Needs] = Needs(kinds=("channel", "expert", "weight"))
 
     exact: int = 4096
     iterations: int = 20

@@ -6,7 +6,7 @@ Shape suffixes: ``_D`` groups of the dense model, ``_G`` groups of one rule that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def _share(grouping: Grouping, numbers: list[int]) -> tuple[Tensor, Grouping]:
     start = 0
     for number in numbers:
         one = grouping.sets[number]
-        sets.append(GroupSet(one.name, start, start + one.size, one.width, one.signature, one.layers))
+        sets.append(replace(one, start=start, stop=start + one.size))
         start += one.size
     groups_D = torch.cat([torch.arange(grouping.sets[number].start, grouping.sets[number].stop) for number in numbers])
     return groups_D, Grouping(grouping.name, (), tuple(sets))

@@ -113,11 +113,10 @@ class GroupSet:
     """A run of groups that are ranked, capped and counted together: a layer, or the channels of coupled layers.
 
     Args:
-        name: the layer that stands for the set.
-        start, stop: the set's groups are ``start .. stop - 1``.
-        width: how many channels one group stands for (more than 1 where groups of a grouped convolution are tied).
+        name, start, stop: the layer that stands for the set, whose groups are ``start .. stop - 1``.
+        width: how many channels a group stands for (more than 1 where groups of a grouped convolution are tied).
         signature: sets with equal signatures have the same topology (isomorphic ranking).
-        layers: names of the layers that belong to the set, the source first.
+        layers, least: names of the layers that belong to the set, the source first; how many groups always stay.
     """
 
     name: str
@@ -126,6 +125,7 @@ class GroupSet:
     width: int = 1
     signature: str = ""
     layers: tuple[str, ...] = ()
+    least: int = 1
 
     @property
     def size(self) -> int:

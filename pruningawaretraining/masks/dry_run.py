@@ -35,6 +35,7 @@ from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.channel_labels import producer_names
 from pruningawaretraining.patterns.coupling import TRACE_LIMIT
 from pruningawaretraining.patterns.depth import find_blocks
+from pruningawaretraining.patterns.expert import is_of_experts
 from pruningawaretraining.patterns.head import is_of_heads
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class _Rehearsal:
         for number in numbers:
             one = self.found.grouping.sets[number]
             multiple = max(1, self.multiples.get(one.name, 1) // one.width)
-            kept = max(left(number, one.size) // multiple, 1) * multiple
+            kept = max(left(number, one.size) // multiple * multiple, multiple, one.least)
             keep_G[one.start : max(one.stop - kept, one.start)] = False
         return keep_G
 
@@ -269,5 +270,6 @@ def _needed(rehearsal: _Rehearsal, names: Sequence[str]) -> dict[str, str]:
 def _why(found: ChannelGroups, number: int, reason: str) -> str:
     if reason == MISREAD:
         return reason
-    kind = "heads" if is_of_heads(found.grouping.sets[number]) else "channels"
+    one = found.grouping.sets[number]
+    kind = "heads" if is_of_heads(one) else "experts" if is_of_experts(one) else "channels"
     return f"without some of its {kind} the model does not run ({reason})"

@@ -9,7 +9,7 @@ from typing import Any
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import canonical, spelled
 
-REMOVED = {"channel": "channels", "head": "attention heads", "depth": "residual blocks"}
+REMOVED = {"channel": "channels", "head": "attention heads", "expert": "experts", "depth": "residual blocks"}
 ZEROED = {
     "slice": "slices of weights",
     "block": "blocks of weights",

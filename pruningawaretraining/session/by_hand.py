@@ -37,8 +37,9 @@ def keep_without(coupled: CoupledGroups, channels: Mapping[str, Sequence[int]]) 
         groups = _groups(layer, members[layer], numbers, coupled.found.grouping.size)
         keep_G[groups] = False
     for one in coupled.found.grouping.sets:
-        if not bool(keep_G[one.start : one.stop].any()):
-            raise ConfigError(f"channels: nothing would be left of {one.name!r}. Allowed: at least one channel stays")
+        left = int(keep_G[one.start : one.stop].sum())
+        if left < one.least:
+            raise ConfigError(f"channels: {left} would be left of {one.name!r}. Allowed: at least {one.least} stay")
     return keep_G
 
 
