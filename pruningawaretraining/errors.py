@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Iterable
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 LONGEST = 500
 """Most characters of a message: what it echoes may come from a stranger."""
@@ -92,3 +95,25 @@ def unknown(key: str, value: object, allowed: Iterable[str], most: int = 12) -> 
     hint = f"; did you mean {close!r}?" if close else ""
     shown = ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
     return f"{on_one_line(key)}: {value!r} is not known{hint or '.'} Allowed: {shown}"
+
+
+def described(value: Any) -> str:
+    """A value as a message shows it: a tensor by its shape, anything else by what it looks like."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}, {getattr(value, 'device', '')}"
+    return f"{value!r:.80} ({type(value).__name__})" if value is not None else "None"
+
+
+def wrong_type(hint: Any, value: Any) -> str:
+    """Expected kind of a value, if its type hint is simple; "" if the value is fine."""
+    if hint in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        return "a number"
+    if hint in (int, float) and not math.isfinite(value):
+        return "a finite number"
+    if hint is bool and not isinstance(value, bool):
+        return "true or false"
+    if hint is str and not isinstance(value, str):
+        return "a text"
+    of_texts = typing.get_origin(hint) in (list, tuple, Sequence) and str in typing.get_args(hint)
+    listed = isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
+    return "a list of texts" if of_texts and not listed else ""

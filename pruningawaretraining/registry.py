@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from pruningawaretraining import errors
 from pruningawaretraining.errors import ConfigError, ExtensionError, PruningError, on_one_line, unknown
 
 T = TypeVar("T")
@@ -65,6 +65,13 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "slice_order": ("patterns.slice",),
 }
 """Kind -> the modules of this package that register entries of it; imported when a kind is first looked up."""
+KINDS = (*BUILT_IN, "cost")
+RESERVED = {
+    "cost": (
+        "sparsity", "macs", "parameters", "peak_memory", "latency", "latency_ms", "costs", "runtime", "batch", "threads"
+    )
+}  # fmt: skip
+"""Kind -> names that a config gives another meaning."""
 _LOADED: set[str] = set()
 _ENTRIES: dict[str, dict[str, Any]] = {}
 _ALIASES: dict[str, dict[str, str]] = {}
@@ -74,22 +81,49 @@ _SPELLINGS: dict[str, list[tuple[re.Pattern[str], Spelling]]] = {}
 def register(kind: str, name: str, *aliases: str) -> Callable[[T], T]:
     """Class or function decorator: make it known to configs as ``name`` (or one of ``aliases``) of this ``kind``.
 
+    In a notebook, a cell that is run again replaces what it registered before.
+
     Raises:
-        ValueError: the name is taken by something else.
+        ConfigError: there is no such kind, a name is not a text, or it is taken by something else.
     """
+    if kind not in KINDS:
+        raise ConfigError(unknown("register", kind, KINDS))
+    for one in (name, *aliases):
+        if not isinstance(one, str) or not one.strip():
+            raise ConfigError(f"{kind}: {one!r:.80} is not a name. Allowed: @register({kind!r}, 'a text')")
 
     def add(entry: T) -> T:
         if not str(getattr(entry, "__module__", "")).startswith("pruningawaretraining."):
             _load(kind)  # names of the package are taken before anyone else's
-        table = _ENTRIES.setdefault(kind, {})
-        if name in table and table[name] is not entry:
-            raise ValueError(f"{kind}: the name {name!r} is already registered for {table[name]!r}")
-        table[name] = entry
+        if not callable(entry):
+            raise ConfigError(f"{kind}: {name!r} is registered for {entry!r:.80}. Allowed: a dataclass or a function")
+        for one in (name, *aliases):
+            _check_free(kind, one, name, entry)
+        _ENTRIES.setdefault(kind, {})[name] = entry
         for alias in aliases:
             _ALIASES.setdefault(kind, {})[alias] = name
         return entry
 
     return add
+
+
+def _check_free(kind: str, one: str, name: str, entry: Any) -> None:
+    """Refuse a name, or an alias of it, that stands for something else already."""
+    owner = _ENTRIES.get(kind, {}).get(one)
+    if owner is not None and not (one == name and _same(owner, entry)):
+        raise ConfigError(f"{kind}: the name {one!r} is already registered for {owner!r}. Allowed: another name")
+    if _ALIASES.get(kind, {}).get(one, name) != name or (one == name and one in _ALIASES.get(kind, {})):
+        raise ConfigError(f"{kind}: the name {one!r} already stands for {_ALIASES[kind][one]!r}. Allowed: another name")
+    if any(expression.fullmatch(one) for expression, _ in _SPELLINGS.get(kind, [])):
+        raise ConfigError(f"{kind}: the name {one!r} is a short spelling of another {kind}. Allowed: another name")
+    if one in RESERVED.get(kind, ()):
+        raise ConfigError(f"{kind}: the name {one!r} is a key of a target already. Allowed: another name")
+
+
+def _same(owner: Any, entry: Any) -> bool:
+    """Whether an entry is the one that has the name, or the same cell of a notebook, run again."""
+    places = [(getattr(one, "__module__", ""), getattr(one, "__qualname__", None)) for one in (owner, entry)]
+    return owner is entry or (places[0] == places[1] and places[0][0] == "__main__" and "<" not in str(places[0][1]))
 
 
 def _load(kind: str) -> None:
@@ -217,7 +251,7 @@ def check_fields(entry: Any, options: Mapping[str, Any], where: str) -> None:
     for key, value in options.items():
         if key not in allowed:
             raise ConfigError(unknown(f"{where}.{key}", key, allowed or ["(no options)"]))
-        problem = _wrong_type(hints.get(key), value)
+        problem = errors.wrong_type(hints.get(key), value)
         if problem:
             raise ConfigError(f"{where}.{key}: {value!r} is not {problem}")
 
@@ -252,39 +286,19 @@ def calling(kind: str, piece: Any, expected: str) -> Iterator[None]:
         raise ExtensionError(f"{kind} {name_of(kind, piece)!r}: it raised {what}. Expected: {expected}") from error
 
 
-def check_returned(good: bool, kind: str, piece: Any, returned: Any, expected: str) -> None:
+def check_returned(good: bool, kind: str, piece: Any, returned: Any, expected: str, shown: str = "") -> None:
     """Refuse what a registered piece has returned.
 
     Args:
         good: whether it can be used.
         kind, piece: the piece, and its kind.
-        returned: what it returned, or a text that describes it.
+        returned: what it returned.
         expected: what it should have returned.
+        shown: a text that describes what it returned, for the message.
 
     Raises:
         ExtensionError: it cannot.
     """
     if not good:
-        shown = returned if isinstance(returned, str) else on_one_line(_described(returned))
+        shown = shown or on_one_line(errors.described(returned))
         raise ExtensionError(f"{kind} {name_of(kind, piece)!r}: it returned {shown}. Expected: {expected}")
-
-
-def _described(value: Any) -> str:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"a {type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}, {getattr(value, 'device', '')}"
-    return f"{value!r:.80} ({type(value).__name__})" if value is not None else "None"
-
-
-def _wrong_type(hint: Any, value: Any) -> str:
-    """Expected kind of a value, if its type hint is simple; "" if the value is fine."""
-    if hint in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        return "a number"
-    if hint in (int, float) and not math.isfinite(value):
-        return "a finite number"
-    if hint is bool and not isinstance(value, bool):
-        return "true or false"
-    if hint is str and not isinstance(value, str):
-        return "a text"
-    of_texts = typing.get_origin(hint) in (list, tuple, Sequence) and str in typing.get_args(hint)
-    listed = isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
-    return "a list of texts" if of_texts and not listed else ""

@@ -100,7 +100,7 @@ def sparsity_at(name: str, t: float, start: float = 0.0, final: float = 1.0) -> 
         value: Any = schedule(t, start, final)
     number = isinstance(value, Real) and not isinstance(value, bool)
     good = number and -ROUNDING <= value <= 1 + ROUNDING
-    check_returned(good, "schedule", schedule, f"{value!r} at progress {t:g}", FRACTION)
+    check_returned(good, "schedule", schedule, value, FRACTION, f"{value!r:.80} at progress {t:g}")
     return float(min(max(value, start), final))
 
 

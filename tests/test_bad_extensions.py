@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining import Pruning, registry
+from pruningawaretraining import Pruning, load_config, registry
 from pruningawaretraining.config.options import COUPLED, Support
-from pruningawaretraining.errors import ExtensionError
+from pruningawaretraining.errors import ConfigError, ExtensionError
+from pruningawaretraining.groups.attachment import Attachment
 from pruningawaretraining.groups.channel_norms import GroupIndex
-from pruningawaretraining.groups.grouping import concat
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member, concat
 from pruningawaretraining.masks.dynamics import Dynamic
 from pruningawaretraining.masks.penalties import Regularizer
+from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.elements import build_grouping, layer_weights
 
 X = torch.linspace(-1, 1, 12).reshape(2, 6)
@@ -63,6 +66,32 @@ class Structural:
 
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
         return {}
+
+
+class Units(Structural):
+    def chosen(self, model: nn.Module, layers: Any, exclude: Any = (), key: str = "") -> Any:
+        return {"0"}
+
+    def head_units(self, model: nn.Module, chosen: set[str]) -> Any:
+        return self.give()
+
+
+class Finds(Units):
+    def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
+        return {}
+
+    def find(self, model: nn.Module, chosen: set[str]) -> Any:
+        return self.give()
+
+
+class NoSupport(Pattern):
+    support = "channel"
+
+
+class Elsewhere(Pattern):
+    @staticmethod
+    def _labels(weight: Any) -> Any:
+        return (torch.arange(weight.parameter.shape[0]).float(), weight.parameter.shape[0]), None
 
 
 class Prepared:
@@ -144,6 +173,18 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], str, str]] = {
     "no layers": ("pattern", Structural(lambda: None), {}, "returned None", "Expected: a set of names of layers"),
     "layers that are not there": ("pattern", Structural(lambda: {"9"}), {}, "{'9'}", "a set of names of layers"),
     "choice of layers raises": ("pattern", Structural(broken), {}, RAISED, "a set of names of layers"),
+    "no heads": ("pattern", Units(lambda: None), {}, "returned None", "Expected: a dictionary: attention block -> "),
+    "heads that are not there": ("pattern", Units(lambda: {"9": "head"}), {}, "{'9': 'head'}", "attention block"),
+    "heads raise": ("pattern", Units(broken), {}, RAISED, "Expected: a dictionary"),
+    "finds nothing": ("pattern", Finds(lambda: None), {}, "returned None", "Expected: ChannelGroups"),
+    "finding raises": ("pattern", Finds(broken), {}, RAISED, "Expected: ChannelGroups"),
+    "attached nothing": ("pattern", Finds(lambda: ChannelGroups(Grouping("bad", (), ()), {}, None)), {},  # type: ignore
+                         "returned None", "Expected: ChannelGroups with a tuple of Attachments"),
+    "labels of fractions": ("pattern", Elsewhere(lambda g: g), {}, "TypeError: labels of 0 are", "a Grouping"),
+    "sets side by side": ("pattern", Pattern(lambda g: replace(g, sets=(g.sets[0], g.sets[0], *g.sets[1:]))), {},
+                          "sets that do not follow each other", "Expected: every weight"),
+    "cost of a text": ("cost", lambda *_: "1", CHANNELS, "returned '1' (str)", COST),
+    "scores that are sparse": ("criterion", lambda g: torch.ones(g.size).to_sparse(), ELEMENTS, "a Tensor", SCORED),
     "not prepared": ("regularizer", Prepared(lambda g: None), CHANNELS, "returned None", "20 strengths"),
     "strengths too few": ("regularizer", Prepared(lambda g: Regularizer(GroupIndex(g, ("out",)), torch.ones(3), len)),
                           CHANNELS, "a Tensor of shape (3,)", "20 strengths, one for each group"),
@@ -208,3 +249,62 @@ def test_what_is_returned_is_refused_by_name_and_the_model_is_as_it_was(case: st
     assert returned in message and expected in message
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("method", ["hooks", "remove", "costs", "taken_out", "renumber"])
+def test_an_attachment_that_raises_is_named(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Mine = type("Mine", (Attachment,), {method: lambda self, *_: broken()})
+
+    class Own(Structural):
+        def find(self, model: nn.Module, chosen: set[str]) -> ChannelGroups:
+            groups = torch.arange(16)
+            members = (
+                Member.along("0.weight", model[0].weight, 0, groups, 16, "out"),
+                Member.along("0.bias", model[0].bias, 0, groups, 16, "out"),
+                Member.along("2.weight", model[2].weight, 1, groups, 16, "in"),
+            )
+            return ChannelGroups(Grouping("own", members, (GroupSet("0", 0, 16),)), {}, (Mine({"0": groups}),))
+
+    registry.names("pattern")
+    monkeypatch.setitem(registry._ENTRIES["pattern"], "bad", Own(lambda: {"0"}))
+    with pytest.raises(ExtensionError, match="attachment 'Mine': it raised ZeroDivisionError"):
+        Pruning(net(), {"rules": [{"pattern": "bad", "target": {"sparsity": 0.5}}]}, example_inputs=X).prune()
+
+
+@pytest.mark.parametrize("give, said", [
+    (lambda: None, "it returned None. Expected: a PruningConfig, made by native(rules)"),
+    (lambda: {"rules": []}, "(dict). Expected: a PruningConfig"),
+    (broken, "it raised ZeroDivisionError"),
+])  # fmt: skip
+def test_a_dialect_is_named(give: Callable[[], Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = {"keys": ("mine",), "yaml_tags": (), "recognises": lambda self, mapping: "mine" in mapping}
+    registry.names("dialect")
+    mine = type("Mine", (), {**ways, "translate": lambda self, mapping: give()})()
+    monkeypatch.setitem(registry._ENTRIES["dialect"], "bad", mine)
+    with pytest.raises(ExtensionError) as raised:
+        load_config({"mine": 1})
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind, name", [("cost", "macs"), ("cost", "runtime"), ("pattern", "4x1"), ("dynamic", "ste")])
+def test_a_name_with_another_meaning_is_taken(kind: str, name: str) -> None:
+    with pytest.raises(ConfigError, match="Allowed: another name"):
+        registry.register(kind, name)(lambda *_: 1)
+    assert name not in registry.names(kind)
+
+
+def test_a_dynamic_that_chooses_masks_is_refused_for_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Own.removable
+    registry.names("dynamic")
+    for entry, said in ((Own, "not supported by the pattern 'channel'"), (broken, "is no dynamic")):
+        monkeypatch.setitem(registry._ENTRIES["dynamic"], "bad", entry)
+        with pytest.raises(ConfigError, match=said):
+            load_config({"rules": [{"dynamic": "bad", "target": {"sparsity": 0.5}}]})
+
+
+@pytest.mark.parametrize("kind, entry", [("pattern", NoSupport), ("criterion", type("Bad", (), {"needs": "channel"}))])
+def test_what_a_piece_declares_is_checked(kind: str, entry: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.names(kind)
+    monkeypatch.setitem(registry._ENTRIES[kind], "bad", entry(len) if kind == "pattern" else entry())
+    with pytest.raises(ConfigError, match=f"{kind} 'bad': its .* '?channel"):
+        Pruning(net(), {"rules": [{kind: "bad", "target": {"sparsity": 0.5}}]}, example_inputs=X)

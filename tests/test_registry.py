@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry of its own, with three shapes."""
     monkeypatch.setattr(registry, "_ENTRIES", {})
     monkeypatch.setattr(registry, "_ALIASES", {})
+    monkeypatch.setattr(registry, "KINDS", ("shape",))
     registry.register("shape", "round", "circle", "disc")(Round)
     registry.register("shape", "square")(Square)
     registry.register("shape", "flat")(flat)
@@ -58,6 +60,32 @@ def test_canonical_takes_aliases_and_any_case(name: str) -> None:
 def test_a_name_is_taken_once() -> None:
     with pytest.raises(ValueError, match="'round' is already registered"):
         registry.register("shape", "round")(Square)
+    for name in ("circle", "oblong"):  # an alias of another, and a free name whose alias is taken
+        with pytest.raises(ConfigError, match="Allowed: another name"):
+            registry.register("shape", name, "square")(Square)
+    assert registry.names("shape") == ["flat", "round", "square"]
+
+
+@pytest.mark.parametrize("kind, name, entry, said", [
+    ("shaep", "oblong", Square, "register: 'shaep' is not known; did you mean 'shape'?"),
+    ("shape", None, Square, "shape: None is not a name."),
+    ("shape", "", Square, "shape: '' is not a name."),
+    ("shape", flat, Square, "is not a name. Allowed: @register('shape', 'a text')"),
+    ("shape", "oblong", 5, "shape: 'oblong' is registered for 5. Allowed: a dataclass or a function"),
+])  # fmt: skip
+def test_what_cannot_be_looked_up_is_not_registered(kind: str, name: Any, entry: Any, said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        registry.register(kind, name)(entry)
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_cell_of_a_notebook_may_run_again() -> None:
+    def cell() -> type:
+        made = type("Mine", (), {"__module__": "__main__", "__qualname__": "Mine"})
+        return registry.register("shape", "mine", "ours")(made)
+
+    first, second = cell(), cell()
+    assert first is not second and registry.lookup("shape", "ours") is second
 
 
 @pytest.mark.parametrize(

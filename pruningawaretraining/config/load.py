@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -19,7 +19,7 @@ from pruningawaretraining.config.schema import PruningConfig, Rule
 from pruningawaretraining.config.yaml_form import loader_for
 from pruningawaretraining.errors import ConfigError, nearest
 from pruningawaretraining.files import BROKEN, read_text, reading, reason
-from pruningawaretraining.registry import build, names
+from pruningawaretraining.registry import build, calling, check_returned, names
 
 MOST_KEYS = 8
 """How many keys of a config that nothing recognises are shown."""
@@ -67,8 +67,14 @@ def translate(mapping: Mapping[str, Any]) -> PruningConfig:
         return PruningConfig.model_validate(mapping)
     known: dict[str, Dialect] = {name: build("dialect", name) for name in names("dialect")}
     for dialect in known.values():
-        if dialect.recognises(mapping):
-            return dialect.translate(mapping)
+        with calling("dialect", dialect, "true or false"):
+            mine = dialect.recognises(mapping)
+        if mine:
+            with calling("dialect", dialect, "a PruningConfig, made by native(rules)"):
+                found: Any = dialect.translate(mapping)
+            good = isinstance(found, PruningConfig)
+            check_returned(good, "dialect", dialect, found, "a PruningConfig, made by native(rules)")
+            return cast("PruningConfig", found)
     raise ConfigError(_unrecognised(mapping, known))
 
 

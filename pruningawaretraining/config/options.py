@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from pruningawaretraining.config.targets import COSTS, Target
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.registry import build, lookup, names, spelled
+from pruningawaretraining.registry import build, lookup, name_of, names, spelled
 
 IN_PLACE = frozenset({"mode", "keep_zeros", "release", "progressive", "nested"})
 REMOVED = frozenset(
@@ -87,7 +87,9 @@ def support_of(pattern: Any) -> Support:
     """Support declared by a pattern or its class; by default that of patterns inside layers."""
     if getattr(pattern, "depth", False):
         return TOGETHER
-    found: Support = getattr(pattern, "support", WEIGHTS)
+    found: Any = getattr(pattern, "support", WEIGHTS)
+    if not isinstance(found, Support):
+        raise ConfigError(f"pattern {name_of('pattern', pattern)!r}: its support is {found!r:.80}. Allowed: a Support")
     return found
 
 
@@ -146,6 +148,8 @@ def _check_dynamic(rule: RuleOptions, removable: bool) -> None:
     """Refuse a dynamic on groups that it does not work for, and options that need final masks."""
     entry = lookup("dynamic", type_of("dynamic", rule.dynamic))
     pattern = lookup("pattern", type_of("pattern", rule.pattern))
+    if not hasattr(entry, "nested"):
+        raise ConfigError(f"dynamic: {rule.dynamic!r} is no dynamic. Allowed: a class made of masks.dynamics.Dynamic")
     if not (_goes(entry, "removable") if removable else _goes(entry, "windows") or not hasattr(pattern, "window")):
         fitting = [
             name for name in names("dynamic") if _goes(lookup("dynamic", name), "removable" if removable else "windows")

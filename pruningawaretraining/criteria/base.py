@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.registry import calling, check_returned, lookup, names
+from pruningawaretraining.registry import calling, check_returned, lookup, name_of, names
 
 
 class GroupCost(Protocol):
@@ -120,6 +120,10 @@ class Needs:
 def needs_of(criterion: Any) -> Needs:
     """The needs of a criterion (or its class), combined with those of the criterion that it weighs, if any."""
     own: Needs | None = getattr(criterion, "needs", None)
+    if not (own is None or isinstance(own, Needs)):
+        raise ConfigError(
+            f"criterion {name_of('criterion', criterion)!r}: its needs are {own!r:.80}. Allowed: Needs(...)"
+        )
     base = getattr(criterion, "base", None)
     if base is None or isinstance(base, (str, Mapping)):  # the class itself has only the name of its default
         return own or Needs()
@@ -157,11 +161,12 @@ def checked_scores(criterion: Any, scores_G: Any, size: int, nan: bool = True) -
     """
     expected = EXPECTED_SCORES.format(size)
     good = isinstance(scores_G, Tensor) and scores_G.shape == (size,) and scores_G.device.type != "meta"
+    good = good and scores_G.layout is torch.strided
     good = good and not scores_G.is_complex() and scores_G.dtype is not torch.bool
     check_returned(good, "criterion", criterion, scores_G, expected)
     found: Tensor = scores_G.detach()
     missing = int(torch.isnan(found).sum()) if nan else 0
-    check_returned(not missing, "criterion", criterion, f"NaN for {missing} of {size} groups", expected)
+    check_returned(not missing, "criterion", criterion, found, expected, f"NaN for {missing} of {size} groups")
     return found if found.is_floating_point() else found.double()
 
 

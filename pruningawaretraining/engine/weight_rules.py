@@ -61,13 +61,18 @@ def grouping_of(model: nn.Module, key: str, rule: Rule, pattern: Any) -> Groupin
     check_returned(isinstance(grouping, Grouping), "pattern", pattern, grouping, "a Grouping")
     found: Grouping = grouping
     problem = fault_of(found)
-    check_returned(not problem, "pattern", pattern, problem, "every weight in one group at most")
+    check_returned(not problem, "pattern", pattern, found, "every weight in one group at most", problem)
     return found
 
 
 def fault_of(grouping: Grouping) -> str:
     """Why groups inside layers cannot be pruned, or "": each weight may be in one of them at most."""
     seen: dict[int, str] = {}
+    end = 0
+    for one in grouping.sets:
+        if one.start != end:
+            return f"sets that do not follow each other: {one.name!r} begins at group {one.start}, not {end}"
+        end = one.stop
     for member in grouping.members:
         if id(member.parameter) in seen:
             return f"groups that overlap: {member.name} is labelled twice, as {seen[id(member.parameter)]} before"

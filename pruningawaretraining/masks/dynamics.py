@@ -87,6 +87,12 @@ class Dynamic:
     decay: float = 0.0
     to: int = 0
 
+    def __init_subclass__(cls) -> None:
+        """Coupled groups ask no dynamic for masks: one that chooses or defers them works inside layers only."""
+        super().__init_subclass__()
+        if cls.choose is not Dynamic.choose or cls.defers is not Dynamic.defers:
+            cls.removable = False
+
     def choose(self, event: Event, pick: Callable[[], Tensor]) -> Tensor:
         """The masks of an event.
 

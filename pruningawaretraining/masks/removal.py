@@ -23,6 +23,7 @@ from pruningawaretraining.models.optimizer_state import Exchanged, follow, mark_
 from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor, successor
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.projections import is_transposed_linear
+from pruningawaretraining.registry import calling
 
 
 def kept_indices(grouping: Grouping, keep_G: Tensor, gone: Container[str] = ()) -> dict[str, Keep]:
@@ -84,7 +85,7 @@ def remove(
 
     def shrink(module: nn.Module) -> tuple[Exchanged, list[nn.Parameter]]:
         exchanged = _slice_module(module, kept, surgery)
-        return exchanged, [lost for one in found.outside(keep_G) for lost in one.remove(module, keep_G, surgery)]
+        return exchanged, _change_parts(module, found, keep_G, surgery)
 
     try:
         exchanged, lost = shrink(model)
@@ -105,6 +106,15 @@ def _tensors_of(grouping: Grouping, modules: Iterable[str]) -> set[str]:
     """The names of the tensors that are in these modules."""
     prefixes = tuple(f"{name}." for name in modules)
     return {member.name for member in grouping.members if member.name.startswith(prefixes)}
+
+
+def _change_parts(module: nn.Module, found: ChannelGroups, keep_G: Tensor, surgery: Surgery) -> list[nn.Parameter]:
+    """Let every attachment change its parts; the parameters that are gone with them."""
+    lost: list[nn.Parameter] = []
+    for one in found.outside(keep_G):
+        with calling("attachment", one, "the parameters that are gone, or ()"):
+            lost += one.remove(module, keep_G, surgery)
+    return lost
 
 
 def _slice_module(model: nn.Module, kept: dict[str, Keep], surgery: Surgery) -> dict[Tensor, tuple[nn.Parameter, Keep]]:

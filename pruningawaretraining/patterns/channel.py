@@ -15,6 +15,7 @@ from torch import nn
 
 from pruningawaretraining.config.options import COUPLED, Support
 from pruningawaretraining.errors import ModelError
+from pruningawaretraining.groups.attachment import Attachment
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.models.calling import ForwardFn
 from pruningawaretraining.models.fake_quant import resting
@@ -25,7 +26,7 @@ from pruningawaretraining.patterns.coupling import TRACE_LIMIT
 from pruningawaretraining.patterns.head import attention_names, chosen_heads, find_heads, is_of_heads
 from pruningawaretraining.patterns.labels.trace import trace
 from pruningawaretraining.patterns.selection import select
-from pruningawaretraining.registry import calling, check_returned, register
+from pruningawaretraining.registry import calling, check_returned, names, register
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,30 @@ class OwnGroups(StructuredPattern, Protocol):
 def own_groups(pattern: Any, model: nn.Module, chosen: set[str]) -> list[ChannelGroups]:
     """The groups that a pattern finds itself; none if they are those of the trace."""
     find: Callable[[nn.Module, set[str]], ChannelGroups] | None = getattr(pattern, "find", None)
-    return [] if find is None else [find(model, chosen)]
+    if find is None:
+        return []
+    with calling("pattern", pattern, "ChannelGroups"):
+        found: Any = find(model, chosen)
+    good = isinstance(found, ChannelGroups)
+    check_returned(good, "pattern", pattern, found, "ChannelGroups")
+    good = isinstance(found.attachments, tuple) and all(isinstance(one, Attachment) for one in found.attachments)
+    check_returned(good, "pattern", pattern, found.attachments, "ChannelGroups with a tuple of Attachments")
+    return [found]
+
+
+def head_units_of(pattern: Any, model: nn.Module, chosen: set[str]) -> dict[str, str]:
+    """Attention block -> its unit of pruning.
+
+    Raises:
+        ExtensionError: the pattern raises, or returns anything else.
+    """
+    expected = f"a dictionary: attention block -> {' or '.join(names('head_unit'))}"
+    with calling("pattern", pattern, expected):
+        found: Any = pattern.head_units(model, chosen)
+    good = isinstance(found, dict) and found.keys() <= dict(model.named_modules()).keys()
+    good = good and all(one in names("head_unit") for one in found.values())
+    check_returned(good, "pattern", pattern, found, expected)
+    return dict(found)
 
 
 @register("pattern", "channel", "channels")

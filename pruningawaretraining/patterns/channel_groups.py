@@ -5,13 +5,18 @@ Shape suffixes: ``_G`` groups, ``_G1`` groups and one more for "outside".
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.groups.attachment import Attachment, MaskHooks, OwnCost, renumbered
 from pruningawaretraining.groups.grouping import Grouping, Member, concat
+from pruningawaretraining.registry import calling
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,17 +97,26 @@ class ChannelGroups:
         return ChannelGroups(both, {**self.skipped, **other.skipped}, (*mine, *theirs))
 
     def _renumbered(self, number_G1: Tensor, size: int) -> tuple[Attachment, ...]:
-        return tuple(one.renumber(number_G1, size) for one in self.attachments)
+        return self._asked("an Attachment", lambda one: one.renumber(number_G1, size))
+
+    def _asked(self, expected: str, ask: Callable[[Attachment], Found]) -> tuple[Found, ...]:
+        """The answer of every attachment; one of a user's own that raises is named."""
+        answers = []
+        for one in self.attachments:
+            with calling("attachment", one, expected):
+                answers.append(ask(one))
+        return tuple(answers)
 
     # --- attachments --------------------------------------------------------------------------------------------
 
     def hooks(self, model: nn.Module) -> list[MaskHooks]:
         """Hooks that let the modules of the model, or of a copy, know what is masked; there are none yet on it."""
-        return [hooks for one in self.attachments if (hooks := one.hooks(model)) is not None]
+        found = self._asked("MaskHooks or None", lambda one: one.hooks(model))
+        return [hooks for hooks in found if hooks is not None]
 
     def taken_out(self, keep_G: Tensor) -> set[str]:
         """Modules that leave the model as a whole."""
-        return {name for one in self.attachments for name in one.taken_out(keep_G)}
+        return set().union(*self._asked("names of modules", lambda one: set(one.taken_out(keep_G))))
 
     def _prefixes(self, keep_G: Tensor) -> tuple[str, ...]:
         """What the names of everything in modules begin with that leave the model as a whole."""
@@ -118,7 +132,7 @@ class ChannelGroups:
 
     def costs(self) -> list[OwnCost]:
         """What modules cost beside the layers that the groups index."""
-        return [cost for one in self.attachments for cost in one.costs()]
+        return [cost for costs in self._asked("a list of OwnCost", lambda one: list(one.costs())) for cost in costs]
 
 
 def _of_block(member: Member, tensor: Tensor, number_G1: Tensor, size: int) -> Member:

@@ -134,10 +134,22 @@ def build_grouping(
             logger.info("%s stays as it is: %s", weight.name, labels)
             skipped.append(f"{weight.name}: {labels}")
         else:
-            parts.append(_one_layer(name, weight, labels))
+            parts.append(_one_layer(name, weight, [_checked(weight, one) for one in labels]))
     if not parts:
         raise ModelError(f"pattern: {name!r} finds no group in the selected layers. {'; '.join(skipped[:4])}")
     return replace(concat(parts, name), skipped=tuple(skipped))
+
+
+def _checked(weight: LayerWeight, labels: Labels | None) -> Labels:
+    """The labels of one dimension; None stands for a dimension that does not matter."""
+    pair = (None, 1) if labels is None else labels
+    good = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], int) and pair[1] > 0
+    if good and pair[0] is not None:
+        good = isinstance(pair[0], Tensor) and pair[0].ndim == 1
+        good = good and not pair[0].is_floating_point() and pair[0].dtype is not torch.bool
+    if not good:
+        raise TypeError(f"labels of {weight.name} are {pair!r:.80}, not (vector of whole numbers, how many) or None")
+    return pair
 
 
 def _one_layer(name: str, weight: LayerWeight, labels: Sequence[Labels]) -> Grouping:

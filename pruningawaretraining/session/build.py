@@ -20,7 +20,7 @@ from pruningawaretraining.errors import ModelError
 from pruningawaretraining.masks.dry_run import removable_blocks, removable_channels
 from pruningawaretraining.models.calling import ForwardFn, from_shapes
 from pruningawaretraining.patterns.block_names import candidates
-from pruningawaretraining.patterns.channel import chosen_layers_of, own_groups
+from pruningawaretraining.patterns.channel import chosen_layers_of, head_units_of, own_groups
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.channel_labels import producer_names
 from pruningawaretraining.patterns.depth import check_alone
@@ -165,7 +165,7 @@ def _channels(
         mine = own_groups(one.pattern, model, layers)
         own += mine
         union = union - layers if mine else union
-        units |= one.pattern.head_units(model, layers)
+        units |= head_units_of(one.pattern, model, layers)
         if getattr(one.pattern, "depth", False):
             union = union - (set(candidates(model)) - units.keys())
     multiples = {name: one.rule.multiple for one, layers in chosen for name in layers}

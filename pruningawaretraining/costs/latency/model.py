@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
 from pruningawaretraining.costs.latency.layer_shapes import LayerShape
@@ -107,6 +106,8 @@ def fit(numbers_A: Sequence[float], tables_A: Sequence[float], ms_A: Sequence[fl
         tables_A: sums of their tables.
         ms_A: what was measured.
     """
+    from scipy.optimize import nnls  # takes 0.3 s to import, and few runs measure latency
+
     scale = max(*numbers_A, 1.0)
     rows = [
         [1.0 / ms, number / scale / ms, table / ms] for number, table, ms in zip(numbers_A, tables_A, ms_A, strict=True)
