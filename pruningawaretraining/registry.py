@@ -272,7 +272,7 @@ def calling(kind: str, piece: Any, expected: str) -> Iterator[None]:
         expected: what it should return.
 
     Raises:
-        ExtensionError: the user's piece raised something else than a PruningError or a lack of memory.
+        ExtensionError: the user's piece raised anything but a PruningError or an out-of-memory error.
     """
     try:
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -308,3 +308,47 @@ def test_what_a_piece_declares_is_checked(kind: str, entry: type, monkeypatch: p
     monkeypatch.setitem(registry._ENTRIES[kind], "bad", entry(len) if kind == "pattern" else entry())
     with pytest.raises(ConfigError, match=f"{kind} 'bad': its .* '?channel"):
         Pruning(net(), {"rules": [{kind: "bad", "target": {"sparsity": 0.5}}]}, example_inputs=X)
+
+
+class Keeping(Dynamic):
+    """Keeps everything."""
+
+    nested: ClassVar[bool] = False
+
+    def choose(self, event: Any, pick: Any) -> Tensor:
+        return torch.ones_like(event.keep_G)
+
+
+class Lifting(Dynamic):
+    """Lifts what was masked, though its masks are said to be nested."""
+
+    removable: ClassVar[bool] = False
+
+    def choose(self, event: Any, pick: Any) -> Tensor:
+        return ~event.keep_G if event.number else pick()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Keeping, r"returned '128 groups that are kept.*at most 6[0-9] at the last event"),
+        (Lifting, r"returned '\d+ groups that were masked before.*nested = False"),
+    ],
+)
+def test_a_dynamic_that_misses_its_target_is_named(kind: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.names("dynamic")
+    monkeypatch.setitem(registry._ENTRIES["dynamic"], "own_dynamic", dataclass(frozen=True)(kind))
+    model = nn.Sequential(nn.Linear(8, 16))
+    rule = {"pattern": "unstructured", "target": {"sparsity": 0.5}, "end": 1, "dynamic": "own_dynamic"}
+    pruner = Pruning(model, {"rules": [rule]})
+    with pytest.raises(ExtensionError, match=message):
+        for epoch in range(2):
+            pruner.prune(epoch=epoch)
+
+
+def test_a_cost_of_which_a_model_has_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.names("cost")
+    monkeypatch.setitem(registry._ENTRIES.setdefault("cost", {}), "own_cost", lambda name, module, macs: 0.0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2))
+    with pytest.raises(ConfigError, match=r"rules\[0\]\.target\.own_cost: this cost of the model is 0"):
+        Pruning(model, {"rules": [{"target": {"own_cost": 0.5}}]}, example_inputs=torch.randn(2, 8))

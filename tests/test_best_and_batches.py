@@ -143,7 +143,7 @@ def test_lightnings_best_checkpoint_and_patience_begin_anew(tmp_path: Any, caplo
     assert best["model.0.weight"].shape[0] == 4, "the best checkpoint is pruned"
     assert trainer.current_epoch == 4 and float(patience.best_score) == 8.0 and patience.wait_count == 1
     said = [one.getMessage() for one in caplog.records if one.getMessage().startswith("best: ")]
-    assert said == [f"best: channels have gone, so what was the best before counts no more ({', '.join(KINDS)})"]
+    assert said == [f"best: channels were removed, so the earlier best score no longer applies ({', '.join(KINDS)})"]
 
 
 @pytest.mark.parametrize(("mode", "worst"), [("min", math.inf), ("max", -math.inf)])
@@ -173,4 +173,4 @@ def test_transformers_best_metric_begins_anew(tmp_path: Any, caplog: pytest.LogC
     callback.on_epoch_end(arguments, state, control)
     assert model.net[0].out_channels == 4
     assert state.best_metric is None and state.best_model_checkpoint is None
-    assert "what was the best before counts no more (TrainerState)" in caplog.text
+    assert "the earlier best score no longer applies (TrainerState)" in caplog.text

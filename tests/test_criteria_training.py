@@ -233,6 +233,23 @@ def test_rearrangement_is_the_definition_and_lowers_the_summed_gradient() -> Non
         assert by_group[~found].sum(0).norm() <= by_group[~keep].sum(0).norm()
 
 
+def test_rearrangement_leaves_what_was_masked_before() -> None:
+    by_group = torch.tensor([[1.0], [2.0], [-2.0], [0.4]])
+    keep, before = torch.tensor([False, True, True, False]), torch.tensor([True, True, True, False])
+    assert rearrange(keep, by_group.T).tolist() == [False, True, False, True]  # 1 - 2 leaves least
+    assert rearrange(keep, by_group.T, before).tolist() == [False, True, True, False]  # 0.4 goes: with 1, not -2
+    generator = torch.Generator().manual_seed(1)
+    for count in (3, 5, 11):
+        by_group = torch.randn(16, 6, generator=generator, dtype=torch.float64)
+        gone = torch.randperm(16, generator=generator)[:3]
+        before = torch.ones(16, dtype=torch.bool).index_fill(0, gone, False)
+        order = torch.where(before, by_group.square().sum(1), -1.0).argsort()
+        keep = torch.ones(16, dtype=torch.bool).index_fill(0, order[:count], False)
+        found = rearrange(keep, by_group.T, before)
+        assert not bool(found[gone].any()) and int((~found).sum()) == count
+        assert by_group[~found].sum(0).norm() <= by_group[~keep].sum(0).norm()
+
+
 def test_retrain_free_rearranges_within_layers_and_remembers_the_last_gradients() -> None:
     criterion = RetrainFree(samples=2)
     model = model_of([[1.0], [1.0], [1.0]])

@@ -371,8 +371,12 @@ def test_masks_are_lifted() -> None:
     pruner.prune(model, 0)
     lifted = Pruning(model, rules({**config, "mode": "unprune", "start": 1}))
     lifted.load_state_dict({**pruner.state_dict()})
-    assert lifted.sparsity == 0.5
-    assert lifted.phase == "finetune"
+    assert lifted.sparsity == 0.5 and lifted.prune(model, 0) is None
+    assert lifted.prune(model, 1) == "masked" and lifted.sparsity == 0
+    assert lifted.phase == "finetune" and zeros(model[3].weight) == 0.5  # until training moves them
+    again = Pruning(model, rules({**config, "mode": "unprune", "start": 1}))
+    again.load_state_dict(lifted.state_dict())
+    assert again.phase == "finetune" and again.prune(model, 2) is None
 
 
 @pytest.mark.parametrize("layers", [["3"], None])

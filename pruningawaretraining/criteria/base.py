@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -186,11 +186,21 @@ def measures(criterion: Any) -> bool:
     return hasattr(criterion, "measured")
 
 
-def refined(criterion: Any, grouping: Grouping, keep_G: Tensor, statistics: Statistics) -> Tensor:
-    """The masks after a criterion has exchanged groups of equal count, where it can."""
+def refined(criterion: Any, grouping: Grouping, keep_G: Tensor, statistics: Statistics, nested: bool) -> Tensor:
+    """The masks after a criterion has exchanged groups of equal count, where it can.
+
+    Args:
+        criterion: the criterion.
+        grouping: the groups.
+        keep_G: the masks that were chosen by its scores.
+        statistics: what it scored them with.
+        nested: whether groups that were masked before stay so.
+    """
     refine = getattr(criterion, "refine", None)
     if refine is None:
         return keep_G
+    if not nested:
+        statistics = replace(statistics, keep_G=None)
     with calling("criterion", criterion, EXPECTED_MASKS.format(grouping.size)):
         refined_G = refine(grouping, keep_G, statistics)
     return checked_masks("criterion", criterion, refined_G, grouping.size)

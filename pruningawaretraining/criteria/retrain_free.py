@@ -57,18 +57,20 @@ class RetrainFree:
         return statistics.tensors["mask_gradient_squares"].to(device_of(grouping))
 
     def refine(self, grouping: Grouping, keep_G: Tensor, statistics: Statistics) -> Tensor:
-        """The masks after rearrangement, with as many groups of each set as before."""
+        """The masks after rearrangement, with as many groups of each set as before; those that were masked before the
+        event (``statistics.keep_G``) stay masked."""
         kept_MG = statistics.tensors.get("mask_gradients")
         if kept_MG is None:
             return keep_G
         out_G = keep_G.clone().cpu()
+        open_G = torch.ones_like(out_G) if statistics.keep_G is None else statistics.keep_G.cpu()
         for one in grouping.sets:
             inside = slice(one.start, one.stop)
-            out_G[inside] = rearrange(out_G[inside], kept_MG[:, inside].cpu())
+            out_G[inside] = rearrange(out_G[inside], kept_MG[:, inside].cpu(), open_G[inside])
         return out_G.to(keep_G.device)
 
 
-def rearrange(keep_G: Tensor, gradients_MG: Tensor) -> Tensor:
+def rearrange(keep_G: Tensor, gradients_MG: Tensor, open_G: Tensor | None = None) -> Tensor:
     """Choose again which groups go, as many as before (Kwon et al. 2022, mask rearrangement).
 
     From the set with the least ``sum of g^2``: add each other group in ascending order, and drop the one whose removal
@@ -77,20 +79,22 @@ def rearrange(keep_G: Tensor, gradients_MG: Tensor) -> Tensor:
     Args:
         keep_G: masks, True = keep.
         gradients_MG: gradients with respect to the masks, one row for each batch.
+        open_G: False for groups that go in any case, as they were masked before; None for none.
     """
+    open_G = torch.ones_like(keep_G) if open_G is None else open_G
     count = int((~keep_G).sum())
     if count in (0, len(keep_G)) or len(gradients_MG) == 0:
         return keep_G
     gradient_GM = gradients_MG.double().T.contiguous()
     squares_G = gradient_GM.square().sum(1)
-    order = torch.argsort(squares_G, stable=True)
+    order = torch.argsort(torch.where(open_G, squares_G, -1.0), stable=True)  # those that go in any case come first
     going, total_M = order[:count].clone(), gradient_GM[order[:count]].sum(0)
     room = torch.cat([going, going[:1]])
     for candidate in order[count:]:
         room[-1] = candidate
         total_M = total_M + gradient_GM[candidate]
         left = squares_G[room] - 2 * (gradient_GM[room] @ total_M)  # up to |total|^2, the same for all
-        worst = int(left.argmin())
+        worst = int(torch.where(open_G[room], left, torch.inf).argmin())
         total_M = total_M - gradient_GM[room[worst]]
         room[worst:-1] = room[worst + 1 :].clone()
     out_G = torch.ones_like(keep_G)

@@ -137,7 +137,7 @@ def totals(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def agreed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The first process's tensors of truth values, on every process, by one broadcast.
+    """The first process's boolean tensors, on every process, by one broadcast.
 
     Args:
         tensors: of the same shapes on every process; they are unchanged.

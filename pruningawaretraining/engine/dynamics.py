@@ -19,11 +19,11 @@ from pruningawaretraining.engine.weight_rules import WeightRule
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Member
 from pruningawaretraining.groups.views import slot_sums
-from pruningawaretraining.masks.dynamics import Event, top_of_sets
+from pruningawaretraining.masks.dynamics import Dynamic, Event, top_of_sets
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.models.calling import in_backward
 from pruningawaretraining.patterns.elements import input_dims
-from pruningawaretraining.registry import calling
+from pruningawaretraining.registry import calling, check_returned
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,16 @@ def chosen(one: WeightRule, event: Event, pick: Callable[[], Tensor]) -> Tensor:
     """The masks that a rule's dynamic takes at an event; ``pick`` gives those of its allocation."""
     with calling("dynamic", one.dynamic, EXPECTED_MASKS.format(event.grouping.size)):
         keep_G = one.dynamic.choose(event, pick)
-    return checked_masks("dynamic", one.dynamic, keep_G, event.grouping.size).to(event.keep_G.device)
+    found_G = checked_masks("dynamic", one.dynamic, keep_G, event.grouping.size).to(event.keep_G.device)
+    back = int((found_G & ~event.keep_G).sum()) if one.dynamic.nested else 0
+    expected = "masks that keep nothing that was masked before, or a dynamic that says nested = False"
+    check_returned(not back, "dynamic", one.dynamic, f"{back} groups that were masked before", expected)
+    if event.last and type(one.dynamic).choose is not Dynamic.choose:
+        most = int(pick().sum()) + len(event.grouping.sets)  # layers may round their own way
+        kept = int(found_G.sum())
+        expected = f"at most {most} at the last event, so that the target is met"
+        check_returned(kept <= most, "dynamic", one.dynamic, f"{kept} groups that are kept", expected)
+    return found_G
 
 
 def go_back(one: ActiveRule, masks: Masks, optimizers: Iterable[torch.optim.Optimizer]) -> None:

@@ -269,6 +269,7 @@ def _load_rule(one: WeightRule, rule_state: RuleState, values: Mapping[str, Any]
     one.feed.load_state_dict(values["collector"])
     one.masks.set(values["keep"])
     load_dynamic(one.masks, values.get("dynamic"), rule_state.waiting is not None)
-    one.state = rule_state
+    to_lift = one.rule.mode == "unprune" and one.masks.active  # masks of another rule, which this one lifts at start
+    one.state = RuleState() if to_lift else rule_state
     one.next_G = None if values["next"] is None else values["next"].to(device)
     one.scores_G = None if values["scores"] is None else values["scores"].to(device)

@@ -54,7 +54,7 @@ class StatisticsFeed:
         return self._grouping
 
     def begin(self, calibration: Calibration | None = None) -> None:
-        """Listen from now on; a criterion that measures on data of its own has no need to."""
+        """Listen from now on; a criterion that measures on data of its own does not need this."""
         if calibration is not None and measures(self.criterion):
             self.end()
         elif self.collector is not None and not self._listening:

@@ -84,7 +84,7 @@ class Targets:
             rule: the configuration of another member of its family.
 
         Raises:
-            ConfigError: a runtime that is not there.
+            ConfigError: a runtime that is not there, or a cost of which the model has none.
             ModelError: the runtime cannot run the model.
         """
         target, key = (rule or share.rule).target, f"{share.key}.target"
@@ -93,6 +93,9 @@ class Targets:
             for name, fraction in target.fractions.items()
             if name != "latency"
         ]
+        for one in goals:
+            if one.cost.dense <= 0:
+                raise ConfigError(f"{one.key}: this cost of the model is 0. Allowed: a cost that pruning can lower")
         if target.latency is not None or target.latency_ms is not None:
             goals.append(self._latency_goal(share, target))
         return goals

@@ -178,7 +178,7 @@ class WeightGroups:
             exempt_G = gone_G if bool(gone_G.any()) else None
         sizes = one.grouping.set_sizes.tolist()
         keep_G = allocate(scores_G, sizes, sparsity, limits, classes_S, removed_G, exempt_G)
-        return refined(one.criterion, one.grouping, keep_G, statistics)
+        return refined(one.criterion, one.grouping, keep_G, statistics, one.dynamic.nested)
 
     def put(self, one: WeightRule, keep_G: Tensor, context: RemovalContext, calibration: Calibration | None) -> None:
         """Apply the masks of an event."""

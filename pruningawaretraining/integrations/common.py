@@ -178,7 +178,9 @@ def tell_of_best(known: list[str]) -> None:
         known: who had one.
     """
     if known:
-        logger.warning("best: channels have gone, so what was the best before counts no more (%s)", ", ".join(known))
+        logger.warning(
+            "best: channels were removed, so the earlier best score no longer applies (%s)", ", ".join(known)
+        )
 
 
 def write_state(pruner: Pruning, folder: str | Path) -> None:

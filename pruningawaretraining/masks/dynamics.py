@@ -107,7 +107,7 @@ class Dynamic:
         return False
 
     def stepped(self, masks: Held) -> None:
-        """A step has moved the weights; dense values are not taken out yet."""
+        """A step has moved the weights; its dense values are still in the parameters."""
 
     def goes_back(self, last: bool) -> bool:
         """Whether an event goes back to earlier weights."""

@@ -33,7 +33,7 @@ class Results(Bound):
 
     @property
     def is_active(self) -> bool:
-        """Whether any rule is enabled, and the model is not only loaded for inference."""
+        """Whether any rule is enabled, and the model was not loaded for inference only."""
         return self._session.active
 
     @property

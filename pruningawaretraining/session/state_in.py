@@ -25,7 +25,7 @@ from pruningawaretraining.models.wrappers import wrappers_of
 
 
 class HasState(Protocol):
-    """A pruner, as far as it is written and read here."""
+    """The part of a pruner that this module reads and writes."""
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -126,7 +126,7 @@ class Layout:
 
     @cached_property
     def length(self) -> int:
-        """Entries, padding of tiles included, the tail of the last block not."""
+        """Number of entries, with the padding of tiles and without the tail of the last block."""
         return math.prod(self.shape) if self.is_flat else math.prod(self.padded)
 
     @property
