@@ -98,3 +98,58 @@ def test_another_pattern_begins_anew_on_the_zeros_of_a_file(tmp_path: Path) -> N
     prune(loaded, {"pattern": "2:4", "target": {"sparsity": 0.5}})
     rows = loaded[2][0].weight.movedim(1, -1).reshape(-1, 4)
     assert bool(((rows != 0).sum(1) <= 2).all())
+
+
+PER_LAYER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "channels": ({"sparsity_per_layer": {"0": 0.25}}, {"sparsity_per_layer": {"0": 0.5}}),
+    "channels that stay": ({"keep_per_layer": 6}, {"keep_per_layer": 4}),
+    "unstructured": (
+        {"pattern": "unstructured", "sparsity_per_layer": {"0": 0.25, "2.0": 0.5}},
+        {"pattern": "unstructured", "sparsity_per_layer": {"0": 0.75, "2.0": 0.5}},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", PER_LAYER)
+def test_lower_fractions_of_layers_go_on_from_a_file(form: str, tmp_path: Path) -> None:
+    rule, lower = PER_LAYER[form]
+    model, at_once = build(), build()
+    prune(model, rule)
+    path = save_pruned(model, tmp_path / "m.safetensors")
+    prune(at_once, lower)
+
+    same = load_pruned(build(), path)
+    prune(same, rule)
+    assert [(one.shape, int((one == 0).sum())) for one in same.parameters()] == [
+        (one.shape, int((one == 0).sum())) for one in model.parameters()
+    ]
+    loaded = load_pruned(build(), path)
+    prune(loaded, lower)
+    assert [(one.shape, int((one == 0).sum())) for one in loaded.parameters()] == [
+        (one.shape, int((one == 0).sum())) for one in at_once.parameters()
+    ]
+
+
+INSIDE = {"pattern": "unstructured", "target": {"sparsity": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("rules", "told"),
+    [
+        ([{**INSIDE, "target": {"sparsity": 0.8}}], False),
+        ([{"target": {"macs": 0.7}}], True),
+        ([{"target": {"macs": 0.7}}, INSIDE], True),
+        ([{**INSIDE, "name": "another"}], True),
+        ([{**INSIDE, "pattern": "2:4"}], True),
+        ([{"target": {"macs": 0.7}}, {"pattern": "unstructured", "mode": "lock"}], False),
+    ],
+)
+def test_zeros_of_a_file_that_no_rule_keeps_are_said(
+    rules: list[dict[str, Any]], told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build()
+    prune(model, INSIDE)
+    loaded = load_pruned(build(), save_pruned(model, tmp_path / "m.safetensors"))
+    caplog.clear()
+    Pruning(loaded, {"rules": rules}, example_inputs=INPUTS)
+    assert ("its zeros may come back" in caplog.text) == told

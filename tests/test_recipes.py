@@ -462,3 +462,19 @@ def test_a_later_modifier_that_begins_lower_keeps_what_is_there() -> None:
     rule = recipe(modifier("GMPruningModifier", **first), modifier("GMPruningModifier", **second)).rules[0]
     times = rule.timeline()
     assert [times.sparsity(now) for now in range(5)] == pytest.approx([0.1, 0.3, 0.5, 0.5, 0.6])
+
+
+@pytest.mark.parametrize(("length", "end", "epochs"), [(5, 9, 9), (9, 5, 9), (5, 8.5, 9), (5, -1, 5)])
+def test_a_modifier_that_ends_after_the_epoch_range_makes_the_training_longer(
+    length: float, end: float, epochs: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"""
+modifiers:
+  - !EpochRangeModifier {{start_epoch: 0, end_epoch: {length}}}
+  - !GMPruningModifier {{params: __ALL__, init_sparsity: 0.2, final_sparsity: 0.5, start_epoch: 2, end_epoch: {end}}}
+""",
+        encoding="utf-8",
+    )
+    assert load_recipe(path).epochs == epochs

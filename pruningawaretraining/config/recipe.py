@@ -10,7 +10,6 @@ from typing import Any
 
 from pruningawaretraining.config.dialects.sparseml import SparseMl, config_of
 from pruningawaretraining.config.dialects.sparseml_keys import (
-    EpochRange,
     Modifier,
     Pruning,
     Quantization,
@@ -48,7 +47,7 @@ class Recipe:
     Args:
         pruning: its pruning modifiers as rules.
         rates: its learning rates.
-        epochs: how long it trains: the end of its epoch range, or of its last modifier.
+        epochs: how long it trains: the end of its last modifier, an epoch range among them.
         quantized: from when on it trains with quantization; None: never.
     """
 
@@ -101,12 +100,11 @@ def _recipe(mapping: Mapping[str, Any]) -> Recipe:
 
 
 def _epochs(found: list[Found]) -> int:
-    ranges = [one.modifier.end_epoch for one in found if isinstance(one.modifier, EpochRange)]
     ends = [
         max(one.modifier.end_epoch, one.modifier.start_epoch + isinstance(one.modifier, Pruning)) + one.offset
         for one in found
     ]
-    return max(1, math.ceil(max(ranges or ends, default=1)))
+    return max(1, math.ceil(max(ends, default=1)))
 
 
 def _quantized(modifiers: list[Modifier]) -> Quantized | None:

@@ -7,7 +7,7 @@ expressed in what is left of it. A rule whose target the file meets prunes nothi
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from pruningawaretraining.allocation.threshold import zero_groups
@@ -15,13 +15,18 @@ from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.coupled_rules import CoupledRule
+from pruningawaretraining.engine.per_layer import fractions_by_rule
 from pruningawaretraining.engine.weight_rules import WeightRule
 from pruningawaretraining.engine.weights import WeightGroups
+from pruningawaretraining.groups.grouping import GroupSet
 
 logger = logging.getLogger(__name__)
 
 NEAR = 0.03
 """A target that is missed by less than this counts as met: limits and multiples leave some of it."""
+
+PER_LAYER = ("sparsity_per_layer", "keep_per_layer")
+"""What stands for a target in rules that give layers one by one."""
 
 
 def goals_of(rules: Iterable[tuple[str, Rule]], met: Mapping[str, bool]) -> dict[str, Any]:
@@ -30,6 +35,7 @@ def goals_of(rules: Iterable[tuple[str, Rule]], met: Mapping[str, bool]) -> dict
         key: {
             "pattern": rule.model_dump(mode="json")["pattern"],
             "target": rule.target.model_dump(mode="json", exclude_none=True),
+            **{name: value for name in PER_LAYER if (value := getattr(rule, name)) is not None},
             "met": met.get(key, False),
         }
         for key, rule in rules
@@ -44,17 +50,34 @@ def continue_coupled(coupled: CoupledGroups, record: Mapping[str, Any]) -> None:
         record: what the file says.
     """
     for one in coupled.rules:
-        left = None if _same_and_met(one.key, one.given, record) else _left(coupled, one, record)
+        left = None if _same_and_met(one.key, one.given, record) else _rule_left(coupled, one, record)
         if left is None:
             one.state.phase = "finetune"
         else:
-            one.aim(one.given.model_copy(update={"target": left, "hold": one.given.hold if left.lists else None}))
+            one.aim(left)
 
 
 def _same_and_met(key: str, rule: Rule, record: Mapping[str, Any]) -> bool:
     mine = goals_of([(key, rule)], {key: True})[key]
     known = (record.get("rules") or {}).get(key)
     return bool(known == mine)
+
+
+def _rule_left(coupled: CoupledGroups, one: CoupledRule, record: Mapping[str, Any]) -> Rule | None:
+    """A rule in terms of the model as it was loaded; None if the file meets it."""
+    fractions = fractions_by_rule(one.given, coupled.model, one.grouping, coupled.set_of_layer, one.key)
+    if fractions is None:
+        left = _left(coupled, one, record)
+        changed = {"target": left, "hold": one.given.hold if left is not None and left.lists else None}
+        return None if left is None else one.given.model_copy(update=changed)
+    if one.given.keep_per_layer is not None:
+        return one.given if any(fractions) else None
+    layers = dict[str, float]()
+    for each, fraction in zip(one.grouping.sets, fractions, strict=True):
+        dense, here = _widths([each], record)
+        layers[each.layers[0]] = max(0.0, 1.0 - (1.0 - fraction) * dense / here)
+    met = all(value <= NEAR for value in layers.values())
+    return None if met else one.given.model_copy(update={"sparsity_per_layer": layers})
 
 
 def _left(coupled: CoupledGroups, one: CoupledRule, record: Mapping[str, Any]) -> Target | None:
@@ -90,33 +113,63 @@ def _member_left(coupled: CoupledGroups, one: CoupledRule, target: Target, recor
 
 def channels_of(coupled: CoupledGroups, one: CoupledRule | None, record: Mapping[str, Any]) -> tuple[int, int]:
     """Channels of the dense model and of the loaded one, in the sets of a rule, or in all."""
+    return _widths(coupled.dense_sets if one is None else one.grouping.sets, record)
+
+
+def _widths(sets: Iterable[GroupSet], record: Mapping[str, Any]) -> tuple[int, int]:
     known, dense, here = record.get("groups") or {}, 0, 0
-    for each in coupled.dense_sets if one is None else one.grouping.sets:
+    for each in sets:
         width = each.size * each.width
         dense, here = dense + max(int(known.get(each.name, (width, width))[0]), width), here + width
     return dense, here
 
 
-def continue_weights(weights: WeightGroups, record: Mapping[str, Any]) -> None:
+def continue_weights(weights: WeightGroups | None, record: Mapping[str, Any]) -> None:
     """Take the zeros of a file's rules inside layers as masks; a rule with more to reach goes on from them.
 
     Args:
-        weights: the rules of the loaded model.
+        weights: the rules of the loaded model, if there are any inside layers.
         record: what the file says.
     """
     finished, known = set(record.get("elements", ())), record.get("rules") or {}
-    for one in weights.rules:
-        same = known.get(one.key, {}).get("pattern", one.rule.pattern) == _pattern(one)
-        if one.key in finished and same:
+    rules = [] if weights is None else weights.rules
+    _tell_of_lost(finished - {one.key for one in rules if _is_same(one, known)}, rules)
+    for one in rules:
+        if one.key in finished and _is_same(one, known):
             one.masks.set(~zero_groups(one.grouping))
             one.state.phase, one.state.event = "finetune", 1
-            if not _same_and_met(one.key, one.rule, record) and _asks_for_more(one):
-                one.state.phase, one.state.event, one.state.initial = "regularize", 0, one.sparsity
+            if not _same_and_met(one.key, one.rule, record) and (begun := _begun(one)) is not None:
+                one.state.phase, one.state.event, one.state.initial = "regularize", 0, begun
 
 
 def _pattern(one: WeightRule) -> Any:
     return one.rule.model_dump(mode="json")["pattern"]
 
 
-def _asks_for_more(one: WeightRule) -> bool:
-    return one.rule.mode == "prune" and (one.rule.target.sparsity or 0.0) > one.sparsity + NEAR
+def _is_same(one: WeightRule, known: Mapping[str, Any]) -> bool:
+    return bool(known.get(one.key, {}).get("pattern", one.rule.pattern) == _pattern(one))
+
+
+def _tell_of_lost(keys: Collection[str], rules: Iterable[WeightRule]) -> None:
+    """Warn of rules of the file whose zeros no rule here keeps: training makes them weights again."""
+    if keys and not any(one.rule.mode == "lock" or one.rule.keep_zeros for one in rules):
+        logger.warning(
+            "the model's file was pruned inside layers by %s, and no rule here has that name and pattern: its zeros "
+            "may come back. Allowed: the same rule, or one more: {pattern: unstructured, mode: lock, nested: true}",
+            ", ".join(sorted(keys)),
+        )
+
+
+def _begun(one: WeightRule) -> float | None:
+    """Where the schedule of a rule that asks for more goes on from: the sparsity, or the part of layers' own fractions
+    that each of them has; None if there is nothing left to do."""
+    if one.rule.mode != "prune":
+        return None
+    if one.fractions is None:
+        return one.sparsity if (one.rule.target.sparsity or 0.0) > one.sparsity + NEAR else None
+    keep_G, sets = one.masks.keep_G, one.grouping.sets
+    masked = [1.0 - float(keep_G[each.start : each.stop].float().mean()) for each in sets]
+    asked = [(own, fraction) for own, fraction in zip(masked, one.fractions, strict=True) if fraction > 0]
+    if all(fraction <= own + NEAR for own, fraction in asked):
+        return None
+    return min(min(own / fraction, 1.0) for own, fraction in asked)

@@ -88,7 +88,7 @@ class Session(StepEvents):
         weights = None if self.config.infer else build_weights(self.model, self.rules, self.followers)
         self.engine = Engine(self.model, None, weights, self._weak_context)
         self._hand_calibration()
-        if weights is not None:
+        if not self.config.infer:
             continue_weights(weights, self.record or {})
         self.engine.listen()
         if self.inputs is not None:
