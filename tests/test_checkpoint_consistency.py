@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import assert_unchanged, contents, dense, pruned
 from torch import Tensor, nn
 
-from pruningawaretraining import load_pruned, load_state_dict_pruned, save_pruned
+from pruningawaretraining import Pruning, load_pruned, load_state_dict_pruned, save_pruned
 from pruningawaretraining.checkpoint.consistency import disagreements
 from pruningawaretraining.checkpoint.files import KEY, read_file
 from pruningawaretraining.errors import LONGEST, CheckpointError
@@ -178,3 +178,31 @@ def test_a_trial_computes_nothing_and_calls_no_hooks() -> None:
     model.one.register_forward_hook(lambda *_: hooked.append(1))
     assert Trial(model).inputs is None and hooked == []
     assert Trial(Counting(lambda x: x if float(x.sum()) else -x)).inputs is None  # it wants values: not tried
+
+
+RECORDS: list[tuple[str, Any]] = [
+    *((key, value) for key in ("macs", "parameters", "kept_macs") for value in (None, -1, "x", [], {}, True, 1e400)),
+    *(("groups", value) for value in (-1, "x", [["q"]], {"0": 1}, {"0": [4]}, {"0": [4, 8]}, {"0": [4, -1]})),
+    *(("elements", value) for value in (None, -1, "x", [["q"]], {"a": 1})),
+    *(("rules", value) for value in (-1, "x", [], {"a": 1}, {"a": {"pattern": "channel"}})),
+    *(("phase", value) for value in (None, -1, [])),
+    *(("sparsity", value) for value in (None, -1, "x", 2)),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), [*RECORDS, ("macs", ...), ("parameters", ...)])
+def test_a_record_that_no_pruner_writes_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    model = net()
+    rules = [{"target": {"macs": 0.7}}]
+    Pruning(model, {"rules": rules}, example_inputs=torch.randn(1, 3, 8, 8)).prune()
+    path = save_pruned(model, tmp_path / "m.safetensors")
+    description = read_file(path)[1]
+    description["record"][key] = value
+    if value is ...:
+        del description["record"][key]
+    save_file(load_file(path), path, {KEY: json.dumps(description)})
+    fresh = net()
+    before = contents(fresh)
+    with pytest.raises(CheckpointError, match=f"record.*{key}"):
+        load_pruned(fresh, path)
+    assert_unchanged(fresh, before)

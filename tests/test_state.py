@@ -140,6 +140,15 @@ def test_a_model_that_has_lost_more_than_the_state_is_refused() -> None:
         late[2].load_state_dict(early[2].state_dict())
 
 
+def test_a_state_that_holds_a_member_without_having_one_is_refused() -> None:
+    run = trained({"rules": [SLICES]}, 3)
+    state = run[2].state_dict()
+    state["elements"]["rules"][0]["state"]["holds"] = True
+    with pytest.raises(CheckpointError, match="holds: True"):
+        run[2].load_state_dict(state)
+    assert run[2].phase == "prune"
+
+
 def test_a_pruned_file_is_no_dense_model_for_a_state(tmp_path: Path) -> None:
     late = trained(CONFIGS["channels"], EPOCHS)
     save_pruned(late[0], tmp_path / "m.safetensors")

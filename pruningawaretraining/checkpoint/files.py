@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pruningawaretraining.checkpoint.records import check_record
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.files import BROKEN, parse_json, read_safetensors
 from pruningawaretraining.patterns.projections import HEADS, KEY_VALUE_HEADS, REPETITIONS, WIDTHS
@@ -69,6 +70,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not all(map(_is_number, description.setdefault("passed", {}).values())):
             raise ValueError(f"{description['passed']} are no blocks")
         description["record"].keys()
+        check_record(description["record"])
     except BROKEN as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"path: the description in {str(path)!r} is damaged: {reason}") from error

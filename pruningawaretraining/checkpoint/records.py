@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,52 @@ ATTRIBUTE = "_pruning_record"
 """Where a module has its record: plain data that a copy, a moving average and a pickle take along."""
 DESCRIPTION = "_pruning_description"
 """The same of what its pruner said last; a new pruner of the module starts from the module as it is."""
+
+
+def check_record(record: Mapping[str, Any]) -> None:
+    """Refuse what no pruner has said of its model; nothing at all is allowed.
+
+    Raises:
+        ValueError: it names the key.
+    """
+    needed = ("macs", "parameters") if record else ()
+    for key in (*needed, *(key for key in CHECKS if key in record and key not in needed)):
+        if key not in record or not CHECKS[key](record[key]):
+            raise ValueError(f"record.{key}: {str(record.get(key, 'nothing'))[:60]!r} is not what a pruner writes")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether it is how many groups a set had, and how many of them it has."""
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)) and value[1] <= value[0]
+
+
+def _is_goal(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("target"), dict) and isinstance(value.get("met"), bool)
+
+
+def _all_are(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    "phase": lambda value: isinstance(value, str),
+    "sparsity": _is_fraction,
+    "macs": _is_count,
+    "kept_macs": _is_count,
+    "parameters": _is_count,
+    "groups": _all_are(_is_pair),
+    "elements": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+    "rules": _all_are(_is_goal),
+}
+"""Key of a record -> whether a value is one that a pruner writes."""
 
 
 def describe_with(model: nn.Module, describe: Callable[[], dict[str, Any]]) -> None:

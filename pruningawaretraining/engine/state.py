@@ -90,8 +90,8 @@ def _read_rule_state(values: Mapping[str, Any]) -> RuleState:
         value = getattr(state, name)
         if not (name in ("last", "waiting", "begun", "opened") and value is None) and not is_whole(value):
             raise CheckpointError(f"state: {name}: {value!r} is not a whole number of 0 or more")
-    if not isinstance(state.holds, bool):
-        raise CheckpointError(f"state: holds: {state.holds!r} is not true or false")
+    if not isinstance(state.holds, bool) or (state.holds and not state.member):
+        raise CheckpointError(f"state: holds: {state.holds!r} is not true or false, or there is no member yet")
     if not _is_finite(state.initial) or not 0 <= state.initial <= 1:
         raise CheckpointError(f"state: initial: {state.initial!r} is not a fraction")
     numbers = state.scale is None or (isinstance(state.scale, list) and all(map(_is_finite, state.scale)))
