@@ -464,3 +464,11 @@ def test_a_decoder_without_its_first_block_generates_with_its_cache_and_without(
     options = {"max_new_tokens": 4, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     cached, plain = (model.generate(IDS, use_cache=one, **options).scores for one in (True, False))
     assert largest_difference(list(plain), list(cached)) <= 1e-5
+
+
+def test_a_sparsity_of_less_than_one_block_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    rule = {"pattern": "depth", "target": {"sparsity": 0.2}}
+    pruner = Pruning(Stack(3), {"rules": [rule]}, example_inputs=torch.randn(2, 4))
+    pruner.prune(epoch=0)
+    assert pruner.sparsity == 0
+    assert "nothing is pruned: target.sparsity 0.2 of 3 groups is less than one" in caplog.text

@@ -13,6 +13,7 @@ from pruningawaretraining.config.dialects.base import TAG
 _MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 _NUMBER = "tag:yaml.org,2002:float"
 _EXPONENT = re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+_BASE_60 = re.compile(r"^[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?$")
 
 
 class ConfigLoader(yaml.SafeLoader):
@@ -45,6 +46,9 @@ class ConfigLoader(yaml.SafeLoader):
 
 # YAML 1.1 reads 5e-4 and 1.5e5 as text, for want of a dot or a sign; nobody who writes a config means that.
 ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+# YAML 1.1 reads 2:4 as 124, a number to the base of 60; in a config it is a pattern.
+for _digit in "-+0123456789":
+    ConfigLoader.yaml_implicit_resolvers[_digit].insert(0, (_TEXT, _BASE_60))
 ConfigLoader.add_constructor(None, ConfigLoader.construct_undefined)
 
 

@@ -23,6 +23,7 @@ from pruningawaretraining.engine.dynamics import await_gradients, observe
 from pruningawaretraining.engine.observing import Observing
 from pruningawaretraining.engine.parts import advance, complete, complete_all, settle
 from pruningawaretraining.engine.penalties import ActivePenalties
+from pruningawaretraining.engine.phases import tell_of_nothing
 from pruningawaretraining.engine.removal import remove_masked
 from pruningawaretraining.engine.rule import PHASES, ActiveRule
 from pruningawaretraining.engine.stability import opens
@@ -156,6 +157,8 @@ class Engine(Observing):
             decision = domain.decide(one, now, self.calibration)
             keep_G, met_1 = agreed(decision.keep_G, torch.tensor([decision.met]))
             met = bool(met_1)
+            if met:
+                tell_of_nothing(one.key, one.rule, keep_G)
             one.state.event, one.state.last = one.state.event + 1, now
             one.state.phase = "prune"
             if one.parts > 1 and decision.scores_G is not None:

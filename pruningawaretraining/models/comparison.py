@@ -228,7 +228,7 @@ def _default_float64(wide: bool) -> Iterator[None]:
 def gap_of(expected: Tensor, actual: Tensor) -> tuple[float, float]:
     """Largest absolute difference where ``expected`` is finite, and its largest value there.
 
-    Infinite where shapes differ, or where only ``expected`` is finite; outputs without values are (0, 0).
+    Infinite where shapes differ, or where only one of both is finite; outputs without values are (0, 0).
     """
     if expected.shape != actual.shape:
         return float("inf"), 0.0
@@ -237,6 +237,7 @@ def gap_of(expected: Tensor, actual: Tensor) -> tuple[float, float]:
     one, other = expected.detach().cpu().double(), actual.detach().cpu().double()
     finite = torch.isfinite(one)
     difference = torch.where(finite, (one - other).abs(), 0.0).nan_to_num(nan=float("inf"), posinf=float("inf"))
+    difference = difference.masked_fill(~finite & torch.isfinite(other), float("inf"))
     scale = torch.where(finite, one.abs(), 0.0)
     return float(difference.max()), float(scale.max())
 

@@ -85,10 +85,24 @@ def in_float64(models: Iterable[nn.Module]) -> Iterator[None]:
             own.update({name: copies.of(value) for name, value in attributes.items() if name not in untouched})
         yield
     finally:
-        for module, attributes in saved:
-            own = vars(module)
-            own.clear()
-            own.update(attributes)
+        _put_back(saved)
+
+
+def _put_back(saved: Iterable[tuple[nn.Module, dict[str, Any]]]) -> None:
+    """Give modules their attributes back; an interrupt waits until all have theirs."""
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            for module, attributes in saved:
+                own = vars(module)
+                own.update(attributes)
+                for name in own.keys() - attributes.keys():
+                    del own[name]
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _refuse_what_has_none(modules: Iterable[nn.Module]) -> None:
