@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from pruningawaretraining import Pruning, load_pruned, one_shot, save_pruned
 from pruningawaretraining.costs.macs import count_macs
-from pruningawaretraining.errors import ConfigError, ModelError, TargetError
+from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError, TargetError
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.expert import Expert, expert_blocks
 from pruningawaretraining.registry import names
@@ -375,6 +375,18 @@ def test_reap_on_calibration_data_leaves_the_model_alone() -> None:
     found = one_shot(built()[0], {"pattern": "expert", "criterion": "reap", "scope": "local"}, data,
                      functional.cross_entropy, [0.25, 0.5])  # fmt: skip
     assert {key: len(one.blocks[0].experts.down_proj) for key, one in found.items()} == {0.25: 6, 0.5: 4}
+
+
+def test_a_damaged_state_is_refused() -> None:
+    model, x = built()
+    pruner = pruner_of(model, x, criterion="reap", start=3)
+    model(x)
+    collector = pruner.channel_pruner.rules[0].feed.collector
+    good = collector.state_dict()
+    for damaged in (torch.zeros(2, EXPERTS + 1), "sums"):
+        with pytest.raises(CheckpointError, match="state: sums of 'blocks.1', which do not fit the groups that remain"):
+            collector.load_state_dict({**good, "blocks.1": damaged})
+    assert all(torch.equal(collector.state_dict()[name], row) for name, row in good.items())
 
 
 class Other(MoeBlock):

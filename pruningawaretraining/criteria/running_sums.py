@@ -91,8 +91,8 @@ class RunningSums:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`~pruningawaretraining.criteria.base.Collector`."""
-        strange = [name for name, row in state.items() if tuple(row.shape) != self.shapes.get(name)]
-        if strange and self.shapes:
-            raise CheckpointError(f"state: sums of {strange[0]!r}, which is not what remains")
+        for name, row in state.items():
+            if not isinstance(row, Tensor) or (self.shapes and tuple(row.shape) != self.shapes.get(name)):
+                raise CheckpointError(f"state: sums of {name!r}, which do not fit the groups that remain")
         loaded = {name: row.clone() for name, row in state.items()}
         self.own, self.common = (loaded, {}) if world_size() == 1 else ({}, loaded)
