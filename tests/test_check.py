@@ -154,3 +154,9 @@ def test_an_experiment_is_shown_with_the_layers_of_its_model(tmp_path: Path) -> 
     assert shown.exit_code == 0 and ": conv1, layer1.0.conv1, " in shown.output, "what the file of `pat new` says to do"
     unread = pat("check", written, "--model", "resnet17")
     assert unread.exit_code == 2 and "did you mean 'resnet18'" in unread.output
+
+
+def test_a_pattern_without_quotes_is_no_number_to_the_base_of_60(tmp_path: Path) -> None:
+    path = tmp_path / "pruning.yaml"
+    path.write_text("rules:\n  - pattern: 2:4\n    target: {sparsity: 0.5}\n", encoding="utf-8")
+    assert load_config(path).rules[0].pattern == "2:4"

@@ -367,11 +367,12 @@ def test_what_others_are_compared_with_is_computed_in_float32(tmp_path: Any) -> 
     ("expected", "actual", "gap", "scale"),
     [
         ([1.0, -4.0], [1.5, -4.0], 0.5, 4.0),
-        ([1.0, float("nan")], [1.0, 3.0], 0.0, 1.0),
+        ([1.0, float("nan")], [1.0, 3.0], float("inf"), 1.0),
+        ([1.0, float("-inf")], [1.0, float("-inf")], 0.0, 1.0),
         ([1.0, 2.0], [1.0, float("nan")], float("inf"), 2.0),
         ([1.0, 2.0], [1.0, float("inf")], float("inf"), 2.0),
         ([1.0, 2.0], [1.0], float("inf"), 0.0),
-        ([float("inf")], [0.0], 0.0, 0.0),
+        ([float("inf")], [0.0], float("inf"), 0.0),
         ([], [], 0.0, 0.0),
     ],
 )
