@@ -157,8 +157,7 @@ class Engine(Observing):
             decision = domain.decide(one, now, self.calibration)
             keep_G, met_1 = agreed(decision.keep_G, torch.tensor([decision.met]))
             met = bool(met_1)
-            if met:
-                tell_of_nothing(one.key, one.rule, keep_G)
+            tell_of_nothing(one.key, one.rule, keep_G, met)
             one.state.event, one.state.last = one.state.event + 1, now
             one.state.phase = "prune"
             if one.parts > 1 and decision.scores_G is not None:
@@ -189,7 +188,7 @@ class Engine(Observing):
         if not met and one.rule.application != "remove":
             return []
         with self.paused():
-            self._remove(context)
+            remove_masked(self, context)
         return [f"{where}: removed, {domain.summary(one)[1]}"]
 
     def leave_member(self, one: ActiveRule, context: RemovalContext) -> None:
@@ -207,10 +206,7 @@ class Engine(Observing):
         """
         if self.coupled is not None:
             with self.paused(), full_precision(self.model):
-                self._remove(self._context())
-
-    def _remove(self, context: RemovalContext) -> None:
-        remove_masked(self, context)
+                remove_masked(self, self._context())
 
     def after_removal(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Groups have been removed: rules inside layers and regularisers follow."""
