@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
-from pruningawaretraining.proximal.groupers import Grouper, Labels, along, at_least_dims
+from pruningawaretraining.proximal.groupers import Grouper, GroupView, Labels, along, at_least_dims, others, split_dim
 from pruningawaretraining.registry import register
 
 
@@ -67,6 +67,12 @@ class _HeadGrouper(Grouper):
 
     def group_size(self, shape: Sequence[int]) -> int:
         return math.prod(shape) // self.num_heads
+
+    def blocks(self, weight_W: Tensor) -> list[GroupView]:
+        packs = self.packs(weight_W.shape)
+        size = weight_W.shape[self.dim] // (packs * self.num_heads)
+        view = split_dim(weight_W, self.dim, (packs, self.num_heads, size))
+        return [GroupView(view, others(view.dim(), self.dim + 1))]
 
     def labels(self, shape: Sequence[int]) -> Labels:
         per_pack = shape[self.dim] // self.packs(shape)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
-from pruningawaretraining.groups.views import fold_of
 from pruningawaretraining.registry import register
 
 Labels: TypeAlias = tuple[tuple[Tensor | None, ...], tuple[int, ...]]
@@ -69,11 +68,9 @@ class Grouper(ABC):
     def group_size(self, shape: Sequence[int]) -> int:
         """Elements of one group, padding included."""
 
+    @abstractmethod
     def blocks(self, weight_W: Tensor) -> list[GroupView]:
-        """Views that cover the weight; regular labels give one."""
-        whole = whole_view(Member("", weight_W, *self.labels(weight_W.shape)), weight_W)
-        assert whole is not None
-        return [whole]
+        """Views that cover the weight."""
 
     @abstractmethod
     def labels(self, shape: Sequence[int]) -> Labels:
@@ -111,12 +108,6 @@ def along(shape: Sequence[int], dim: int, labels: Tensor, size: int) -> Labels:
     )
 
 
-def whole_view(member: Member, weight_W: Tensor) -> GroupView | None:
-    """A weight of a member's shape as one view of regular groups; None if labels are irregular or leave entries out."""
-    fold = fold_of(member)
-    return None if fold is None or fold.narrowed else GroupView(fold.view(weight_W), fold.reduced)
-
-
 def split_dim(weight_W: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """One dimension cut into several: a view, whatever the strides."""
     stride = weight_W.stride(dim)
@@ -124,6 +115,11 @@ def split_dim(weight_W: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     shape = (*weight_W.shape[:dim], *sizes, *weight_W.shape[dim + 1 :])
     before, after = weight_W.stride()[:dim], weight_W.stride()[dim + 1 :]
     return weight_W.as_strided(shape, (*before, *strides, *after))
+
+
+def others(dims: int, *kept: int) -> tuple[int, ...]:
+    """All of ``range(dims)`` but ``kept``."""
+    return tuple(dim for dim in range(dims) if dim not in kept)
 
 
 class _DimGrouper(Grouper):
@@ -139,6 +135,9 @@ class _DimGrouper(Grouper):
 
     def group_size(self, shape: Sequence[int]) -> int:
         return math.prod(shape) // max(1, shape[self.dim])
+
+    def blocks(self, weight_W: Tensor) -> list[GroupView]:
+        return [GroupView(weight_W, others(weight_W.dim(), self.dim))]
 
     def labels(self, shape: Sequence[int]) -> Labels:
         return along(shape, self.dim, torch.arange(shape[self.dim]), shape[self.dim])
@@ -174,6 +173,9 @@ class ElemGrouper(Grouper):
     def group_size(self, shape: Sequence[int]) -> int:
         return 1
 
+    def blocks(self, weight_W: Tensor) -> list[GroupView]:
+        return [GroupView(weight_W, ())]
+
     def labels(self, shape: Sequence[int]) -> Labels:
         return tuple(torch.arange(size) for size in shape), tuple(shape)
 
@@ -191,6 +193,9 @@ class LayerGrouper(Grouper):
 
     def group_size(self, shape: Sequence[int]) -> int:
         return math.prod(shape)
+
+    def blocks(self, weight_W: Tensor) -> list[GroupView]:
+        return [GroupView(weight_W, others(weight_W.dim()))]
 
     def labels(self, shape: Sequence[int]) -> Labels:
         return tuple(None for _ in shape), tuple(1 for _ in shape)
@@ -229,13 +234,15 @@ class KElementGrouper(Grouper):
     def blocks(self, weight_W: Tensor) -> list[GroupView]:
         axis = _axis(weight_W.shape)
         whole, rest = divmod(weight_W.shape[axis], self.k)
-        if not rest:
-            return super().blocks(weight_W)
-        every, cut = (slice(None),) * axis, whole * self.k
-        parts = [(slice(0, whole), weight_W.narrow(axis, 0, cut))] if whole else []
-        parts.append((slice(whole, whole + 1), weight_W.narrow(axis, cut, rest)))
-        find = super().blocks
-        return [replace(view, place=(*every, place)) for place, part_W in parts for view in find(part_W)]
+        every = (slice(None),) * axis
+        found = []
+        if whole:
+            view = split_dim(weight_W.narrow(axis, 0, whole * self.k), axis, (whole, self.k))
+            found.append(GroupView(view, (axis + 1,), (*every, slice(0, whole)) if rest else ()))
+        if rest:
+            view = split_dim(weight_W.narrow(axis, whole * self.k, rest), axis, (1, rest))
+            found.append(GroupView(view, (axis + 1,), (*every, slice(whole, whole + 1))))
+        return found
 
     def labels(self, shape: Sequence[int]) -> Labels:
         axis = _axis(shape)
@@ -261,6 +268,9 @@ class ConvFilterGrouper(Grouper):
 
     def group_size(self, shape: Sequence[int]) -> int:
         return math.prod(shape[2:])
+
+    def blocks(self, weight_W: Tensor) -> list[GroupView]:
+        return [GroupView(weight_W, others(weight_W.dim(), 0, 1))]
 
     def labels(self, shape: Sequence[int]) -> Labels:
         rest = len(shape) - 2

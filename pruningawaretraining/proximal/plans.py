@@ -20,10 +20,9 @@ from pruningawaretraining.distributed.fsdp import Shards, local_labels, local_of
 from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.groups.grouping import Member
 from pruningawaretraining.proximal.coupled import Balance
-from pruningawaretraining.proximal.groupers import Grouper, whole_view
+from pruningawaretraining.proximal.groupers import Grouper, GroupView, others
 from pruningawaretraining.proximal.low_rank import thresholds
 from pruningawaretraining.proximal.maps import GroupMap, ProxGroupLasso, Scale
-from pruningawaretraining.proximal.pools import groups_in
 from pruningawaretraining.proximal.runs import Runs
 from pruningawaretraining.proximal.stages import BlockStage, Entry, MatrixRows, build_stages
 from pruningawaretraining.proximal.weight_pairs import WeightPair
@@ -95,7 +94,6 @@ class NormPlan:
         rows_R = torch.cat([stage.rows_R.to(home) for stage in self.stages]) if several else home
         if self.group_R is None:
             return rows_R
-        # One sum over the rows of all weights: Grouping.reduce launches several operations for each weight.
         sums = rows_R.new_zeros(len(self.sizes_G) + 1).index_add_(0, self.group_R, rows_R.square())
         return sums[:-1].sqrt_()
 
@@ -202,12 +200,14 @@ def coupled_plan(
         slots = member.slots
         if slots is None:
             slots = torch.arange(member.offset, member.offset + member.n_slots)
+        labelled = [dim for dim, label in enumerate(member.labels) if label is not None]
+        plain = len(labelled) == 1 and member.identity[labelled[0]] and Shards.of(part.source) is None
         ones = torch.ones((), dtype=torch.float64).expand(part.source.shape)
         sizes_S = member.slot_sums(ones)
-        whole = Shards.of(part.source) is None
-        source, target = (whole_view(member, local_of(one)) if whole else None for one in (part.source, part.target))
-        if source is not None and target is not None:
-            entries.append(Entry(part, member.n_slots, sizes_S, ((source, target),), groups_in(source), slots=slots))
+        if plain:
+            dims = others(part.source.dim(), labelled[0])
+            pair = (GroupView(local_of(part.source), dims), GroupView(local_of(part.target), dims))
+            entries.append(Entry(part, member.n_slots, sizes_S, (pair,), (member.n_slots,), slots=slots))
         else:
             labels, sizes = local_labels(part.source, member.labels, member.sizes)
             own = Member(part.name, local_of(part.source), labels, sizes)

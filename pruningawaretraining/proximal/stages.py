@@ -16,7 +16,6 @@ from torch import Tensor
 from pruningawaretraining.distributed.fsdp import Shards, local_of
 from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.groups.grouping import Member
-from pruningawaretraining.groups.views import slot_sums
 from pruningawaretraining.proximal.groupers import GroupView
 from pruningawaretraining.proximal.pools import ALONE, CAPACITY, Job, Pool, groups_in, pooled
 from pruningawaretraining.proximal.weight_pairs import WeightPair, accumulation_dtype
@@ -148,7 +147,7 @@ class LabelStage:
         """Fill the rows with L2 norms, over all the shards."""
         for entry, rows in zip(self.entries, self._split(), strict=True):
             assert entry.member is not None
-            rows.copy_(slot_sums(entry.member, local_of(entry.part.source).to(rows.dtype).square()))
+            rows.copy_(entry.member.slot_sums(local_of(entry.part.source).to(rows.dtype).square()))
         if self.shards is not None:
             self.shards.all_reduce_(self.rows_R)
         self.rows_R.sqrt_()
