@@ -163,8 +163,8 @@ def test_processes_leave_out_what_the_first_did_not_find_in_time(number: int, mo
         return (mine if number == 0 else sent,)
 
     def found_by(*args: object) -> ChannelGroups:
-        limits.append(args[-1])
-        groups = found(*args[:-1], 60.0)
+        limits.append(args[5])
+        groups = found(*args[:5], 60.0, *args[6:])
         return groups if number else groups.without({1: "too late"})
 
     monkeypatch.setattr(dry_run, "world_size", lambda: 2)

@@ -75,17 +75,16 @@ def _fold(member: Member) -> Fold | None:
     spread_shape: list[int] = []
     for dim, (label, size) in enumerate(zip(member.labels, member.sizes, strict=True)):
         length = member.parameter.shape[dim]
-        axes = (1, length, False) if label is None else _split(label.cpu(), size)
-        if axes is None:
-            return None
-        groups, width, in_turns = axes
-        if label is not None and groups * width != length:
-            narrowed.append((dim, int(torch.nonzero(label.cpu() < size)[0]), groups * width))
-        for count, inside in ((width, True), (groups, False)) if in_turns else ((groups, False), (width, True)):
-            if inside and label is not None and width == 1:
-                continue
-            if not inside and label is None:
-                continue
+        axes = [(length, True)]
+        if label is not None:
+            found = _split(label.cpu(), size)
+            if found is None:
+                return None
+            if math.prod(found) != length:
+                narrowed.append((dim, int(torch.nonzero(label.cpu() < size)[0]), math.prod(found)))
+            turns, groups, width = found
+            axes = [one for one in ((turns, True), (groups, False), (width, True)) if one != (1, True)]
+        for count, inside in axes:
             if inside:
                 reduced.append(len(shape))
             shape.append(count)
@@ -93,16 +92,19 @@ def _fold(member: Member) -> Fold | None:
     return Fold(tuple(narrowed), tuple(shape), tuple(reduced), tuple(spread_shape))
 
 
-def _split(label: Tensor, size: int) -> tuple[int, int, bool] | None:
-    """(groups, entries of each, whether they come in turns) of a label vector, or None where it is irregular."""
+def _split(label: Tensor, size: int) -> tuple[int, int, int] | None:
+    """(turns, groups of each turn, entries of each in a row) of a label vector, or None where it is irregular."""
+    if size == len(label) == 0:
+        return 1, 0, 1
     inside = torch.nonzero(label < size).flatten()
-    if size == 0 or len(inside) == 0 or len(inside) % size or int(inside[-1] - inside[0]) + 1 != len(inside):
+    if size == 0 or len(inside) == 0 or int(inside[-1] - inside[0]) + 1 != len(inside):
         return None
-    run, width = label[inside], len(inside) // size
-    count = torch.arange(len(inside))
-    if torch.equal(run, count // width):
-        return size, width, False
-    return (size, width, True) if torch.equal(run, count % size) else None
+    run = label[inside]
+    others = torch.nonzero(run).flatten()
+    width = int(others[0]) if len(others) else len(run)
+    if width == 0 or len(run) % (size * width) or not torch.equal(run, torch.arange(len(run)) // width % size):
+        return None
+    return len(run) // (size * width), size, width
 
 
 def slot_sums(member: Member, values_W: Tensor) -> Tensor:
