@@ -114,7 +114,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, changes: dict[str
         (["run", "{tmp}/list.yaml"], "it holds a list. Allowed: a mapping"),
         (["run", "{tmp}/pruning.yaml"], "pruning.yaml: this is a pruning config, without model and data. Allowed: an"),
         (["inspect", "{tmp}/pruning.yaml"], "an experiment config, whose 'pruning' may be 'pruning.yaml'"),
-        (["run", "demmo"], "config: 'demmo' is not known; did you mean 'demo'? Allowed: cifar10_resnet56, demo, or"),
+        (
+            ["run", "demmo"],
+            "config: 'demmo' is not known; did you mean 'demo'? Allowed: cifar10_resnet56, demo, family, or",
+        ),
         (["inspect", "timm:resnet1"], "model.name: 'timm:resnet1' is not known; did you mean"),
         (["inspect", "resnet17"], "model.name: 'resnet17' is not known"),
         (["inspect", "resnet18", "--input-shape", "1,x"], "--input-shape: '1,x' is not a shape"),
@@ -232,7 +235,7 @@ def _keys(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_shipped_configs_name_their_schema_and_load() -> None:
-    assert set(shipped_configs()) == {"demo", "cifar10_resnet56"}
+    assert set(shipped_configs()) == {"demo", "cifar10_resnet56", "family"}
     for name, path in shipped_configs().items():
         assert path.read_text().startswith("# yaml-language-server: $schema=experiment.schema.json\n")
         config = load_experiment(path)

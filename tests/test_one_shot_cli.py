@@ -19,8 +19,8 @@ from pruningawaretraining.experiment.schema import load_experiment
 
 CAP = {"type": "cap", "num_grads": 32, "micro_batch": 2, "fisher_block_size": 32}
 RECIPE = """modifiers:
-  - !CAPruningModifier {params: ["re:stages.1.*weight"], mask_type: "2:4", num_grads: 8, end_epoch: 1}
-  - !GlobalMagnitudePruningModifier {params: [linear.weight], final_sparsity: 0.5, end_epoch: 1}
+  - !CAPruningModifier {params: ["re:stages.1.*weight"], mask_type: "2:4", num_grads: 8}
+  - !GlobalMagnitudePruningModifier {params: [linear.weight], final_sparsity: 0.5}
 """
 
 

@@ -484,7 +484,7 @@ def test_memory_stays_where_it_is() -> None:
         ({"group_type": None}, "group_type: missing"),
         ({"group_type": "KElementGrouper"}, r"param_groups\[0\].k: missing"),
         ({"group_type": "KElementGrouper", "k": 0}, "k: 0 is not allowed"),
-        ({"group_type": "KElementGrouper", "k": "4"}, "k: '4' is not a number"),
+        ({"group_type": "KElementGrouper", "k": "four"}, "k: 'four' is not a number"),
         ({"group_type": "ConvFilterGrouper"}, "3 dimensions or more"),
         ({"group_type": "AttentionHeadGrouperDim0", "num_heads": 4}, "num_heads=4"),
         ({"prox_type": "MinSparsityConstraint"}, "min_sparsity: missing"),

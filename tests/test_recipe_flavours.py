@@ -253,11 +253,20 @@ def test_a_modifier_without_an_end_stays_at_its_initial_sparsity(
 
 
 def test_a_modifier_without_an_end_from_what_is_there_locks_it() -> None:
-    keys = {"params": ["re:.*weight"], "init_sparsity": "__FROM_PARAM__", "final_sparsity": 0.9, "start_epoch": 0}
+    keys = {"params": ["re:.*weight"], "init_sparsity": "__FROM_PARAM__", "final_sparsity": 0.9, "end_epoch": -1}
     config = recipe(modifier("GMPruningModifier", **keys))
     assert [rule.mode for rule in config.rules] == ["lock"]
     (rule,) = recipe(modifier("GMPruningModifier", **{**keys, "init_sparsity": 0.0})).rules
     assert not rule.enabled
+
+
+def test_without_the_key_of_an_end_all_goes_at_once_as_in_one_shot(caplog: pytest.LogCaptureFixture) -> None:
+    keys = {"params": ["re:.*weight"], "final_sparsity": 0.9, "start_epoch": 2}
+    (rule,) = recipe(modifier("GMPruningModifier", **keys)).rules
+    times = rule.timeline()
+    assert {now: times.sparsity(now) for now in times.events()} == {2: 0.9} and not caplog.records
+    (rule,) = recipe(modifier("GMPruningModifier", **keys, init_sparsity=0.1)).rules
+    assert rule.target.sparsity == 0.9 and "init_sparsity is ignored: without end_epoch" in caplog.text
 
 
 @pytest.mark.parametrize("frequency", [{"update_frequency": -1}, {}], ids=["-1", "none"])

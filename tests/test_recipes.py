@@ -129,7 +129,7 @@ def test_layers_are_chosen_by_the_names_of_their_weights(params: Any, expected: 
 
 
 def test_what_an_expression_matches_beside_weights_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    Pruning(vit(), recipe(modifier(params=["re:.*"], init_sparsity=0.5, final_sparsity=0.5, start_epoch=0)))
+    Pruning(vit(), recipe(modifier(params=["re:.*"], final_sparsity=0.5, start_epoch=0)))
     (warning,) = [one.message for one in caplog.records if one.levelname == "WARNING"]
     assert warning.startswith("pruning_modifiers[0]: its layers' expressions match 14 other parameters, which stay as")
     with pytest.raises(ConfigError, match="'param:.*conv.*' matches no parameter. Parameters are: patch_embed.weight"):

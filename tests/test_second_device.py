@@ -18,7 +18,6 @@ from torch.nn.functional import cross_entropy
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, one_shot, save_pruned
 from pruningawaretraining.analysis.sensitivity import SensitivityOptions, measure
-from pruningawaretraining.costs.latency import layer_timers, meter
 from pruningawaretraining.costs.latency.layer_shapes import layer_shapes
 from pruningawaretraining.costs.latency.meter import RuntimeMeter
 from pruningawaretraining.costs.memory import peak_activation_bytes
@@ -32,7 +31,7 @@ from pruningawaretraining.experiment.shipped import find_config
 from pruningawaretraining.export import onnx as export
 from pruningawaretraining.masks.pruned_copy import bare_copy
 from pruningawaretraining.models.calling import beside, move
-from pruningawaretraining.runtimes import exporters
+from pruningawaretraining.runtimes import exporters, timing
 from pruningawaretraining.runtimes.timing import measure_latency
 
 IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -44,8 +43,8 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The second device; exporters run as without it, and latency is measured in few runs."""
     monkeypatch.setattr(exporters, "export_graph", on_the_cpu(exporters.export_graph))
     monkeypatch.setattr(export, "export_graph", exporters.export_graph)
-    for module, name, value in ((meter, "SPENT_MS", 1.0), (layer_timers, "SWEEPS", 1), (layer_timers, "SPENT_MS", 0.0)):
-        monkeypatch.setattr(module, name, value)
+    for name, value in (("SPENT_MS", 1.0), ("LEAST_RUNS", 1), ("MOST_RUNS", 1), ("LAYER_MS", 0.0)):
+        monkeypatch.setattr(timing, name, value)
     with second_device() as device:
         yield device
 

@@ -181,7 +181,7 @@ def test_what_differs_is_said(tmp_path, caplog):
         "grad_sampler_kwargs: {batch_size: 2, num_workers: 4}, log_types: all}\n"
     )
     (rule,) = load_config(written(tmp_path, text)).rules
-    assert (rule.start, rule.end, rule.every, rule.initial) == (0.5, 4, 1, 0.1)
+    assert (rule.start, rule.end, rule.every, rule.initial) == (0.5, 4, 1e-6, 0.1)  # every step
     said = [one.message for one in caplog.records if one.levelname == "WARNING"]
     assert said == [
         "modifiers[0].log_types is ignored: the loop logs",

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pruningawaretraining.config.dialects.base import TAG
+from pruningawaretraining.config.extent import DEEPEST
 
 _MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 _NUMBER = "tag:yaml.org,2002:float"
@@ -20,6 +21,12 @@ class ConfigLoader(yaml.SafeLoader):
     """A SafeLoader that refuses a key given twice and keys that are not text."""
 
     known_tags: tuple[str, ...] = ()
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803  (the name that PyYAML gives it)
+        """As in SafeLoader, which takes a time that grows with the square of the depth."""
+        if self.flow_level >= DEEPEST:
+            raise yaml.scanner.ScannerError(None, None, "it is nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """As in SafeLoader; what comes by a merge (``<<``) may be given again, a key may not."""

@@ -78,8 +78,12 @@ def _pieces(one: Found) -> Iterator[Piece]:
     initial: float | str = modifier.init_sparsity if isinstance(modifier.init_sparsity, float) else "present"
     stays = _never_ends(one) and initial != modifier.final_sparsity
     if stays:
-        why = "without an end_epoch the modifier stays at init_sparsity for good, there too"
+        why = f"with end_epoch {modifier.end_epoch:g} the modifier stays at init_sparsity for good, there too"
         note_ignored(f"{one.where}.final_sparsity", f"{why} ({modifier.init_sparsity})")
+    elif modifier.end_epoch < 0 and not one.once and "init_sparsity" in modifier.model_fields_set:
+        note_ignored(
+            f"{one.where}.init_sparsity", "without end_epoch final_sparsity is reached at once, as in one shot"
+        )
     for number, (sparsity, params) in enumerate(_targets(one.where, modifier)):
         pattern, final = pattern_of(modifier, sparsity, f"{one.where}.mask_type")
         layers = layers_of(params, one.where)
@@ -106,8 +110,9 @@ def _pieces(one: Found) -> Iterator[Piece]:
 
 
 def _never_ends(one: Found) -> bool:
-    """Whether a modifier has no end: its sparsity then stays where it begins."""
-    return isinstance(one.modifier, keys.Pruning) and one.modifier.end_epoch < 0 and not one.once
+    """Whether a modifier says that it has no end: its sparsity then stays where it begins."""
+    given = isinstance(one.modifier, keys.Pruning) and "end_epoch" in one.modifier.model_fields_set
+    return given and one.modifier.end_epoch < 0 and not one.once
 
 
 def _only_locks(one: Found) -> bool:
