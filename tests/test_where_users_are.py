@@ -559,6 +559,27 @@ def test_what_is_no_average_does_not_follow() -> None:
     assert "update" in dir(awkward) and type(dead) is weakref.ProxyType
 
 
+def test_averages_of_other_models_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """A twin with a pruner of its own, from the same weights; a model of other weights; two that look alike."""
+    model, twin, stranger = build(), build(), build()
+    torch.manual_seed(7)
+    for module in stranger.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    of_twin, of_stranger = Averaged(twin), Keeper(stranger)
+    other = Pruning(twin, {"rules": [NOW]}, example_inputs=INPUTS, ema=of_twin)
+    pruner = Pruning(model, {"rules": [NOW]}, example_inputs=INPUTS)
+    pruner.prune(model, 0)
+    assert pruner._session.followers == [] and of_twin.module[0].out_channels == of_stranger.ema[0].out_channels == 8
+    other.prune(twin, 0)
+    assert of_twin.module[0].out_channels == twin[0].out_channels < 8
+    again = build()
+    one, two = Averaged(again), Keeper(again)
+    Pruning(again, {"rules": [NOW]}, example_inputs=INPUTS).prune(again, 0)
+    assert one.module[0].out_channels == two.ema[0].out_channels == 8
+    assert "Averaged, Keeper look like averages of the model, and none follows it" in caplog.text
+
+
 def test_an_average_that_cannot_be_found_is_named_by_the_removal(caplog: pytest.LogCaptureFixture) -> None:
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

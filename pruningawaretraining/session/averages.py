@@ -15,11 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from pruningawaretraining.masks.averages import held_by
+from pruningawaretraining.models.private import keep_private
 
 logger = logging.getLogger(__name__)
 
 CACHES = ("_pairs",)
 """Lists of tensors that averages make anew where they are None: ultralytics' ModelEMA."""
+FOLLOWS = "_pruner_follows"
+"""Attribute of an average that follows a model for a pruner."""
 LOOKED_AT = 8
 """Most tensors of each kind that are looked at."""
 
@@ -101,6 +104,7 @@ class Averages:
         if module is None or any(known is module for known in self.modules):
             return
         self.modules.append(module)
+        keep_private(module, FOLLOWS, True)
         self._all.append(_Average(given, module, _writes(module), self._steps))
 
     def removed(self) -> None:

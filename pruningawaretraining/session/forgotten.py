@@ -8,20 +8,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
+from pruningawaretraining.distributed.fsdp import is_sharded
 from pruningawaretraining.masks.averages import HOLDERS, is_alike
+from pruningawaretraining.models.private import private_of
+from pruningawaretraining.session.averages import FOLLOWS
 
 logger = logging.getLogger(__name__)
 
 UPDATES = ("update_parameters", "update")
 """Methods of averages: AveragedModel's, and those of timm, ultralytics and others."""
+NEAR = 0.3
+"""Least cosine between a weight and its average."""
 PACKAGE = __name__.partition(".")[0]
 
 
 def forgotten_averages(model: nn.Module, known: Sequence[nn.Module]) -> list[Any]:
-    """Return the averages of a model among the variables of the functions that are being called, and among the
+    """Return the average of a model among the variables of the functions that are being called, and among the
     attributes of their objects (``trainer.ema``). They are only read.
+
+    Averages that follow another pruner's model, and those whose weights are not like the model's, are of other models;
+    where several are left, none is taken.
 
     Args:
         model: the model.
@@ -31,7 +40,12 @@ def forgotten_averages(model: nn.Module, known: Sequence[nn.Module]) -> list[Any
     for one in _variables():
         if id(one) not in found and _is_average(one, model, known):
             found[id(one)] = one
-            logger.info("ema: %s is an average of the model and follows it from here on", type(one).__name__)
+    kinds = ", ".join(type(one).__name__ for one in found.values())
+    if len(found) > 1:
+        logger.warning("ema: %s look like averages of the model, and none follows it. Give the right one as ema", kinds)
+        return []
+    if found:
+        logger.warning("ema: %s is an average of the model and follows it from here on; give it as ema=", kinds)
     return list(found.values())
 
 
@@ -43,7 +57,20 @@ def _is_average(one: Any, model: nn.Module, known: Sequence[nn.Module]) -> bool:
     modules = [found for found in inside if isinstance(found, nn.Module)]
     if any(module is other for module in (one, *modules) for other in (model, *known)):
         return False
-    return any(is_alike(module, model) for module in modules)
+    if any(private_of(module, FOLLOWS) for module in (one, *modules) if isinstance(module, nn.Module)):
+        return False
+    return any(is_alike(module, model) and _is_near(module, model) for module in modules)
+
+
+@torch.no_grad()
+def _is_near(module: nn.Module, model: nn.Module) -> bool:
+    """Whether the largest weight of a module points the way that the model's does: another model's does not."""
+    name, weight_W = max(model.named_parameters(), key=lambda pair: pair[1].numel())
+    other_W = module.get_parameter(name)
+    if weight_W.is_meta or other_W.is_meta or is_sharded(weight_W) or is_sharded(other_W):
+        return True
+    one, other = weight_W.detach().flatten().double().cpu(), other_W.detach().flatten().double().cpu()
+    return bool(torch.dot(one, other) >= NEAR * one.norm() * other.norm())
 
 
 def _variables() -> Iterator[Any]:
