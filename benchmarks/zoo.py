@@ -98,8 +98,10 @@ def floor_of(channels: Any) -> float:
 def let_all_count(model: nn.Module) -> None:
     """Give parameters that start constant or tiny random values, so that no branch is 0 when outputs are compared."""
     with perturbed(model):
-        weights = {key: value.clone() for key, value in model.state_dict().items()}
-    model.load_state_dict(weights)
+        weights = [one.detach().clone() for one in model.parameters()]
+    with torch.no_grad():
+        for one, values in zip(model.parameters(), weights, strict=True):
+            one.copy_(values)
 
 
 def _difference(masked: list[Tensor], removed: list[Tensor]) -> tuple[float, bool]:

@@ -372,3 +372,26 @@ def test_channels_beside_heads_of_projections_that_the_block_computes_itself_are
     channels = pruner.channel_pruner
     assert round(channels.macs_cost(channels.keep_D)) == count_macs(model, images) <= 0.5 * dense
     assert count_macs(model, images) > 0.4 * dense
+
+
+def swin(version: int) -> nn.Module:
+    torch.manual_seed(0)
+    made = torchvision.models.swin_transformer
+    options = {"block": made.SwinTransformerBlockV2, "downsample_layer": made.PatchMergingV2} if version == 2 else {}
+    return made.SwinTransformer([2, 2], 12, [1, 1], [2, 2], [2, 2], num_classes=3, **options).eval()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_stream_that_gets_narrower_leaves_the_heads_whole(version: int, tmp_path: Path) -> None:
+    """Blocks whose code takes the width of all heads to be that of the inputs, where no head goes."""
+    model, inputs = swin(version), torch.randn(1, 3, 16, 16)
+    rule = {"pattern": {"type": "channel", "heads": True}, "target": {"sparsity": 0.5}, "start": 9}
+    pruner = Pruning(model, {"rules": [rule]}, example_inputs=inputs)
+    masked: list[Tensor] = []
+    pruner.before_removal = lambda: masked.append(model(inputs).detach())
+    pruner.remove_channels({"features.0.0": [0, 1, 3]})
+    assert pruner.report().masked == 0 and model.features[0][0].out_channels == 9
+    torch.testing.assert_close(model(inputs), masked[0], rtol=0, atol=1e-5)
+    save_pruned(model, tmp_path / "pruned.safetensors")
+    loaded = load_pruned(swin(version), tmp_path / "pruned.safetensors")
+    assert torch.equal(loaded(inputs), model(inputs))

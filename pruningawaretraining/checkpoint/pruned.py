@@ -26,7 +26,7 @@ from pruningawaretraining.models.calling import unwrap
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.hugging_face import follow_configs
 from pruningawaretraining.models.module_widths import counted_widths, set_count
-from pruningawaretraining.models.pruned_attention import with_fewer_heads
+from pruningawaretraining.models.pruned_attention import reads_fewer, with_fewer_heads
 from pruningawaretraining.models.skipped_blocks import PassThrough, pass_through, passed_blocks
 from pruningawaretraining.models.surgery import Surgery, successor
 from pruningawaretraining.models.trial import Trial
@@ -251,7 +251,7 @@ def _put_widths(model: nn.Module, widths: dict[str, dict[str, Any]], surgery: Su
         module = modules[name]
         for attribute, value in attributes.items():
             check_smaller(name, attribute, getattr(module, attribute), value)
-        if attributes.get("num_heads", 0) != getattr(module, "num_heads", 0):
+        if attributes.get("num_heads", 0) != getattr(module, "num_heads", 0) or reads_fewer(module):
             modules[name] = with_fewer_heads(model, module, surgery)
         for attribute, value in attributes.items():
             old = getattr(modules[name], attribute)

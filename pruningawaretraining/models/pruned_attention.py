@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +141,18 @@ def replacement_of(module: nn.Module) -> Any:
     from pruningawaretraining.models.pruned_window_attention import PrunedWindowAttention
 
     return PrunedWindowAttention
+
+
+def reads_fewer(module: nn.Module) -> bool:
+    """Whether a block that has to be replaced for it reads other channels than its heads together are wide."""
+    if replacement_of(module) is None:
+        return False
+    if isinstance(module, nn.MultiheadAttention):
+        fused: Tensor | None = module._parameters["in_proj_weight"]
+        weight, outputs = (module.q_proj_weight, 1) if fused is None else (fused, 3)
+    else:
+        weight, outputs = cast(nn.Linear, module.qkv).weight, 3
+    return weight.shape[0] != outputs * weight.shape[1]
 
 
 def shrink_heads(model: nn.Module, kept: Mapping[str, Kept], surgery: Surgery) -> None:

@@ -20,7 +20,7 @@ from pruningawaretraining.config.options import COUPLED, Support
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.attachment import Attachment, OwnCost
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
-from pruningawaretraining.models.pruned_attention import Kept, shrink_heads
+from pruningawaretraining.models.pruned_attention import Kept, reads_fewer, shrink_heads
 from pruningawaretraining.models.surgery import Surgery
 from pruningawaretraining.patterns.attention import Attention, attention_blocks, scaled_attributes
 from pruningawaretraining.patterns.block_names import chosen_blocks
@@ -134,11 +134,12 @@ class Heads(Attachment):
     attributes: Mapping[str, tuple[str, ...]]
 
     def remove(self, model: nn.Module, keep_G: Tensor, surgery: Surgery) -> tuple[nn.Parameter, ...]:
-        """Adapt blocks that lose heads."""
+        """Adapt blocks that lose heads, or read fewer channels than their heads together have."""
+        modules = dict(model.named_modules())
         left = {
             name: Kept(int(keep_H.sum()), len(keep_H), self.attributes[name])
             for name, keep_H in self.kept(keep_G).items()
-            if not bool(keep_H.all())
+            if not bool(keep_H.all()) or reads_fewer(modules[name])
         }
         shrink_heads(model, left, surgery)
         return ()
