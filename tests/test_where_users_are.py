@@ -105,11 +105,13 @@ def in_backward(model: nn.Module) -> dict[Tensor, torch.optim.Optimizer]:
     return optimizers
 
 
+@pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("pattern", RULES)
-def test_optimizers_that_step_in_the_backward_pass(pattern: str) -> None:
+def test_optimizers_that_step_in_the_backward_pass(pattern: str, given: bool) -> None:
     model = build()
     optimizers = in_backward(model)
-    pruner = Pruning(model, {"rules": [RULES[pattern]]}, example_inputs=INPUTS, optimizer=list(optimizers.values()))
+    handed = list(optimizers.values()) if given else None
+    pruner = Pruning(model, {"rules": [RULES[pattern]]}, example_inputs=INPUTS, optimizer=handed)
     for epoch in range(6):
         pruner.prune(model, epoch)
         for _ in range(2):

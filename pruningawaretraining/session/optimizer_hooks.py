@@ -275,7 +275,8 @@ class Steps:
         self._by_hand = False
         listener = self._listener()
         if listener is not None:
-            _moved(listener, _parameters_of(optimizer) if len(self.optimizers) > 1 else None)
+            alone = len(self.optimizers) == 1 and self._covered_by(optimizer)
+            _moved(listener, None if alone else _parameters_of(optimizer))  # others may be needed by a backward pass
 
 
 def _moved(listener: OptimizerEvents, only: set[int] | None = None) -> None:
