@@ -46,7 +46,8 @@ def test_dense_beside_pruned(checkpoint: Path, tmp_path: Path) -> None:
     assert "onnxruntime, batch 2, 1 thread" in text and "(dense)" in text
     rows = json.loads((tmp_path / "rows.json").read_text())["models"]
     dense, pruned, file = rows
-    assert dense["ratio"] == 1.0 and pruned["ratio"] == pytest.approx(pruned["median_ms"] / dense["median_ms"])
+    assert dense["ratio"] == 1.0 and pruned["low"] <= pruned["ratio"] <= pruned["high"]  # the median over the turns
+    assert 0.3 < pruned["ratio"] / (pruned["median_ms"] / dense["median_ms"]) < 3
     model = digits_resnet()
     assert dense["macs"] == 2 * count_macs(model, IMAGES) and pruned["macs"] <= 0.5 * dense["macs"]
     assert dense["bytes"] == weight_bytes(model) and pruned["bytes"] == checkpoint.stat().st_size

@@ -103,10 +103,12 @@ def chosen(one: WeightRule, event: Event, pick: Callable[[], Tensor]) -> Tensor:
     with calling("dynamic", one.dynamic, EXPECTED_MASKS.format(event.grouping.size)):
         keep_G = one.dynamic.choose(event, pick)
     found_G = checked_masks("dynamic", one.dynamic, keep_G, event.grouping.size).to(event.keep_G.device)
-    back = int((found_G & ~event.keep_G).sum()) if one.dynamic.nested else 0
+    own = type(one.dynamic).choose is not Dynamic.choose
+    chooses = own or hasattr(one.criterion, "refine")  # others take the allocation's masks, which are nested
+    back = int((found_G & ~event.keep_G).sum()) if one.dynamic.nested and chooses else 0
     expected = "masks that keep nothing that was masked before, or a dynamic that says nested = False"
     check_returned(not back, "dynamic", one.dynamic, f"{back} groups that were masked before", expected)
-    if event.last and type(one.dynamic).choose is not Dynamic.choose:
+    if event.last and own:
         most = int(pick().sum()) + len(event.grouping.sets)  # layers may round their own way
         kept = int(found_G.sum())
         expected = f"at most {most} at the last event, so that the target is met"
