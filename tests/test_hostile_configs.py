@@ -91,10 +91,13 @@ def test_what_a_parser_trips_over_is_a_short_config_error(name: str, load: Any, 
     suffix, text = TEXTS[name]
     path = tmp_path / f"config{suffix}"
     path.write_text(text)
-    started = time.process_time()
-    with pytest.raises(ConfigError) as caught:
-        load(path)
-    check(caught, time.process_time() - started)
+    spent = []
+    for _ in range(2):  # the first call may import what it needs
+        started = time.process_time()
+        with pytest.raises(ConfigError) as caught:
+            load(path)
+        spent.append(time.process_time() - started)
+    check(caught, min(spent))
     assert str(path) in str(caught.value)
 
 
