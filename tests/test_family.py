@@ -71,7 +71,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "registered": ({"target": {"costs": {"half": [0.3, 0.4]}}}, r"target\.costs\.half: 0\.4 does not follow 0\.3"),
     "lengths": (
         {"target": {"macs": [0.7, 0.5], "parameters": [0.6]}},
-        r"target\.parameters: 1 fractions, and macs has",
+        r"target\.parameters: 1 numbers, and macs has",
     ),
     "too early": ({"end": 4}, r"end: 4 is too early for 3 members, 2 epochs apart\. Allowed: 5 or later"),
     "no end": ({"end": None}, r"end: None is too early for 3 members"),
@@ -80,7 +80,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"hold": -1}, r"hold: -1 is not allowed"),
     "final": ({"final_sparsity": 0.9}, r"final_sparsity: 0\.9 does not go with a list of targets"),
     "at_init": ({"at_init": True}, r"at_init: True does not go with a list"),
-    "sparsity": ({"target": {"sparsity": [0.3, 0.5]}}, r"target\.sparsity: \[0\.3, 0\.5\] is not allowed"),
+    "sparsity": ({"target": {"sparsity": [0.5, 0.3]}}, r"target\.sparsity: 0\.3 does not follow 0\.5 in a list"),
+    "all of it": ({"target": {"sparsity": [0.5, 1.0]}}, r"target\.sparsity: 1\.0 in a list"),
+    "milliseconds": ({"target": {"latency_ms": [2.0, 3.0]}}, r"target\.latency_ms: 3\.0 does not follow 2\.0"),
+    "no time": ({"target": {"latency_ms": [2.0, 0.0]}}, r"target\.latency_ms: 0\.0 in a list .* above 0"),
+    "initial": (
+        {"pattern": "unstructured", "initial": 0.1, "target": {"sparsity": [0.3, 0.5, 0.7]}},
+        r"initial: 0\.1 does not go with a list",
+    ),
     "pattern": ({"pattern": "unstructured"}, r"target\.macs: .* is not supported by the pattern 'unstructured'"),
 }
 
@@ -150,7 +157,14 @@ def test_a_config_goes_through_files_unchanged() -> None:
 
 # --- the laws, in a user's own loop ---------------------------------------------------------------------------------
 
-COSTS = ["macs", "parameters", "peak_memory", "half", "latency"]
+COSTS: dict[str, list[float]] = {
+    "macs": [0.8, 0.6, 0.5],
+    "parameters": [0.8, 0.6, 0.5],
+    "peak_memory": [0.8, 0.6, 0.5],
+    "half": [0.8, 0.6, 0.5],
+    "latency": [0.95, 0.9, 0.8],  # the made-up machine has a constant part
+    "latency_ms": [1.45, 1.35, 1.25],
+}
 
 
 @pytest.mark.usefixtures("registered")
@@ -161,8 +175,8 @@ def test_every_member_meets_its_target_and_nothing_can_be_given_back(
 ) -> None:
     """Law 4, at the event that reaches a member, for each group that this event took."""
     monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda target, model: MadeUp())
-    fractions = [0.95, 0.9, 0.8] if cost == "latency" else [0.8, 0.6, 0.5]  # the made-up machine has a constant part
-    loop = Loop({**RULE, "end": 9, "target": {cost: fractions}, "application": application})
+    numbers, timed = COSTS[cost], cost.startswith("latency")
+    loop = Loop({**RULE, "end": 9, "target": {cost: numbers}, "application": application})
     coupled, members, looked = loop.pruner.engine.coupled, list[str](), 0
     assert coupled is not None
     (one,) = coupled.rules
@@ -174,18 +188,54 @@ def test_every_member_meets_its_target_and_nothing_can_be_given_back(
         members.append(loop.pruner.member.name)
         (goal,) = coupled.targets.goals(one, one.members[len(members) - 1])
         dense, reached, slack = goal.cost.dense, goal.cost(coupled.keep_D), 0.0
-        if cost == "latency":  # it holds where it is measured
+        if timed:  # it holds where it is measured
             dense, reached, slack = (*(one.state.latencies[-1][key] for key in ("dense_ms", "measured_ms")), 0.01)
-        assert goal.budget == pytest.approx(fractions[len(members) - 1] * dense)
+        assert goal.budget == pytest.approx(numbers[len(members) - 1] * (1 if cost == "latency_ms" else dense))
         assert reached <= goal.budget * (1 + slack)
-        for group in torch.nonzero(before_D & ~coupled.keep_D).flatten().tolist() if cost != "latency" else ():
+        for group in torch.nonzero(before_D & ~coupled.keep_D).flatten().tolist() if not timed else ():
             more_D = coupled.keep_D.clone()
             more_D[group] = True
             assert goal.cost(more_D) > goal.budget, group
             looked += 1
         assert len(coupled.live_D) == int(coupled.keep_D.sum())  # a member is removed, not masked
-    assert members == [f"{fraction:.2f}" for fraction in fractions]
-    assert looked > 0 or cost == "latency"
+    assert members == [f"{one:.2f}ms" if cost == "latency_ms" else f"{one:.2f}" for one in numbers]
+    assert looked > 0 or timed
+
+
+SPARSE: dict[str, tuple[Any, list[float]]] = {
+    "channel": ("channel", [0.25, 0.5, 0.75]),
+    "unstructured": ("unstructured", [0.25, 0.5, 0.75]),
+    "4x1": ("4x1", [0.25, 0.5, 0.75]),
+    "slice": ({"type": "slice", "block_size": 4}, [0.25, 0.5, 0.75]),
+    "2:4": ("2:4", [0.125, 0.25, 0.5]),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_family_of_sparsities_is_nested_and_each_member_has_its_own(name: str, tmp_path: Path) -> None:
+    """Zeros of a member are zeros of the next ones; on the way the schedule goes from member to member."""
+    pattern, asked = SPARSE[name]
+    layers = {} if name == "channel" else {"layers": ["3"]}
+    loop = Loop({**RULE, **layers, "end": 9, "pattern": pattern, "target": {"sparsity": asked}}, tmp_path)
+    (one,), seen = loop.pruner.engine.rules, list[float]()
+    for epoch in range(11):
+        loop.epoch(epoch)
+        seen.append(loop.pruner.sparsity)
+    loop.pruner.on_train_end()
+    a, b, c = asked
+    steps = [0, a / 3, 2 * a / 3, a, a, (a + b) / 2, b, b, (b + c) / 2, c, c]  # events 1-3, 5-6, 8-9
+    slack = 1 / int(one.grouping.set_sizes.min()) + 1e-6 if name != "channel" else 0.05
+    assert one.timelines[0].events() == [1, 2, 3] and one.timelines[2].events() == [8, 9]
+    assert seen == pytest.approx(steps, abs=slack)
+    assert [member.name for member, _ in loop.told] == [f"sparsity-{value:.2f}" for value in asked] or name == "2:4"
+    assert [dict(member.target) for member, _ in loop.told] == [{"sparsity": value} for value in asked]
+    if name == "channel":
+        widths = [load_pruned(build(), tmp_path / member.file)[3].weight.shape[0] for member, _ in loop.told]
+        assert widths == sorted(widths, reverse=True) and len(set(widths)) == 3
+        return
+    zeros = [load_pruned(build(), tmp_path / member.file)[3].weight == 0 for member, _ in loop.told]
+    assert [float(zero.float().mean()) for zero in zeros] == pytest.approx(asked, abs=slack)
+    assert all(bool((after | ~before).all()) for before, after in zip(zeros[:-1], zeros[1:], strict=True))
 
 
 def test_removal_keeps_the_optimizer_alive_at_every_member() -> None:
@@ -239,11 +289,18 @@ def test_penalties_rest_while_a_member_is_fine_tuned() -> None:
     assert acting == [True, True, True, False, False, True, False, False, True]
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+RESUMED: dict[str, dict[str, Any]] = {
+    "magnitude": {"criterion": "magnitude"},
+    "taylor": {"criterion": "taylor"},
+    "sparsities": {"pattern": "unstructured", "layers": ["3"], "target": {"sparsity": [0.25, 0.5, 0.75]}},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("stopped", range(10))
-def test_resumed_in_the_middle_equals_uninterrupted(stopped: int, criterion: str) -> None:
+def test_resumed_in_the_middle_equals_uninterrupted(stopped: int, name: str) -> None:
     """Law 5, between any two epochs: on the way to a member, in its hold, and after it."""
-    rule = {**RULE, "end": 9, "criterion": criterion}
+    rule = {**RULE, "end": 9, **RESUMED[name]}
     whole, first = Loop(rule), Loop(rule)
     for epoch in range(11):
         whole.epoch(epoch)
@@ -305,6 +362,25 @@ def test_a_family_goes_on_from_the_file_of_a_member(tmp_path: Path) -> None:
     pruner.on_train_end()
     assert names == ["0.50", "0.33"]
     assert 0.2 < count_macs(model, IMAGES[:1]) / count_macs(build(), IMAGES[:1]) <= 0.33
+
+
+def test_a_family_of_zeros_goes_on_from_the_file_of_a_member(tmp_path: Path) -> None:
+    rule = {**RULE, "pattern": "unstructured", "layers": ["3"], "target": {"sparsity": [0.25, 0.5, 0.75]}}
+    first = Loop({**rule, "end": 9}, tmp_path)
+    for epoch in range(9):
+        first.epoch(epoch)
+    model = load_pruned(build(), tmp_path / "pruned-sparsity-0.50.safetensors")
+    there = model[3].weight == 0
+    pruner = Pruning(model, {"rules": [{**rule, "end": 5}]}, example_inputs=IMAGES[:1])
+    names, found = [], []
+    pruner.on_member = lambda member: names.append(member.name)
+    for epoch in range(8):
+        pruner.prune(model, epoch)
+        found.append(pruner.sparsity)
+    pruner.on_train_end()
+    assert names == ["sparsity-0.75"]
+    assert found == pytest.approx([0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.75, 0.75], abs=0.01)
+    assert bool((model[3].weight[there] == 0).all())
 
 
 def test_a_training_that_ends_early_names_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:

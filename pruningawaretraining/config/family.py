@@ -1,9 +1,9 @@
-"""Families: a target with decreasing fractions, so that one run stops at several models of different sizes."""
+"""Families: a target with a list of numbers, so that one run stops at several models of different sizes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,35 +15,84 @@ from pruningawaretraining.errors import ConfigError
 ROUNDING = 1e-9
 MOST = 100
 """Members of a family."""
-ONE: Any = within("a number in (0, 1], or a list of decreasing ones", lambda value: 0 < value <= 1)
 
 
-def _one_or_decreasing(value: Any) -> Any:
-    """A single number as it is; a list only if each of its numbers is below the one before."""
-    if not isinstance(value, (list, tuple)):
-        return ONE.func(value)
-    if not 1 <= len(value) <= MOST:
-        raise ValueError(f"a list of {len(value)} is not allowed. Allowed: 1 to {MOST} decreasing fractions")
-    for before, one in zip((None, *value), value, strict=False):
-        if isinstance(one, bool) or not isinstance(one, (int, float)) or not 0 < one < 1:
-            raise ValueError(f"{one!r} in a list is not allowed. Allowed: numbers in (0, 1)")
-        if before is not None and one >= before:
-            raise ValueError(f"{one!r} does not follow {before!r} in a list. Allowed: decreasing fractions")
-    return list(value)
+def _up_to_one(value: float) -> bool:
+    return 0 < value <= 1
 
 
-Fractions = Annotated[
-    Annotated[float, Field(gt=0, le=1)] | list[Annotated[float, Field(gt=0, lt=1)]], BeforeValidator(_one_or_decreasing)
-]
-"""A fraction, or the decreasing fractions of a family."""
+@dataclass(frozen=True)
+class Series:
+    """The values of a target of one kind, one for each member of a family.
+
+    Attributes:
+        one: check of a single number, not of a list.
+        allowed: words for the numbers of a list.
+        accepts: whether a number may be in a list.
+        rises: whether they grow from member to member; else they fall.
+        what: words for the values.
+    """
+
+    one: Any
+    allowed: str
+    accepts: Callable[[float], bool]
+    rises: bool = False
+    what: str = "decreasing fractions"
+
+    def checked(self, value: Any) -> Any:
+        """A single number as it is; a list only if each of its numbers lies beyond the one before."""
+        if not isinstance(value, (list, tuple)):
+            return self.one.func(value)
+        if not 1 <= len(value) <= MOST:
+            raise ValueError(f"a list of {len(value)} is not allowed. Allowed: 1 to {MOST} {self.what}")
+        for before, one in zip((None, *value), value, strict=False):
+            if isinstance(one, bool) or not isinstance(one, (int, float)) or not self.accepts(one):
+                raise ValueError(f"{one!r} in a list is not allowed. Allowed: {self.allowed}")
+            if before is not None and (one <= before if self.rises else one >= before):
+                raise ValueError(f"{one!r} does not follow {before!r} in a list. Allowed: {self.what}")
+        return list(value)
 
 
+def _below_one(value: float) -> bool:
+    return 0 < value < 1
+
+
+def _finite(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+KEPT = Series(within("a number in (0, 1], or a list of decreasing ones", _up_to_one), "numbers in (0, 1)", _below_one)
+REMOVED = Series(
+    within("a number in (0, 1], or a list of increasing ones", _up_to_one),
+    "numbers in (0, 1)",
+    _below_one,
+    rises=True,
+    what="increasing fractions",
+)
+TIMES = Series(
+    within("a number above 0, or a list of decreasing ones", _finite),
+    "numbers above 0",
+    _finite,
+    what="decreasing milliseconds",
+)
+_PROPER = Annotated[float, Field(gt=0, lt=1)]
+_LIMIT = Annotated[float, Field(gt=0, le=1)]
+_POSITIVE = Annotated[float, Field(gt=0)]
+Fractions = Annotated[_LIMIT | list[_PROPER], BeforeValidator(KEPT.checked)]
+"""A fraction to keep, or the decreasing fractions of a family."""
+Sparsities = Annotated[_LIMIT | list[_PROPER], BeforeValidator(REMOVED.checked)]
+"""A fraction to remove, or the increasing fractions of a family."""
+Milliseconds = Annotated[_POSITIVE | list[_POSITIVE], BeforeValidator(TIMES.checked)]
+"""A latency, or the decreasing ones of a family."""
 Hold = Annotated[Moment, within("a number of 0 or more", lambda value: 0 <= value < math.inf)]
 
 
-def member_name(fraction: float) -> str:
-    """``0.7 -> "0.70"``: two decimals, or as many as it has."""
-    return f"{fraction:.2f}" if round(fraction, 2) == fraction else f"{fraction!r}"
+def member_name(key: str, value: float) -> str:
+    """``macs, 0.7 -> "0.70"``: two decimals, or as many as it has; ``latency_ms, 8.5 -> "8.5ms"``."""
+    if key == "latency_ms":
+        return f"{value!r}ms" if value != int(value) else f"{int(value)}ms"
+    text = f"{value:.2f}" if round(value, 2) == value else f"{value!r}"
+    return f"sparsity-{text}" if key == "sparsity" else text
 
 
 @dataclass(frozen=True)
@@ -95,7 +144,7 @@ def check_lengths(lists: Mapping[str, Sequence[float]]) -> None:
     for name, values in others:
         if len(values) != len(known):
             raise ConfigError(
-                f"{name}: {len(values)} fractions, and {first} has {len(known)}. Allowed: equally many, one for each "
+                f"{name}: {len(values)} numbers, and {first} has {len(known)}. Allowed: equally many, one for each "
                 "member of the family"
             )
 
@@ -116,6 +165,7 @@ def check_family(rule: Any) -> None:
     alone: dict[str, Any] = {
         "phases": [],
         "final_sparsity": None,
+        "initial": None,
         "at_init": False,
         "release": False,
         "mode": "prune",

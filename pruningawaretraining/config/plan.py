@@ -197,12 +197,16 @@ def _target_lines(rule: Rule, steps: int | None) -> list[str]:
     return lines
 
 
+def _limit(key: str, value: float) -> str:
+    return f"{key} {value:g}" if key == "sparsity" else f"{key} <= {value:g}"
+
+
 def _member_lines(rule: Rule, steps: int | None) -> list[str]:
     """A line for each member of a family: its target, when its events are, and how long it is fine-tuned."""
     lines, unit = [], rule.timeline(steps).counts
     members = rule.members()
     for number, (name, one) in enumerate(zip(rule.target.names, members, strict=True)):
-        costs = ", ".join(f"{key} <= {value:g}" for key, value in one.target.fractions.items())
+        costs = ", ".join(_limit(key, value) for key, value in one.target.numbers.items())
         times = one.timeline(steps)
         after = members[number + 1].timeline(steps).first if number + 1 < len(members) else None
         rest = "then until the end" if after is None else f"held until {unit} {after}"

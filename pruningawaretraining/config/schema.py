@@ -220,7 +220,7 @@ class Rule(Timed, Strict):
             raise ConfigError(
                 f"min_sparsity: {self.min_sparsity} is above max_sparsity. Allowed: at most {self.max_sparsity}"
             )
-        sparsity = self.target.sparsity
+        sparsity = self.target.last_sparsity
         moments = {"start": self.start, "end": self.start if self.end is None else self.end, "every": self.every}
         check_moments(self.unit, moments)
         final = None if self.target.about_costs else sparsity

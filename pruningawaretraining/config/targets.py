@@ -10,8 +10,8 @@ from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining import schedules  # noqa: F401  (importing it registers the schedules)
 from pruningawaretraining.config.checks import are_sizes
-from pruningawaretraining.config.family import Fractions, check_lengths, member_name
-from pruningawaretraining.config.strict import Count, Fraction, Positive, Strict
+from pruningawaretraining.config.family import Fractions, Milliseconds, Sparsities, check_lengths, member_name
+from pruningawaretraining.config.strict import Count, Strict
 from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.registry import canonical, names
 
@@ -22,11 +22,12 @@ COSTS = ("macs", "parameters", "peak_memory", "latency", "latency_ms", "costs")
 class Target(Strict):
     """Limits to reach: all that are given must hold; without any, a rule only regularises.
 
-    A fraction to keep may be a list of decreasing ones: a family of models from one run, see docs/family.md.
+    A number may be a list, of decreasing fractions to keep or milliseconds, or of increasing sparsities: a family of
+    models from one run, see docs/family.md.
     A registered cost is a key too: ``{"energy": 0.5}`` is short for ``{"costs": {"energy": 0.5}}``.
     """
 
-    sparsity: Fraction | None = Field(None, description="Fraction of the rule's groups to remove, in (0, 1].")
+    sparsity: Sparsities | None = Field(None, description="Fraction of the rule's groups to remove, in (0, 1].")
     macs: Fractions | None = Field(
         None, description="Fraction of the dense model's MACs to KEEP, in (0, 1]: 0.7 is a cut of 30%."
     )
@@ -39,7 +40,7 @@ class Target(Strict):
     latency: Fractions | None = Field(
         None, description="Fraction of the dense model's latency to KEEP, measured on 'runtime', in (0, 1]."
     )
-    latency_ms: Positive | None = Field(None, description="Latency to stay within, in milliseconds.")
+    latency_ms: Milliseconds | None = Field(None, description="Latency to stay within, in milliseconds.")
     costs: dict[str, Fractions] | None = Field(
         None, description="Registered cost -> fraction of the dense model's to KEEP; a cost's name may be a key itself."
     )
@@ -83,14 +84,25 @@ class Target(Strict):
         return {name: value for name, value in {**own, **(self.costs or {})}.items() if value is not None}
 
     @property
+    def numbers(self) -> dict[str, Any]:
+        """What is asked for, by key: fractions to keep, milliseconds, the sparsity; lists in a family."""
+        more = {"latency_ms": self.latency_ms, "sparsity": self.sparsity}
+        return {**self.fractions, **{name: value for name, value in more.items() if value is not None}}
+
+    @property
     def lists(self) -> dict[str, list[float]]:
-        """The fractions of a family by cost; empty without one."""
-        return {name: value for name, value in self.fractions.items() if isinstance(value, list)}
+        """The numbers of a family by key; empty without one."""
+        return {name: value for name, value in self.numbers.items() if isinstance(value, list)}
 
     @property
     def names(self) -> list[str]:
-        """Names of the members of a family, by the fractions of its first list."""
-        return [member_name(fraction) for fraction in next(iter(self.lists.values()), [])]
+        """Names of the members of a family, by the numbers of its first list."""
+        return [member_name(key, value) for key, values in list(self.lists.items())[:1] for value in values]
+
+    @property
+    def last_sparsity(self) -> float | None:
+        """The fraction to remove: in a family that of the last member."""
+        return self.sparsity[-1] if isinstance(self.sparsity, list) else self.sparsity
 
     def members(self) -> list[Target]:
         """The target of each member of a family; without one, this target alone."""
@@ -99,10 +111,10 @@ class Target(Strict):
         count = len(next(iter(self.lists.values())))
         return [self.at({name: value[number] for name, value in self.lists.items()}) for number in range(count)]
 
-    def at(self, fractions: Mapping[str, float | list[float]]) -> Target:
-        """This target with other fractions of some costs."""
-        own = {name: value for name, value in fractions.items() if name in Target.model_fields}
-        costs = None if self.costs is None else {name: fractions.get(name, value) for name, value in self.costs.items()}
+    def at(self, numbers: Mapping[str, float | list[float]]) -> Target:
+        """This target with other numbers for some keys."""
+        own = {name: value for name, value in numbers.items() if name in Target.model_fields}
+        costs = None if self.costs is None else {name: numbers.get(name, value) for name, value in self.costs.items()}
         return self.model_copy(update={**own, "costs": costs})
 
     @model_validator(mode="after")

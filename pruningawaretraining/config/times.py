@@ -30,7 +30,7 @@ class Timed:
         Args:
             steps: optimizer steps of an epoch, where they are known; steps_per_epoch goes first.
         """
-        final = self.target.sparsity or self.final_sparsity or 1.0
+        final = self.target.last_sparsity or self.final_sparsity or 1.0
         own = (Stretch(a, b, self.every, self.schedule, self.initial, final) for a, b in self.span.bounds())
         stretches = tuple(phase.stretch() for phase in self.phases) or tuple(own)
         return Timeline(self.unit, stretches, self.steps_per_epoch or steps)

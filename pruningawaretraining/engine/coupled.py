@@ -144,8 +144,8 @@ class CoupledGroups:
             allocator = Allocator(one.grouping, torch.zeros(one.grouping.size), limits_of(one.rule), scope_of(one))
             if one.rule.target.about_costs and one.rule.enabled:
                 self.targets.check(one, one.members[-1])
-            if one.rule.target.sparsity is not None:
-                allocator.check_sparsity(one.rule.target.sparsity, f"{one.key}.target.sparsity")
+            if (sparsity := one.given.target.last_sparsity) is not None:
+                allocator.check_sparsity(sparsity, f"{one.key}.target.sparsity")
 
     def check(self, calibration: Calibration | None) -> None:
         """Refuse a compensation without data at the first event to come, and not only at the event itself.

@@ -60,7 +60,7 @@ def tell_what_stays(model: nn.Module, key: str, rule: Rule, grouping: Grouping) 
 
 def tell_of_nothing(key: str, rule: Rule, keep_G: Tensor, last: bool) -> None:
     """Warn that a sparsity is less than one of the rule's groups, where its last event prunes nothing."""
-    sparsity = rule.target.sparsity
+    sparsity = rule.target.last_sparsity
     if last and rule.mode == "prune" and sparsity and bool(keep_G.all()):
         logger.warning(
             "%s: nothing is pruned: target.sparsity %g of %d groups is less than one, or limits keep them all",

@@ -201,7 +201,13 @@ class ActiveRule:
 
     def asked(self, now: int) -> float:
         """The sparsity that the event at ``now`` asks for."""
-        return self.times.sparsity(now, self.state.initial)
+        return self.times.sparsity(now, self.reached)
+
+    @property
+    def reached(self) -> float:
+        """The sparsity that its schedule goes on from: of the member before, or what was there at the first event."""
+        before = 0.0 if self.before is None else self.before.target.last_sparsity or 0.0
+        return max(self.state.initial, before)
 
     def event(
         self, now: int, grouping: Grouping, keep_G: Tensor, scores_G: Tensor, sparsity: float, number: int

@@ -107,9 +107,8 @@ class Targets:
         if (fraction := target.fractions.get("latency")) is not None:
             asked = f"{fraction:g} of the dense cost"
             goals.append(Goal(f"{key}.latency", latency.cost, fraction * latency.dense_ms, asked, "ms"))
-        if target.latency_ms is not None:
-            asked = f"{target.latency_ms:g} ms"
-            goals.append(Goal(f"{key}.latency_ms", latency.cost, target.latency_ms, asked, "ms"))
+        if (most := target.numbers.get("latency_ms")) is not None:
+            goals.append(Goal(f"{key}.latency_ms", latency.cost, most, f"{most:g} ms", "ms"))
         return min(goals, key=lambda goal: goal.budget)
 
     def _latency_of(self, share: RuleView) -> LatencyTarget:
@@ -213,29 +212,29 @@ class Targets:
         timed = next((goal for goal in goals if isinstance(goal.cost, LatencyCost)), None)
         name = allocation_of(rule)
         allocate: Callable[[Task], Tensor] = lookup("allocation", name)
-        at_least = rule.target.sparsity or 0.0
+        at_least = rule.target.last_sparsity or 0.0
         task = Task(share, scores_R, keep_D, self.set_ids_D, goals, self._costs_for(share), at_least)
         if progress >= 1:
             keep_R, met = allocate(task), True
         elif name in RANKED and rule.final_sparsity is not None:
             keep_R, met = self._by_sparsity(task, RANKED[name], progress, allocate)
         else:
-            part = sparsity_at(rule.schedule, progress)
-            starts = [one.budget for one in self._goals_before(share, goals)]
-            mild = [
-                replace(one, budget=begin + part * (one.budget - begin))
-                for one, begin in zip(goals, starts, strict=True)
-            ]
-            keep_R, met = allocate(replace(task, goals=mild, at_least=part * at_least)), False
+            keep_R, met = allocate(self._milder(task, sparsity_at(rule.schedule, progress))), False
         if timed is None or copied is None:
             return keep_R, met, None
         return self._measured(task, timed, keep_R, met, allocate, copied, rounds)
 
-    def _goals_before(self, share: RuleView, goals: list[Goal]) -> list[Goal]:
-        """Where the way to each goal begins: at the member before, or at the dense cost."""
-        if share.before is not None:
-            return self.goals(share, share.before)
-        return [replace(one, budget=one.cost.dense) for one in goals]
+    def _milder(self, task: Task, part: float) -> Task:
+        """The task of an event that goes a part of the way: from the member before, or from the dense model."""
+        share, before = task.share, task.share.before
+        fewest = 0.0 if before is None else before.target.last_sparsity or 0.0
+        dense = [one.cost.dense for one in task.goals]
+        starts = dense if before is None else [one.budget for one in self.goals(share, before)]
+        goals = [
+            replace(one, budget=start + part * (one.budget - start))
+            for one, start in zip(task.goals, starts, strict=True)
+        ]
+        return replace(task, goals=goals, at_least=fewest + part * (task.at_least - fewest))
 
     def _measured(
         self,

@@ -97,7 +97,7 @@ def check_target(key: str, rule: Rule, pattern: Any) -> None:
     Raises:
         TargetError: it says how far the rule can go.
     """
-    target = rule.target.sparsity
+    target = rule.target.last_sparsity
     if target is None or rule.mode != "prune":
         return
     if target > rule.max_sparsity + 1e-9:

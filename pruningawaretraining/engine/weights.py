@@ -130,7 +130,7 @@ class WeightGroups:
             return Decision(one.masks.keep_G if one.rule.mode == "lock" else torch.ones_like(one.masks.keep_G), True)
         check_finite(one.key, one.grouping)
         keep_G, scores_G = with_others(one, self.rules if self._share else ()), None
-        for asked in one.times.asked(now, one.state.initial):
+        for asked in one.times.asked(now, one.reached):
             if asked.sparsity == 0 and one.rule.min_sparsity == 0:
                 continue
             if calibration is not None and isinstance(one.criterion, Sampling):
@@ -223,8 +223,8 @@ class WeightGroups:
 
     @property
     def finished(self) -> list[str]:
-        """Keys of the rules that have reached their target."""
-        return [one.key for one in self.rules if one.state.phase == "finetune"]
+        """Keys of the rules that have reached their target, or are at a member of their family."""
+        return [one.key for one in self.rules if one.phase == "finetune"]
 
     def norms(self) -> dict[str, Tensor]:
         """L2 norms of all groups by the name of their weight, on the CPU."""
@@ -277,7 +277,7 @@ class WeightGroups:
         """Decide once more, on the groups that are left, on everything that the rule's events have asked for so far."""
         assert one.state.last is not None
         for now in [*one.times.ends_before(one.state.last), one.state.last]:
-            for asked in one.times.asked(now, one.state.initial):
+            for asked in one.times.asked(now, one.reached):
                 statistics = Statistics(keep_G=one.masks.keep_G, tensors=one.feed.statistics(None, required=False))
                 scores_G = self.scores(one, statistics)
                 event = one.event(now, one.grouping, one.masks.keep_G, scores_G, asked.sparsity, one.state.event - 1)
@@ -293,7 +293,7 @@ class WeightGroups:
                 continue  # nothing of it has gone: what it has gathered stays
             old.masks.clear()
             old.feed.end()
-            new = self._rule(old.key, old.rule, old.pattern, old.criterion, old.stacked)
+            new = self._rule(old.key, old.given, old.pattern, old.criterion, old.stacked)
             new.state, new.timelines = replace(old.state, begun=None, part=0, would=None), old.timelines
             self.rules[number] = new
             renewed.append(new)

@@ -90,14 +90,14 @@ def _left(coupled: CoupledGroups, one: CoupledRule, record: Mapping[str, Any]) -
     left = [member for member in members if member is not None]
     if not left:
         return None
-    return left[0].at({name: [member.fractions[name] for member in left] for name in target.lists})
+    return left[0].at({name: [member.numbers[name] for member in left] for name in target.lists})
 
 
 def _member_left(coupled: CoupledGroups, one: CoupledRule, target: Target, record: Mapping[str, Any]) -> Target | None:
     changed = dict[str, Any]()
-    if target.sparsity is not None:
+    if (sparsity := target.last_sparsity) is not None:
         dense, here = channels_of(coupled, one, record)
-        changed["sparsity"] = 1.0 - (1.0 - target.sparsity) * dense / here
+        changed["sparsity"] = 1.0 - (1.0 - sparsity) * dense / here
     costs = {"macs": coupled.macs_cost.dense, "parameters": float(coupled.dense_parameters)}
     for name, cost in costs.items():
         asked = getattr(target, name)
@@ -138,7 +138,7 @@ def continue_weights(weights: WeightGroups | None, record: Mapping[str, Any]) ->
         if one.key in finished and _is_same(one, known):
             one.masks.set(~zero_groups(one.grouping))
             one.state.phase, one.state.event = "finetune", 1
-            if not _same_and_met(one.key, one.rule, record) and (begun := _begun(one)) is not None:
+            if not _same_and_met(one.key, one.given, record) and (begun := _begun(one)) is not None:
                 one.state.phase, one.state.event, one.state.initial = "regularize", 0, begun
 
 
@@ -166,10 +166,19 @@ def _begun(one: WeightRule) -> float | None:
     if one.rule.mode != "prune":
         return None
     if one.fractions is None:
-        return one.sparsity if (one.rule.target.sparsity or 0.0) > one.sparsity + NEAR else None
+        _leave_met_members(one)
+        return one.sparsity if (one.rule.target.last_sparsity or 0.0) > one.sparsity + NEAR else None
     keep_G, sets = one.masks.keep_G, one.grouping.sets
     masked = [1.0 - float(keep_G[each.start : each.stop].float().mean()) for each in sets]
     asked = [(own, fraction) for own, fraction in zip(masked, one.fractions, strict=True) if fraction > 0]
     if all(fraction <= own + NEAR for own, fraction in asked):
         return None
     return min(min(own / fraction, 1.0) for own, fraction in asked)
+
+
+def _leave_met_members(one: WeightRule) -> None:
+    """Aim at those members of a family that the file does not meet."""
+    target = one.given.target
+    left = [value for value in target.lists.get("sparsity", ()) if value > one.sparsity + NEAR]
+    if left:
+        one.aim(one.given.model_copy(update={"target": target.at({"sparsity": left})}))

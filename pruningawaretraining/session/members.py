@@ -21,8 +21,8 @@ class Member:
 
     Attributes:
         number: of the member, from 0.
-        name: its first fraction, as in file names: "0.70".
-        target: its fractions by cost, such as ``{"macs": 0.7}``.
+        name: its first number, as in file names: "0.70", "8.5ms", "sparsity-0.90".
+        target: its numbers by key, such as ``{"macs": 0.7}``.
         model: the model, while the member is what it is.
     """
 
@@ -48,7 +48,7 @@ def member_of(rules: Iterable[ActiveRule], model: nn.Module) -> Member | None:
     for one in rules:
         if one.state.holds:
             number = one.state.member - 1
-            return Member(number, one.held, one.members[number].target.fractions, model)
+            return Member(number, one.held, one.members[number].target.numbers, model)
     return None
 
 

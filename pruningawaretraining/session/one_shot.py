@@ -148,9 +148,9 @@ def _checked(sparsities: Any, rule: Rule) -> list[float]:
     if sparsities is None:
         if rule.target.about_costs:
             return []
-        if rule.target.sparsity is None:
+        if (sparsity := rule.target.last_sparsity) is None:
             raise ConfigError("sparsities: none given, and the rule has no target.sparsity")
-        return [rule.target.sparsity]
+        return [sparsity]
     if not isinstance(sparsities, Iterable) or isinstance(sparsities, str):
         raise ConfigError(f"sparsities: {sparsities!r} is not allowed. Allowed: a list of numbers in [0, 1]")
     sparsities = list(sparsities)
