@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, load_pruned, save_pruned
-from pruningawaretraining.engine.uniform import uniform
+from pruningawaretraining.allocation.uniform import uniform
 from pruningawaretraining.groups.grouping import Grouping, GroupSet
 
 transformers = pytest.importorskip("transformers")

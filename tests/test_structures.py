@@ -362,8 +362,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mean": ({"criterion": {"type": "taylor", "reduction": "mean"}}, r"criterion.reduction: 'mean' does not add up"),
     "sparsity": ({"criterion": "taylor", "target": {"sparsity": 0.5}}, r"target.sparsity: a count of groups means"),
     "ranking": ({"criterion": "taylor", "allocation": "ranking"}, r"allocation: 'ranking' does not weigh what"),
-    "uniform widths": ({"criterion": "taylor", "widths": "uniform"}, r"widths: 'uniform' is not supported"),
-    "memory": ({"criterion": "taylor", "target": {"peak_memory": 0.5}}, r"target.peak_memory: 0.5 is not supported"),
     "dynamic": ({"criterion": "taylor", "dynamic": "straight_through"}, r"dynamic: 'straight_through' would give back"),
     "compensation": ({"criterion": "taylor", "compensation": "bias"}, r"compensation: 'bias' is not supported"),
     "unknown": ({"pattern": ["channel", "heads", "layer"]}, r"pattern\[2\]: 'layer' is not known|'layer'"),

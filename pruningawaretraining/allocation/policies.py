@@ -244,12 +244,13 @@ def _ranked(task: Task, allocator: Allocator) -> Tensor:
 
 
 def _weighed(task: Task, name: str) -> Tensor:
-    share = task.share
     driver = next((goal.cost for goal in task.goals if goal.key.endswith(f".{name}")), None) or task.costs(name)
-    goals = list(task.goals)
-    if task.at_least > 0:
-        goals.append(_sparsity_goal(share, task))
-    return task.search().solve(goals, driver)
+    return task.search().solve(goals_of(task), driver)
+
+
+def goals_of(task: Task) -> list[Goal]:
+    """All that must hold: the goals, and the fraction of the rule's groups that must go."""
+    return [*task.goals, *([_sparsity_goal(task.share, task)] if task.at_least > 0 else [])]
 
 
 def _sparsity_goal(share: RuleView, task: Task) -> Goal:

@@ -51,8 +51,8 @@ COUPLED = Support("channel", True, BY_WIDTH, frozenset({"gradients"}))
 TOGETHER = Support(
     "channel",
     True,
-    frozenset({"application", "allocation", "max_sparsity_from", "multiple"})
-    | {f"target.{name}" for name in ("macs", "parameters", "costs", "latency", "latency_ms")},
+    frozenset({"application", "allocation", "max_sparsity_from", "multiple", "widths"})
+    | {f"target.{name}" for name in ("macs", "parameters", "peak_memory", "costs", "latency", "latency_ms")},
     frozenset({"gradients"}),
 )
 """Blocks beside the channels and heads in them."""

@@ -136,7 +136,7 @@ class Rule(Timed, Strict):
     widths: Literal["free", "uniform"] = Field(
         "free",
         description="uniform: layers whose names differ in numbers alone keep equally many groups, as configs of "
-        "transformers models say them; the one that would keep fewest decides.",
+        "transformers models say them: of a sparsity the fewest that one of them would keep, else as many as fit.",
     )
     application: Literal["mask", "remove"] = Field(
         "mask", description="mask: zero until the target is met, then remove. remove: shrink the model at each event."

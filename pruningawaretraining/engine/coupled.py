@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.allocation.policies import scope_of
 from pruningawaretraining.allocation.ranking import Allocator, limits_of
+from pruningawaretraining.allocation.uniform import uniform
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.criteria.base import Statistics, scores_of
@@ -41,7 +42,6 @@ from pruningawaretraining.engine.phases import tell_of_whole_epochs
 from pruningawaretraining.engine.rule import Decision, check_finite
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.targets import Targets
-from pruningawaretraining.engine.uniform import uniform
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.pruned_copy import pruned_copy
@@ -177,15 +177,14 @@ class CoupledGroups:
             keep_R, met, reached = self.targets.decide(one, scores_R, taken_D, one.times.progress(now), copied)
             if reached is not None:
                 one.state.latencies = [*one.state.latencies, {"at": now, **vars(reached)}]
-            return Decision(self._even(one, keep_R, scores_R), met)
+            return Decision(keep_R, met)
         limits, asked = limits_of(one.rule), one.asked(now)
         if one.fractions is not None:
             limits, asked = limited(limits, one.fractions, asked), 0.0
         allocator = Allocator(one.grouping, scores_R, limits, scope_of(one), ~taken_D[one.groups_D])
-        return Decision(self._even(one, allocator.at(asked), scores_R), one.is_last(now))
-
-    def _even(self, one: CoupledRule, keep_R: Tensor, scores_R: Tensor) -> Tensor:
-        return uniform(one.grouping, keep_R, scores_R) if one.rule.widths == "uniform" else keep_R
+        keep_R = allocator.at(asked)
+        keep_R = uniform(one.grouping, keep_R, scores_R) if rule.widths == "uniform" else keep_R
+        return Decision(keep_R, one.is_last(now))
 
     def _copy_of(self, keep_D: Tensor) -> nn.Module:
         """A copy of the model as it is now, without the groups that these masks drop."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.allocation.goals import Goal
 from pruningawaretraining.allocation.policies import RANKED, RuleView, Task, allocation_of
+from pruningawaretraining.allocation.uniform import evened, uniform
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.costs.latency.meter import Meter, RuntimeMeter
@@ -31,6 +33,7 @@ from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.masks.pruned_copy import pruned_copy
 from pruningawaretraining.models.calling import ForwardFn, device_of
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.patterns.structures import modules_of_blocks
 from pruningawaretraining.registry import lookup
 from pruningawaretraining.schedules import sparsity_at
 
@@ -133,10 +136,9 @@ class Targets:
         return LinearBySets(macs_cost(self._found.grouping, per_layer, self._found.costs()), self._found.grouping)
 
     def _memory(self) -> MemoryCost:
-        def without(keep_D: Tensor) -> nn.Module:
-            return pruned_copy(self._model, self._found, keep_D)
-
-        return memory_cost(self._found.grouping, without, self._inputs, self._forward_fn)
+        found, blocks = self._found, modules_of_blocks(self._found)
+        without = partial(pruned_copy, self._model, found)
+        return memory_cost(found.grouping, without, self._inputs, self._forward_fn, blocks)
 
     def latency(self, target: Target) -> LatencyTarget:
         """The latency that a target is about; measured at the first call, while the model is dense."""
@@ -212,6 +214,7 @@ class Targets:
         timed = next((goal for goal in goals if isinstance(goal.cost, LatencyCost)), None)
         name = allocation_of(rule)
         allocate: Callable[[Task], Tensor] = lookup("allocation", name)
+        allocate = evened(allocate) if rule.widths == "uniform" else allocate
         at_least = rule.target.last_sparsity or 0.0
         task = Task(share, scores_R, keep_D, self.set_ids_D, goals, self._costs_for(share), at_least)
         if progress >= 1:
@@ -285,6 +288,7 @@ class Targets:
         """The masks of an event that heads for ``final_sparsity``; when they meet all goals, those that just do."""
         rule = task.share.rule
         keep_R = task.allocator(scope).at(sparsity_at(rule.schedule, progress, 0.0, rule.final_sparsity or 1.0))
+        keep_R = uniform(task.share.grouping, keep_R, task.scores_R) if rule.widths == "uniform" else keep_R
         whole = task.keep_D.clone()
         whole[task.share.groups_D] = keep_R
         if any(goal.cost(whole) > goal.budget for goal in task.goals):

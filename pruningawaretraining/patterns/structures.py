@@ -50,6 +50,15 @@ def blocks_of_sets(found: ChannelGroups) -> dict[int, int]:
     }
 
 
+def modules_of_blocks(found: ChannelGroups) -> dict[int, set[str]]:
+    """Number of each set that is a block -> the modules that leave the model with it."""
+    size, modules = found.grouping.size, dict[int, set[str]]()
+    for number, one in enumerate(found.grouping.sets):
+        if is_block(one):
+            modules[number] = found.taken_out(torch.arange(size) != one.start)
+    return modules
+
+
 def _sets_of(member: Member, grouping: Grouping) -> list[int]:
     assert member.slots is not None
     slots = member.slots.cpu()
