@@ -84,6 +84,20 @@ SAME: dict[str, dict[str, Any]] = {
         "rule": {**PATTERNS["channel"], **SCHEDULE, "compensation": "least_squares"},
         "calibrated": True,
     },
+    "family": {"rule": {"start": 0, "end": 3, "hold": 1, "target": {"macs": [0.8, 0.6]}}},
+    "family of zeros": {
+        "rule": {"pattern": "unstructured", "start": 0, "end": 3, "hold": 1, "target": {"sparsity": [0.3, 0.6]}}
+    },
+    "family of all structures": {
+        "rule": {
+            "pattern": ["channel", "depth"],
+            "criterion": "taylor",
+            "start": 0,
+            "end": 3,
+            "target": {"macs": [0.8, 0.6]},
+        },
+        "of": "blocks",
+    },
     "proximal": {"proximal": {"group_type": "Dim0Grouper", "prox_type": "ProxGroupLasso", "reg_lambda": 1.5}},
 }  # fmt: skip
 
