@@ -117,6 +117,12 @@ def refusals() -> dict[str, str]:
         shard(model)
         pruner.prune(model, 1)
 
+    def family() -> None:
+        model = network()
+        pruner = pruner_of(model, {"end": 3, "target": {"macs": [0.8, 0.6]}})
+        shard(model)
+        pruner.prune(model, 1)
+
     def removal() -> None:
         model = network()
         pruner = pruner_of(model, CASES["channel"])
@@ -130,7 +136,13 @@ def refusals() -> dict[str, str]:
         save_pruned(model, "never.safetensors")
 
     tried("saved", saved)
-    for name, call in {"after": after, "parallel": parallel, "every": every, "removal": removal}.items():
+    for name, call in {
+        "after": after,
+        "parallel": parallel,
+        "every": every,
+        "family": family,
+        "removal": removal,
+    }.items():
         tried(name, call)
     return found
 

@@ -55,5 +55,6 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path):
         assert "make the Pruning first, then fully_shard" in found["after"]
         assert "6.weight is under a tensor-parallel plan" in found["parallel"] and "'tp'" in found["parallel"]
         assert "application: 'remove' at every event cannot follow fully_shard" in found["every"]
+        assert "target.macs: [0.8, 0.6] removes channels at every member" in found["family"]
         assert "pruner.gathered(build_model())" in found["removal"]
         assert "fully_shard has spread its parameters" in found["saved"]

@@ -194,6 +194,11 @@ def check_sharded(one: CoupledRule, calibration: Calibration | None) -> None:
     check_sharded_dynamic(one)
     if one.rule.application == "remove":
         raise ConfigError(f"{one.key}.application: 'remove' at every event cannot follow fully_shard. Allowed: mask")
+    for name, values in one.given.target.lists.items():
+        raise ConfigError(
+            f"{one.key}.target.{name}: {values} removes channels at every member, and fully_shard has spread the "
+            "parameters. Allowed: one number, or DistributedDataParallel"
+        )
     if one.compensates:
         raise ConfigError(
             f"{one.key}.compensation: {one.rule.compensation!r} needs whole layers, and fully_shard has spread "
