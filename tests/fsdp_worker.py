@@ -34,6 +34,16 @@ CASES: dict[str, dict[str, Any]] = {
     "snip_momentum": {**UNSTRUCTURED, "criterion": "snip_momentum", "unit": "step", "start": 2, "end": 6, "every": 2},
     "snip, largest": {**UNSTRUCTURED, "criterion": {"type": "snip", "reduction": "max"}, **SCHEDULE},
     "retrain_free": {"pattern": "slice", "target": {"sparsity": 0.4}, "criterion": "retrain_free", **SCHEDULE},
+    "straight through": {
+        **UNSTRUCTURED, "criterion": "l1", "dynamic": {"type": "straight_through", "refresh": 2}, **SCHEDULE,
+    },
+    "straight through 2:4": {
+        "pattern": "2:4", "target": {"sparsity": 0.5}, "exclude": ["0"], "dynamic": "straight_through", **SCHEDULE,
+    },
+    "straight through, channels": {**CHANNEL, "dynamic": "straight_through"},
+    "regrow": {**UNSTRUCTURED, "start": 0, "end": 3, "dynamic": "regrow"},
+    "alternate": {"pattern": "slice", "target": {"sparsity": 0.4}, "start": 0, "end": 2, "dynamic": "alternate"},
+    "soft": {**UNSTRUCTURED, "dynamic": {"type": "soft", "steps": 2}, **SCHEDULE},
     "wanda": {**UNSTRUCTURED, "criterion": "wanda", **SCHEDULE},
 }  # fmt: skip
 

@@ -15,9 +15,11 @@ from fake_device import Watch
 from test_fake_device import on_the_gpu
 from test_state import assert_same, begin, resume, seed_everything, through_a_file, train
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from pruningawaretraining import Pruning, load_pruned, save_pruned
 from pruningawaretraining.config.options import type_of
+from pruningawaretraining.engine.dynamics import state_of_dynamic
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.registry import lookup, names
 
@@ -188,6 +190,31 @@ def test_gradients_scaled_by_a_scaler_train_alike(dynamic: str) -> None:
         found.append(model)
     for (name, plain), scaled in zip(found[0].named_parameters(), found[1].parameters(), strict=True):
         torch.testing.assert_close(plain, scaled, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@ALL
+def test_a_dynamic_follows_layers_that_are_exchanged(dynamic: str, pattern: str) -> None:
+    """Dense values, counted steps and the way to the next masks stay when ``assign=True`` puts other parameters in."""
+    model, _, pruner = run = begin(config(dynamic, pattern))
+    train(run, 0, 3)
+    domain = pruner.engine.coupled if pattern == "channel" else pruner.engine.weights
+    (one,) = domain.rules
+
+    def masks() -> Masks:
+        return domain.masks if pattern == "channel" else one.masks
+
+    before, known = masks(), copy.deepcopy(state_of_dynamic(masks()))
+    assert before.active or dynamic in ("soft", "alternate")
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    pruner.apply_masks()
+    assert masks() is not before and type(masks().dynamic) is type(before.dynamic)
+    assert masks().passing == before.passing and (masks().choose is None) == (before.choose is None)
+    now, specs = zip(*(tree_flatten(state) for state in (state_of_dynamic(masks()), known)), strict=True)
+    assert specs[0] == specs[1]
+    for mine, theirs in zip(*now, strict=True):
+        assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
+    if masks().active:
+        assert check_zeros(model, pruner)
 
 
 def test_an_average_sees_masked_weights_only() -> None:

@@ -45,6 +45,16 @@ def full_of(weight_W: Tensor) -> Tensor:
     return weight_W.detach().full_tensor() if is_sharded(weight_W) else weight_W.detach()  # type: ignore[attr-defined, no-any-return]
 
 
+def whole_of(weight_W: Any, part_W: Tensor) -> Tensor:
+    """The whole of what each process has the same part of as of a weight: gathered where that is a DTensor."""
+    if not is_sharded(weight_W):
+        return part_W
+    kind, mesh, placements = type(weight_W.data), weight_W.device_mesh, weight_W.placements
+    spread = kind.from_local(part_W, mesh, placements, run_check=False, shape=weight_W.shape, stride=weight_W.stride())
+    found: Tensor = spread.full_tensor()
+    return found
+
+
 def extent(weight_W: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes and offsets of this process's part of a DTensor."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

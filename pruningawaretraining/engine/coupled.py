@@ -281,12 +281,12 @@ class CoupledGroups:
 
     def follow_tensors(self) -> None:
         """Take the model's parameters as they are now, by their names."""
-        keep_G = self.masks.keep_G
-        self.masks.clear()
+        before = self.masks
         self.found = self.found.on(self.model)
         for one in self.rules:
             one.feed.rebind()
-        self.mask_again(keep_G)
+        self.masks = Masks.coupled(self.model, self.found, self.spared, before.dynamic, self.followers)
+        before.hand_on(self.masks)
 
     def follow_removal(self, keep_G: Tensor) -> None:
         """Groups have been removed from the model: go on with those that are left."""

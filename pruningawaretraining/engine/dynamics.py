@@ -151,15 +151,15 @@ def check_final(one: ActiveRule) -> None:
 
 
 def check_sharded_dynamic(one: ActiveRule) -> None:
-    """Refuse dynamics that follow whole weights, once ``fully_shard`` has spread them.
+    """Refuse dynamics that go back to whole weights, once ``fully_shard`` has spread them.
 
     Raises:
         ConfigError: it names the dynamic.
     """
-    if one.rule.dynamic != "frozen":
+    if one.dynamic.rewinds:
         raise ConfigError(
-            f"{one.key}.dynamic: {one.rule.dynamic!r} follows whole weights, and fully_shard has spread them. "
-            "Allowed: frozen, or DistributedDataParallel"
+            f"{one.key}.dynamic: {one.rule.dynamic!r} goes back to whole weights, and fully_shard has spread them. "
+            "Allowed: another dynamic, or DistributedDataParallel"
         )
 
 

@@ -244,9 +244,10 @@ class WeightGroups:
         """Take the model's parameters as they are now, by their names: ``fully_shard`` has exchanged them.
 
         Raises:
-            ConfigError: a rule by second order with data of its own.
+            ConfigError: a rule by second order with data of its own, or one that goes back to earlier weights.
         """
         for one in self.rules:
+            check_sharded_dynamic(one)
             if calibration is not None and isinstance(one.criterion, Sampling):
                 raise ConfigError(
                     f"{one.key}.criterion: {one.rule.criterion!r} compensates whole layers, and fully_shard has spread "
@@ -259,7 +260,6 @@ class WeightGroups:
         for one in self.rules:
             members = tuple(replace(m, parameter=self.model.get_parameter(m.name)) for m in one.grouping.members)
             one.grouping = replace(one.grouping, members=members, _cache={})
-            check_sharded_dynamic(one)
             one.masks = one.masks.on(one.grouping)
             one.feed.rebind()
 

@@ -190,7 +190,11 @@ def fill_groups(member: Member, values_W: Tensor, chosen_S: Tensor, value: float
 
 
 def scale_groups(member: Member, values_W: Tensor, chosen_S: Tensor, factor: float) -> None:
-    """Multiply every entry of the chosen slots (bool) with ``factor`` in place; entries outside every group stay."""
+    """Multiply every entry of the chosen slots (bool) with ``factor`` in place; entries outside every group stay. Of a
+    DTensor this process's part."""
+    if is_sharded(values_W):
+        scale_groups(local_member(member), local_of(values_W), chosen_S, factor)
+        return
     factor_S = torch.where(chosen_S.to(values_W.device), factor, 1.0).to(values_W.dtype)
     fold = fold_of(member)
     if fold is None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from pruningawaretraining.distributed.fsdp import local_of
+from pruningawaretraining.distributed.fsdp import local_of, part_of, whole_of
 from pruningawaretraining.errors import CheckpointError, ConfigError
 
 
@@ -124,13 +124,17 @@ class DenseStore:
     # --- state --------------------------------------------------------------------------------------------------
 
     def packed(self, names: Mapping[int, str]) -> dict[str, Tensor]:
-        """The dense values of masked entries, in the order of the weight, by name.
+        """The dense values of masked entries, in the order of the weight, by name; of weights that are spread over
+        processes gathered, so that each has to call it.
 
         Args:
             names: id of a parameter -> its name.
         """
         rows = zip(self._parameters, self._aside, self._masked, strict=True)
-        return {names[id(one)]: aside_W[masked_W != 0].cpu().clone() for one, aside_W, masked_W in rows}
+        return {
+            names[id(one)]: whole_of(one, aside_W)[whole_of(one, masked_W) != 0].cpu().clone()
+            for one, aside_W, masked_W in rows
+        }
 
     @torch.no_grad()
     def load(self, packed: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
@@ -140,8 +144,10 @@ class DenseStore:
             CheckpointError: they are of other masks.
         """
         for parameter, aside_W, masked_W in zip(self._parameters, self._aside, self._masked, strict=True):
-            name, chosen_W = names[id(parameter)], masked_W != 0
+            name, chosen_W = names[id(parameter)], whole_of(parameter, masked_W) != 0
             values = packed.get(name)
             if values is None or values.numel() != int(chosen_W.sum()):
                 raise CheckpointError(f"state: the dense values of {name} are not those of its masks")
-            aside_W.zero_().masked_scatter_(chosen_W, values.to(aside_W.device, aside_W.dtype))
+            found_W = torch.zeros_like(chosen_W, dtype=aside_W.dtype)
+            found_W.masked_scatter_(chosen_W, values.to(aside_W.device, aside_W.dtype))
+            aside_W.copy_(part_of(parameter, found_W))

@@ -154,11 +154,23 @@ class Masks:
 
     def on(self, grouping: Grouping) -> Masks:
         """The same masks on the same groups of other tensors, whose slots are consecutive."""
-        other, keep_G, active = Masks(grouping, followers=self._followers), self.keep_G, self.active
+        other = Masks(grouping, dynamic=self.dynamic, followers=self._followers)
+        self.hand_on(other)
+        return other
+
+    def hand_on(self, other: Masks) -> None:
+        """Let masks of the same groups of other tensors go on where these are; these are cleared."""
+        keep_G, active = self.keep_G, self.active
+        aside = None if self.store is None else self.store.packed(self.names)
+        other.steps, other.passing, other.choose = self.steps, self.passing, self.choose
+        other.next_G, other.snapshot = self.next_G, self.snapshot
         self.clear()
         if active:
             other.set(keep_G)
-        return other
+        if self.store is None:
+            other.store = None
+        elif other.store is not None and aside is not None:
+            other.store.load(aside, other.names)
 
     # --- dense values -------------------------------------------------------------------------------------------
 
