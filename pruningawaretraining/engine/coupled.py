@@ -43,7 +43,7 @@ from pruningawaretraining.engine.rule import Decision, check_finite
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.targets import Targets
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.masks.masks import Masks
+from pruningawaretraining.masks.masks import Masks, hand_on
 from pruningawaretraining.masks.pruned_copy import pruned_copy
 from pruningawaretraining.masks.snapshot import Snapshot
 from pruningawaretraining.models.calling import ForwardFn
@@ -286,7 +286,7 @@ class CoupledGroups:
         for one in self.rules:
             one.feed.rebind()
         self.masks = Masks.coupled(self.model, self.found, self.spared, before.dynamic, self.followers)
-        before.hand_on(self.masks)
+        hand_on(before, self.masks)
 
     def follow_removal(self, keep_G: Tensor) -> None:
         """Groups have been removed from the model: go on with those that are left."""

@@ -155,22 +155,8 @@ class Masks:
     def on(self, grouping: Grouping) -> Masks:
         """The same masks on the same groups of other tensors, whose slots are consecutive."""
         other = Masks(grouping, dynamic=self.dynamic, followers=self._followers)
-        self.hand_on(other)
+        hand_on(self, other)
         return other
-
-    def hand_on(self, other: Masks) -> None:
-        """Let masks of the same groups of other tensors go on where these are; these are cleared."""
-        keep_G, active = self.keep_G, self.active
-        aside = None if self.store is None else self.store.packed(self.names)
-        other.steps, other.passing, other.choose = self.steps, self.passing, self.choose
-        other.next_G, other.snapshot = self.next_G, self.snapshot
-        self.clear()
-        if active:
-            other.set(keep_G)
-        if self.store is None:
-            other.store = None
-        elif other.store is not None and aside is not None:
-            other.store.load(aside, other.names)
 
     # --- dense values -------------------------------------------------------------------------------------------
 
@@ -297,3 +283,18 @@ class Masks:
             member.name: self.keep_G[member.offset : member.offset + member.n_slots].detach().cpu().clone()
             for member in self.grouping.members
         }
+
+
+def hand_on(masks: Masks, other: Masks) -> None:
+    """Let masks of the same groups of other tensors go on where some are; these are cleared."""
+    keep_G, active = masks.keep_G, masks.active
+    aside = None if masks.store is None else masks.store.packed(masks.names)
+    other.steps, other.passing, other.choose = masks.steps, masks.passing, masks.choose
+    other.next_G, other.snapshot = masks.next_G, masks.snapshot
+    masks.clear()
+    if active:
+        other.set(keep_G)
+    if masks.store is None:
+        other.store = None
+    elif other.store is not None and aside is not None:
+        other.store.load(aside, other.names)
