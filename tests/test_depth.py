@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, one_shot, save_pruned
 from pruningawaretraining.checkpoint.files import read_file
+from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.errors import CheckpointError, ConfigError, ModelError
 from pruningawaretraining.models.calling import call, outputs_of
 from pruningawaretraining.models.optimizer_state import follow
@@ -25,6 +27,7 @@ from pruningawaretraining.models.trees import float_tensors_of
 from pruningawaretraining.patterns.depth import find_blocks
 from pruningawaretraining.registry import build as registered
 from pruningawaretraining.registry import names
+from pruningawaretraining.session.plan import plan
 
 WIDTH, IDLE = 8, 1
 
@@ -382,6 +385,32 @@ def test_one_shot_takes_blocks_too() -> None:
     kinds = {key: [isinstance(one, PassThrough) for one in one.blocks] for key, one in pruned.items()}
     assert kinds[0.25] == [False, True, False, False] and sum(kinds[0.5]) == 2 and kinds[0.5][IDLE]
     assert not any(isinstance(one, PassThrough) for one in model.modules())
+
+
+def test_one_shot_and_a_plan_let_blocks_compete_with_channels_as_a_pruner_does() -> None:
+    model, inputs = stack()
+    data = [(inputs, torch.arange(6) % 3)]
+    rule = {"pattern": ["channel", "depth"], "criterion": "taylor", "target": {"macs": 0.6}}
+    pruner = Pruning(copy.deepcopy(model), {"rules": [{**rule, "start": 0, "end": 0}]}, example_inputs=inputs)
+    pruner.calibrate_with(data, functional.cross_entropy)
+    pruner.prune(epoch=0)
+    pruner.remove()
+    (pruned,) = one_shot(model, rule, data, functional.cross_entropy).values()
+    gone = [isinstance(one, PassThrough) for one in pruned.blocks]
+    assert gone[IDLE] and gone == [isinstance(one, PassThrough) for one in pruner.model.blocks]
+    assert count_macs(pruned, inputs) == count_macs(pruner.model, inputs) <= 0.6 * count_macs(model, inputs)
+    calibration = Calibration(model, data, functional.cross_entropy)
+    planned = plan(model, Rule.model_validate(rule), inputs, [("macs", 0.6)], calibration)
+    kept = {one.name: sum(map(int, mask)) for one in planned.sets for mask in [pruner.masks[one.name]]}
+    assert {one.name: one.kept[0] for one in planned.sets} == kept
+    assert kept.keys() >= {f"blocks.{number}" for number in range(4)} and planned.targets[0].macs == pruner.macs.kept
+
+
+def test_one_shot_refuses_a_sparsity_where_blocks_compete_with_channels() -> None:
+    model, inputs = stack()
+    rule = {"pattern": ["channel", "depth"], "criterion": "taylor", "target": {"macs": 0.6}}
+    with pytest.raises(ConfigError, match="^sparsities: a count of groups means nothing where blocks"):
+        one_shot(model, rule, [(inputs, torch.arange(6) % 3)], functional.cross_entropy, [0.5])
 
 
 def test_every_criterion_ranks_blocks_or_is_refused_by_name() -> None:

@@ -10,6 +10,7 @@ width between two stairs, which saves nothing, is passed over.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -58,6 +59,15 @@ class WidthSearch:
         self.start_S = kept_S
         self.widths = {one: self._widths(number) for number, one in enumerate(self.sets)}
         self.worth = {one: self._worth(number, scores_G) for number, one in enumerate(self.sets)}
+        self._worths = torch.cat([self.worth[one] for one in self.sets])  # of one set after the other
+        starts = itertools.accumulate((len(self.worth[one]) for one in self.sets), initial=0)
+        candidates = [
+            (one, start, width)
+            for one, start in zip(self.sets, starts, strict=False)
+            for width in self.widths[one]
+            if width <= int(self.most[one])
+        ]
+        self._set_N, self._start_N, self._width_N = torch.tensor(candidates, dtype=torch.int64).reshape(-1, 3).unbind(1)
 
     def _widths(self, number: int) -> list[int]:
         """Numbers of groups that a set may keep, ascending: at least its floor, in steps."""
@@ -246,28 +256,23 @@ class WidthSearch:
     def give_back(self, kept_S: Tensor, goals: Sequence[Goal]) -> Tensor:
         """Widen sets, the most important groups first, as long as every goal holds."""
         while goals:
-            found = self.wider(kept_S)
-            if not found:
+            rows, gains = self.wider(kept_S)
+            if not len(rows):
                 break
-            rows = torch.stack([row for row, _ in found])
-            fits = torch.ones(len(found), dtype=torch.bool)
+            fits = torch.ones(len(rows), dtype=torch.bool)
             for goal in goals:
                 fits &= goal.cost.of_sets(rows) <= goal.budget
-            gains = torch.where(fits, torch.tensor([gain for _, gain in found], dtype=torch.float64), -1.0)
+            gains = torch.where(fits, gains, -1.0)
             index = int(gains.argmax())
             if float(gains[index]) < 0:
                 break
             kept_S = rows[index]
         return kept_S
 
-    def wider(self, kept_S: Tensor) -> list[tuple[Tensor, float]]:
-        """Every widening of one set, with the importance that it gives back."""
-        found = []
-        for one in self.sets:
-            now = int(kept_S[one])
-            for width in self.widths[one]:
-                if now < width <= int(self.most[one]):
-                    row = kept_S.clone()
-                    row[one] = float(width)
-                    found.append((row, float(self.worth[one][width] - self.worth[one][now])))
-        return found
+    def wider(self, kept_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Every widening of one set: widths of all sets, a row for each, and the importance that each gives back."""
+        able_N = self._width_N > kept_S[self._set_N]
+        sets_N, starts_N, widths_N = self._set_N[able_N], self._start_N[able_N], self._width_N[able_N]
+        rows = kept_S.repeat(len(sets_N), 1)
+        rows[torch.arange(len(sets_N)), sets_N] = widths_N.double()
+        return rows, self._worths[starts_N + widths_N] - self._worths[starts_N + kept_S[sets_N].long()]

@@ -91,21 +91,24 @@ class StructureSearch(WidthSearch):
         for inner in self.inner.get(one, ()):
             kept_S[inner] = 0.0
 
-    def wider(self, kept_S: Tensor) -> list[tuple[Tensor, float]]:
+    def wider(self, kept_S: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`WidthSearch`; a block comes back whole, or as narrow as it may be."""
         out, before = self.gone(kept_S), self.loss(kept_S)
-        closed = out | {one for block in out for one in self.inner[block]}
-        found = [
-            (row, gain) for row, gain in super().wider(kept_S) if not any(row[one] != kept_S[one] for one in closed)
-        ]
-        for block in out if self.fixed is None else ():
-            for narrow in (False, True):
-                row = kept_S.clone()
-                row[block] = 1.0
-                for one in self.inner[block]:
-                    row[one] = float(self.widths[one][0] if narrow else self.most[one])
-                found.append((row, before - self.loss(row)))
-        return found
+        closed = sorted(out.union(*(self.inner[block] for block in out)))
+        rows, gains = super().wider(kept_S)
+        allowed_N = (rows[:, closed] == kept_S[closed]).all(1)
+        blocks = () if self.fixed is not None else out
+        back = [self._with(kept_S, block, narrow) for block in blocks for narrow in (False, True)]
+        gained = torch.tensor([before - self.loss(row) for row in back], dtype=torch.float64)
+        return torch.cat([rows[allowed_N], *(row[None] for row in back)]), torch.cat([gains[allowed_N], gained])
+
+    def _with(self, kept_S: Tensor, block: int, narrow: bool) -> Tensor:
+        """The widths with a block put back, as narrow as it may be or whole."""
+        row = kept_S.clone()
+        row[block] = 1.0
+        for one in self.inner[block]:
+            row[one] = float(self.widths[one][0] if narrow else self.most[one])
+        return row
 
     def loss(self, kept_S: Tensor) -> float:
         """Importance that is lost under these widths."""
@@ -143,14 +146,17 @@ class StructureSearch(WidthSearch):
         best = self._of_mask(best_G)
         free = [one for one in self.blocks if one not in self.spared]
         if len(free) <= EXHAUSTIVE:
-            choices = [{one for place, one in enumerate(free) if code >> place & 1} for code in range(1 << len(free))]
-            for out in choices:
-                best, best_G = self._better(best, best_G, out, goals, driver)
+            for code in range(1 << len(free)):
+                choice = frozenset(one for place, one in enumerate(free) if code >> place & 1)
+                best, best_G = self._better(best, best_G, choice, goals, driver)
             return best_G
+        tried: set[frozenset[int]] = set()
         for _ in range(ROUNDS):
             before, out = best, self.gone(best)
-            for block in self._nearest(best, free):
-                best, best_G = self._better(best, best_G, out ^ {block}, goals, driver)
+            for choice in [frozenset(out ^ {block}) for block in self._nearest(best, free)]:
+                if choice not in tried:
+                    tried.add(choice)
+                    best, best_G = self._better(best, best_G, choice, goals, driver)
             if best is before:
                 break
         return best_G
@@ -168,12 +174,12 @@ class StructureSearch(WidthSearch):
         return sorted(free, key=lambda one: abs(float(self.worth[one][1]) - edge))[:TRIES]
 
     def _better(
-        self, best: Tensor, best_G: Tensor, out: set[int], goals: Sequence[Goal], driver: SetCost | None
+        self, best: Tensor, best_G: Tensor, out: frozenset[int], goals: Sequence[Goal], driver: SetCost | None
     ) -> tuple[Tensor, Tensor]:
         """The masks with exactly these blocks out, if they lose less than the best so far."""
         if len(out) > self.removable:
             return best, best_G
-        start_S, self.fixed = self.start_S, frozenset(out)
+        start_S, self.fixed = self.start_S, out
         self.start_S = start_S.clone()
         for block in out:
             self.take(self.start_S, block, 0)

@@ -23,6 +23,7 @@ from pruningawaretraining.patterns.block_names import candidates
 from pruningawaretraining.patterns.channel import chosen_layers_of, head_units_of, own_groups
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.channel_labels import producer_names
+from pruningawaretraining.patterns.coupling import TRACE_LIMIT
 from pruningawaretraining.patterns.depth import check_alone
 from pruningawaretraining.patterns.stacking import Claim, check_stacking
 from pruningawaretraining.patterns.structures import together
@@ -122,13 +123,7 @@ def build_coupled(
         ModelError: the inputs are rejected, or nothing can be pruned.
     """
     chosen = [(one, one.chosen(model)) for one in rules]
-    union = set().union(*(layers for _, layers in chosen))
-    if any(support_of(one.pattern).kind == "block" for one, _ in chosen):
-        found = removable_blocks(model, inputs, union, forward_fn)
-    else:
-        found = _channels(model, chosen, union, inputs, forward_fn, trace_limit)
-        if any(getattr(one.pattern, "depth", False) for one, _ in chosen):
-            found = _with_blocks(model, found, union & set(candidates(model)), inputs, forward_fn)
+    found = find_removable(model, chosen, inputs, forward_fn, trace_limit)
     for name, reason in found.skipped.items():
         logger.info("%s stays as it is: %s", name, reason)
     parts = [(*one.parts, layers) for one, layers in chosen]
@@ -138,6 +133,33 @@ def build_coupled(
         if check is not None:
             check(found.grouping, rule.sets, rule.key)
     return coupled
+
+
+def find_removable(
+    model: nn.Module,
+    chosen: Sequence[tuple[BuiltRule, set[str]]],
+    inputs: Any,
+    forward_fn: ForwardFn | None = None,
+    trace_limit: float = TRACE_LIMIT,
+) -> ChannelGroups:
+    """The groups of some rules that can be removed from a model: channels, heads and residual blocks.
+
+    Args:
+        model: dense; it is as before afterwards.
+        chosen: each rule with the layers and blocks that it selects.
+        inputs, forward_fn: how to run the model.
+        trace_limit: seconds that the search for coupled channels may take.
+
+    Raises:
+        ModelError: the inputs are rejected, or nothing can be pruned.
+    """
+    union = set().union(*(layers for _, layers in chosen))
+    if any(support_of(one.pattern).kind == "block" for one, _ in chosen):
+        return removable_blocks(model, inputs, union, forward_fn)
+    found = _channels(model, chosen, union, inputs, forward_fn, trace_limit)
+    if any(getattr(one.pattern, "depth", False) for one, _ in chosen):
+        return _with_blocks(model, found, union & set(candidates(model)), inputs, forward_fn)
+    return found
 
 
 def _with_blocks(
@@ -153,7 +175,7 @@ def _with_blocks(
 
 def _channels(
     model: nn.Module,
-    chosen: list[tuple[BuiltRule, set[str]]],
+    chosen: Sequence[tuple[BuiltRule, set[str]]],
     union: set[str],
     inputs: Any,
     forward_fn: ForwardFn | None,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pruningawaretraining.allocation.ranking import Allocator, limits_of
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.config.structures import with_blocks
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.criteria.base import check_kind
 from pruningawaretraining.criteria.second_order.channels import (
@@ -153,6 +154,11 @@ def _checked(sparsities: Any, rule: Rule) -> list[float]:
         return [sparsity]
     if not isinstance(sparsities, Iterable) or isinstance(sparsities, str):
         raise ConfigError(f"sparsities: {sparsities!r} is not allowed. Allowed: a list of numbers in [0, 1]")
+    if with_blocks(rule.pattern):
+        raise ConfigError(
+            "sparsities: a count of groups means nothing where blocks, heads and channels compete. Allowed: None, and a "
+            "rule with target.macs, target.parameters or target.latency"
+        )
     sparsities = list(sparsities)
     if not sparsities:
         raise ConfigError("sparsities: [] asks for nothing. Allowed: numbers in [0, 1], or None for the rule's target")

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
@@ -25,11 +24,12 @@ from pruningawaretraining.engine.latency_target import LatencyReached
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
 from pruningawaretraining.engine.targets import ROUNDS, Targets
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.masks.dry_run import removable_blocks, removable_channels
 from pruningawaretraining.masks.pruned_copy import pruned_copy
-from pruningawaretraining.patterns.channel import chosen_layers_of, own_groups
+from pruningawaretraining.patterns.channel import chosen_layers_of
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.patterns.structures import blocks_of_sets
 from pruningawaretraining.registry import build
+from pruningawaretraining.session.build import BuiltRule, find_removable
 
 
 @dataclass(eq=False)
@@ -82,7 +82,8 @@ class ScoredChannels:
     def share(self, target: Target) -> OnlyRule:
         """The rule with another target."""
         grouping, rule = self.found.grouping, self.rule.model_copy(update={"target": target})
-        return OnlyRule(rule, grouping, list(range(len(grouping.sets))), torch.arange(grouping.size))
+        groups_D = torch.arange(grouping.size)
+        return OnlyRule(rule, grouping, list(range(len(grouping.sets))), groups_D, inside=blocks_of_sets(self.found))
 
     def meeting(self, target: Target, rounds: int = ROUNDS) -> tuple[Tensor, LatencyReached | None]:
         """The masks that just meet a target, and its latency if it is about that and there are rounds.
@@ -119,13 +120,7 @@ def scored_channels(
     """
     pattern, criterion = build("pattern", rule.pattern, "pattern"), build("criterion", rule.criterion, "criterion")
     chosen = chosen_layers_of(pattern, model, rule.layers, rule.exclude)
-    if support_of(pattern).kind == "block":
-        found = removable_blocks(model, inputs, chosen)
-    else:
-        units, multiples = pattern.head_units(model, chosen), dict.fromkeys(chosen, rule.multiple)
-        own = own_groups(pattern, model, chosen)
-        traced = set[str]() if own else chosen
-        found = removable_channels(model, inputs, traced, multiples=multiples, units=units, own=own)
+    found = find_removable(model, [(BuiltRule(key, rule, pattern, criterion), chosen)], inputs)
     feed = StatisticsFeed(key, criterion, model, _scored(found, criterion))
     scores_G = scores_of(criterion, found.grouping, Statistics(tensors=feed.statistics(calibration)))
     return ScoredChannels(model, rule, inputs, found, scores_G)
