@@ -163,16 +163,23 @@ def known() -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 
+def training_parser(description: str, **defaults: int) -> argparse.ArgumentParser:
+    """Options of a benchmark that trains on CIFAR-10, prunes and fine-tunes."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--train", type=int, help="training images")
+    parser.add_argument("--test", type=int, default=2000, help="test images")
+    parser.add_argument("--dense", type=int, help="epochs before pruning")
+    parser.add_argument("--tune", type=int, default=1, help="epochs after it")
+    parser.add_argument("--seeds", type=int, help="fine-tunings of each pruned model")
+    parser.add_argument("--keep", type=float, default=0.6, help="fraction of the latency (or of another cost) to keep")
+    parser.set_defaults(**defaults)
+    return parser
+
+
 def main() -> None:
     """Train, prune, measure; print the table and save it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=6000, help="training images")
-    parser.add_argument("--test", type=int, default=2000, help="test images")
-    parser.add_argument("--dense", type=int, default=5, help="epochs before pruning")
-    parser.add_argument("--tune", type=int, default=1, help="epochs after it")
-    parser.add_argument("--seeds", type=int, default=1, help="fine-tunings of each pruned model")
-    parser.add_argument("--keep", type=float, default=0.6, help="fraction of the latency, or of the MACs, to keep")
+    parser = training_parser(__doc__, train=6000, dense=5, seeds=1)
     parser.add_argument("--cap", type=float, default=0.9, help="largest sparsity of a set")
     parser.add_argument("--batch", type=int, default=1, help="images in a batch for latency")
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)

@@ -9,16 +9,14 @@ latency target: as few of them go as meet it.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from common import markdown, save
-from latency_target import accuracy, cifar, measured, train
+from latency_target import accuracy, cifar, measured, train, training_parser
 from torch import nn
 from torch.nn import functional
 
@@ -57,15 +55,7 @@ def fewest_blocks(dense: nn.Module, keep: float, data: tuple[torch.Tensor, torch
 
 def main() -> None:
     """Train, prune, measure; print the table and save it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=4000, help="training images")
-    parser.add_argument("--test", type=int, default=2000, help="test images")
-    parser.add_argument("--dense", type=int, default=3, help="epochs before pruning")
-    parser.add_argument("--tune", type=int, default=1, help="epochs after it")
-    parser.add_argument("--seeds", type=int, default=2, help="fine-tunings of each pruned model")
-    parser.add_argument("--keep", type=float, default=0.6, help="fraction of the latency to keep")
-    options = parser.parse_args()
+    options = training_parser(__doc__, train=4000, dense=3, seeds=2).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     data = cifar(options.data, options.train, options.test)

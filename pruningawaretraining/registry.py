@@ -201,12 +201,11 @@ def build(kind: str, spec: Any, where: str | None = None) -> Any:
         raise ConfigError(f"{where}: {dict(spec)!r} has no 'type'. Allowed: {', '.join(names(kind))}")
     entry: Any = lookup(kind, spec["type"], f"{where}.type")
     options = {key: value for key, value in spec.items() if key != "type"}
-    if dataclasses.is_dataclass(entry):
-        options = _numbers_in(entry, options)
     if not dataclasses.is_dataclass(entry):
         if options:
             raise ConfigError(f"{where}: {spec['type']!r} takes no options, but {sorted(options)} were given")
         return entry
+    options = _numbers_in(entry, options)
     check_fields(entry, options, where)
     try:
         return _construct(typing.cast("Callable[..., Any]", entry), options)
@@ -225,10 +224,14 @@ def as_number(value: Any) -> Any:
     return int(value) if value.strip().lstrip("+-").isdigit() else float(value)
 
 
-def _numbers_in(entry: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def _numbers_in(entry: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with numbers in place of the texts that stand for some."""
+    texts = {key: value for key, value in options.items() if isinstance(value, str)}
+    if not texts:
+        return options
     hints = typing.get_type_hints(entry)
-    numeric = [key for key in options if any(one in (int, float) for one in _kinds(hints.get(key)))]
-    return {key: as_number(value) if key in numeric else value for key, value in options.items()}
+    numeric = [key for key in texts if any(one in (int, float) for one in _kinds(hints.get(key)))]
+    return options | {key: as_number(texts[key]) for key in numeric}
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:

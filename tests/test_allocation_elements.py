@@ -12,11 +12,11 @@ from pruningawaretraining.allocation.ranking import SLACK
 from pruningawaretraining.allocation.threshold import (
     Limits,
     allocate,
-    allocate_windows,
     classes_of,
     progressive,
     zero_groups,
 )
+from pruningawaretraining.allocation.windows import allocate_windows, count_pruned
 from pruningawaretraining.errors import TargetError
 from pruningawaretraining.patterns.block import Block, NofM
 from pruningawaretraining.patterns.elements import input_dims
@@ -178,3 +178,11 @@ def test_zeros_of_a_pruned_checkpoint() -> None:
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, -2.0]]))
     assert zero_groups(Block(2, 1).build(model)).tolist() == [True, False, False]
+
+
+def test_windows_are_counted_as_pruned_with_at_least_n_zeros() -> None:
+    grouping = NofM(2, 4).build(nn.Sequential(nn.Linear(6, 2, bias=False)))
+    rows = [[1, 0, 0, 0, 1, 1], [1, 1, 1, 0, 1, 0]]  # the last two of a row are a window that is filled up with zeros
+    keep_G = torch.tensor(rows).bool().flatten()
+    assert count_pruned(keep_G, grouping, (2, 4), [1]) == 3
+    assert count_pruned(torch.ones(12, dtype=torch.bool), grouping, (2, 4), [1]) == 2

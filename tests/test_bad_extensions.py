@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining import Pruning, load_config, registry
+from pruningawaretraining import Pruning, load_config, one_shot, registry
 from pruningawaretraining.config.options import COUPLED, Support
 from pruningawaretraining.errors import ConfigError, ExtensionError
 from pruningawaretraining.groups.attachment import Attachment
@@ -251,24 +252,97 @@ def test_what_is_returned_is_refused_by_name_and_the_model_is_as_it_was(case: st
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+class Attaching(Structural):
+    """The channels of the first layer, with attachments."""
+
+    def __init__(self, *kinds: type[Attachment]) -> None:
+        super().__init__(lambda: {"0"})
+        self.kinds = kinds
+
+    def find(self, model: nn.Module, chosen: set[str]) -> ChannelGroups:
+        groups = torch.arange(16)
+        members = (
+            Member.along("0.weight", model[0].weight, 0, groups, 16, "out"),
+            Member.along("0.bias", model[0].bias, 0, groups, 16, "out"),
+            Member.along("2.weight", model[2].weight, 1, groups, 16, "in"),
+        )
+        attached = tuple(kind({"0": groups}) for kind in self.kinds)
+        return ChannelGroups(Grouping("own", members, (GroupSet("0", 0, 16),)), {}, attached)
+
+
 @pytest.mark.parametrize("method", ["hooks", "remove", "costs", "taken_out", "renumber"])
 def test_an_attachment_that_raises_is_named(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Mine = type("Mine", (Attachment,), {method: lambda self, *_: broken()})
-
-    class Own(Structural):
-        def find(self, model: nn.Module, chosen: set[str]) -> ChannelGroups:
-            groups = torch.arange(16)
-            members = (
-                Member.along("0.weight", model[0].weight, 0, groups, 16, "out"),
-                Member.along("0.bias", model[0].bias, 0, groups, 16, "out"),
-                Member.along("2.weight", model[2].weight, 1, groups, 16, "in"),
-            )
-            return ChannelGroups(Grouping("own", members, (GroupSet("0", 0, 16),)), {}, (Mine({"0": groups}),))
-
     registry.names("pattern")
-    monkeypatch.setitem(registry._ENTRIES["pattern"], "bad", Own(lambda: {"0"}))
+    monkeypatch.setitem(registry._ENTRIES["pattern"], "bad", Attaching(Mine))
     with pytest.raises(ExtensionError, match="attachment 'Mine': it raised ZeroDivisionError"):
         Pruning(net(), {"rules": [{"pattern": "bad", "target": {"sparsity": 0.5}}]}, example_inputs=X).prune()
+
+
+class Telling:
+    """Hooks that remember the masks; they raise where some are masked, if they are to."""
+
+    def __init__(self) -> None:
+        self.raises, self.seen = False, list[int]()
+
+    def mask(self, keep_G: Tensor, device: torch.device) -> None:
+        if self.raises and not bool(keep_G.all()):
+            broken()
+        self.seen.append(int(keep_G.sum()))
+
+    def release(self) -> None: ...
+
+
+def test_hooks_of_an_attachment_that_raise_are_named_and_nothing_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Telling(), Telling()
+    Good = type("Good", (Attachment,), {"hooks": lambda self, model: first})
+    Bad = type("Bad", (Attachment,), {"hooks": lambda self, model: second})
+    registry.names("pattern")
+    monkeypatch.setitem(registry._ENTRIES["pattern"], "bad", Attaching(Good, Bad))
+    model = net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rule = {"pattern": "bad", "target": {"sparsity": 0.5}, "application": "mask"}
+    pruner = Pruning(model, {"rules": [rule]}, example_inputs=X)
+    first.seen.clear()
+    second.raises = True
+    with pytest.raises(
+        ExtensionError, match=r"attachment 'Bad': it raised ZeroDivisionError: no.nluck. Expected: nothing"
+    ):
+        pruner.prune()
+    assert first.seen == [8, 16], "told of the masks, and that they are not there"
+    assert pruner.sparsity == 0 and all(bool(mask.all()) for mask in pruner.masks.values())
+    pruner.apply_masks()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    untouched = net()
+    for one in (model, untouched):
+        one(X).sum().backward()
+    assert torch.equal(model[0].weight.grad, untouched[0].weight.grad)
+    with pytest.raises(ExtensionError, match="attachment 'Bad': it raised"):  # masked by the dry run
+        Pruning(net(), {"rules": [rule]}, example_inputs=X)
+
+
+def test_hooks_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    Mine = type("Mine", (Attachment,), {"hooks": lambda self, model: model})
+    registry.names("pattern")
+    monkeypatch.setitem(registry._ENTRIES["pattern"], "bad", Attaching(Mine))
+    with pytest.raises(ExtensionError, match=r"attachment 'Mine': it returned .* Expected: MaskHooks .an object with"):
+        Pruning(net(), {"rules": [{"pattern": "bad", "target": {"sparsity": 0.5}}]}, example_inputs=X)
+
+
+@pytest.mark.parametrize("extra", [CHANNELS, ELEMENTS], ids=str)
+@pytest.mark.parametrize(
+    "entry", [type("Bad", (), {}), lambda grouping: torch.ones(grouping.size)], ids=["class", "function"]
+)
+def test_a_criterion_without_a_score_is_refused_before_training(
+    entry: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.names("criterion")
+    monkeypatch.setitem(registry._ENTRIES["criterion"], "bad", dataclass(entry) if isinstance(entry, type) else entry)
+    rule, said = {**extra, "criterion": "bad", "target": {"sparsity": 0.5}}, "criterion: 'bad' has no method 'score'"
+    with pytest.raises(ConfigError, match=said):
+        Pruning(net(), {"rules": [rule]}, example_inputs=X)
+    with pytest.raises(ConfigError, match=said):
+        one_shot(net(), rule, [(X, torch.zeros(2).long())], nn.functional.cross_entropy)
 
 
 @pytest.mark.parametrize("give, said", [
@@ -331,8 +405,8 @@ class Lifting(Dynamic):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Keeping, r"returned '128 groups that are kept.*at most 6[0-9] at the last event"),
-        (Lifting, r"returned '\d+ groups that were masked before.*nested = False"),
+        (Keeping, r"returned 128 groups that are kept.*at most 6[0-9] at the last event"),
+        (Lifting, r"returned \d+ groups that were masked before.*nested = False"),
     ],
 )
 def test_a_dynamic_that_misses_its_target_is_named(kind: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,6 +418,71 @@ def test_a_dynamic_that_misses_its_target_is_named(kind: Any, message: str, monk
     with pytest.raises(ExtensionError, match=message):
         for epoch in range(2):
             pruner.prune(epoch=epoch)
+
+
+class Unevenly(Dynamic):
+    """As many zeros as are asked for, but not spread over the windows."""
+
+    def choose(self, event: Any, pick: Any) -> Tensor:
+        kept = int(pick().sum())
+        return torch.arange(event.grouping.size) < kept if event.last else torch.ones_like(event.keep_G)
+
+
+class Evenly(Dynamic):
+    """Other weights than the allocation's: the last two of every window of four."""
+
+    def choose(self, event: Any, pick: Any) -> Tensor:
+        return torch.arange(event.grouping.size) % 4 < 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            Unevenly,
+            r"masks with 2 zeros or more in 16 of the windows of 4 weights. Expected: 2 .* in at least 32 of them",
+        ),
+        (Evenly, ""),
+    ],
+)
+def test_final_masks_of_a_dynamic_are_looked_at_window_by_window(
+    kind: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.names("dynamic")
+    monkeypatch.setitem(registry._ENTRIES["dynamic"], "own_dynamic", dataclass(frozen=True)(kind))
+    model = nn.Sequential(nn.Linear(8, 16))
+    rule = {"pattern": "2:4", "target": {"sparsity": 0.5}, "end": 1, "dynamic": "own_dynamic"}
+    pruner = Pruning(model, {"rules": [rule]})
+    pruner.prune(epoch=0)
+    with pytest.raises(ExtensionError, match=message) if message else nullcontext():
+        pruner.prune(epoch=1)
+    zeros = (model[0].weight.reshape(-1, 4) == 0).sum(-1)
+    assert bool((zeros == (0 if message else 2)).all())
+
+
+def test_an_allocation_chooses_once_for_a_dynamic_that_asks_for_its_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(Criterion):
+        refined = 0
+
+        def refine(self, grouping: Any, keep_G: Tensor, statistics: Any) -> Tensor:
+            Counting.refined += 1
+            return keep_G
+
+    class Spoiling(Dynamic):
+        def choose(self, event: Any, pick: Any) -> Tensor:
+            pick().fill_(False)
+            return pick()
+
+    for name, entry in (("criterion", Counting(lambda g: torch.arange(g.size).float())), ("dynamic", Spoiling)):
+        registry.names(name)
+        monkeypatch.setitem(
+            registry._ENTRIES[name], "own", entry if name == "criterion" else dataclass(frozen=True)(entry)
+        )
+    model = nn.Sequential(nn.Linear(8, 16))
+    rule = {"pattern": "unstructured", "target": {"sparsity": 0.5}, "criterion": "own", "dynamic": "own"}
+    pruner = Pruning(model, {"rules": [rule]})
+    pruner.prune(epoch=0)
+    assert pruner.sparsity == 0.5 and Counting.refined == 1
 
 
 def test_a_cost_of_which_a_model_has_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

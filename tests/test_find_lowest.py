@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pruningawaretraining.allocation.threshold import _lowest_in_rows
+from pruningawaretraining.allocation.windows import _lowest_in_rows
 from pruningawaretraining.groups import kernels as fused
 
 

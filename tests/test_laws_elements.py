@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from pruningawaretraining.allocation.ranking import SLACK
-from pruningawaretraining.allocation.threshold import Limits, allocate, allocate_windows, classes_of
+from pruningawaretraining.allocation.threshold import Limits, allocate, classes_of
+from pruningawaretraining.allocation.windows import allocate_windows
 from pruningawaretraining.criteria.base import Statistics, collector_of
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.patterns.block import NofM

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from pruningawaretraining.allocation.threshold import (
     Limits,
-    _lowest_in_rows,
     allocate,
-    allocate_windows,
     progressive,
 )
+from pruningawaretraining.allocation.windows import _lowest_in_rows, allocate_windows
 from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.groups import lowest
 from pruningawaretraining.patterns.block import NofM

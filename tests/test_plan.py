@@ -110,7 +110,7 @@ def test_the_command_takes_models_and_experiments(machine: MadeUp, tmp_path: Pat
     save_file(dict(digits_resnet().state_dict()), weights)
     before = weights.read_bytes()
     text = run("demo", "--macs", "0.5", "--params", "0.5", "--weights", str(weights), "--out", str(out))
-    assert "no weights are given" not in text and "macs 0.5" in text and "params 0.5" in text
+    assert f"wrote {out}" in text and "no weights are given" not in text and "macs 0.5" in text and "params 0.5" in text
     assert (
         weights.read_bytes() == before
         and sorted(one.name for one in tmp_path.iterdir()) == [out.name, weights.name][::-1]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
+from pruningawaretraining import Pruning, registry
 from pruningawaretraining.masks.element_penalties import BlockLasso, SlicePenalty
 from pruningawaretraining.patterns.block import Block
 from pruningawaretraining.patterns.slice import Slice
@@ -93,3 +95,21 @@ def test_block_lasso_ends_at_zero_without_a_nan() -> None:
 def test_a_negative_strength_is_refused(options: type[SlicePenalty] | type[BlockLasso]) -> None:
     with pytest.raises(ValueError, match="strength: -1 must be from 0 to 1e\\+06"):
         options(-1)
+
+
+def test_a_regulariser_is_built_once_in_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    @dataclass(frozen=True)
+    class Own(SlicePenalty):
+        def __post_init__(self) -> None:
+            built.append(self.strength)
+
+    registry.names("regularizer")
+    monkeypatch.setitem(registry._ENTRIES["regularizer"], "own", Own)
+    model = conv([[3.0, 0.3, 0.0], [4.0, 0.4, 0.0]])
+    rule = {"pattern": "2x1", "regularizer": {"type": "own", "strength": 0.1}, "target": {"sparsity": 0.5}, "start": 5}
+    pruner = Pruning(model, {"rules": [rule]})
+    built.clear()
+    losses = [pruner.slice_regularize(model).item() for _ in range(3)]
+    assert losses == pytest.approx([0.2] * 3) and built == [0.1]

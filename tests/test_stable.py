@@ -160,6 +160,16 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: 
     assert str(caught.value).startswith(message)
 
 
+def test_the_times_of_a_rule_that_has_begun_are_made_once_and_follow_the_steps_of_an_epoch() -> None:
+    pruner = pruner_of(net(), end=6.5)
+    (rule,) = pruner.engine.rules
+    rule.state.opened = 4
+    assert rule.times is rule.times and rule.times.first == 4
+    rule.count(10)
+    rule.state.opened = 41
+    assert (rule.times.counts, rule.times.first, rule.times.last) == ("step", 41, 61)
+
+
 def test_data_of_second_order_moves_weights_and_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     before = copy.deepcopy(model.state_dict())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,10 @@ from test_latency_target import MadeUp
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, count_macs, load_pruned, register, registry, save_pruned
+from pruningawaretraining.allocation.goals import Goal
 from pruningawaretraining.allocation.policies import Task
+from pruningawaretraining.allocation.ranking import Allocator, limits_of
+from pruningawaretraining.allocation.structures import StructureSearch
 from pruningawaretraining.config import load_config
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.criteria.base import Needs, Statistics
@@ -142,6 +145,42 @@ def spent_on(coupled: CoupledGroups, cost: str, **limits: Any) -> list[tuple[flo
     """(Cost as a fraction, mask) of every mask."""
     linear = coupled.macs_cost if cost == "macs" else coupled.parameters_cost
     return [(linear(keep_D) / linear.dense, keep_D) for keep_D in every_mask(coupled, **limits)]
+
+
+class Remembering(StructureSearch):
+    """Remembers the blocks that are out in every descent."""
+
+    def descend(self, goals: Sequence[Goal], driver: Any) -> Tensor:
+        if not hasattr(self, "seen"):
+            self.seen: list[Any] = []
+        self.seen.append(self.fixed)
+        return super().descend(goals, driver)
+
+
+def test_no_choice_of_blocks_is_tried_twice() -> None:
+    model = Tokens(6)
+    rule = {
+        "pattern": ["channel", "head", "depth"],
+        "exclude": ["embed"],
+        "criterion": "taylor",
+        "target": {"macs": 0.3},
+    }
+    coupled = Pruning(model, {"rules": [rule]}, example_inputs=torch.randn(2, 5, 6)).engine.coupled
+    assert coupled is not None
+    (one,) = coupled.rules
+    goals = coupled.targets.goals(one)
+    scores = random_scores(coupled, 2)
+    allocator = Allocator(one.grouping, scores, limits_of(one.rule), "global")
+    blocks = [n for n, each in enumerate(coupled.dense_sets) if is_block(each)]
+    keep_D = torch.ones(len(scores), dtype=torch.bool)
+    parts = (one.sets, one.groups_D, keep_D, coupled.targets.set_ids_D)
+    search = Remembering(allocator, scores, *parts, blocks, one.inside)
+    search.solve(goals)
+    tried = list(dict.fromkeys(search.seen))
+    runs = [
+        choice for choice, _ in itertools.groupby(search.seen)
+    ]  # one search descends again where it missed its goal
+    assert len(blocks) == 6 and len(tried) > 6 and runs == tried
 
 
 @pytest.mark.parametrize("cost", ["macs", "parameters"])

@@ -106,7 +106,7 @@ class PassThrough(nn.Module):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Constructor:
     """How a model was built.
 
     Args:
@@ -138,11 +138,11 @@ class Changes:
     classes: tuple[Any, ...] = ()
 
 
-def script(recipe: Recipe, changes: Changes, weights: str, aliases: Mapping[str, str]) -> str:
+def script(constructor: Constructor, changes: Changes, weights: str, aliases: Mapping[str, str]) -> str:
     """The text of the file.
 
     Args:
-        recipe: builds the dense model.
+        constructor: builds the dense model.
         changes: made to it.
         weights: name of the file of weights, in the same folder.
         aliases: tensor -> the tensor whose memory it shares.
@@ -150,20 +150,20 @@ def script(recipe: Recipe, changes: Changes, weights: str, aliases: Mapping[str,
     Raises:
         OSError: the source of a class is not there.
     """
-    name, dot, inner = recipe.name.partition(".")
+    name, dot, inner = constructor.name.partition(".")
     within = f"{dot}{inner}"
-    library = recipe.module.partition(".")[0]
+    library = constructor.module.partition(".")[0]
     values = {"attributes": changes.attributes, "replaced": changes.replaced, "aliases": aliases}
     head = HEAD.format(
         mark=MARK,
         library="" if library == "torch" else f" and {library}",
-        module=recipe.module,
+        module=constructor.module,
         name=name,
         math="\nimport math" if changes.classes else "",
         functional="\nfrom torch.nn import functional as F" if changes.classes else "",
         imports="".join(f"\n{line}" for line in _imports(changes.classes)),
         weights=weights,
-        arguments=pprint.pformat(dict(recipe.arguments), width=110),
+        arguments=pprint.pformat(dict(constructor.arguments), width=110),
         **{key: pprint.pformat(dict(value), width=110, sort_dicts=True) for key, value in values.items()},
     )
     passing = any(kind == "PassThrough" for kind, _ in changes.replaced.values())

@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import operator
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.checkpoint.recipes import OWN, is_plain, recipe_of, recipes
-from pruningawaretraining.checkpoint.script import MARK, Changes, Recipe, script
+from pruningawaretraining.checkpoint.constructors import OWN, constructor_of, constructors, is_plain
+from pruningawaretraining.checkpoint.script import MARK, Changes, Constructor, script
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.files import BROKEN, reason, write_text
 from pruningawaretraining.models.calling import same_generators
@@ -44,12 +45,12 @@ def standalone_script(model: nn.Module, builder: Builder | None, weights: Path, 
     """
     _check_removed(model)
     problem = f"{type(model).__name__} cannot be built again"
-    for recipe in recipes(model) if builder is None else [recipe_of(builder)]:
+    for constructor in constructors(model) if builder is None else [constructor_of(builder)]:
         try:
             with same_generators(model):
-                text = _tried(model, recipe, weights, aliases)
+                text = _tried(model, constructor, weights, aliases)
         except (*BROKEN, ImportError, OSError) as error:
-            problem = f"{recipe} builds another model: {reason(error)}"
+            problem = f"{constructor} builds another model: {reason(error)}"
         else:
             return text
     raise CheckpointError(f"standalone: {problem}. Allowed: standalone=functools.partial(builder, argument=...)")
@@ -91,17 +92,15 @@ def _check_removed(model: nn.Module) -> None:
             )
 
 
-def _tried(model: nn.Module, recipe: Recipe, weights: Path, aliases: Mapping[str, str]) -> str:
+def _tried(model: nn.Module, constructor: Constructor, weights: Path, aliases: Mapping[str, str]) -> str:
     """The text of the file, run once.
 
     Raises:
         ValueError: what it builds differs.
     """
-    builder: Any = importlib.import_module(recipe.module)
-    for part in recipe.name.split("."):
-        builder = getattr(builder, part)
-    changes = _changes(model, _dense(functools.partial(builder, **recipe.arguments)))
-    text = script(recipe, changes, weights.name, aliases)
+    builder: Any = operator.attrgetter(constructor.name)(importlib.import_module(constructor.module))
+    changes = _changes(model, _dense(functools.partial(builder, **constructor.arguments)))
+    text = script(constructor, changes, weights.name, aliases)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "standalone.py"
         path.write_text(text, encoding="utf-8")

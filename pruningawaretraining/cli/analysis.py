@@ -51,7 +51,7 @@ def analyze(
     with reported(debug, shaped=True):
         from pruningawaretraining.analysis.compare import write_comparison
         from pruningawaretraining.analysis.sources import load_sources
-        from pruningawaretraining.experiment.shipped import shipped_configs
+        from pruningawaretraining.experiment.shipped import named
         from pruningawaretraining.report.run import NORMS
 
         console = Console()
@@ -62,8 +62,7 @@ def analyze(
         def shown(paths: Sequence[Path]) -> Any:
             return track(paths, "reading checkpoints", console=console, disable=not console.is_terminal)
 
-        named = None if model is None else str(shipped_configs().get(model, model))
-        runs = load_sources(sources, named, shape, out, shown)
+        runs = load_sources(sources, None if model is None else named(model), shape, out, shown)
         paths = write_comparison(runs, out, " / ".join(one.name for one in runs))
         _print_choices(runs, console)
         say_written(*paths)

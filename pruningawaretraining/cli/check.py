@@ -150,10 +150,10 @@ def _checked(name: str, config: PruningConfig) -> nn.Module:
     from copy import deepcopy
 
     from pruningawaretraining.experiment.inspection import load_inspected
-    from pruningawaretraining.experiment.shipped import shipped_configs
+    from pruningawaretraining.experiment.shipped import named
     from pruningawaretraining.session.pruning import Pruning
 
-    found = load_inspected(str(shipped_configs().get(name, name)))
+    found = load_inspected(named(name))
     Pruning(deepcopy(found.model), config, example_inputs=found.inputs)
     return found.model
 

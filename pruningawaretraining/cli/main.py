@@ -135,12 +135,12 @@ def inspect(
     with reported(debug, shaped=True):
         from pruningawaretraining.experiment.inspection import groups_picture, groups_text, layers_table, load_inspected
         from pruningawaretraining.experiment.model_tree import tree_view
-        from pruningawaretraining.experiment.shipped import shipped_configs
+        from pruningawaretraining.experiment.shipped import named
 
         if picture is not None:
             check_out(picture, key="--picture")
         shape = None if input_shape is None else shape_of(input_shape)
-        inspected = load_inspected(str(shipped_configs().get(source, source)), shape, data=data)
+        inspected = load_inspected(named(source), shape, data=data)
         if groups:
             typer.echo(groups_text(inspected))
         console = Console()

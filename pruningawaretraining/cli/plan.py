@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pruningawaretraining.cli.common import check_out, measuring, reported, shape_of
+from pruningawaretraining.cli.common import check_out, measuring, reported, say_written, shape_of
 
 Fractions = Annotated[list[float] | None, typer.Option(help="Fractions of the dense latency to keep: 0.5 0.33.")]
 Macs = Annotated[list[float] | None, typer.Option(help="Fractions of the MACs to keep.")]
@@ -60,7 +60,7 @@ def plan(
         console.print(plan_view(found, console.width))
         if out is not None:
             write_json(out, found.to_dict(), indent=2)
-            console.print(str(out), highlight=False, markup=False, soft_wrap=True)
+            say_written(out)
 
 
 def _wanted(given: dict[str, list[float] | None]) -> list[tuple[str, float]]:

@@ -231,6 +231,11 @@ def check_kind(criterion: Any, kind: str, key: str, named: Any, pattern: Any) ->
         ConfigError: it names the criterion, and patterns and criteria that go together.
     """
     kinds = needs_of(criterion).kinds
+    if not callable(getattr(criterion, "score", None)):
+        raise ConfigError(
+            f"{key}: {named!r} has no method 'score'. Allowed: a class with score(grouping, statistics), which returns "
+            "one number for each group"
+        )
     if not _among(kind, kinds):
         fitting = [one for one in names("criterion") if _among(kind, needs_of(lookup("criterion", one)).kinds)]
         raise ConfigError(

@@ -225,8 +225,9 @@ class CoupledGroups:
 
     def mask(self, one: CoupledRule, keep_R: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Mask weights, gradients and optimizer state."""
-        self.keep_D = self.keep_D.index_copy(0, one.groups_D, keep_R)
-        self.masks.set(self.keep_D[self.live_D])
+        keep_D = self.keep_D.index_copy(0, one.groups_D, keep_R)
+        self.masks.set(keep_D[self.live_D])
+        self.keep_D = keep_D
         self.masks.apply_to_gradients()
         self.masks.apply_to_state(optimizers)
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.allocation.threshold import allocate_windows
+from pruningawaretraining.allocation.windows import allocate_windows, count_pruned
 from pruningawaretraining.criteria.base import EXPECTED_MASKS, EXPECTED_SCORES, checked_masks, checked_scores
 from pruningawaretraining.engine.rule import ActiveRule
 from pruningawaretraining.engine.weight_rules import WeightRule
@@ -98,22 +99,36 @@ def _squares(member: Member) -> Tensor:
     return slot_sums(member, gradient_W.detach().float().square())
 
 
-def chosen(one: WeightRule, event: Event, pick: Callable[[], Tensor]) -> Tensor:
+def chosen(model: nn.Module, one: WeightRule, event: Event, pick: Callable[[], Tensor]) -> Tensor:
     """The masks that a rule's dynamic takes at an event; ``pick`` gives those of its allocation."""
+    picked = cache(pick)
     with calling("dynamic", one.dynamic, EXPECTED_MASKS.format(event.grouping.size)):
-        keep_G = one.dynamic.choose(event, pick)
+        keep_G = one.dynamic.choose(event, lambda: picked().clone())
     found_G = checked_masks("dynamic", one.dynamic, keep_G, event.grouping.size).to(event.keep_G.device)
     own = type(one.dynamic).choose is not Dynamic.choose
     chooses = own or hasattr(one.criterion, "refine")  # others take the allocation's masks, which are nested
     back = int((found_G & ~event.keep_G).sum()) if one.dynamic.nested and chooses else 0
     expected = "masks that keep nothing that was masked before, or a dynamic that says nested = False"
-    check_returned(not back, "dynamic", one.dynamic, f"{back} groups that were masked before", expected)
+    check_returned(not back, "dynamic", one.dynamic, found_G, expected, f"{back} groups that were masked before")
     if event.last and own:
-        most = int(pick().sum()) + len(event.grouping.sets)  # layers may round their own way
-        kept = int(found_G.sum())
-        expected = f"at most {most} at the last event, so that the target is met"
-        check_returned(kept <= most, "dynamic", one.dynamic, f"{kept} groups that are kept", expected)
+        _check_last(model, one, event, found_G, picked())
     return found_G
+
+
+def _check_last(model: nn.Module, one: WeightRule, event: Event, found_G: Tensor, picked_G: Tensor) -> None:
+    """Refuse final masks of a dynamic that miss the target, or an N:M pattern, which the allocation's masks meet."""
+    most = int(picked_G.sum()) + len(event.grouping.sets)  # layers may round their own way
+    kept = int(found_G.sum())
+    expected = f"at most {most} at the last event, so that the target is met"
+    check_returned(kept <= most, "dynamic", one.dynamic, found_G, expected, f"{kept} groups that are kept")
+    window = getattr(one.pattern, "window", None)
+    if window is None:
+        return
+    dims = input_dims(model, event.grouping)
+    pruned, least = (count_pruned(keep_G, event.grouping, window, dims) for keep_G in (found_G, picked_G))
+    shown = f"masks with {window[0]} zeros or more in {pruned} of the windows of {window[1]} weights"
+    expected = f"{window[0]} zeros or more in at least {least} of them at the last event"
+    check_returned(pruned >= least, "dynamic", one.dynamic, found_G, expected, shown)
 
 
 def go_back(one: ActiveRule, masks: Masks, optimizers: Iterable[torch.optim.Optimizer]) -> None:

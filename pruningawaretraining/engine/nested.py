@@ -6,7 +6,7 @@ Shape suffixes: ``_G`` groups of one rule, ``_S`` slots of one member, ``_W`` an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +38,8 @@ def with_others(one: WeightRule, rules: Sequence[WeightRule]) -> Tensor:
 
 def counts(rules: Sequence[WeightRule]) -> tuple[int, int]:
     """(groups, those that are masked); entries of a weight that several rules prune are groups of their own."""
-    if _joint(rules):
-        rows = _tallies(rules)
+    if together := _joint(rules):
+        rows = _tallies(rules, together)
         return sum(size for _, size, _ in rows), sum(size - kept for _, size, kept in rows)
     total = sum(one.grouping.size for one in rules)
     return total, total - sum(sum(one.masks.kept_by_set) for one in rules)
@@ -47,7 +47,7 @@ def counts(rules: Sequence[WeightRule]) -> tuple[int, int]:
 
 def masked_weights(rules: Sequence[WeightRule]) -> int:
     """How many weights are masked by any of the rules."""
-    if not _joint(rules):
+    if not _shared(rules):
         return sum(one.masks.masked_weights() for one in rules)
     kept = _kept_weights(rules, {name for one in rules for name in _names(one)})
     return sum(kept_W.numel() - int(kept_W.sum()) for kept_W in kept.values())
@@ -55,7 +55,10 @@ def masked_weights(rules: Sequence[WeightRule]) -> int:
 
 def described(rules: Sequence[WeightRule]) -> list[dict[str, Any]]:
     """One dict for each weight: source, dependencies (none), size and kept groups."""
-    return [{"source": name, "dependencies": [], "size": size, "kept": kept} for name, size, kept in _tallies(rules)]
+    return [
+        {"source": name, "dependencies": [], "size": size, "kept": kept}
+        for name, size, kept in _tallies(rules, _joint(rules))
+    ]
 
 
 def keep_masks(rules: Sequence[WeightRule]) -> dict[str, Tensor]:
@@ -64,9 +67,8 @@ def keep_masks(rules: Sequence[WeightRule]) -> dict[str, Tensor]:
     return own | {name: kept_W.flatten().cpu() for name, kept_W in _joint(rules).items()}
 
 
-def _tallies(rules: Sequence[WeightRule]) -> list[tuple[str, int, int]]:
-    """(name, groups, those that are kept) of every weight."""
-    together = _joint(rules)
+def _tallies(rules: Sequence[WeightRule], together: Mapping[str, Tensor]) -> list[tuple[str, int, int]]:
+    """(name, groups, those that are kept) of every weight; ``together`` as :func:`_joint` gives it."""
     own = [
         (member.name, member.n_slots, left)
         for one in rules
@@ -78,9 +80,14 @@ def _tallies(rules: Sequence[WeightRule]) -> list[tuple[str, int, int]]:
 
 def _joint(rules: Sequence[WeightRule]) -> dict[str, Tensor]:
     """Name of each weight that several rules prune -> True for its entries that none of them masks."""
-    owners = Counter(name for one in rules for name in _names(one))
-    shared = {name for name, count in owners.items() if count > 1}
+    shared = _shared(rules)
     return _kept_weights(rules, shared) if shared else {}
+
+
+def _shared(rules: Sequence[WeightRule]) -> set[str]:
+    """Names of the weights that several rules prune."""
+    owners = Counter(name for one in rules for name in _names(one))
+    return {name for name, count in owners.items() if count > 1}
 
 
 def _names(one: WeightRule) -> set[str]:

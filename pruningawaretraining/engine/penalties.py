@@ -35,6 +35,7 @@ class ActivePenalties:
         """Groups or tensors have changed: prepare again at the next use."""
         self._prepared: list[tuple[CoupledRule, Any, Regularizer, Tensor]] | None = None
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # for each regulariser: all masks, and its own
+        self._inside: dict[str, tuple[str, Any]] = {}  # rule inside layers -> where it acts, and it
 
     def of_gradients(self, coupled: CoupledGroups) -> list[tuple[Regularizer, Tensor]]:
         """Each regulariser of the gradients whose rule works, with its factors at these weights; not while a
@@ -75,7 +76,7 @@ class ActivePenalties:
     def of_loss(self, weights: WeightGroups | None) -> Tensor:
         """The differentiable penalty of every rule that has one and works; 0 without any."""
         total = torch.zeros((), device=next((p.device for p in self.model.parameters()), torch.device("cpu")))
-        for one, options in _acting(weights, "loss"):
+        for one, options in self._acting(weights, "loss"):
             expected = "a tensor with one real number"
             with calling("regularizer", options, expected):
                 penalty = options.penalty(one.grouping)
@@ -94,7 +95,7 @@ class ActivePenalties:
             fresh: 1 if the optimizer's step makes a real step, else 0.
             rates: gives learning rates by the ids of parameters.
         """
-        shrinking = list(_acting(weights, "weights"))
+        shrinking = list(self._acting(weights, "weights"))
         if not shrinking or not (isinstance(fresh, Tensor) or fresh):
             return
         rate = rates()
@@ -102,10 +103,15 @@ class ActivePenalties:
             with calling("regularizer", options, "nothing: it changes the weights"):
                 options.after_step(one.grouping, lambda parameter: rate.get(id(parameter), 0.0) * fresh)
 
-
-def _acting(weights: WeightGroups | None, acts: str) -> Iterator[tuple[WeightRule, Any]]:
-    """The regularisers that act there, of rules that work."""
-    for one in () if weights is None else weights.rules:
-        spec = one.rule.regularizer
-        if spec is not None and one.works and acts_of(type_of("regularizer", spec)) == acts:
-            yield one, build("regularizer", spec, f"{one.key}.regularizer")
+    def _acting(self, weights: WeightGroups | None, acts: str) -> Iterator[tuple[WeightRule, Any]]:
+        """The regularisers that act there, of rules that work."""
+        for one in () if weights is None else weights.rules:
+            spec = one.rule.regularizer
+            if spec is None or not one.works:
+                continue
+            if one.key not in self._inside:
+                options = build("regularizer", spec, f"{one.key}.regularizer")
+                self._inside[one.key] = acts_of(type_of("regularizer", spec)), options
+            where, options = self._inside[one.key]
+            if where == acts:
+                yield one, options

@@ -102,6 +102,7 @@ class ActiveRule:
     next_G: Tensor | None = field(default=None, init=False)
     scores_G: Tensor | None = field(default=None, init=False)
     gradient_G: Tensor | None = field(default=None, init=False)
+    _opened: tuple[Timeline, int, Timeline] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.names = tuple(self.given.target.names)
@@ -122,13 +123,22 @@ class ActiveRule:
     @property
     def rule(self) -> Rule:
         """The configuration with the target, start and end of the member that comes next, or was the last."""
-        return self.members[min(self.state.member, len(self.members) - 1)]
+        return self.members[self._member]
 
     @property
     def times(self) -> Timeline:
         """When that member has its events, and how far each goes."""
-        planned = self.timelines[min(self.state.member, len(self.members) - 1)]
-        return planned if self.state.opened is None else planned.beginning(self.state.opened)
+        planned, opened = self.timelines[self._member], self.state.opened
+        if opened is None:
+            return planned
+        if self._opened is None or self._opened[0] is not planned or self._opened[1] != opened:
+            self._opened = planned, opened, planned.beginning(opened)
+        return self._opened[2]
+
+    @property
+    def _member(self) -> int:
+        """Number of the member that comes next, or was the last."""
+        return min(self.state.member, len(self.members) - 1)
 
     @property
     def before(self) -> Rule | None:

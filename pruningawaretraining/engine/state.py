@@ -176,13 +176,13 @@ def _check_keys(weights: WeightGroups, state: Mapping[str, Any]) -> list[RuleSta
     return read
 
 
-def _check_masks(one: WeightRule, values: Mapping[str, Any]) -> None:
+def _check_masks(one: WeightRule, rule_state: RuleState, values: Mapping[str, Any]) -> None:
     """Refuse masks of other groups; compared once the channels are those of the state."""
     sets = _sizes_of(one)
     if values["sets"] != sets:
         other = sorted(set(sets.items()) ^ set(values["sets"].items()))[0]
         raise CheckpointError(f"state: {one.key} was saved for other groups: {other[0]!r} of {other[1]} differs")
-    _check_would(one.key, RuleState(**values["state"]), one.grouping.size)
+    _check_would(one.key, rule_state, one.grouping.size)
     for name in ("keep", "next", "scores"):
         value = values[name]
         if not (value is None and name != "keep") and value.shape != (one.grouping.size,):
@@ -219,8 +219,8 @@ def load_into(
     engine.release()
     removed = coupled is not None and read is not None and _remove_more(engine, coupled, read, context, surgeries)
     if weights is not None and finer is not None:
-        for one, values in zip(weights.rules, finer["rules"], strict=True):
-            _check_masks(one, values)
+        for one, rule_state, values in zip(weights.rules, rules, finer["rules"], strict=True):
+            _check_masks(one, rule_state, values)
     if coupled is not None and read is not None:
         _load_coupled(coupled, read)
     if weights is not None and finer is not None:

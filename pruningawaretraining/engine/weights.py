@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.allocation.ranking import limits_of
-from pruningawaretraining.allocation.threshold import allocate, allocate_windows, classes_of, zero_groups
+from pruningawaretraining.allocation.threshold import allocate, classes_of, zero_groups
+from pruningawaretraining.allocation.windows import allocate_windows
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.criteria.base import Statistics, refined, scores_of
@@ -140,7 +141,7 @@ class WeightGroups:
             with one.masks.dense():
                 scores_G = self.scores(one, statistics)
                 event = one.event(now, one.grouping, keep_G, scores_G, asked.sparsity, one.state.event)
-                keep_G = chosen(one, event, partial(self._allocated, one, scores_G, statistics, asked))
+                keep_G = chosen(self.model, one, event, partial(self._allocated, one, scores_G, statistics, asked))
         if one.dynamic.listens:
             one.masks.passing, one.gradient_G = False, None
         return Decision(keep_G, one.is_last(now), scores_G)
@@ -185,11 +186,9 @@ class WeightGroups:
         go_back(one, one.masks, context.optimizers)
         self.mask(one, keep_G, context.optimizers)
         for each, kept in zip(one.grouping.sets, one.masks.kept_by_set, strict=True):
-            if not kept and (one.key, each.name) not in self._empty:  # the model may be cut in two there
-                self._empty.add((one.key, each.name))
-                logger.warning(
-                    "%s: no weight is left in %s; max_sparsity below 1 keeps some in every layer", one.key, each.name
-                )
+            if not kept and (empty := (one.key, each.name)) not in self._empty:  # the model may be cut in two there
+                self._empty.add(empty)
+                logger.warning("%s: no weight is left in %s; max_sparsity below 1 keeps some in every layer", *empty)
 
     def mask(self, one: WeightRule, keep_G: Tensor, optimizers: Optimizers) -> None:
         """Mask weights, gradients and optimizer state, as far as the rule's dynamic says."""
@@ -281,7 +280,7 @@ class WeightGroups:
                 statistics = Statistics(keep_G=one.masks.keep_G, tensors=one.feed.statistics(None, required=False))
                 scores_G = self.scores(one, statistics)
                 event = one.event(now, one.grouping, one.masks.keep_G, scores_G, asked.sparsity, one.state.event - 1)
-                keep_G = chosen(one, event, partial(self._allocated, one, scores_G, statistics, asked))
+                keep_G = chosen(self.model, one, event, partial(self._allocated, one, scores_G, statistics, asked))
                 one.masks.set(keep_G)  # at once: nothing fades a second time
                 self.mask(one, keep_G, optimizers)
 

@@ -20,6 +20,7 @@ from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment.build import build_model, is_imported
 from pruningawaretraining.experiment.datasets import data_shape
 from pruningawaretraining.experiment.schema import ModelConfig, load_experiment
+from pruningawaretraining.experiment.shipped import is_experiment
 from pruningawaretraining.models.calling import from_shapes
 from pruningawaretraining.models.example_inputs import batch_of
 from pruningawaretraining.registry import build
@@ -73,7 +74,7 @@ def load_inspected(
         raise ConfigError(
             f"--input-shape: {list(input_shape)} is not a shape. Allowed: sizes of 1 or more, such as 1,3,224,224"
         )
-    if Path(source).suffix.lower() not in (".yaml", ".yml", ".json"):
+    if not is_experiment(source):
         model = build_model(ModelConfig(name=source))
         return Inspected(model, torch.zeros(list(input_shape or (1, *_own_shape(model)))), load_config(EVERYTHING))
     config = load_experiment(source)

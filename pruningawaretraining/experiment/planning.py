@@ -21,7 +21,7 @@ from pruningawaretraining.experiment.data import Pipeline
 from pruningawaretraining.experiment.datasets import load_data
 from pruningawaretraining.experiment.inspection import Inspected, load_inspected
 from pruningawaretraining.experiment.schema import DataConfig, load_experiment
-from pruningawaretraining.experiment.shipped import shipped_configs
+from pruningawaretraining.experiment.shipped import is_experiment, named
 from pruningawaretraining.models.calling import tensors_of
 from pruningawaretraining.report.summary import fraction, si, wrapped_name
 from pruningawaretraining.session.plan import Plan, Planned, PlanOptions, needs_data, plan, rule_of
@@ -59,12 +59,12 @@ class Planning:
     @property
     def path(self) -> str:
         """The file of the experiment, or the name of the model."""
-        return str(shipped_configs().get(self.source, self.source))
+        return named(self.source)
 
     @property
     def is_experiment(self) -> bool:
         """Whether it is an experiment."""
-        return Path(self.path).suffix.lower() in (".yaml", ".yml", ".json")
+        return is_experiment(self.path)
 
 
 def planned(of: Planning, wanted: Sequence[tuple[str, float]], options: PlanOptions) -> Plan:

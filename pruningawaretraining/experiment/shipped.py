@@ -17,6 +17,16 @@ def shipped_configs() -> dict[str, Path]:
     return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def named(source: str) -> str:
+    """The file of a shipped experiment by its name; any other name or path as it is."""
+    return str(shipped_configs().get(source, source))
+
+
+def is_experiment(source: str) -> bool:
+    """Whether a source is the file of an experiment, by its ending, and not a model by name."""
+    return Path(source).suffix.lower() in (".yaml", ".yml", ".json")
+
+
 def find_config(name: str) -> Path:
     """The file that a user means: a path, or the name of a shipped experiment if no such path exists.
 

@@ -22,7 +22,7 @@ from pruningawaretraining.costs.memory import peak_activation_bytes
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.inspection import Inspected, load_inspected
-from pruningawaretraining.experiment.shipped import shipped_configs
+from pruningawaretraining.experiment.shipped import named
 from pruningawaretraining.files import read_object, reading
 from pruningawaretraining.report.summary import percent, si
 from pruningawaretraining.runtimes.timing import Model, compare_latency
@@ -132,7 +132,7 @@ def _needed(input_shape: Sequence[int] | None, source: str) -> Sequence[int]:
 
 def _of_name(name: str, input_shape: Sequence[int] | None, data: Path | None) -> Inspected:
     """A model, an experiment or a shipped experiment by name."""
-    return load_inspected(str(shipped_configs().get(name, name)), input_shape, data=data)
+    return load_inspected(named(name), input_shape, data=data)
 
 
 def _of_folder(

@@ -1,11 +1,17 @@
-"""Hooks on the gradients of masked weights."""
+"""Hooks of masks: on the gradients of masked weights, and of modules that know what is masked.
+
+Shape suffixes: ``_G`` groups.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+
+from pruningawaretraining.groups.attachment import MaskHooks
 
 
 def hooked(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
@@ -19,3 +25,22 @@ def hooked(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle
         if frozen:
             parameter.requires_grad_(False)
     return handle
+
+
+def tell(hooks: Sequence[MaskHooks], before_G: Tensor, keep_G: Tensor, device: torch.device) -> None:
+    """Give new masks to the hooks of modules: to all of them, or to none where one fails.
+
+    Args:
+        hooks: of one model.
+        before_G, keep_G: the masks that they have, and the new ones, on the CPU.
+        device: where the masked weights lie.
+    """
+    told: list[MaskHooks] = []
+    try:
+        for one in hooks:
+            one.mask(keep_G, device)
+            told.append(one)
+    except BaseException:
+        for one in told:
+            one.mask(before_G, device)
+        raise

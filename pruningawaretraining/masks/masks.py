@@ -26,7 +26,7 @@ from pruningawaretraining.masks.averages import Averages, cleared
 from pruningawaretraining.masks.dense_store import DenseStore, check_optimizer
 from pruningawaretraining.masks.dynamics import FROZEN, Dynamic
 from pruningawaretraining.masks.factor_writer import FactorWriter
-from pruningawaretraining.masks.hooks import hooked
+from pruningawaretraining.masks.hooks import hooked, tell
 from pruningawaretraining.masks.protocols import Ids, Writer
 from pruningawaretraining.masks.snapshot import Snapshot
 from pruningawaretraining.masks.view_writer import ViewWriter, kept_of_members
@@ -118,7 +118,23 @@ class Masks:
     def set(self, keep_G: Tensor) -> None:
         """Take new masks (True = keep) and zero what they switch off; dense values that live on follow them."""
         checked_masks("dynamic", self.dynamic, keep_G, self.grouping.size)
-        was_open = self._open()
+        was_open, before_G = self._open(), self._keep_G
+        self._take(keep_G)
+        try:
+            if self._hooks:
+                masked = self._writer.parameters()
+                device = masked[0].device if masked else torch.device("cpu")
+                tell(self._hooks, before_G.cpu(), self.keep_on(torch.device("cpu")), device)
+        except BaseException:
+            self._take(before_G)
+            raise
+        finally:
+            self._close(was_open)
+        if self._followers:
+            self.averages.mask(self.keep_on(torch.device("cpu")))
+
+    def _take(self, keep_G: Tensor) -> None:
+        """Let the writer and the hooks of gradients have other masks; the weights follow in :meth:`_close`."""
         for handle in self._handles:
             handle.remove()
         self._keep_G = keep_G.detach().to(self._writer.device, torch.bool, copy=True)
@@ -127,14 +143,6 @@ class Masks:
         self.active = sum(self.kept_by_set) < self.grouping.size
         self._writer.build(self.keep_G, self.kept_by_set)
         self._hook_gradients()
-        if self._hooks:
-            masked = self._writer.parameters()
-            device = masked[0].device if masked else torch.device("cpu")
-            for one in self._hooks:
-                one.mask(self.keep_on(torch.device("cpu")), device)
-        self._close(was_open)
-        if self._followers:
-            self.averages.mask(self.keep_on(torch.device("cpu")))
 
     def exchange(self, keep_G: Tensor) -> None:
         """Take new masks that keep as many groups of every set, without counting: nothing waits for the device."""

@@ -79,7 +79,8 @@ def remove(
     Raises:
         ModelError: a layer would be empty, or a follower is not a copy of the model.
     """
-    gone = _tensors_of(found.grouping, found.taken_out(keep_G))
+    prefixes = found.taken_prefixes(keep_G)
+    gone = {member.name for member in found.grouping.members if member.name.startswith(prefixes)}
     kept = kept_indices(found.grouping, keep_G, gone)
     surgery = surgery or Surgery()
 
@@ -100,12 +101,6 @@ def remove(
         surgery.undo()
         raise
     return surgery
-
-
-def _tensors_of(grouping: Grouping, modules: Iterable[str]) -> set[str]:
-    """The names of the tensors that are in these modules."""
-    prefixes = tuple(f"{name}." for name in modules)
-    return {member.name for member in grouping.members if member.name.startswith(prefixes)}
 
 
 def _change_parts(module: nn.Module, found: ChannelGroups, keep_G: Tensor, surgery: Surgery) -> list[nn.Parameter]:

@@ -27,6 +27,10 @@ class KeptNorm:
     def __init__(self, channels: int, device: torch.device) -> None:
         self.keep_C = torch.ones(channels, device=device)
 
+    def take(self, keep_C: Tensor, device: torch.device) -> None:
+        """Take new masks, in place."""
+        self.keep_C.copy_(keep_C)
+
     def __call__(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The output in place of the module's own."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ of coupled channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from pruningawaretraining.models.compiling import forget_compiled
+from pruningawaretraining.models.kept_hooks import KeptHooks
 from pruningawaretraining.models.kept_norm import KeptNorm
 from pruningawaretraining.models.masked_modules import KeptModule, is_light
 from pruningawaretraining.models.surgery import Surgery
@@ -152,10 +153,10 @@ def kept_norm_of(module: nn.Module) -> KeptNormOf | None:
     return KeptModule if known is None and is_light(module) else known
 
 
-class NormHooks:
+class NormHooks(KeptHooks[KeptNorm]):
     """Norms that mix channels (LayerNorm, GroupNorm) compute their statistics over the kept channels.
 
-    A hook that is there is only told of new masks, so that nothing has to be compiled again.
+    Nothing has to be compiled again for other masks.
 
     Args:
         model: the model.
@@ -163,29 +164,21 @@ class NormHooks:
     """
 
     def __init__(self, model: nn.Module, kept: Callable[[Tensor], Mapping[str, Tensor]]) -> None:
-        self.model, self.kept = model, kept
-        self._handles: list[RemovableHandle] = []
-        self._hooks: dict[str, KeptNorm] = {}
+        super().__init__(model, partial(_of_mixing, model, kept))
 
-    def mask(self, keep_G: Tensor, device: torch.device) -> None:
-        """Take new masks (on the CPU); all norms get a hook once one needs it."""
-        modules = dict(self.model.named_modules())
-        keep_of = {name: keep_C for name, keep_C in self.kept(keep_G).items() if kept_norm_of(modules[name])}
-        if not self._hooks and not all(bool(keep_C.all()) for keep_C in keep_of.values()):
-            for name in keep_of:
-                make = kept_norm_of(modules[name])
-                assert make is not None
-                self._hooks[name] = hook = make(modules[name], device)
-                self._handles.append(modules[name].register_forward_hook(hook))
-            forget_compiled(self.model)
-        for name, hook in self._hooks.items():
-            hook.keep_C.copy_(keep_of[name])
+    def hooked(self, name: str, keep_N: Tensor, device: torch.device) -> tuple[KeptNorm, RemovableHandle]:
+        """Give a norm its hook."""
+        module = self.model.get_submodule(name)
+        make = kept_norm_of(module)
+        assert make is not None
+        hook = make(module, device)
+        return hook, module.register_forward_hook(hook)
 
-    def release(self) -> None:
-        """Take every hook out."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._hooks = [], {}
+
+def _of_mixing(model: nn.Module, kept: Callable[[Tensor], Mapping[str, Tensor]], keep_G: Tensor) -> dict[str, Tensor]:
+    """The masks of the norms that mix channels."""
+    modules = dict(model.named_modules())
+    return {name: keep_C for name, keep_C in kept(keep_G).items() if kept_norm_of(modules[name])}
 
 
 def set_norm_width(module: nn.Module, width: int, surgery: Surgery) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.models.compiling import forget_compiled
+from pruningawaretraining.models.kept_hooks import KeptHooks
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts")
 """Attributes that count experts."""
@@ -84,7 +85,7 @@ class KeptExperts:
         return KeptExperts, (self.experts,)
 
 
-class RouterHooks:
+class RouterHooks(KeptHooks[KeptExperts]):
     """Routers choose among the experts that are kept.
 
     Args:
@@ -96,25 +97,16 @@ class RouterHooks:
     def __init__(
         self, model: nn.Module, routers: Mapping[str, str], kept: Callable[[Tensor], Mapping[str, Tensor]]
     ) -> None:
-        self.model, self.routers, self.kept = model, routers, kept
-        self._handles: list[RemovableHandle] = []
-        self._hooks: dict[str, KeptExperts] = {}
+        super().__init__(model, kept)
+        self.routers = routers
+
+    def hooked(self, name: str, keep_N: Tensor, device: torch.device) -> tuple[KeptExperts, RemovableHandle]:
+        """Give the router of a block its hook."""
+        hook = KeptExperts(len(keep_N))
+        return hook, self.model.get_submodule(self.routers[name]).register_forward_hook(hook, with_kwargs=True)
 
     def mask(self, keep_G: Tensor, device: torch.device) -> None:
-        """Take new masks (on the CPU); all routers get a hook once one needs it."""
-        keep_of = self.kept(keep_G)
-        if not self._hooks and not all(bool(keep_E.all()) for keep_E in keep_of.values()):
-            for block, keep_E in keep_of.items():
-                self._hooks[block] = hook = KeptExperts(len(keep_E))
-                router = self.model.get_submodule(self.routers[block])
-                self._handles.append(router.register_forward_hook(hook, with_kwargs=True))
-        for block, hook in self._hooks.items():
-            hook.take(keep_of[block], device)
-        if self._hooks:  # as many rows as are kept now
+        """Take new masks (on the CPU)."""
+        super().mask(keep_G, device)
+        if self._hooks:  # compiled for as many rows as were kept before
             forget_compiled(self.model)
-
-    def release(self) -> None:
-        """Take every hook out."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._hooks = [], {}

@@ -129,7 +129,7 @@ class Unstructured:
 class NofM:
     """N of every M consecutive weights along the input channels are pruned; 2:4 keeps 2. Written "2:4".
 
-    Groups are single weights; :func:`pruningawaretraining.allocation.threshold.allocate_windows` chooses among them. A
+    Groups are single weights; :func:`pruningawaretraining.allocation.windows.allocate_windows` chooses among them. A
     last window that is short keeps as many as the others.
 
     Args:

@@ -14,9 +14,28 @@ from torch import Tensor, nn
 
 from pruningawaretraining.groups.attachment import Attachment, MaskHooks, OwnCost, renumbered
 from pruningawaretraining.groups.grouping import Grouping, Member, concat
-from pruningawaretraining.registry import calling
+from pruningawaretraining.registry import calling, check_returned
 
 Found = TypeVar("Found")
+HOOKS = "MaskHooks (an object with mask and release) or None"
+
+
+@dataclass(frozen=True, eq=False)
+class _Named:
+    """The hooks of an attachment; one of a user's own that raises is named."""
+
+    attachment: Attachment
+    hooks: MaskHooks
+
+    def mask(self, keep_G: Tensor, device: torch.device) -> None:
+        """See :class:`MaskHooks`."""
+        with calling("attachment", self.attachment, "nothing"):
+            self.hooks.mask(keep_G, device)
+
+    def release(self) -> None:
+        """See :class:`MaskHooks`."""
+        with calling("attachment", self.attachment, "nothing"):
+            self.hooks.release()
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +59,7 @@ class ChannelGroups:
         number_G1 = torch.full((self.grouping.size + 1,), -1)
         number_G1[:-1][keep_G], number_G1[-1] = torch.arange(size), size
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        prefixes = self._prefixes(keep_G)
+        prefixes = self.taken_prefixes(keep_G)
         members = []
         for member in self.grouping.members:
             if member.name.startswith(prefixes):
@@ -111,20 +130,24 @@ class ChannelGroups:
 
     def hooks(self, model: nn.Module) -> list[MaskHooks]:
         """Hooks that let the modules of the model, or of a copy, know what is masked; there are none yet on it."""
-        found = self._asked("MaskHooks or None", lambda one: one.hooks(model))
-        return [hooks for hooks in found if hooks is not None]
+        found = self._asked(HOOKS, lambda one: one.hooks(model))
+        for one, hooks in zip(self.attachments, found, strict=True):
+            methods = (getattr(hooks, name, None) for name in ("mask", "release"))
+            check_returned(hooks is None or all(map(callable, methods)), "attachment", one, hooks, HOOKS)
+        pairs = zip(self.attachments, found, strict=True)
+        return [_Named(one, hooks) for one, hooks in pairs if hooks is not None]
 
     def taken_out(self, keep_G: Tensor) -> set[str]:
         """Modules that leave the model as a whole."""
         return set().union(*self._asked("names of modules", lambda one: set(one.taken_out(keep_G))))
 
-    def _prefixes(self, keep_G: Tensor) -> tuple[str, ...]:
+    def taken_prefixes(self, keep_G: Tensor) -> tuple[str, ...]:
         """What the names of everything in modules begin with that leave the model as a whole."""
         return tuple(f"{name}." for name in self.taken_out(keep_G))
 
     def outside(self, keep_G: Tensor) -> list[Attachment]:
         """The attachments without parts in modules that leave the model as a whole."""
-        prefixes = self._prefixes(keep_G)
+        prefixes = self.taken_prefixes(keep_G)
         return [
             replace(one, groups={name: groups for name, groups in one.groups.items() if not name.startswith(prefixes)})
             for one in self.attachments

@@ -165,9 +165,8 @@ def compare_latency(
     built: Runtime = registry.build("runtime", runtime)
     with contextlib.ExitStack() as stack:
         runs = [stack.enter_context(built.prepare(model, given, threads)) for model, given in models.values()]
-        times = time_in_turns(runs, repeats, warmup)
-    latencies = {key: _latency(taken, name, threads) for key, taken in zip(models, times, strict=True)}
-    taken = dict(zip(models, times, strict=True))
+        taken = dict(zip(models, time_in_turns(runs, repeats, warmup), strict=True))
+    latencies = {key: _latency(times, name, threads) for key, times in taken.items()}
     first = next(iter(taken))
     found = {key: ratio_of(taken[(against or {}).get(key, first)], one) for key, one in taken.items()}
     intervals = {key: (one.low, one.high) for key, one in found.items()}

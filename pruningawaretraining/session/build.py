@@ -71,16 +71,29 @@ def built_rules(config: PruningConfig) -> BuiltRules:
         pattern = build("pattern", rule.pattern, f"{key}.pattern")
         criterion = build("criterion", rule.criterion, f"{key}.criterion")
         if rule.enabled:
-            kind = support_of(pattern).kind
-            kinds = (kind, "block") if getattr(pattern, "depth", False) else (kind,)
-            for kind in kinds:
-                check_kind(criterion, kind, f"{key}.criterion", rule.criterion, rule.pattern)
+            check_scored(pattern, criterion, rule, f"{key}.criterion")
             built.append(BuiltRule(key, rule, pattern, criterion))
     check_alone([(one.key, one.pattern) for one in built])
     removable = [support_of(one.pattern).removable for one in built]
     coupled = tuple(one for one, can_go in zip(built, removable, strict=True) if can_go)
     weights = tuple(one for one, can_go in zip(built, removable, strict=True) if not can_go)
     return BuiltRules(coupled, weights)
+
+
+def check_scored(pattern: Any, criterion: Any, rule: Rule, key: str = "criterion") -> None:
+    """Refuse a criterion that cannot score the groups of a rule's pattern.
+
+    Args:
+        pattern, criterion: of the rule, built.
+        rule: the rule.
+        key: of the criterion, for messages.
+
+    Raises:
+        ConfigError: it names the criterion, and those that can.
+    """
+    kind = support_of(pattern).kind
+    for one in (kind, "block") if getattr(pattern, "depth", False) else (kind,):
+        check_kind(criterion, one, key, rule.criterion, rule.pattern)
 
 
 def build_weights(model: nn.Module, rules: BuiltRules, followers: Sequence[nn.Module] = ()) -> WeightGroups | None:

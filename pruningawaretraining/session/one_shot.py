@@ -18,7 +18,6 @@ from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.structures import with_blocks
 from pruningawaretraining.config.targets import Target
-from pruningawaretraining.criteria.base import check_kind
 from pruningawaretraining.criteria.second_order.channels import (
     compensate_readers,
     losing_readers,
@@ -37,6 +36,7 @@ from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.calling import unwrap
 from pruningawaretraining.registry import build, lookup
 from pruningawaretraining.session.arguments import check_model
+from pruningawaretraining.session.build import check_scored
 from pruningawaretraining.session.scored_channels import ScoredChannels, scored_channels
 
 __all__ = ["AfterPruning", "accuracy", "one_shot"]
@@ -86,7 +86,7 @@ def one_shot(
     pattern = build("pattern", rule.pattern, "pattern")
     criterion = build("criterion", rule.criterion, "criterion")
     support = support_of(pattern)
-    check_kind(criterion, support.kind, "criterion", rule.criterion, rule.pattern)
+    check_scored(pattern, criterion, rule)
     inner = unwrap(model)
     micro_batch = criterion.micro_batch if isinstance(criterion, Sampling) else None
     calibration = Calibration(inner, dataloader, loss_fn, micro_batch)
@@ -156,8 +156,8 @@ def _checked(sparsities: Any, rule: Rule) -> list[float]:
         raise ConfigError(f"sparsities: {sparsities!r} is not allowed. Allowed: a list of numbers in [0, 1]")
     if with_blocks(rule.pattern):
         raise ConfigError(
-            "sparsities: a count of groups means nothing where blocks, heads and channels compete. Allowed: None, and a "
-            "rule with target.macs, target.parameters or target.latency"
+            "sparsities: a count of groups means nothing where blocks, heads and channels compete. Allowed: None, with "
+            "target.macs, target.parameters or target.latency in the rule"
         )
     sparsities = list(sparsities)
     if not sparsities:

@@ -266,5 +266,5 @@ def kept_widths(coupled: CoupledGroups) -> dict[str, tuple[int, int]]:
             widths[name] = (kept, kept * inputs // outputs)
         else:
             widths[name] = (kept, inputs)
-    masked = tuple(f"{name}." for name in coupled.found.taken_out(keep_G1[:-1]))
+    masked = coupled.found.taken_prefixes(keep_G1[:-1])
     return {name: (0, 0) if name.startswith(masked) else pair for name, pair in widths.items()}

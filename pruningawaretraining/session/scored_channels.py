@@ -29,7 +29,7 @@ from pruningawaretraining.patterns.channel import chosen_layers_of
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.structures import blocks_of_sets
 from pruningawaretraining.registry import build
-from pruningawaretraining.session.build import BuiltRule, find_removable
+from pruningawaretraining.session.build import BuiltRule, check_scored, find_removable
 
 
 @dataclass(eq=False)
@@ -119,6 +119,7 @@ def scored_channels(
         ConfigError, ModelError: nothing can be pruned, or the criterion needs data.
     """
     pattern, criterion = build("pattern", rule.pattern, "pattern"), build("criterion", rule.criterion, "criterion")
+    check_scored(pattern, criterion, rule)
     chosen = chosen_layers_of(pattern, model, rule.layers, rule.exclude)
     found = find_removable(model, [(BuiltRule(key, rule, pattern, criterion), chosen)], inputs)
     feed = StatisticsFeed(key, criterion, model, _scored(found, criterion))

@@ -6,20 +6,21 @@ import functools
 import importlib
 import inspect
 import math
+import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from pruningawaretraining.checkpoint.script import Recipe
+from pruningawaretraining.checkpoint.script import Constructor
 from pruningawaretraining.errors import CheckpointError
 
 OWN = "pruningawaretraining"
 WITHOUT_NAME = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 
 
-def recipe_of(builder: Any) -> Recipe:
+def constructor_of(builder: Any) -> Constructor:
     """A builder that was given, with its arguments."""
     arguments: dict[str, Any] = {}
     function = builder
@@ -40,7 +41,7 @@ def recipe_of(builder: Any) -> Recipe:
             raise CheckpointError(
                 f"standalone: {name}={value!r} cannot be written into a file. Allowed: numbers, texts and lists by name"
             )
-    return Recipe(*_importable(function), arguments)
+    return Constructor(*_importable(function), arguments)
 
 
 def _importable(function: Any) -> tuple[str, str]:
@@ -58,9 +59,7 @@ def _importable(function: Any) -> tuple[str, str]:
     if module in ("", "__main__") or "<" in name:
         raise CheckpointError(problem + allowed)
     try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
+        found: Any = operator.attrgetter(name)(importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise CheckpointError(problem + allowed) from error
     if found is not function:
@@ -68,7 +67,7 @@ def _importable(function: Any) -> tuple[str, str]:
     return module, name
 
 
-def recipes(model: nn.Module) -> Iterator[Recipe]:
+def constructors(model: nn.Module) -> Iterator[Constructor]:
     """The ways in which a model may have been built, likely ones first."""
     library = type(model).__module__.partition(".")[0]
     if library == "timm":
@@ -79,19 +78,19 @@ def recipes(model: nn.Module) -> Iterator[Recipe]:
         yield _of_class(model)
 
 
-def _of_timm(model: nn.Module) -> Iterator[Recipe]:
+def _of_timm(model: nn.Module) -> Iterator[Constructor]:
     config = getattr(model, "pretrained_cfg", None) or {}
     if config.get("architecture"):
         name = {"model_name": config["architecture"]}
         classes = {"num_classes": getattr(model, "num_classes", 1000)}
-        yield Recipe("timm", "create_model", name)
-        yield Recipe("timm", "create_model", {**name, **classes})
+        yield Constructor("timm", "create_model", name)
+        yield Constructor("timm", "create_model", {**name, **classes})
         first = next((one for one in model.modules() if isinstance(one, nn.Conv2d)), None)
         if first is not None:
-            yield Recipe("timm", "create_model", {**name, **classes, "in_chans": first.in_channels})
+            yield Constructor("timm", "create_model", {**name, **classes, "in_chans": first.in_channels})
 
 
-def _of_torchvision(model: nn.Module) -> Iterator[Recipe]:
+def _of_torchvision(model: nn.Module) -> Iterator[Constructor]:
     models = importlib.import_module("torchvision.models")
     last = [one for one in model.modules() if isinstance(one, (nn.Linear, nn.Conv2d))][-1:]
     classes = {one.out_features if isinstance(one, nn.Linear) else one.out_channels for one in last} - {1000}
@@ -103,7 +102,7 @@ def _of_torchvision(model: nn.Module) -> Iterator[Recipe]:
         arguments = {"weights_backbone": None} if "weights_backbone" in takes else {}
         for count in (*sorted(classes), None):
             given = {**arguments, **({} if count is None else {"num_classes": count})}
-            yield Recipe(builder.__module__, builder.__name__, given)
+            yield Constructor(builder.__module__, builder.__name__, given)
 
 
 def _returned(builder: Any) -> str:
@@ -111,7 +110,7 @@ def _returned(builder: Any) -> str:
     return found if isinstance(found, str) else found.__name__
 
 
-def _of_class(model: nn.Module) -> Recipe:
+def _of_class(model: nn.Module) -> Constructor:
     """Its class, with arguments that it keeps as attributes of their names."""
     kind = type(model)
     place = _importable(kind)
@@ -129,7 +128,7 @@ def _of_class(model: nn.Module) -> Recipe:
             f"standalone: {kind.__name__} takes arguments that are not known ({', '.join(unknown)}). Allowed: "
             f"standalone=functools.partial({kind.__name__}, {unknown[0]}=...)"
         )
-    return Recipe(*place, arguments)
+    return Constructor(*place, arguments)
 
 
 def is_plain(value: Any) -> bool:
