@@ -18,7 +18,6 @@ from pruningawaretraining.allocation.ranking import Allocator, limits_of
 from pruningawaretraining.allocation.structures import StructureSearch
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.structures import with_blocks
-from pruningawaretraining.costs.latency.model import LatencyCost
 from pruningawaretraining.costs.widths import KeptGroups, SetCost
 from pruningawaretraining.criteria.base import needs_of
 from pruningawaretraining.errors import ConfigError, TargetError
@@ -94,7 +93,7 @@ class Task:
         Raises:
             TargetError: the message names it, and what is reachable.
         """
-        timed = any(isinstance(one.cost, LatencyCost) for one in self.goals)
+        timed = any(one.cost.timed for one in self.goals)
         if has_blocks(self.share.rule) or (self.share.rule.allocation not in RANKED and timed):
             self.search().check(self.goals)
             return
@@ -104,7 +103,7 @@ class Task:
             cost = SubCost(goal.cost, self.share.groups_D, self.keep_D)
             if cost(smallest) <= goal.budget:
                 continue
-            reach = allocator.to_uneven_cost if isinstance(goal.cost, LatencyCost) else allocator.to_cost
+            reach = allocator.to_uneven_cost if goal.cost.timed else allocator.to_cost
             try:
                 reach(cost, goal.budget, key=goal.key)
             except TargetError as error:
@@ -234,11 +233,11 @@ def _ranked(task: Task, allocator: Allocator) -> Tensor:
     if len(task.goals) == 1:
         goal = task.goals[0]
         cost = SubCost(goal.cost, share.groups_D, task.keep_D)
-        reach = allocator.to_uneven_cost if isinstance(goal.cost, LatencyCost) else allocator.to_cost
+        reach = allocator.to_uneven_cost if goal.cost.timed else allocator.to_cost
         return reach(cost, goal.budget, at_least=task.at_least, key=goal.key)
     task.check()
     cost = SubCost(AllOf(task.goals), share.groups_D, task.keep_D)
-    uneven = any(isinstance(goal.cost, LatencyCost) for goal in task.goals)
+    uneven = any(goal.cost.timed for goal in task.goals)
     reach = allocator.to_uneven_cost if uneven else allocator.to_cost
     return reach(cost, 1.0, at_least=task.at_least, key=f"{share.key}.target")
 

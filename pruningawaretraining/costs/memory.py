@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,8 @@ class MemoryCost:
     Attributes:
         dense: bytes of the dense model.
     """
+
+    timed: ClassVar[bool] = False
 
     def __init__(
         self, grouping: Grouping, constant_M: Tensor, bytes_MS: Tensor, blocks: Sequence[BlockLife] = ()

@@ -9,7 +9,7 @@ alone (where they do not quite, the mask decides in the end).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,13 @@ from pruningawaretraining.groups.grouping import Grouping
 
 
 class SetCost(Protocol):
-    """A cost of the whole model."""
+    """A cost of the whole model.
+
+    Attributes:
+        timed: whether it predicts a time: it is measured on copies of the model, and widths that it likes are uneven.
+    """
+
+    timed: ClassVar[bool]
 
     @property
     def dense(self) -> float:
@@ -104,6 +110,8 @@ class LinearBySets:
         grouping: the groups that it is about.
     """
 
+    timed: ClassVar[bool] = False
+
     def __init__(self, linear: LinearCost, grouping: Grouping) -> None:
         self.linear, self.dense = linear, linear.dense
         self.widths = Widths.of(linear, grouping)
@@ -139,6 +147,8 @@ class KeptGroups:
         sizes_S: groups in each set.
         counted_G: which groups count.
     """
+
+    timed: ClassVar[bool] = False
 
     def __init__(self, counted_S: Tensor, sizes_S: Tensor, counted_G: Tensor) -> None:
         self.counted_S, self.counted_G = counted_S.double(), counted_G

@@ -186,6 +186,11 @@ def measures(criterion: Any) -> bool:
     return hasattr(criterion, "measured")
 
 
+def solves(criterion: Any) -> bool:
+    """Whether a criterion prunes weights itself, on data that the pruner is given, and moves those that stay."""
+    return hasattr(criterion, "solver")
+
+
 def refined(criterion: Any, grouping: Grouping, keep_G: Tensor, statistics: Statistics, nested: bool) -> Tensor:
     """The masks after a criterion has exchanged groups of equal count, where it can.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.criteria.base import Needs, Statistics
-from pruningawaretraining.groups.grouping import Grouping, Member
+from pruningawaretraining.groups.grouping import Grouping, Member, add_slots
 from pruningawaretraining.groups.reductions import device_of
 from pruningawaretraining.groups.views import entry_vectors
 from pruningawaretraining.registry import register
@@ -46,14 +46,8 @@ class GeometricMedian:
         count_G1 = torch.zeros_like(total_G1)
         for member in compared.members:
             distance_S = mean_distances(member, self.exact, self.iterations).to(total_G1.device)
-            if member.slots is None:
-                mine = slice(member.offset, member.offset + member.n_slots)
-                total_G1[mine] += distance_S
-                count_G1[mine] += 1
-            else:
-                slots = member.slots.to(total_G1.device)
-                total_G1.index_add_(0, slots, distance_S)
-                count_G1.index_add_(0, slots, torch.ones_like(distance_S))
+            add_slots(total_G1, member, distance_S)
+            add_slots(count_G1, member, torch.ones_like(distance_S))
         return torch.where(count_G1 > 0, total_G1 / count_G1.clamp(min=1), torch.inf)[:-1]
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pruningawaretraining.allocation.ranking import Limits
 from pruningawaretraining.allocation.threshold import allocate, classes_of
 from pruningawaretraining.config.schema import Rule
-from pruningawaretraining.criteria.second_order.criteria import Sampling, Solver
+from pruningawaretraining.criteria.base import solves
+from pruningawaretraining.criteria.second_order.criteria import Solver
 from pruningawaretraining.criteria.second_order.gathering import on_model, unchanged_copy
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layout import WeightPattern
@@ -57,7 +58,7 @@ class WeightPruner:
 
     def weights(self, model: nn.Module, keep: Mapping[str, Tensor] | None = None) -> list[PrunableWeight]:
         """The rule's weights in a model."""
-        size = self.criterion.block_size if isinstance(self.criterion, Sampling) else DEFAULT_BLOCK
+        size = self.criterion.block_size if solves(self.criterion) else DEFAULT_BLOCK
         return prunable_weights(model, self.pattern, size, self.rule.layers, self.rule.exclude, keep)
 
     def prune(
@@ -89,7 +90,7 @@ class WeightPruner:
     def _prune(
         self, weights: list[PrunableWeight], finals: dict[float, float], keep: Mapping[str, Tensor] | None
     ) -> dict[float, dict[str, Pruned]]:
-        rounds = self.criterion.num_recomputations if isinstance(self.criterion, Sampling) else 1
+        rounds = self.criterion.num_recomputations if solves(self.criterion) else 1
         if rounds == 1:
             found = self._solver(self.calibration, weights).solve(list(dict.fromkeys(finals.values())))
             return {sparsity: found[final] for sparsity, final in finals.items()}
@@ -120,8 +121,9 @@ class WeightPruner:
 
     def _solver(self, calibration: Calibration, weights: list[PrunableWeight]) -> Solver:
         choose = chooser(weights, self.rule.scope, Limits(self.rule.min_sparsity, self.rule.max_sparsity))
-        if isinstance(self.criterion, Sampling):
-            return self.criterion.solver(weights, self.criterion.sampled(calibration), choose)
+        if solves(self.criterion):
+            solver: Solver = self.criterion.solver(weights, self.criterion.sampled(calibration), choose)
+            return solver
         return ScoredSolver(weights, self.criterion, self.pattern, calibration, choose)
 
 

@@ -19,8 +19,8 @@ from pruningawaretraining.allocation.uniform import uniform
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.criteria.base import Statistics, scores_of
-from pruningawaretraining.criteria.second_order import Calibration, Sampling
-from pruningawaretraining.criteria.second_order.channels import MAKE_UP_BATCHES, compensate, readers, recalibrate_norms
+from pruningawaretraining.criteria.second_order import Calibration
+from pruningawaretraining.criteria.second_order.channels import MAKE_UP_BATCHES, compensate, recalibrate_norms
 from pruningawaretraining.distributed.collectives import same_buffers
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.coupled_rules import (
@@ -109,12 +109,11 @@ class CoupledGroups:
             one.feed = StatisticsFeed(one.key, one.criterion, self.model, self._grouping_of(one))
 
     def _grouping_of(self, one: CoupledRule) -> Callable[[nn.Module], Grouping]:
-        """The rule's groups on the model or a copy; criteria of second order look at gates where groups are read."""
+        """The rule's groups on the model or a copy."""
 
         def grouping_on(model: nn.Module) -> Grouping:
             found = self.found if model is self.model else self.found.on(model)
-            own = found.grouping.select_sets(one.sets)
-            return readers(own) if isinstance(one.criterion, Sampling) and model is self.model else own
+            return found.grouping.select_sets(one.sets)
 
         return grouping_on
 

@@ -18,8 +18,6 @@ from pruningawaretraining.criteria.base import EXPECTED_MASKS, EXPECTED_SCORES, 
 from pruningawaretraining.engine.rule import ActiveRule
 from pruningawaretraining.engine.weight_rules import WeightRule
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.groups.grouping import Member
-from pruningawaretraining.groups.views import slot_sums
 from pruningawaretraining.masks.dynamics import Dynamic, Event, top_of_sets
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.models.calling import in_backward
@@ -55,13 +53,6 @@ def between_events(model: nn.Module, one: WeightRule) -> Callable[[], Tensor] | 
     return choose
 
 
-def await_gradients(one: ActiveRule, now: int) -> None:
-    """An event waits for the gradients of the next step; those of masked weights pass, where it asks for them."""
-    one.state.waiting = now
-    if isinstance(one, WeightRule) and one.dynamic.listens:
-        one.masks.passing = True
-
-
 def observe(rules: Iterable[ActiveRule], scale: Tensor | float) -> None:
     """Gradients are complete: criteria look at them, and events that wait for those of masked weights.
 
@@ -74,29 +65,19 @@ def observe(rules: Iterable[ActiveRule], scale: Tensor | float) -> None:
         if part:
             _warn_of_part(one)
         one.feed.observe(scale)
-        if isinstance(one, WeightRule) and one.dynamic.listens and one.masks.passing:
-            one.gradient_G = torch.cat([_squares(member) for member in one.grouping.members])
+        one.observe_masked()
 
 
 def _warn_of_part(one: ActiveRule) -> None:
     """Warn once of a rule that reads gradients where optimizers step in the backward pass."""
-    listens = isinstance(one, WeightRule) and one.dynamic.listens
-    if one.feed.told_of_part or not (listens or one.feed.reads_gradients):
+    if one.feed.told_of_part or not (one.listens or one.feed.reads_gradients):
         return
     one.feed.told_of_part = True
     logger.warning(
         "%s.%s: %r reads the gradients of whole steps, and optimizers that step in the backward pass leave only those "
         "of the first parameter. Allowed: one that reads none, or an optimizer that steps after the backward pass",
-        *((one.key, "dynamic", one.rule.dynamic) if listens else (one.key, "criterion", one.rule.criterion)),
+        *((one.key, "dynamic", one.rule.dynamic) if one.listens else (one.key, "criterion", one.rule.criterion)),
     )
-
-
-def _squares(member: Member) -> Tensor:
-    """Sums of squared gradients of a member's slots; 0 where there is none. Their scale does not matter."""
-    gradient_W = member.parameter.grad
-    if gradient_W is None or gradient_W.layout is not torch.strided:
-        gradient_W = torch.zeros_like(member.parameter)
-    return slot_sums(member, gradient_W.detach().float().square())
 
 
 def chosen(model: nn.Module, one: WeightRule, event: Event, pick: Callable[[], Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from pruningawaretraining.distributed.collectives import agreed
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.domain import Domain
-from pruningawaretraining.engine.dynamics import await_gradients, observe
+from pruningawaretraining.engine.dynamics import observe
 from pruningawaretraining.engine.observing import Observing
 from pruningawaretraining.engine.parts import advance, complete, complete_all, settle
 from pruningawaretraining.engine.penalties import ActivePenalties
@@ -143,7 +143,7 @@ class Engine(Observing):
     def _fire(self, domain: Domain, one: ActiveRule, now: int) -> list[str]:
         domain.check(self.calibration)
         if not domain.ready(one, self.calibration):
-            await_gradients(one, now)
+            one.await_gradients(now)
             return []
         context = self._context()
         self.leave_member(one, context)

@@ -236,6 +236,18 @@ class ActiveRule:
         return Event(grouping, keep_G, scores_G, number, last, progress, sparsity, self.gradient_G)
 
     @property
+    def listens(self) -> bool:
+        """Whether its events look at gradients of masked weights; those of coupled groups do not."""
+        return False
+
+    def await_gradients(self, now: int) -> None:
+        """The event at ``now`` waits for the gradients of the next step."""
+        self.state.waiting = now
+
+    def observe_masked(self) -> None:
+        """Gradients are complete: keep those of masked weights, where an event waits for them."""
+
+    @property
     def parts(self) -> int:
         """In how many parts the masks of an event are taken."""
         return int(min(self.rule.progressive, self.rule.every))

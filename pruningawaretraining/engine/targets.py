@@ -23,7 +23,6 @@ from pruningawaretraining.allocation.uniform import evened, uniform
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.costs.latency.meter import Meter, RuntimeMeter
-from pruningawaretraining.costs.latency.model import LatencyCost
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer
 from pruningawaretraining.costs.memory import MemoryCost, memory_cost
 from pruningawaretraining.costs.weighted import LayerCost, weighted
@@ -211,7 +210,7 @@ class Targets:
             Its masks, whether its target is met with them, and the latency where the target is about it.
         """
         rule, goals = share.rule, self.goals(share)
-        timed = next((goal for goal in goals if isinstance(goal.cost, LatencyCost)), None)
+        timed = next((goal for goal in goals if goal.cost.timed), None)
         name = allocation_of(rule)
         allocate: Callable[[Task], Tensor] = lookup("allocation", name)
         allocate = evened(allocate) if rule.widths == "uniform" else allocate

@@ -17,7 +17,7 @@ from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.engine.phases import outside_phase
 from pruningawaretraining.engine.rule import ActiveRule
 from pruningawaretraining.errors import ConfigError, ModelError, TargetError
-from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.views import slot_sums
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.registry import calling, check_returned
@@ -43,12 +43,36 @@ class WeightRule(ActiveRule):
         """Fraction of its groups that are masked."""
         return 1.0 - sum(self.masks.kept_by_set) / self.grouping.size if self.grouping.size else 0.0
 
+    @property
+    def listens(self) -> bool:
+        """Whether its dynamic looks at gradients of masked weights."""
+        return self.dynamic.listens
+
+    def await_gradients(self, now: int) -> None:
+        """The event at ``now`` waits; gradients of masked weights pass, where it asks for them."""
+        super().await_gradients(now)
+        if self.listens:
+            self.masks.passing = True
+
+    def observe_masked(self) -> None:
+        """Sum the squared gradients of its groups, where an event waits for them; their scale does not matter."""
+        if self.listens and self.masks.passing:
+            self.gradient_G = torch.cat([_squares(member) for member in self.grouping.members])
+
     def norms(self) -> dict[str, Tensor]:
         """L2 norms of its groups by the name of their weight, on the CPU."""
         return {
             member.name: slot_sums(member, member.parameter.detach().float().square()).sqrt().cpu()
             for member in self.grouping.members
         }
+
+
+def _squares(member: Member) -> Tensor:
+    """Sums of squared gradients of a member's slots; 0 where there is none."""
+    gradient_W = member.parameter.grad
+    if gradient_W is None or gradient_W.layout is not torch.strided:
+        gradient_W = torch.zeros_like(member.parameter)
+    return slot_sums(member, gradient_W.detach().float().square())
 
 
 def grouping_of(model: nn.Module, key: str, rule: Rule, pattern: Any) -> Grouping:

@@ -19,8 +19,8 @@ from pruningawaretraining.allocation.threshold import allocate, classes_of, zero
 from pruningawaretraining.allocation.windows import allocate_windows
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
-from pruningawaretraining.criteria.base import Statistics, refined, scores_of
-from pruningawaretraining.criteria.second_order import Calibration, Sampling
+from pruningawaretraining.criteria.base import Statistics, refined, scores_of, solves
+from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.engine.compensation import prune_by_curvature
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.dynamics import (
@@ -110,7 +110,7 @@ class WeightGroups:
             ConfigError: it names the rule and its dynamic.
         """
         for one in self.rules:
-            if calibration is not None and isinstance(one.criterion, Sampling):
+            if calibration is not None and solves(one.criterion):
                 check_final(one)
 
     # --- events -------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class WeightGroups:
         for asked in one.times.asked(now, one.reached):
             if asked.sparsity == 0 and one.rule.min_sparsity == 0:
                 continue
-            if calibration is not None and isinstance(one.criterion, Sampling):
+            if calibration is not None and solves(one.criterion):
                 keep_G = prune_by_curvature(calibration, one, one.grouping, keep_G, asked)
                 continue
             statistics = Statistics(keep_G=keep_G, tensors=one.feed.statistics(calibration))
@@ -247,7 +247,7 @@ class WeightGroups:
         """
         for one in self.rules:
             check_sharded_dynamic(one)
-            if calibration is not None and isinstance(one.criterion, Sampling):
+            if calibration is not None and solves(one.criterion):
                 raise ConfigError(
                     f"{one.key}.criterion: {one.rule.criterion!r} compensates whole layers, and fully_shard has spread "
                     "them. Allowed: DistributedDataParallel, or pruning before fully_shard"

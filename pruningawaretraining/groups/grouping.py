@@ -218,12 +218,12 @@ class Grouping:
             if is_sharded(values_W):
                 sums_S = local_member(member).slot_sums(local_of(values_W))
                 part_G = sums_S.new_zeros(self.size + 1) if part_G is None else part_G
-                _add_slots(part_G, member, sums_S)
+                add_slots(part_G, member, sums_S)
                 continue
             sums_S = member.slot_sums(values_W)
             if total_G is None:
                 total_G = sums_S.new_zeros(self.size + 1)
-            _add_slots(total_G, member, sums_S)
+            add_slots(total_G, member, sums_S)
         if part_G is not None:
             part_G = across(part_G, (member.parameter for member in self.members))
             total_G = part_G if total_G is None else total_G + part_G
@@ -270,8 +270,8 @@ class Grouping:
         return self._cache["counts"]
 
 
-def _add_slots(total_G1: Tensor, member: Member, sums_S: Tensor) -> None:
-    """Add a member's sums to those of its groups."""
+def add_slots(total_G1: Tensor, member: Member, sums_S: Tensor) -> None:
+    """Add one number for each slot of a member to its group's, in place; the last entry is for what is outside."""
     if member.slots is None:
         total_G1[member.offset : member.offset + member.n_slots].add_(sums_S)
     else:

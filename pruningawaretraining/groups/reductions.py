@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.distributed.fsdp import across, is_sharded, local_member, local_of
-from pruningawaretraining.groups.grouping import Grouping, Member
+from pruningawaretraining.groups.grouping import Grouping, Member, add_slots
 from pruningawaretraining.groups.placed import placed
 from pruningawaretraining.groups.views import slot_counts, slot_maxima, slot_sums
 from pruningawaretraining.registry import register
@@ -42,10 +42,7 @@ def reduce_sum(grouping: Grouping, values: Values, dtype: torch.dtype = torch.fl
             sharded = is_sharded(member.parameter)
             sums_S = slot_sums(local_member(member), local_of(values_W)).to(total_G1)
             total_G1 = part_G1 if sharded else whole_G1
-            if member.slots is None:
-                total_G1[member.offset : member.offset + member.n_slots].add_(sums_S)
-            else:
-                total_G1.index_add_(0, placed(member.slots, total_G1.device), sums_S)
+            add_slots(total_G1, member, sums_S)
     if weights:
         whole_G1 += across(part_G1, weights)
     return whole_G1[:-1]

@@ -27,14 +27,15 @@ def hooked(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle
     return handle
 
 
-def tell(hooks: Sequence[MaskHooks], before_G: Tensor, keep_G: Tensor, device: torch.device) -> None:
+def tell(hooks: Sequence[MaskHooks], before_G: Tensor, keep_G: Tensor, masked: Sequence[Tensor]) -> None:
     """Give new masks to the hooks of modules: to all of them, or to none where one fails.
 
     Args:
         hooks: of one model.
-        before_G, keep_G: the masks that they have, and the new ones, on the CPU.
-        device: where the masked weights lie.
+        before_G, keep_G: the masks that they have, and the new ones (on the CPU).
+        masked: parameters with masked entries.
     """
+    device = masked[0].device if masked else torch.device("cpu")
     told: list[MaskHooks] = []
     try:
         for one in hooks:
@@ -42,5 +43,5 @@ def tell(hooks: Sequence[MaskHooks], before_G: Tensor, keep_G: Tensor, device: t
             told.append(one)
     except BaseException:
         for one in told:
-            one.mask(before_G, device)
+            one.mask(before_G.cpu(), device)
         raise

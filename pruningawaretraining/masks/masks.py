@@ -122,9 +122,7 @@ class Masks:
         self._take(keep_G)
         try:
             if self._hooks:
-                masked = self._writer.parameters()
-                device = masked[0].device if masked else torch.device("cpu")
-                tell(self._hooks, before_G.cpu(), self.keep_on(torch.device("cpu")), device)
+                tell(self._hooks, before_G, self.keep_on(torch.device("cpu")), self._writer.parameters())
         except BaseException:
             self._take(before_G)
             raise
@@ -134,7 +132,9 @@ class Masks:
             self.averages.mask(self.keep_on(torch.device("cpu")))
 
     def _take(self, keep_G: Tensor) -> None:
-        """Let the writer and the hooks of gradients have other masks; the weights follow in :meth:`_close`."""
+        """Take masks without writing them over the weights (:meth:`_close` does). Hooks mask gradients as they are
+        accumulated, so that a norm taken between backward and step has none of them: of parameters with masked entries
+        alone, frozen ones too."""
         for handle in self._handles:
             handle.remove()
         self._keep_G = keep_G.detach().to(self._writer.device, torch.bool, copy=True)
@@ -142,7 +142,7 @@ class Masks:
         self.kept_by_set = counts_of(self.keep_G, [one.size for one in self.grouping.sets])
         self.active = sum(self.kept_by_set) < self.grouping.size
         self._writer.build(self.keep_G, self.kept_by_set)
-        self._hook_gradients()
+        self._handles = [hooked(parameter, self._accumulated) for parameter in self._writer.parameters()]
 
     def exchange(self, keep_G: Tensor) -> None:
         """Take new masks that keep as many groups of every set, without counting: nothing waits for the device."""
@@ -261,13 +261,6 @@ class Masks:
     def settle(self) -> None:
         """Gradients are about to be used: mask those of which that has been left for later."""
         self._writer.settle()
-
-    def _hook_gradients(self) -> None:
-        """Mask gradients as they are accumulated, so that a norm taken between backward and step has none of them.
-
-        Only parameters with masked entries are hooked, frozen ones too, and only while they have some.
-        """
-        self._handles = [hooked(parameter, self._accumulated) for parameter in self._writer.parameters()]
 
     @torch.no_grad()
     def _accumulated(self, parameter: Tensor) -> None:

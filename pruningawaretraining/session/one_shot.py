@@ -24,7 +24,6 @@ from pruningawaretraining.criteria.second_order.channels import (
     measure,
     recalibrate_norms,
 )
-from pruningawaretraining.criteria.second_order.criteria import Sampling
 from pruningawaretraining.criteria.second_order.gathering import on_model, unchanged_copy
 from pruningawaretraining.criteria.second_order.gradients import Calibration, LossFn
 from pruningawaretraining.engine.compensation import WeightPruner, put
@@ -88,7 +87,7 @@ def one_shot(
     support = support_of(pattern)
     check_scored(pattern, criterion, rule)
     inner = unwrap(model)
-    micro_batch = criterion.micro_batch if isinstance(criterion, Sampling) else None
+    micro_batch = getattr(criterion, "micro_batch", None)
     calibration = Calibration(inner, dataloader, loss_fn, micro_batch)
     if support.removable:
         if after.compensation == "none":

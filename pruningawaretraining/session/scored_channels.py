@@ -17,8 +17,6 @@ from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.criteria.base import Statistics, scores_of
-from pruningawaretraining.criteria.second_order.channels import readers
-from pruningawaretraining.criteria.second_order.criteria import Sampling
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.engine.latency_target import LatencyReached
 from pruningawaretraining.engine.statistics_feed import StatisticsFeed
@@ -122,16 +120,6 @@ def scored_channels(
     check_scored(pattern, criterion, rule)
     chosen = chosen_layers_of(pattern, model, rule.layers, rule.exclude)
     found = find_removable(model, [(BuiltRule(key, rule, pattern, criterion), chosen)], inputs)
-    feed = StatisticsFeed(key, criterion, model, _scored(found, criterion))
+    feed = StatisticsFeed(key, criterion, model, lambda copy: found.on(copy).grouping)
     scores_G = scores_of(criterion, found.grouping, Statistics(tensors=feed.statistics(calibration)))
     return ScoredChannels(model, rule, inputs, found, scores_G)
-
-
-def _scored(channels: ChannelGroups, criterion: Any) -> Callable[[nn.Module], Grouping]:
-    """The groups as a criterion looks at them, on the model or on a copy of it."""
-
-    def grouping_on(model: nn.Module) -> Grouping:
-        grouping = channels.on(model).grouping
-        return readers(grouping) if isinstance(criterion, Sampling) else grouping
-
-    return grouping_on

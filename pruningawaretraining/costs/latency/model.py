@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy
 import torch
@@ -128,6 +129,8 @@ class LatencyCost:
         fitted: the coefficients; replaced by :meth:`anchor` and :meth:`correct`.
         dense: of the dense model.
     """
+
+    timed: ClassVar[bool] = True
 
     def __init__(
         self,

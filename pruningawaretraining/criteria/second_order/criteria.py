@@ -22,7 +22,7 @@ from pruningawaretraining.criteria.base import Needs, Statistics
 from pruningawaretraining.criteria.gradient_collectors import MaskGradientCollector
 from pruningawaretraining.criteria.magnitude import magnitude_scores
 from pruningawaretraining.criteria.second_order.bank import Budget, storage
-from pruningawaretraining.criteria.second_order.channels import gate_gradients, gate_scores
+from pruningawaretraining.criteria.second_order.channels import gate_gradients, gate_scores, readers
 from pruningawaretraining.criteria.second_order.gradients import Calibration
 from pruningawaretraining.criteria.second_order.layerwise import FastCapSolver, SparseGptSolver
 from pruningawaretraining.criteria.second_order.methods import CapMethod, ObsMethod
@@ -119,8 +119,8 @@ class Sampling:
         return magnitude_scores(grouping, 2.0)
 
     def collector(self) -> MaskGradientCollector:
-        """Gathers the gradients of training by the groups' masks."""
-        return MaskGradientCollector(min(self.num_grads, MOST_STEPS), MOST_GROUPS)
+        """Gathers the gradients of training by the groups' masks, where channels are read."""
+        return MaskGradientCollector(min(self.num_grads, MOST_STEPS), MOST_GROUPS, readers)
 
 
 @dataclass(frozen=True)
