@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.distributed.fsdp import across, is_sharded, local_member, local_of
-from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.placed import placed
 
@@ -178,15 +177,8 @@ def fill_groups(member: Member, values_W: Tensor, chosen_S: Tensor, value: float
     fold = fold_of(member)
     if fold is None:
         values_W.masked_fill_(member.spread(chosen_S, outside=0.0).bool(), value)
-        return
-    view_F = fold.view(values_W)
-    kernels = fused.kernels() if value == 0.0 and fold.flat is not None and fused.fits(view_F) else None
-    if kernels is None or fold.flat is None or not chosen_S.is_contiguous():
-        view_F.masked_fill_(chosen_S.view(fold.spread_shape), value)
-        return
-    across, inside, along = fold.flat
-    chosen_PQ = chosen_S.view(torch.uint8).view(across, along)
-    kernels.clear_chosen(view_F.view(across, inside, along).numpy(), chosen_PQ.numpy())
+    else:
+        fold.view(values_W).masked_fill_(chosen_S.view(fold.spread_shape), value)
 
 
 def scale_groups(member: Member, values_W: Tensor, chosen_S: Tensor, factor: float) -> None:
