@@ -188,8 +188,6 @@ class MaskGradientCollector(_WithoutHooks):
 
     def __init__(self, samples: int, most: int, over: Callable[[Grouping], Grouping] | None = None) -> None:
         self.samples, self.most, self.over = samples, most, over
-        self._whole: Grouping | None = None  # the groups that were given last, and the weights of them that count
-        self._part: Grouping | None = None
         self.squares_G: Tensor | None = None
         self.kept_MG: Tensor | None = None
         self.steps: Tensor = torch.zeros((), dtype=torch.int64)
@@ -204,10 +202,8 @@ class MaskGradientCollector(_WithoutHooks):
                 return None
             return local_of(member.parameter).float() * _unscaled(local_of(gradient_W), scale)
 
-        if self._part is None or self._whole is not grouping:
-            self._whole, self._part = grouping, grouping if self.over is None else self.over(grouping)
         sums: Reduction = lookup("reduction", "sum")
-        slope_G = sums(self._part, values, torch.float32)
+        slope_G = sums(grouping if self.over is None else self.over(grouping), values, torch.float32)
         slope_G = torch.where(torch.isfinite(slope_G.sum()), slope_G, 0.0)
         if self.squares_G is None:
             self.steps = torch.zeros((), dtype=torch.int64, device=device_of(grouping))
