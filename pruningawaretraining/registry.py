@@ -83,7 +83,7 @@ def register(kind: str, name: str, *aliases: str) -> Callable[[T], T]:
         raise ConfigError(unknown("register", kind, KINDS))
     for one in (name, *aliases):
         if not isinstance(one, str) or not one.strip():
-            raise ConfigError(f"{kind}: {one!r:.80} is not a name. Allowed: @register({kind!r}, 'a text')")
+            raise ConfigError(f"{kind}: {one!r:.80} is not a name. Allowed: @register({kind!r}, 'some_name')")
 
     def add(entry: T) -> T:
         if not str(getattr(entry, "__module__", "")).startswith("pruningawaretraining."):

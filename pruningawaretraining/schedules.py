@@ -20,7 +20,7 @@ LEAST_LEFT = 0.01
 
 FRACTION = "a number in [0, 1], from start to final"
 ROUNDING = 1e-9
-"""What rounding may add to a fraction, or to a moment: 0.1 epochs of 30 steps are 3 steps."""
+"""Allowance for rounding in a fraction or a moment: 0.1 epochs of 30 steps are 3 steps."""
 
 Schedule = Callable[[float, float, float], float]
 

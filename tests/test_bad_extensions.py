@@ -370,7 +370,7 @@ def test_a_name_with_another_meaning_is_taken(kind: str, name: str) -> None:
 def test_a_dynamic_that_chooses_masks_is_refused_for_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Own.removable
     registry.names("dynamic")
-    for entry, said in ((Own, "not supported by the pattern 'channel'"), (broken, "is no dynamic")):
+    for entry, said in ((Own, "not supported by the pattern 'channel'"), (broken, "is not a dynamic")):
         monkeypatch.setitem(registry._ENTRIES["dynamic"], "bad", entry)
         with pytest.raises(ConfigError, match=said):
             load_config({"rules": [{"dynamic": "bad", "target": {"sparsity": 0.5}}]})

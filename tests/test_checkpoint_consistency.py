@@ -132,7 +132,7 @@ def test_weights_with_which_a_model_cannot_run_are_refused(first: int, second: i
     rewritten(path, {"2": {"in_channels": wrong}}, {"2.weight": torch.zeros(8, wrong, 3, 3)})
     model = two()
     before = contents(model)
-    with pytest.raises(CheckpointError, match=r"^path: Sequential does not run with what is in the file: "):
+    with pytest.raises(CheckpointError, match=r"^path: Sequential does not run with the tensors of the file: "):
         load_pruned(model, path)
     assert_unchanged(model, before)
 

@@ -147,7 +147,7 @@ def test_data_checks_float16_too(tmp_path: Path) -> None:
             ModelError,
             r"calibration\[0\]: x has",
         ),
-        ({"precision": 8}, ConfigError, "precision: 8 is not one. Allowed: float16, float32, int8"),
+        ({"precision": 8}, ConfigError, "precision: 8 is not a precision. Allowed: float16, float32, int8"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_export(

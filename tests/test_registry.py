@@ -70,7 +70,7 @@ def test_a_name_is_taken_once() -> None:
     ("shaep", "oblong", Square, "register: 'shaep' is not known; did you mean 'shape'?"),
     ("shape", None, Square, "shape: None is not a name."),
     ("shape", "", Square, "shape: '' is not a name."),
-    ("shape", flat, Square, "is not a name. Allowed: @register('shape', 'a text')"),
+    ("shape", flat, Square, "is not a name. Allowed: @register('shape', 'some_name')"),
     ("shape", "oblong", 5, "shape: 'oblong' is registered for 5. Allowed: a dataclass or a function"),
 ])  # fmt: skip
 def test_what_cannot_be_looked_up_is_not_registered(kind: str, name: Any, entry: Any, said: str) -> None:

@@ -207,7 +207,7 @@ def test_refusals(own: Any, tmp_path: Path) -> None:
     assert "Deep() builds another model: " in refusal(plain, path, own.Deep)
     assert "does not take its arguments" in refusal(plain, path, functools.partial(own.Plain, wide=3))
     (tmp_path / "pruned.py").write_text("mine = 1\n")
-    assert "is there already" in refusal(plain, path)
+    assert "already exists" in refusal(plain, path)
     assert (tmp_path / "pruned.py").read_text() == "mine = 1\n"
 
 

@@ -405,7 +405,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "compensation": ({"criterion": "taylor", "compensation": "bias"}, r"compensation: 'bias' is not supported"),
     "unknown": ({"pattern": ["channel", "heads", "layer"]}, r"pattern\[2\]: 'layer' is not known|'layer'"),
     "pattern": ({"pattern": ["channel", "2:4"]}, r"pattern\[1\]"),
-    "twice": ({"pattern": ["channel", "channels"]}, r"pattern\[1\]: 'channels' is there already"),
+    "twice": ({"pattern": ["channel", "channels"]}, r"pattern\[1\]: 'channels' is listed twice"),
     "none": ({"pattern": []}, r"pattern: \[\] names no structure"),
 }
 

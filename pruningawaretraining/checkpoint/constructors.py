@@ -55,7 +55,7 @@ def _importable(function: Any) -> tuple[str, str]:
     problem = f"standalone: {name.rpartition('.')[2]} cannot be imported: it is defined {where}"
     allowed = ". Allowed: a class or function of a module that can be imported"
     if module == OWN or module.startswith(f"{OWN}."):
-        raise CheckpointError(f"standalone: {name} is part of {OWN}, which the file has to do without{allowed}")
+        raise CheckpointError(f"standalone: {name} is part of {OWN}, which the file must run without{allowed}")
     if module in ("", "__main__") or "<" in name:
         raise CheckpointError(problem + allowed)
     try:

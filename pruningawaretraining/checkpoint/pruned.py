@@ -174,7 +174,7 @@ def _check_whole(model: nn.Module, before: Collection[str], trial: Trial) -> Non
         raise CheckpointError(f"path: its widths and tensors of {name or 'the model'} do not agree: {text}")
     failure = trial.failure()
     if failure is not None:
-        raise CheckpointError(f"path: {type(model).__name__} does not run with what is in the file: {failure}")
+        raise CheckpointError(f"path: {type(model).__name__} does not run with the tensors of the file: {failure}")
 
 
 def _take_out_blocks(model: nn.Module, passed: dict[str, int], surgery: Surgery) -> None:

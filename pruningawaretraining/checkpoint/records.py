@@ -85,8 +85,8 @@ def note(model: nn.Module, description: dict[str, Any]) -> None:
 
 
 def summary_of(model: nn.Module) -> dict[str, Any]:
-    """What a pruner says of its model: sparsity, MACs, parameters, groups kept; or what it said of what the model is a
-    copy of; or what its file said; or nothing."""
+    """A pruner's description of its model: sparsity, MACs, parameters, groups kept; of a copy, that of the
+    original; of a loaded model, that of its file; or nothing."""
     describe = private_of(model, DESCRIBE)
     return dict(describe() if describe else vars(model).get(DESCRIPTION) or record_of(model) or {})
 

@@ -125,7 +125,7 @@ class Constructor:
 
 @dataclass(frozen=True)
 class Changes:
-    """What distinguishes a pruned model from a new one, besides its tensors.
+    """Differences of a pruned model from a new one, besides its tensors.
 
     Args:
         attributes: module -> attribute -> value.

@@ -76,7 +76,7 @@ def write_standalone(
     path = Path(weights).with_suffix(".py")
     taken = path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(MARK)
     if taken or path == Path(weights):
-        raise CheckpointError(f"standalone: {str(path)!r} is there already. Allowed: a path of another name")
+        raise CheckpointError(f"standalone: {str(path)!r} already exists. Allowed: another path")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / Path(weights).name
         write(str(copy))
@@ -130,7 +130,7 @@ def _imported(path: Path) -> ModuleType:
 
 
 def _changes(model: nn.Module, dense: nn.Module) -> Changes:
-    """What distinguishes a pruned model from a dense one of its class, besides tensors.
+    """Find the differences of a pruned model from a dense one of its class, besides tensors.
 
     Raises:
         ValueError: they have other modules.

@@ -85,7 +85,7 @@ def _values(given: Sequence[str] | None) -> dict[str, Any]:
     for pair in given or ():
         name, equals, text = pair.partition("=")
         if not equals or not name:
-            raise ConfigError(f"--set: {pair!r} is no assignment. Allowed: name=value")
+            raise ConfigError(f"--set: {pair!r} is not an assignment. Allowed: name=value")
         try:
             values[name] = int(text) if text.lstrip("-").isdigit() else float(text)
         except ValueError:

@@ -149,7 +149,7 @@ def _check_dynamic(rule: RuleOptions, removable: bool) -> None:
     entry = lookup("dynamic", type_of("dynamic", rule.dynamic))
     pattern = lookup("pattern", type_of("pattern", rule.pattern))
     if not hasattr(entry, "nested"):
-        raise ConfigError(f"dynamic: {rule.dynamic!r} is no dynamic. Allowed: a class made of masks.dynamics.Dynamic")
+        raise ConfigError(f"dynamic: {rule.dynamic!r} is not a dynamic. Allowed: a subclass of masks.dynamics.Dynamic")
     if not (_goes(entry, "removable") if removable else _goes(entry, "windows") or not hasattr(pattern, "window")):
         fitting = [
             name for name in names("dynamic") if _goes(lookup("dynamic", name), "removable" if removable else "windows")

@@ -1,4 +1,4 @@
-"""What a config in any form will do, before training: events, sparsities, learning rates, keys without effect."""
+"""Preview a config of any form before training: events, sparsities, learning rates, keys without effect."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def noted() -> Iterator[list[str]]:
-    """What reading configs warns of inside the block, as a list, and not in the log."""
+    """Collect the warnings of reading configs inside the block in a list instead of the log."""
     logger, handler = logging.getLogger("pruningawaretraining.config"), _Notes()
     before = logger.propagate
     logger.addHandler(handler)
@@ -150,7 +150,7 @@ def curve(events: Sequence[tuple[int, float]], until: int) -> list[float]:
 
 
 def rule_lines(rule: Rule, number: int, layers: Sequence[str] | None, steps: int | None) -> list[str]:
-    """What one rule will do, line by line.
+    """Describe the effect of one rule, line by line.
 
     Args:
         rule: the rule.

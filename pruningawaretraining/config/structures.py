@@ -23,7 +23,7 @@ def one_pattern(structures: Sequence[Any]) -> str | dict[str, Any]:
         if not isinstance(name, str) or name not in STRUCTURES:
             raise ConfigError(unknown(f"pattern[{number}]", str(one), STRUCTURES))
         if name in found:
-            raise ConfigError(f"pattern[{number}]: {one!r} is there already. Allowed: each structure once")
+            raise ConfigError(f"pattern[{number}]: {one!r} is listed twice. Allowed: each structure once")
         found.append(name)
     if not found:
         raise ConfigError(f"pattern: [] names no structure. Allowed: {', '.join(STRUCTURES)}")

@@ -9,7 +9,7 @@ from pruningawaretraining.schedules import Stretch, Timeline
 
 
 class Timed:
-    """What a rule has by its times; the fields are those of :class:`~pruningawaretraining.config.schema.Rule`."""
+    """The times of a rule; the fields are those of :class:`~pruningawaretraining.config.schema.Rule`."""
 
     @property
     def span(self: Any) -> Span:

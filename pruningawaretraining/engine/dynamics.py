@@ -163,7 +163,7 @@ def check_sharded_dynamic(one: ActiveRule) -> None:
 
 
 def state_of_dynamic(masks: Masks) -> dict[str, Any]:
-    """What a dynamic keeps beside the masks: tensors and plain data."""
+    """The state of a dynamic beside the masks: tensors and plain data."""
     return {
         "steps": masks.steps,
         "next": None if masks.next_G is None else masks.next_G.cpu().clone(),

@@ -1,4 +1,4 @@
-"""What an engine is at one moment, to go back to if a change fails or is interrupted in the middle.
+"""Snapshots of an engine, to restore it if a change fails or is interrupted in the middle.
 
 Shape suffixes: ``_G`` groups that are still there or of one rule.
 """

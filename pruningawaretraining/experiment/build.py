@@ -133,7 +133,7 @@ def is_imported(name: str) -> bool:
 
 
 def _imported(module_name: str, attribute: str) -> Callable[..., Any]:
-    """What a module has under a name, if it is or says that it gives a network; nothing is called to find out."""
+    """Look up a name in a module: a class of networks, or a function annotated to return one; nothing is called."""
     where = f"model.name: {f'{module_name}:{attribute}'!r}"
     if not _NAME.fullmatch(module_name) or not _NAME.fullmatch(attribute):
         raise ConfigError(f"{where} is not a name. Allowed: 'package.module:callable' in public names of Python")

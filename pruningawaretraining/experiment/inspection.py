@@ -80,7 +80,7 @@ def load_inspected(
     config = load_experiment(source)
     if not trusted and is_imported(config.model.name):
         raise ConfigError(
-            f"{source}: model.name: {config.model.name!r} is to be imported, and the folder of a run says so. "
+            f"{source}: model.name: {config.model.name!r} would import code that the folder of a run names. "
             "Allowed: --model with a model of yours, or --trust"
         )
     if input_shape is None and config.pruning.example_inputs is not None:

@@ -39,7 +39,7 @@ NEEDS_ROOT = {
     "imagefolder": "a folder with train/ and val/, and in them a folder for each class",
     "npz": "the path of an .npz file",
 }
-"""What data sets without a download are read from."""
+"""Sources of data sets that are not downloaded."""
 RULES = """\
 rules:
   - pattern: channel          # whole channels, which are removed for good
@@ -57,7 +57,7 @@ rules:
 
 @dataclass(frozen=True)
 class NewConfig:
-    """What to write.
+    """Options of a new config.
 
     Attributes:
         name: of the model.

@@ -40,7 +40,7 @@ BAR, MOST_NAMED, NAME_WIDTH = 12, 3, 24
 
 @dataclass(frozen=True)
 class Planning:
-    """What to plan for.
+    """Options of a plan.
 
     Args:
         source: as for ``pat inspect``: a model by name, or an experiment.

@@ -29,7 +29,7 @@ class StopRequest:
         self._waits = False
 
     def error(self, text: str = "") -> KeyboardInterrupt:
-        """What ends the run: KeyboardInterrupt after Ctrl-C, otherwise :class:`Stopped`."""
+        """The exception that ends the run: KeyboardInterrupt after Ctrl-C, otherwise :class:`Stopped`."""
         kind = KeyboardInterrupt if self.signal == signal.SIGINT else Stopped
         return kind(text) if text else kind()
 

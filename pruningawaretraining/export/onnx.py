@@ -123,7 +123,7 @@ class _Data:
 
     @classmethod
     def of(cls, graph: FlatGraph, example_inputs: Any, calibration: Iterable[Any]) -> _Data:
-        """What the user gave, on the CPU; a batch that does not fit is named."""
+        """The user's calibration data, on the CPU; a batch that does not fit is named."""
         moved = [move(one, torch.device("cpu")) for one in calibration]
         batches = [batch_of(graph, example_inputs, one, f"calibration[{number}]") for number, one in enumerate(moved)]
         return cls(batches, [labels_of(graph, one) for one in moved])
@@ -146,7 +146,7 @@ def _settings(path: Path, exporter: str, opset: int | None, tolerance: float | N
     name = canonical("precision", named, "precision") if isinstance(named, str) else type(precision).__name__.lower()
     built: Precision = build("precision", precision)
     if not hasattr(built, "convert"):
-        raise ConfigError(f"precision: {precision!r} is not one. Allowed: {', '.join(names('precision'))}")
+        raise ConfigError(f"precision: {precision!r} is not a precision. Allowed: {', '.join(names('precision'))}")
     tolerance = built.tolerance if tolerance is None else tolerance
     if not tolerance > 0:
         raise ConfigError(f"tolerance: {tolerance!r} is not a positive number")

@@ -32,7 +32,7 @@ class MaskHooks(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class OwnCost:
-    """What a module costs beside the layers that the groups index, in proportion to the groups that it keeps.
+    """The cost of a module beside the layers that the groups index, in proportion to the groups that it keeps.
 
     Args:
         module: its name.
@@ -87,7 +87,7 @@ class Attachment:
         return ()
 
     def costs(self) -> Iterable[OwnCost]:
-        """What the parts compute themselves."""
+        """The costs of the parts' own computations."""
         return ()
 
     def graph_problem(self, model: nn.Module) -> str:

@@ -154,7 +154,7 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
 
 
 def _worst(callback: Any) -> Tensor:
-    """What any score is better than."""
+    """The score that any other beats."""
     return torch.tensor(math.inf if callback.mode == "min" else -math.inf)
 
 

@@ -94,10 +94,10 @@ class PruningCallback(_TrainerCallback):  # type: ignore[misc]
             where = folder / f"checkpoint-{step}"
             if (where / STATE).is_file():
                 raise CheckpointError(
-                    f"resume_from: the training goes on from step {step}, and the callback has no state. Allowed: "
+                    f"resume_from: the training resumes at step {step}, and the callback has no state. Allowed: "
                     f"PruningCallback(..., resume_from={str(where)!r})"
                 )
-            logger.warning("resume_from: the training goes on from step %d, the pruner begins anew", step)
+            logger.warning("resume_from: the training resumes at step %d, and the pruner starts anew", step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.pruner.on_step_begin(state.global_step)

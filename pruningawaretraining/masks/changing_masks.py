@@ -71,7 +71,7 @@ class Regrow(Dynamic):
         return keep_G
 
     def _growth(self, event: Event) -> Tensor:
-        """What ranks the masked groups."""
+        """The values that rank the masked groups."""
         if self.by == "gradient" and event.gradient_G is not None:
             return event.gradient_G
         generator = torch.Generator().manual_seed(self.seed + event.number)
@@ -158,9 +158,9 @@ class Alternate(Dynamic):
 @register("dynamic", "soft", "fade")
 @dataclass(frozen=True)
 class Soft(Dynamic):
-    """What an event chooses is not masked at once: it fades by a factor at every step, and is masked after that.
+    """Groups that an event chooses are not masked at once: they fade by a factor at every step, and are masked then.
 
-    Until then it is not counted as pruned.
+    Until then they do not count as pruned.
 
     Args:
         factor: by which weights shrink after every optimizer step, in [0, 1).

@@ -250,7 +250,9 @@ def removable_blocks(
         found = replace(left, skipped={**found.skipped, **reasons})
     if found.grouping.size == 1:
         name = found.grouping.sets[0].name
-        logger.warning("%s stays: of the residual blocks that were selected it alone could go, and one stays", name)
+        logger.warning(
+            "%s stays: it is the only selected residual block that could be removed, and one must stay", name
+        )
     return found
 
 

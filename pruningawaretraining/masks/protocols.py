@@ -1,4 +1,4 @@
-"""What masks need: a writer of masked entries."""
+"""The interface of writers of masked entries."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, model: nn.Module, dynamic: Dynamic) -> Snapshot | None:
-        """What a dynamic goes back to; None for those that do not."""
+        """The snapshot that a dynamic goes back to; None for other dynamics."""
         return cls(model, dynamic.to) if dynamic.rewinds else None
 
     def before_step(self, optimizer: torch.optim.Optimizer, steps: int) -> None:

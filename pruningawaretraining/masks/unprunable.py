@@ -1,4 +1,4 @@
-"""What share of a model's MACs is in layers that cannot lose channels, and why: said once."""
+"""Warn once which share of a model's MACs is in layers that cannot lose channels, and why."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def _compiled(dynamo: Any) -> list[CodeType]:
 
 
 def _entries(code: CodeType) -> list[Any]:
-    """What was compiled of a function, each with the guards under which it is used."""
+    """The compiled versions of a function, each with the guards under which it is used."""
     entries: list[Any] = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)
     return entries
 

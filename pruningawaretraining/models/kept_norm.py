@@ -1,4 +1,4 @@
-"""What stands in for a module that mixes channels while some of these are masked.
+"""Hooks that replace the output of modules which mix channels, while some of these are masked.
 
 Shape suffixes: ``_C`` channels.
 """

@@ -40,7 +40,7 @@ def set_count(module: nn.Module, attribute: str, channels: int, surgery: Surgery
 
 
 def counted_widths(module: nn.Module) -> dict[str, int | list[int]]:
-    """What the attributes of a module that followed a removal are now; a shape as a list."""
+    """The present values of the attributes of a module that followed a removal; a shape as a list."""
     values = {name: getattr(module, name) for name in changed_widths(module)}
     return {name: value if isinstance(value, int) else list(value) for name, value in values.items()}
 

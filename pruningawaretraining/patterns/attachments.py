@@ -1,4 +1,4 @@
-"""What depends on coupled channels beside their tensors: norms over channels, and attributes that count them."""
+"""Attachments of coupled channels: norms over channels, and attributes that count them."""
 
 from __future__ import annotations
 

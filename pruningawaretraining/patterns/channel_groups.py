@@ -142,7 +142,7 @@ class ChannelGroups:
         return set().union(*self._asked("names of modules", lambda one: set(one.taken_out(keep_G))))
 
     def taken_prefixes(self, keep_G: Tensor) -> tuple[str, ...]:
-        """What the names of everything in modules begin with that leave the model as a whole."""
+        """Prefixes of the names of everything in modules that leave the model as a whole."""
         return tuple(f"{name}." for name in self.taken_out(keep_G))
 
     def outside(self, keep_G: Tensor) -> list[Attachment]:
@@ -154,7 +154,7 @@ class ChannelGroups:
         ]
 
     def costs(self) -> list[OwnCost]:
-        """What modules cost beside the layers that the groups index."""
+        """Costs of modules beside the layers that the groups index."""
         return [cost for costs in self._asked("a list of OwnCost", lambda one: list(one.costs())) for cost in costs]
 
 

@@ -145,7 +145,7 @@ class Heads(Attachment):
         return ()
 
     def costs(self) -> list[OwnCost]:
-        """What a block computes itself, beside the layers in it, is in proportion to its heads."""
+        """The computation of a block beside the layers in it, in proportion to its heads."""
         return [OwnCost(name, groups_H) for name, groups_H in self.groups.items()]
 
 

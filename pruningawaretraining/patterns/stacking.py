@@ -10,7 +10,7 @@ from pruningawaretraining.errors import ConfigError
 
 @dataclass(frozen=True)
 class Claim:
-    """What one rule prunes.
+    """The layers that one rule prunes.
 
     Args:
         key: of the rule.

@@ -251,7 +251,7 @@ class PruneOptimizer(Wrapper):
 
     @torch.no_grad()
     def low_rank_factors(self, weight: Tensor) -> list[Factors]:
-        """The factors of a weight with an SVD grouper, one for each packed matrix: what to build the small layer from.
+        """The factors of a weight with an SVD grouper, one for each packed matrix, from which to build the small layer.
 
         Args:
             weight: a parameter of a param group with an SVD grouper.

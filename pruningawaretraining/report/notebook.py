@@ -1,4 +1,4 @@
-"""What notebooks show: a report with its picture, and curves that grow while training goes on.
+"""Output for notebooks: a report with its picture, and curves that grow during training.
 
 Pictures are embedded as images, so that their styles do not reach the page around them.
 """

@@ -159,7 +159,7 @@ def latency_text(event: Mapping[str, Any]) -> str:
 
 
 def not_removed(masked: int) -> str:
-    """What to do about channels that are masked and still there."""
+    """Advice for channels that are masked but not yet removed."""
     return f"{masked} channels masked, not removed: call pruner.remove()"
 
 

@@ -76,7 +76,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Ratio:
-    """What one model takes of another's time, measured in turns.
+    """The ratio of one model's time to another's, measured in turns.
 
     Attributes:
         value: median over the turns of one time divided by the other: 0.5 is twice as fast.
@@ -103,8 +103,8 @@ class LatencyComparison:
 
     Attributes:
         latencies: one for each name, in the order given.
-        ratios: what each takes of the time of the one it is compared with, the median over the turns: 0.5 is twice as
-            fast.
+        ratios: the time of each divided by that of the model it is compared with, the median over the turns: 0.5 is
+            twice as fast.
         intervals: the 95% confidence intervals of the ratios.
     """
 
@@ -221,7 +221,7 @@ def least_ms(run: Callable[[], Any], clock: Clock = time.perf_counter) -> float:
 
 
 def ratio_in_turns(reference: Run, other: Run, clock: Clock = time.perf_counter) -> Ratio:
-    """What ``other`` takes of the time of ``reference``; measured longer, within bounds, while the interval is wide."""
+    """The time of ``other`` divided by that of ``reference``; measured longer, within limits, while it is uncertain."""
     runs = [reference, other]
     turns = enough_turns(runs, clock)
     times: list[list[float]] = [[], []]

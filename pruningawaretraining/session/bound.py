@@ -70,7 +70,7 @@ class Bound:
             settle(session.engine, session.steps.optimizers, session.sharded)
 
     def follow_other(self) -> None:
-        """Another pruner, made later, has changed the model: masks inside layers go on with the zeros that are left."""
+        """Another pruner, created later, has changed the model: masks inside layers keep the remaining zeros."""
         if self._known is not None:
             follow_removed(self._known.engine)
             self._follow_on()

@@ -23,11 +23,11 @@ class Companions(Bound):
         raise NotImplementedError
 
     def state_in(self, model: nn.Module | None = None) -> StateHandle:
-        """Let the pruner's state travel inside ``model.state_dict()``: a trainer's own checkpoints then hold the run.
+        """Store the pruner's state in ``model.state_dict()``, so that a trainer's own checkpoints hold the run.
 
         ``model.load_state_dict`` gives the model the architecture of the checkpoint before its weights are loaded, its
-        optimizers and averages included, and brings masks, phases and random generators back. Any trainer's resume
-        works so, before and after a removal; give the optimizer, and the average where there is one, before it.
+        optimizers and averages included, and brings masks, phases and random generators back. So any trainer's own
+        resume works, before and after a removal; attach the optimizer, and the average where there is one, before it.
         Weights without a pruner's state are loaded as always. A model without a pruner names the state as unexpected
         where loading is strict. Copies of the model neither write nor read it.
 
@@ -35,7 +35,7 @@ class Companions(Bound):
             model: the model given at construction, or its wrapper.
 
         Returns:
-            What takes the state out again with ``remove()``.
+            A handle whose ``remove()`` takes the state out again.
 
         Raises:
             ModelError: another model. Loading raises CheckpointError where the state is damaged or does not fit.
@@ -44,14 +44,14 @@ class Companions(Bound):
         return put_state_in(self._session.model, self)  # type: ignore[arg-type]
 
     def attach_ema(self, average: Any) -> None:
-        """Let a moving average that was made after the pruner follow masks and removals; as with ``ema=``.
+        """Make a moving average that was created after the pruner follow masks and removals, as with ``ema=``.
 
         Args:
             average: a module, an object that has one as ``.ema`` or ``.module``, or several.
 
         Raises:
             ConfigError: it is none of these.
-            ModelError: it is no copy of the model as it is now.
+            ModelError: it is not a copy of the model as it is now.
         """
         for given, module in zip(given_averages(average), followers_of(average), strict=True):
             if not any(is_alike(one, self._session.model) for one in held_by(module)):
@@ -70,11 +70,11 @@ class Companions(Bound):
             self.attach_ema(found)
 
     def rewrap(self, wrapped: nn.Module) -> nn.Module:
-        """Make a DistributedDataParallel anew with the options it has, once channels have gone.
+        """Rebuild a DistributedDataParallel with its options, after channels have been removed.
 
         ``ddp_model = pruner.rewrap(ddp_model)`` after ``pruner.prune`` costs nothing while no parameter has been
-        exchanged. It is made anew where it is and comes back, so whatever else holds it (a task, a saver) has the new
-        one too. Every process has to call it.
+        exchanged. The wrapper is rebuilt in place and returned, so other objects that hold it (a task, a saver) have
+        the new one too. Every process has to call it.
 
         Args:
             wrapped: the model in its wrapper.

@@ -19,21 +19,21 @@ class Connections(Bound):
 
     @property
     def steps(self) -> int:
-        """How many real optimizer steps there have been; reading it waits for the device."""
+        """Number of real optimizer steps so far; reading it waits for the device."""
         return self._steps.count
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let masks and regularisers act in every step of an optimizer, and let a removal keep its state.
+        """Make masks and regularisers act in every step of an optimizer, and removals keep its state.
 
         Raises:
-            ConfigError: it is no optimizer, or one of another model.
+            ConfigError: it is not an optimizer, or belongs to another model.
         """
         for one in optimizers_of(optimizer):
             check_own(one, self._session.model)
             self._steps.attach(one)
 
     def follow(self, graph: nn.Module) -> None:
-        """Let a graph that was exported from the model, and prepared for quantization-aware training, be pruned too.
+        """Prune a graph, too, that was exported from the model and prepared for quantization-aware training.
 
         The graph is trained and the pruner looks at the model: both have the same parameters. Masks hold in the graph,
         and a removal slices its fake quantizers as well.
@@ -53,7 +53,7 @@ class Connections(Bound):
             graphs.append(one)
 
     def apply_masks(self) -> None:
-        """Make what the masks say true again, after weights have come from elsewhere: set masked weights to 0.
+        """Apply the masks again after weights have come from elsewhere: set masked weights to 0.
 
         ``prune``, ``report``, ``save_pruned``, ``export_onnx`` and ``on_train_end`` do it by themselves. Parameters
         that have been exchanged (``load_state_dict(..., assign=True)``, another layer of the same shape) are masked by
@@ -66,7 +66,8 @@ class Connections(Bound):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Optimizer steps inside the block are no training steps: some tools take one to make an optimizer's state."""
+        """Optimizer steps inside the block do not count as training steps: some tools take one to create an
+        optimizer's state."""
         self._steps.paused = True
         try:
             yield

@@ -26,11 +26,11 @@ NEAR = 0.03
 """A target that is missed by less than this counts as met: limits and multiples leave some of it."""
 
 PER_LAYER = ("sparsity_per_layer", "keep_per_layer")
-"""What stands for a target in rules that give layers one by one."""
+"""Options that take the place of a target in rules that give layers one by one."""
 
 
 def goals_of(rules: Iterable[tuple[str, Rule]], met: Mapping[str, bool]) -> dict[str, Any]:
-    """What a file says of its rules: pattern, target, and whether it is met, by key; plain data."""
+    """The record of a file's rules: pattern, target, and whether it is met, by key; plain data."""
     return {
         key: {
             "pattern": rule.model_dump(mode="json")["pattern"],

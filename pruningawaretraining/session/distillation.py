@@ -29,9 +29,9 @@ class Distiller:
 
     The loss is ``weight * (logits_loss(student, teacher, temperature) + feature_weight * FeatureLoss)``. Features are
     the outputs of modules of the same names in both; channels are on axis 1 of maps with 4 or 5 dimensions, else on the
-    last. Once a removal has made the student's features narrower than the teacher's, a linear projector stands between
-    them: it begins as the least-squares fit on the batch at hand, and is trained by an Adam of its own (rate 1e-3), so
-    the user's optimizer gets no new parameters. Each process trains its own.
+    last. Once a removal has made the student's features narrower than the teacher's, a linear projector connects
+    them: it starts from a least-squares fit on the current batch and is trained by its own Adam (rate 1e-3), so the
+    user's optimizer gets no new parameters. Each process trains its own.
 
     Args:
         student: the model that is trained.

@@ -94,7 +94,7 @@ def _reached(scope: Mapping[str, Any], seen: set[int]) -> Iterator[Any]:
 
 
 def _attributes(one: Any) -> dict[str, Any]:
-    """What an object holds itself: no property, no ``__getattr__`` and no proxy is asked."""
+    """The attributes in an object's own dictionary: no property, ``__getattr__`` or proxy is called."""
     try:
         held = object.__getattribute__(one, "__dict__")
     except AttributeError:

@@ -24,7 +24,7 @@ class LoopHooks(Bound):
     """The hooks of a training loop."""
 
     def on_train_begin(self, dataloader: Any = None) -> None:
-        """Before the first epoch: from here on, settings stay as they are.
+        """Before the first epoch: from here on, settings cannot change.
 
         Args:
             dataloader: the loader of the training; how many batches it has matters where events are at fractions of
@@ -34,8 +34,8 @@ class LoopHooks(Bound):
         self._session.count_epochs(len(dataloader) if isinstance(dataloader, Sized) else None)
 
     def calibrate_with(self, dataloader: Iterable[Any], loss_fn: LossFn) -> None:
-        """Give second-order criteria data of their own: every event of theirs then measures curvature on it and moves
-        the weights that stay to where the loss rises least (OBS, CAP, FastCAP, SparseGPT; see docs/second_order.md).
+        """Give second-order criteria their own data: at every event they measure curvature on it and update the
+        remaining weights so that the loss rises least (OBS, CAP, FastCAP, SparseGPT; see docs/second_order.md).
         A rule's ``compensation`` is fitted on it, too.
 
         Args:
@@ -128,7 +128,7 @@ class LoopHooks(Bound):
         return None if distiller is None else distiller.teacher
 
     def prune(self, model: nn.Module | None = None, epoch: int | None = None, log: Log | None = None) -> str | None:
-        """Do what this epoch asks for: nothing, mask, or mask and remove.
+        """Take the events of this epoch: nothing, mask, or mask and remove.
 
         Args:
             model: the model given at construction (or its wrapper).
@@ -136,8 +136,8 @@ class LoopHooks(Bound):
             log: a logger or a function of one line; told what happened.
 
         Returns:
-            "removed", "masked", or None where nothing has happened. Once channels have gone, what the loop took for its
-            best checkpoint is of another model: begin the best metric anew.
+            "removed", "masked", or None where nothing has happened. After a removal the best checkpoint so far is of
+            the larger model: reset the best metric.
 
         Raises:
             ValueError: another model, no epoch where rules have a schedule, no example inputs, or a removal that would

@@ -1,5 +1,5 @@
-"""What pruning would do to a model and what it would cost, without training: masks by the scores of its weights, or of
-calibration data, and MACs, parameters and latency under them.
+"""Plan pruning without training: masks by the scores of the weights or of calibration data, and MACs, parameters and
+latency under them.
 
 Shape suffixes: ``_G`` groups.
 """

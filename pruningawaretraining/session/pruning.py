@@ -75,14 +75,14 @@ class Pruning(LoopHooks, Companions, Connections, Results):
             model, before anything is pruned.
 
     Attributes:
-        before_removal: a function of nothing, yours if you like: called when channels are about to be removed, when the
-            model is masked as it will be removed.
-        after_removal: likewise, called when channels have gone and optimizers and averages have followed.
-        on_member: a function of a ``Member``, yours: called when a member of a family is finished, before pruning goes
-            on to the next one and at the end of the training.
+        before_removal: a function without arguments that you may set: called right before channels are removed,
+            when the model is masked as it will be removed.
+        after_removal: likewise, called after channels have been removed from the model, optimizers and averages.
+        on_member: a function of a ``Member`` that you may set: called when a member of a family is finished, before
+            pruning continues with the next one, and at the end of the training.
 
     Raises:
-        ValueError: a configuration, layer, target or input that cannot be used; one line that names it.
+        ValueError: a configuration, layer, target or input that cannot be used; one line names it.
     """
 
     def __init__(
@@ -142,7 +142,8 @@ class Pruning(LoopHooks, Companions, Connections, Results):
         watch_wrappers(model)
         for name in without_zero(plain):
             logger.warning(
-                "%s: its fake quantizer does not keep zeros: what is masked has an influence until it is removed", name
+                "%s: its fake quantizer does not keep zeros: masked weights count until they are removed",
+                name,
             )
         describe_with(plain, lambda: dict(last) if (pruner := this()) is None else pruner._describe_for_file())
 
@@ -269,12 +270,12 @@ class Pruning(LoopHooks, Companions, Connections, Results):
     def load_state_dict(self, state: Mapping[str, Any], generators: bool = False) -> None:
         """Bring a freshly built dense model to a checkpoint's architecture and masks; load the weights after it.
 
-        A state may be loaded again, or one that is further on.
+        The same state may be loaded again, or a later one.
 
         Args:
             state: of :meth:`state_dict`.
             generators: whether the random generators of PyTorch, NumPy and Python go back to where they were, so that a
-                run that is resumed ends as one that was not interrupted; they belong to the whole program.
+                resumed run ends like an uninterrupted one; they belong to the whole program.
 
         Raises:
             CheckpointError: the state is damaged, or of another model, or this model has lost channels that it still

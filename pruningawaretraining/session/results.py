@@ -23,7 +23,7 @@ class Results(Bound):
 
     @property
     def member(self) -> Member | None:
-        """The member of a family that the model is now, from its target being met until pruning goes on; else None."""
+        """The member of a family that the model is now, from meeting its target until pruning continues; else None."""
         return member_of(self._session.engine.rules, self._session.model)
 
     @property

@@ -74,7 +74,7 @@ class ScoredChannels:
 
     @cached_property
     def targets(self) -> Targets:
-        """What targets are about; latency is measured when it is first asked for."""
+        """The costs behind targets; latency is measured when it is first asked for."""
         return Targets(self.model, self.found, self.macs, self.parameters, self.inputs)
 
     def share(self, target: Target) -> OnlyRule:

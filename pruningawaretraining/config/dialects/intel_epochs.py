@@ -38,7 +38,7 @@ class Parameters(Strict):
 
 
 class EpochKeys(Strict):
-    """What may be said of one pruner, or of all of them."""
+    """Options of one pruner, or of all of them."""
 
     start_epoch: Whole | None = Field(None, description="First epoch; 0 when absent.")
     end_epoch: Whole | None = Field(None, description="Last epoch; 4 when absent.")

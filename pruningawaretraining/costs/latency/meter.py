@@ -63,7 +63,7 @@ class Meter(Protocol):
         ...
 
     def ratio(self, dense: tuple[Model, Any], copied: tuple[Model, Any]) -> Ratio:
-        """What a copy takes of the dense model's time, measured in turns, with its confidence interval."""
+        """The ratio of a copy's time to the dense model's, measured in turns, with its confidence interval."""
         ...
 
     def ready(self, model: nn.Module, example_inputs: Any) -> Model:
@@ -192,7 +192,7 @@ class RuntimeMeter:
 
     @property
     def clock(self) -> Clock:
-        """What counts seconds: of the processor where that is possible."""
+        """A clock in seconds: of processor time where that is possible."""
         return time.process_time if self.on_processor else time.perf_counter
 
     def ready(self, model: nn.Module, example_inputs: Any) -> Model:

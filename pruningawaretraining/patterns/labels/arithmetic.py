@@ -21,7 +21,7 @@ from pruningawaretraining.patterns.labels.views import one_dim
     "rsqrt sqrt exp log sub rsub add mul div bitwise_not logical_not"
 )
 def _pointwise(call: Call) -> Results:
-    """What is computed entry by entry: all operands meet."""
+    """Operations entry by entry: all operands meet."""
     tensors = call.tensors()
     dims = call.outputs[0].dim() if call.outputs else 0
     if call.name == "masked_fill":  # the number of what is filled may come from anywhere

@@ -1,4 +1,4 @@
-"""What a follower notes beside slots: operations over channels, widths that code states, products of its own."""
+"""Notes of a follower beside slots: operations over channels, widths that code states, products of its own."""
 
 from __future__ import annotations
 

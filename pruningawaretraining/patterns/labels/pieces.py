@@ -207,7 +207,7 @@ def _made(call: Call) -> Results:
 
 @rule("as_strided unfold diagonal view_as_complex view_as_real rot90")
 def _spelled_out(call: Call) -> Results:
-    """What is easier done than described: the same operation on the slots of every entry."""
+    """Run the operation itself on the slots of every entry, where that is simpler than a rule for it."""
     if call.x.numel() > 1 << 22 or call.name.startswith("view_as"):
         return [call.without(call.arrays(call.x), range(call.x.dim()), f"reaches {call.name!r}")]
     values = list(call.values.values())[1:]
