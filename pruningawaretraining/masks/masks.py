@@ -132,9 +132,8 @@ class Masks:
             self.averages.mask(self.keep_on(torch.device("cpu")))
 
     def _take(self, keep_G: Tensor) -> None:
-        """Take masks without writing them over the weights (:meth:`_close` does). Hooks mask gradients as they are
-        accumulated, so that a norm taken between backward and step has none of them: of parameters with masked entries
-        alone, frozen ones too."""
+        """Take masks, but do not write them over the weights yet. Gradients of parameters with masked entries (frozen
+        ones too) are masked as they are accumulated, so a norm taken between backward and step has none of them."""
         for handle in self._handles:
             handle.remove()
         self._keep_G = keep_G.detach().to(self._writer.device, torch.bool, copy=True)
