@@ -1,18 +1,16 @@
-"""Run by test_channel_ranks.py under torch.distributed.run: channels pruned in a data-parallel training."""
+"""Run by test_channel_ranks.py on one process and on several: channels pruned in a data-parallel training."""
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from pruningawaretraining import Pruning
+from pruningawaretraining.distributed import collectives
 
 EPOCHS, STEPS, BATCH = 5, 3, 8
 RULE = {
@@ -34,10 +32,9 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, 2, 8, 8, generator=generator), torch.randint(3, (BATCH,), generator=generator)
 
 
-def main(folder: Path, criterion: str) -> None:
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1:
-        dist.init_process_group("gloo")
+def train(criterion: str) -> dict[str, Any]:
+    """One training; every process takes its share of each batch."""
+    rank, ranks = collectives.rank(), collectives.world_size()
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     config = {"rules": [{**RULE, "criterion": criterion}]}
@@ -53,11 +50,4 @@ def main(folder: Path, criterion: str) -> None:
         pruner.prune(wrapped, epoch)
         if ranks > 1 and [parameter.shape for parameter in model.parameters()] != widths:
             wrapped = DistributedDataParallel(model)
-    found = {"masks": pruner.masks, "model": model.state_dict(), "phase": pruner.phase}
-    torch.save(found, folder / f"{rank}of{ranks}.pt")
-    if ranks > 1:
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    return {"masks": pruner.masks, "model": model.state_dict(), "phase": pruner.phase}

@@ -1,4 +1,4 @@
-"""Run by test_collectives.py under torchrun: how many collectives a step and an event take."""
+"""Run by test_collectives.py on two processes: how many collectives a step and an event take."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from fsdp_worker import SHARDS_ON_CPU, network, shard
 from ranks_worker import batch, step
 from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from scaling import Meter
 
 from pruningawaretraining import Pruning
 from pruningawaretraining.registry import names
@@ -21,9 +17,9 @@ from pruningawaretraining.registry import names
 PATTERNS = {"channel": {"target": {"macs": 0.6}}, "unstructured": {"target": {"sparsity": 0.5}}}
 
 
-def counted(rule: dict[str, Any], sharded: bool = False) -> list[int]:
+def counted(meter: Any, rule: dict[str, Any], sharded: bool = False) -> list[int]:
     """Collectives of ours in three steps, and in the event after them."""
-    model, meter = network(), Meter()
+    model = network()
     pruner = Pruning(model, {"rules": [{**rule, "start": 0, "end": 3}]}, example_inputs=batch(0)[0][:1])
     if sharded:
         shard(model)
@@ -40,8 +36,11 @@ def counted(rule: dict[str, Any], sharded: bool = False) -> list[int]:
         return [len(steps), len(meter.calls) - done]
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def count() -> dict[str, Any]:
+    """The counts of every criterion and pattern, and of sharded weights."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # in a process of its own
+    from scaling import Meter
+
     found: dict[str, Any] = {}
     for criterion in names("criterion"):
         for pattern, rule in PATTERNS.items():
@@ -50,13 +49,8 @@ def main() -> None:
                 continue
             regularizer = {"regularizer": "growing_l2"} if pattern == "channel" else {}
             rule = {"pattern": pattern, "criterion": criterion, **regularizer, **rule}
-            found[f"{criterion} {pattern}"] = counted(rule)
+            found[f"{criterion} {pattern}"] = counted(Meter(), rule)
     for part in ({}, {"regularizer": "growing_l2"}, {"criterion": "taylor"}) if SHARDS_ON_CPU else ():
         name = next(iter(part.values()), "magnitude")
-        found[f"sharded {name}"] = counted({**PATTERNS["channel"], **part}, sharded=True)
-    torch.save(found, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+        found[f"sharded {name}"] = counted(Meter(), {**PATTERNS["channel"], **part}, sharded=True)
+    return found

@@ -1,20 +1,18 @@
-"""Run by test_fsdp.py under torchrun: trainings under fully_shard, and what they gather at the end."""
+"""Run by test_fsdp.py on several processes: trainings under fully_shard, and what they gather at the end."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from ranks_worker import EPOCHS, SCHEDULE, STEPS, batch, share, step
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from pruningawaretraining import Pruning, save_pruned
-from pruningawaretraining.distributed.collectives import rank, world_size
+from pruningawaretraining.distributed.collectives import world_size
 from pruningawaretraining.errors import PruningError
 from pruningawaretraining.session.sharded_checkpoint import load_sharded, read_pruner_state, save_sharded
 
@@ -157,19 +155,6 @@ def refusals() -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    what, folder = sys.argv[1], Path(sys.argv[2])
-    dist.init_process_group("gloo")
-    if what == "refusals":
-        found: dict[str, Any] = refusals()
-    else:
-        found = {
-            name: train(rule, *([] if what == "all" else [folder, name, what == "second"]))
-            for name, rule in CASES.items()
-        }
-    torch.save(found, folder / f"{what}{rank()}of{world_size()}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+def train_all(folder: Path | None = None, resumed: bool = False) -> dict[str, Any]:
+    """The trainings by name: whole, or the first or the second half of each."""
+    return {name: train(rule, folder, name, resumed) for name, rule in CASES.items()}

@@ -1,18 +1,14 @@
-"""Trainings that are the same on one process and on several: used by test_ranks.py, and run by it under torchrun.
+"""Trainings that are the same on one process and on several: run by test_ranks.py.
 
 Every process takes its share of the same global batches. There is no batch norm, whose statistics would be of a share.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import moe
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -133,13 +129,6 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         return {"refused": f"{type(error).__name__}: {error}"}
 
 
-def main() -> None:
-    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    dist.init_process_group("gloo")
-    found = {name: run(case) for name, case in cases.items()}
-    torch.save(found, folder / f"{rank()}of{world_size()}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+def run_all(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The trainings by name."""
+    return {name: run(case) for name, case in cases.items()}

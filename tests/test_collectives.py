@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
+from collectives_worker import count
 from fsdp_worker import SHARDS_ON_CPU
+from on_ranks import on_ranks
 
-TESTS = Path(__file__).parent
 LISTENING = ("reconstruction", "variance", "variance_magnitude", "variance_next", "wanda")
 
 
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("counts")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-    script = [str(TESTS / "collectives_worker.py"), str(folder)]
-    done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / "0.pt", weights_only=True)
+    return on_ranks(2, tmp_path_factory.mktemp("counts"), count)[0]
 
 
 def test_no_step_of_a_criterion_takes_a_collective(counts):

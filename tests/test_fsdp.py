@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from fsdp_worker import CASES, SHARDS_ON_CPU, train
+from fsdp_worker import CASES, SHARDS_ON_CPU, refusals, train, train_all
+from on_ranks import on_ranks
 from test_ranks import check_same
 
-TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not SHARDS_ON_CPU, reason="this PyTorch's fully_shard cannot run on the CPU")
-
-
-def launch(what: str, folder: Path, ranks: int) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-    script = [str(TESTS / "fsdp_worker.py"), what, str(folder)]
-    done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{what}{rank}of{ranks}.pt", weights_only=True) for rank in range(ranks)]
 
 
 def differing(ranks: list[dict[str, Any]], left_out: tuple[str, ...] = ()) -> dict[str, str]:
@@ -39,19 +25,18 @@ def differing(ranks: list[dict[str, Any]], left_out: tuple[str, ...] = ()) -> di
 
 
 def test_two_processes_end_as_one(tmp_path):
-    assert differing(launch("all", tmp_path, 2)) == {}
+    assert differing(on_ranks(2, tmp_path, train_all)) == {}
 
 
 @pytest.mark.slow
 def test_four_processes_go_on_where_two_stopped(tmp_path):
-    launch("first", tmp_path, 2)
-    assert differing(launch("second", tmp_path, 4), left_out=("snip, largest",)) == {}, (
-        "scores of weights are not saved"
-    )
+    on_ranks(2, tmp_path, train_all, tmp_path)
+    ended = on_ranks(4, tmp_path, train_all, tmp_path, True)
+    assert differing(ended, left_out=("snip, largest",)) == {}, "scores of weights are not saved"
 
 
 def test_what_cannot_be_done_is_refused_by_name(tmp_path):
-    for found in launch("refusals", tmp_path, 2):
+    for found in on_ranks(2, tmp_path, refusals):
         assert "make the Pruning first, then fully_shard" in found["after"]
         assert "6.weight is under a tensor-parallel plan" in found["parallel"] and "'tp'" in found["parallel"]
         assert "application: 'remove' at every event cannot follow fully_shard" in found["every"]

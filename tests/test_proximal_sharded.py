@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from fsdp_worker import SHARDS_ON_CPU
-
-SCRIPT = Path(__file__).parent / "proximal_sharded.py"
+from on_ranks import on_ranks
+from proximal_sharded import check
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no distributed")
@@ -20,10 +17,5 @@ SCRIPT = Path(__file__).parent / "proximal_sharded.py"
     "what",
     ["rows", pytest.param("columns", marks=pytest.mark.slow), pytest.param("whole", marks=pytest.mark.slow)],
 )
-def test_two_processes_end_as_one(what: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT), what]
-    root = str(SCRIPT.parent.parent)
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)  # noqa: S603
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_end_as_one(what: str, tmp_path: Path) -> None:
+    assert on_ranks(2, tmp_path, check, what) == [None, None]

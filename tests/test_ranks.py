@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks_worker import SCHEDULE, run
+from on_ranks import on_ranks
+from ranks_worker import SCHEDULE, run, run_all
 
 from pruningawaretraining.registry import names
 
-TESTS = Path(__file__).parent
 PATTERNS: dict[str, dict[str, Any]] = {
     "channel": {"pattern": "channel", "target": {"sparsity": 0.4}},
     "slice": {"pattern": "slice", "target": {"sparsity": 0.4}},
@@ -102,17 +97,6 @@ SAME: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def launch(cases: dict[str, Any], folder: Path, ranks: int) -> list[dict[str, Any]]:
-    """The results of every process, by case."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-    script = [str(TESTS / "ranks_worker.py"), str(folder / "cases.json"), str(folder)]
-    done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{rank}of{ranks}.pt", weights_only=True) for rank in range(ranks)]
-
-
 def check_same(alone: dict[str, Any], ranks: list[dict[str, Any]], tolerance: float) -> None:
     assert all(one.keys() == alone.keys() for one in ranks)
     if "refused" in alone:
@@ -140,7 +124,7 @@ def differing(cases: dict[str, Any], ranks: list[dict[str, Any]], tolerance: flo
 
 
 def test_every_criterion_decides_on_two_processes_as_on_one(tmp_path):
-    ranks = launch(REGISTRY, tmp_path, 2)
+    ranks = on_ranks(2, tmp_path, run_all, REGISTRY)
     assert differing(REGISTRY, ranks, 1e-4) == {}
     refused = {name: one["refused"] for name, one in ranks[0].items() if "refused" in one}
     assert all("channel" in text or "slice" in text for text in refused.values()), refused
@@ -149,4 +133,4 @@ def test_every_criterion_decides_on_two_processes_as_on_one(tmp_path):
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_end_as_one(tmp_path, count):
-    assert differing(SAME, launch(SAME, tmp_path, count), 1e-6) == {}
+    assert differing(SAME, on_ranks(count, tmp_path, run_all, SAME), 1e-6) == {}

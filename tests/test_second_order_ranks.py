@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from on_ranks import on_ranks
 from second_order_fixture import batches, cross_entropy, rule, small_net
+from second_order_ranks import prune
 
 from pruningawaretraining.session.one_shot import one_shot
 
-TESTS = Path(__file__).parent
 CRITERIA = {
     "cap": {"type": "cap", "num_grads": 32, "micro_batch": 1, "damp": 1e-3, "fisher_block_size": 24},
     "few gradients": {"type": "obs", "num_grads": 16, "micro_batch": 2, "damp": 1e-3, "fisher_block_size": 24},
@@ -26,13 +21,7 @@ CRITERIA = {
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
-    script = [str(TESTS / "second_order_ranks.py"), str(folder), json.dumps(CRITERIA)]
-    done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_ranks(2, tmp_path_factory.mktemp("ranks"), prune, CRITERIA)
 
 
 @pytest.mark.parametrize("name", CRITERIA)
