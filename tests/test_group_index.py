@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -77,6 +79,28 @@ def test_gradients_take_each_groups_factor_times_the_weight(case: str, change: s
     assert not torch.allclose(parameter.grad, expected)
     index.add_to_gradients(factor_G)
     assert torch.allclose(parameter.grad, expected.to(parameter.dtype), atol=1e-6)
+
+
+@pytest.mark.skipif(not fused.available(), reason="needs numba")
+@pytest.mark.parametrize(
+    ("case", "rows", "columns"),
+    [("conv", 9, 30), ("linear, columns", 0, 5), ("norm", 5, 0), ("a later dimension", 0, 0)],
+)
+def test_one_compiled_pass_takes_rows_and_columns_of_a_weight(
+    case: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    real = fused.kernels()
+    assert real is not None
+    watched = {
+        name: lambda *arrays: seen.append((len(arrays[-2]), len(arrays[-1])))
+        for name in ("add_square_sums", "add_scaled")
+    }
+    monkeypatch.setattr(fused, "kernels", lambda: dataclasses.replace(real, **watched))
+    index = GroupIndex(grouping_of(case, "compiled")[1], ("out",))
+    index.squared_norms()
+    index.add_to_gradients(torch.ones(SIZE))
+    assert seen == ([(rows, columns)] * 2 if rows + columns else [])
 
 
 @pytest.mark.parametrize("case", CASES)

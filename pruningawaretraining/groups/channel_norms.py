@@ -5,8 +5,9 @@ dimension.
 
 A weight is seen as a matrix of its first dimension and all the others. An entry is one row or one column of it, so
 that every sum over entries and every spreading of factors is one gather or scatter for all weights together, and a step
-costs one pass over the weights for the norms and one for the gradients: on the CPU in blocks that fit a cache, on other
-devices in the few launches of :mod:`pruningawaretraining.groups.weight_passes`. Both follow a model that is moved.
+costs one pass over the weights for the norms and one for the gradients: on the CPU compiled, or in blocks that fit a
+cache, on other devices in the few launches of :mod:`pruningawaretraining.groups.weight_passes`. All follow a model that
+is moved.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pruningawaretraining.distributed.fsdp import across, extent, is_sharded, local_of
+from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.placed import placed
 from pruningawaretraining.groups.reductions import members_per_set
@@ -45,6 +49,16 @@ class _Weight:
 
     parameter: Tensor
     sides: list[_Side] = field(default_factory=list)
+
+    def along(self, dim: int, values_N: Any) -> Any:
+        """The part of all entries' values that is this weight's along one dimension, empty if there is none."""
+        return next((values_N[side.first : side.last] for side in self.sides if side.dim == dim), values_N[:0])
+
+    @cached_property
+    def is_simple(self) -> bool:
+        """Whether it has at most one side along each of the first two dimensions, and no other."""
+        dims = [side.dim for side in self.sides]
+        return len(set(dims)) == len(dims) and max(dims) < 2
 
     def off_the_cpu(self) -> Sided:
         """The same for passes on other devices."""
@@ -125,9 +139,14 @@ class GroupIndex:
             whole_G1, part_G1 = passes.squared_norms()
             return (whole_G1 if part_G1 is None else across(part_G1, self.sharded) + whole_G1)[:-1]
         sums_N = torch.zeros_like(self.entries_N, dtype=torch.float32)
+        array_N, kernels = sums_N.numpy(), fused.kernels()
         for weight in self.weights:
+            values_W = local_of(weight.parameter)
+            if kernels is not None and weight.is_simple and fused.fits(values_W):
+                kernels.add_square_sums(fused.as_matrix(values_W), weight.along(0, array_N), weight.along(1, array_N))
+                continue
             sides = [(side.dim, sums_N[side.first : side.last]) for side in weight.sides]
-            self._add_squares(local_of(weight.parameter), sides)
+            self._add_squares(values_W, sides)
         if not self.sharded:
             return torch.zeros(self.grouping.size + 1).index_add_(0, self.entries_N, sums_N)[:-1]
         part_N = sums_N * self.shared_N  # entries of weights that every process holds whole are counted on each
@@ -182,13 +201,17 @@ class GroupIndex:
             passes.add_scaled(padded_G, only)
             return
         factor_N = torch.index_select(padded_G, 0, self.entries_N)
+        array_N, kernels = factor_N.numpy(), fused.kernels() if factor_N.dtype is torch.float32 else None
         for weight in self.weights:
-            gradient_W = weight.parameter.grad
-            if gradient_W is None or (only is not None and id(weight.parameter) not in only):
+            if weight.parameter.grad is None or (only is not None and id(weight.parameter) not in only):
                 continue
-            gradient_W = local_of(gradient_W)
+            gradient_W, values_W = local_of(weight.parameter.grad), local_of(weight.parameter)
+            if kernels is not None and weight.is_simple and fused.fits(values_W) and fused.fits(gradient_W):
+                along = weight.along(0, array_N), weight.along(1, array_N)
+                kernels.add_scaled(fused.as_matrix(gradient_W), fused.as_matrix(values_W), *along)
+                continue
             factors = [(side.dim, factor_N[side.first : side.last].to(gradient_W.dtype)) for side in weight.sides]
-            _add_scaled(gradient_W, local_of(weight.parameter), factors)
+            _add_scaled(gradient_W, values_W, factors)
 
     def extremes(self, values_G: Tensor, keep_G: Tensor | None) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of each group's set, over groups that are kept (two vectors of groups)."""
