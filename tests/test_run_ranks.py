@@ -13,8 +13,10 @@ import torch
 import yaml
 from experiment_fixture import tiny
 from ranks_models import PlainNet
+from typer.testing import CliRunner
 
 from pruningawaretraining import load_pruned
+from pruningawaretraining.cli.main import app
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import checks
 from pruningawaretraining.experiment.state import load_state
@@ -31,9 +33,17 @@ CONFIG = tiny(
 )
 
 
-def pat(folder: Path, ranks: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    several = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else []
-    command = [sys.executable, "-m", *several, "pruningawaretraining", "run", str(folder / "e.yaml"), *arguments]
+def alone(folder: Path, out: str, *arguments: str) -> str:
+    """A run in this process; what it said."""
+    done = CliRunner().invoke(app, ["run", str(folder / "e.yaml"), "--out", str(folder / out), *arguments])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def under_torchrun(folder: Path, out: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A run under torchrun."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *several, "-m", "pruningawaretraining", "run", str(folder / "e.yaml"), "--out", out]
     paths = f"{TESTS.parent}{os.pathsep}{TESTS}"
     known = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}
     return subprocess.run(command, env=known, capture_output=True, text=True, timeout=300, cwd=folder)
@@ -43,8 +53,7 @@ def pat(folder: Path, ranks: int, *arguments: str, **environment: str) -> subpro
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     (folder / "e.yaml").write_text(yaml.safe_dump(CONFIG))
-    done = pat(folder, 1, "--out", "one")
-    assert done.returncode == 0, done.stderr[-2000:]
+    alone(folder, "one")
     return folder
 
 
@@ -60,7 +69,7 @@ def check_same(mine: Path, theirs: Path) -> None:
 
 
 def test_two_processes_run_as_one(folder):
-    done = pat(folder, 2, "--out", "two")
+    done = under_torchrun(folder, "two")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("epoch   4/4") == 1, "one process speaks"
     check_same(folder / "one", folder / "two")
@@ -78,15 +87,14 @@ def test_two_processes_run_as_one(folder):
     "passes", [8, pytest.param(17, marks=pytest.mark.slow)]
 )  # five steps an epoch: while channels are masked, and after they have gone
 def test_a_run_whose_process_was_killed_goes_on_with_one(folder, passes):
-    died = pat(folder, 2, "--out", f"died{passes}", DIE_AT=str(passes))
+    died = under_torchrun(folder, f"died{passes}", DIE_AT=str(passes))
     assert died.returncode != 0 and "SIGKILL" in died.stderr
     assert not (folder / f"died{passes}" / "summary.json").exists()
     state = load_state(
         folder / f"died{passes}", {**yaml.safe_load((folder / f"died{passes}" / "config.yaml").read_text())}
     )
     assert state.epoch == (passes - 1) // 5
-    done = pat(folder, 1, "--out", f"died{passes}", "--resume")
-    assert done.returncode == 0 and f"epoch {state.epoch}" in done.stdout, done.stderr[-2000:]
+    assert f"epoch {state.epoch}" in alone(folder, f"died{passes}", "--resume")
     check_same(folder / "one", folder / f"died{passes}")
 
 

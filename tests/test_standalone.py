@@ -6,6 +6,7 @@ import ast
 import functools
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,18 +90,28 @@ def made(width):
     return Plain(width, kernel=1)
 '''
 RUN = """
-import sys
+import os, sys, traceback
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("pruningawaretraining", "safetensors", "torch_pruning"):
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
 import torch
-from pruned import build
-inputs = torch.load("inputs.pt", weights_only=True)
-with torch.no_grad():
-    torch.save(build()(inputs), "outputs.pt")
-assert "pruningawaretraining" not in sys.modules
+for folder in map(str.strip, sys.stdin):
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    try:
+        from pruned import build
+        inputs = torch.load("inputs.pt", weights_only=True)
+        with torch.no_grad():
+            torch.save(build()(inputs), "outputs.pt")
+        assert "pruningawaretraining" not in sys.modules
+        print("done", flush=True)
+    except Exception as error:
+        print(repr(traceback.format_exc()), flush=True)
+    sys.path.remove(folder)
+    for name in ("pruned", "own_networks"):
+        sys.modules.pop(name, None)
 """
 HALF: dict[str, Any] = {"target": {"sparsity": 0.5}, "start": 0, "end": 0}
 
@@ -119,21 +130,34 @@ def pruned(model: nn.Module, inputs: Any, **rule: Any) -> nn.Module:
     return model.eval()
 
 
-def outputs_elsewhere(folder: Path, inputs: Tensor) -> Tensor:
-    """Outputs in another process that cannot import this library, nor safetensors."""
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[subprocess.Popen[str]]:
+    """Another process that cannot import this library, nor safetensors: one for all files, each imported anew."""
+    command = [sys.executable, "-B", "-c", RUN]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def outputs_of(folder: Path, inputs: Tensor, elsewhere: subprocess.Popen[str]) -> Tensor:
+    """Outputs of the model that a file builds in another process."""
     torch.save(inputs, folder / "inputs.pt")
-    done = subprocess.run([sys.executable, "-c", RUN], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert elsewhere.stdin is not None and elsewhere.stdout is not None
+    print(folder, file=elsewhere.stdin, flush=True)
+    assert elsewhere.stdout.readline() == "done\n"
     found: Tensor = torch.load(folder / "outputs.pt", weights_only=True)
     return found
 
 
-def check(model: nn.Module, inputs: Tensor, folder: Path, standalone: Any = True) -> str:
+def check(
+    model: nn.Module, inputs: Tensor, folder: Path, elsewhere: subprocess.Popen[str], standalone: Any = True
+) -> str:
     """The file's text; the model that it builds gives the same outputs."""
     assert save_pruned(model, folder / "pruned.safetensors", standalone=standalone).name == "pruned.safetensors"
     with torch.no_grad():
         expected = model(inputs)
-    assert float((outputs_elsewhere(folder, inputs) - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+    assert float((outputs_of(folder, inputs, elsewhere) - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
     text = (folder / "pruned.py").read_text()
     ast.parse(text)
     assert str(folder) not in text
@@ -151,36 +175,38 @@ CASES: dict[str, tuple[Tensor, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_class_of_the_users_own(name: str, own: Any, tmp_path: Path) -> None:
+def test_a_class_of_the_users_own(name: str, own: Any, tmp_path: Path, elsewhere: subprocess.Popen[str]) -> None:
     inputs, rule = CASES[name]
-    text = check(pruned(getattr(own, name)(*((16,) if name == "Plain" else ())), inputs, **rule), inputs, tmp_path)
+    model = pruned(getattr(own, name)(*((16,) if name == "Plain" else ())), inputs, **rule)
+    text = check(model, inputs, tmp_path, elsewhere)
     assert f"from own_networks import {name} as original\n" in text and "pruningawaretraining" not in text
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "swin_t"])
-def test_a_model_of_torchvision(name: str, tmp_path: Path) -> None:
+def test_a_model_of_torchvision(name: str, tmp_path: Path, elsewhere: subprocess.Popen[str]) -> None:
     from torchvision import models
 
     torch.manual_seed(0)
     model, images = models.get_model(name, weights=None, num_classes=7), torch.randn(1, 3, 64, 64)
     rule = {"pattern": "head"} if name == "swin_t" else {}
-    text = check(pruned(model, images, **rule), images, tmp_path)
+    text = check(pruned(model, images, **rule), images, tmp_path, elsewhere)
     assert f"import {name} as original\n" in text and "'num_classes': 7" in text
 
 
-def test_a_model_of_timm(tmp_path: Path) -> None:
+def test_a_model_of_timm(tmp_path: Path, elsewhere: subprocess.Popen[str]) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     model, images = timm.create_model("resnet18", num_classes=5), torch.randn(1, 3, 64, 64)
-    text = check(pruned(model, images), images, tmp_path)
+    text = check(pruned(model, images), images, tmp_path, elsewhere)
     assert "from timm import create_model as original\n" in text and "'model_name': 'resnet18'" in text
 
 
-def test_a_builder_that_is_given(own: Any, tmp_path: Path) -> None:
+def test_a_builder_that_is_given(own: Any, tmp_path: Path, elsewhere: subprocess.Popen[str]) -> None:
     model = pruned(own.made(16), IMAGE)
-    text = check(model, IMAGE, tmp_path, functools.partial(own.made, 16))
+    text = check(model, IMAGE, tmp_path, elsewhere, functools.partial(own.made, 16))
     assert "ARGUMENTS = {'width': 16}" in text
-    check(model, IMAGE, tmp_path, functools.partial(own.Plain, width=16, kernel=1))  # the file is written anew
+    written_anew = functools.partial(own.Plain, width=16, kernel=1)
+    check(model, IMAGE, tmp_path, elsewhere, written_anew)
 
 
 def defined_here() -> nn.Module:
