@@ -88,7 +88,7 @@ def chosen(model: nn.Module, one: WeightRule, event: Event, pick: Callable[[], T
     found_G = checked_masks("dynamic", one.dynamic, keep_G, event.grouping.size).to(event.keep_G.device)
     own = type(one.dynamic).choose is not Dynamic.choose
     chooses = own or hasattr(one.criterion, "refine")  # others take the allocation's masks, which are nested
-    back = int((found_G & ~event.keep_G).sum()) if one.dynamic.nested and chooses else 0
+    back = int((found_G & ~event.keep_G).count_nonzero()) if one.dynamic.nested and chooses else 0
     expected = "masks that keep nothing that was masked before, or a dynamic that says nested = False"
     check_returned(not back, "dynamic", one.dynamic, found_G, expected, f"{back} groups that were masked before")
     if event.last and own:

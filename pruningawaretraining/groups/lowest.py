@@ -36,7 +36,7 @@ def drop_lowest(values: Sequence[Tensor], keeps: Sequence[Tensor], count: int) -
         return
     threshold = _smallest(values, count)
     below = [value_N < threshold for value_N in values]
-    remaining = count - sum(int(flags_N.sum()) for flags_N in below)
+    remaining = count - sum(int(flags_N.count_nonzero()) for flags_N in below)
     for value_N, keep_N, flags_N in zip(values, keeps, below, strict=True):
         keep_N.masked_fill_(flags_N, False)
         for value_C, keep_C in _chunks(value_N, keep_N):

@@ -137,4 +137,4 @@ def _strays(parameter: Tensor, keep_W: Tensor) -> tuple[Tensor, Tensor]:
     """How many masked weights are not 0, and which are masked."""
     weight_W = local_of(parameter.detach())
     gone_W = (keep_W == 0).to(weight_W.device)
-    return ((weight_W != 0) & gone_W).sum(), gone_W
+    return ((weight_W != 0) & gone_W).count_nonzero(), gone_W
