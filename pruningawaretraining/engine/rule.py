@@ -6,6 +6,7 @@ Shape suffixes: ``_G`` groups of the rule.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -275,10 +276,10 @@ def check_finite(key: str, grouping: Grouping) -> None:
         ModelError: it names the rule and a weight.
     """
     weights = {member.name: local_of(member.parameter.detach()) for member in grouping.members}
-    broken = [torch.isfinite(one).all().logical_not() for one in weights.values()]
-    together = torch.stack([one.to(broken[0].device) for one in broken]).cpu()  # the host waits once
-    for name, is_broken in zip(weights, together.tolist(), strict=True):
-        if is_broken:
+    sums = [one.sum(dtype=torch.float32) for one in weights.values()]  # not finite where a weight is not
+    together = torch.stack([one.to(sums[0].device) for one in sums]).cpu()  # the host waits once
+    for (name, weight), total in zip(weights.items(), together.tolist(), strict=True):
+        if not math.isfinite(total) and not bool(torch.isfinite(weight).all()):  # large weights only add up to infinity
             raise ModelError(f"{key}: {name} is not finite: the training has diverged, and nothing is pruned")
 
 

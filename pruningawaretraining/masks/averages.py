@@ -120,21 +120,21 @@ def cleared(writer: HasFactors, names: Mapping[int, str]) -> dict[str, int]:
         writer: holds the masked entries.
         names: id of each parameter -> its name.
     """
-    counts = [_strays(parameter, keep_W)[0] for parameter, keep_W in writer.factors()]
+    counts = [_strays(parameter, keep_W) for parameter, keep_W in writer.factors()]
     if not counts:
         return {}
     strays = torch.stack([one.to(counts[0].device) for one in counts]).cpu().tolist()  # the host waits once
     found: dict[str, int] = {}
     for (parameter, keep_W), count in zip(writer.factors(), strays, strict=True) if any(strays) else ():
         if count:
-            local_of(parameter.detach()).masked_fill_(_strays(parameter, keep_W)[1], 0.0)
+            weight_W = local_of(parameter.detach())
+            weight_W.masked_fill_((keep_W == 0).to(weight_W.device), 0.0)
             name = names[id(parameter)]
             found[name] = found.get(name, 0) + int(count)
     return found
 
 
-def _strays(parameter: Tensor, keep_W: Tensor) -> tuple[Tensor, Tensor]:
-    """How many masked weights are not 0, and which are masked."""
+def _strays(parameter: Tensor, keep_W: Tensor) -> Tensor:
+    """How many masked weights are not 0."""
     weight_W = local_of(parameter.detach())
-    gone_W = (keep_W == 0).to(weight_W.device)
-    return ((weight_W != 0) & gone_W).count_nonzero(), gone_W
+    return (weight_W != 0).gt(keep_W.bool().to(weight_W.device)).count_nonzero()
