@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, save_pruned
 from pruningawaretraining.cli.main import app
+from pruningawaretraining.experiment import timing
 from pruningawaretraining.experiment.models import digits_resnet
-from pruningawaretraining.experiment.timing import Timed, timing_tables, weight_bytes
+from pruningawaretraining.experiment.timing import Candidate, Timed, noise_text, timing_tables, weight_bytes
 from pruningawaretraining.experiment.timing_plot import draw_timing
 from pruningawaretraining.report.summary import si
 
@@ -114,3 +115,23 @@ def test_a_picture_of_a_family(tmp_path: Path) -> None:
     assert re.findall(r'class="note" [^>]*>([^<]+)</text>', text)[-2:] == ["r1", "r0"]
     (fast, low), (slow, high) = at
     assert fast < slow and 0 < low - high < 20, "0.2 points do not fill the axis"
+
+
+def test_models_of_one_name_are_told_apart_by_what_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    inputs = torch.zeros(1, 1, 8, 8)
+    runs = [Candidate(f"demo ({kind})", "runs/demo", digits_resnet(), inputs, 1) for kind in ("dense", "pruned")]
+    monkeypatch.setattr(timing, "_of_run", lambda *_: runs)
+    found = timing.candidates(["demo", "runs/demo"])
+    assert [one.name for one in found] == ["demo (dense)", "runs/demo (dense)", "demo (pruned)"]
+
+
+@pytest.mark.parametrize(
+    ("p90", "high", "said"),
+    [(1.1, 0.61, ""), (17.0, 0.61, "times of a spread by 1600% of their median"), (1.1, 0.9, "The machine is noisy")],
+)
+def test_a_noisy_timing_is_said(p90: float, high: float, said: str) -> None:
+    dense = Timed("a", "a", 1.0, 1.0, p90, 1.0, None, None, None, 1, None)
+    pruned = Timed("b", "a", 0.6, 0.6, 0.61, 0.6, None, None, None, 1, None, 0.59, high)
+    assert (said in noise_text([dense, pruned])) and bool(said) == bool(noise_text([dense, pruned]))

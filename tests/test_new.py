@@ -35,7 +35,8 @@ def test_a_new_experiment_loads_and_runs(tmp_path: Path) -> None:
     (rule,) = config.pruning.rules
     assert (config.epochs, rule.start, rule.end, rule.target.macs) == (2, 0, 0, 0.5)
     text = path.read_text()
-    assert "#   1: conv1, 32 channels; with stages.0.0.conv1" in text
+    assert "#   1: conv1, 32 channels; with stages.0.0.conv2, stages.0.1.conv2\n" in text  # those that lose outputs
+    assert "#   2: stages.0.0.conv1, 32 channels\n" in text and "name: SGD" in text
     assert "linear: reaches an output of the model" in text
     values = yaml.safe_load(text) | {"latency": None, "onnx": None, "dense_baseline": False, "threads": 1}
     values["data"]["train_fraction"] = 0.2
@@ -53,6 +54,15 @@ def test_data_that_is_read_from_a_folder_has_a_place_for_its_path(data: str, roo
     assert load_experiment(path).data.root == (root and str(tmp_path / root))
     commented = [line.index("#") for line in path.read_text().splitlines() if line.startswith("  ") and " # " in line]
     assert len(set(commented[:2])) == 1, "comments stand below each other"
+
+
+def test_a_transformer_gets_its_optimizer_and_its_heads(tmp_path: Path) -> None:
+    path = tmp_path / "vit.yaml"
+    kwargs = ("--input-shape", "1,3,224,224", "--out", path)
+    assert pat("new", "vit_tiny_patch16_224", *kwargs).exit_code == 0
+    text = path.read_text()
+    assert load_experiment(path).optimizer.name == "AdamW" and "# pattern: {type: channel, heads: true}" in text
+    assert text.count("is cut into the heads") == 1 and "blocks.*.attn.qkv (12 layers): is cut" in text
 
 
 def test_a_new_pruning_config_is_for_a_loop(tmp_path: Path) -> None:
@@ -73,6 +83,7 @@ def test_a_new_pruning_config_is_for_a_loop(tmp_path: Path) -> None:
         (("resnet81",), "did you mean"),
         ((DIGITS, "--epochs", "0"), "--epochs: 0"),
         ((DIGITS, "--out", "a.txt"), ".yaml"),
+        ((DIGITS, "--data", "folder", "--input-shape", "1,1,8,8"), "--data: 'folder' is not known; did you mean"),
     ],
 )
 def test_nothing_is_written_for_bad_input(

@@ -268,6 +268,18 @@ def test_an_axis_of_accuracies_leaves_out_the_climb_and_no_fall() -> None:
     early = [0.1, 0.75, 0.88, 0.36, 0.6, 0.98]  # falls before it has come near its best
     limits, note = figures.without_climb([svg.Series("c", list(enumerate(early)))])
     assert limits is not None and 0.1 < limits[0] < 0.36 and "first epochs" in note
+    ruined = [0.104, 0.094, 0.088, 0.156, 0.25, 0.488]  # climbs until the end: there is no first part to leave out
+    limits, note = figures.without_climb([svg.Series("d", list(enumerate(ruined)))])
+    assert limits is not None and limits[0] < 0.088 and not note
+
+
+def test_the_change_of_latency_is_the_ratio_that_its_interval_is_of() -> None:
+    sides = {"dense": {"latency_ms": 0.99}, "pruned": {"latency_ms": 0.6}}
+    measured = {"ratio": 0.572, "interval": [0.56, 0.582]}
+    (row,) = [one for one in tables.compared_rows({**sides, "latency": measured}) if one.label == "Latency"]
+    assert (row.dense, row.pruned, row.change, row.share) == ("0.99 ms", "0.6 ms", "−42.8%", 0.572) and row.good
+    (row,) = [one for one in tables.compared_rows(sides) if one.label == "Latency"]
+    assert row.change == "−39.4%"
 
 
 def test_each_histogram_has_an_axis_of_its_own_norms() -> None:
@@ -374,7 +386,9 @@ def test_a_run_of_channels_is_told_in_channels(tmp_path: Path) -> None:
     config = {"pruning": {"rules": [{"pattern": {"type": "channel"}, "regularizer": "growing_l2"}]}}
     _, page = write(tmp_path / "run", config=config)
     said = " ".join(page.text.split())
-    assert "33.7% of the prunable channels are gone" in said and "the regulariser separates the groups" in said
+    assert (
+        "33.7% of the prunable channels are gone" in said and "the regulariser pulls weak groups towards zero" in said
+    )
     rules = [{"pattern": "channel", "regularizer": None}, {"pattern": "4x1", "regularizer": None}]
     _, page = write(tmp_path / "both", config={"pruning": {"rules": rules}})
     assert "of the prunable channels and blocks of weights are gone or zero" in " ".join(page.text.split())

@@ -12,13 +12,12 @@ from pruningawaretraining.analysis.compare_figures import (
     COLOURS,
     Compared,
     curve_figure,
+    energy_figure,
     near_figure,
     ridge_figures,
 )
-from pruningawaretraining.analysis.gap_threshold import (
-    one_file,
-    share,
-)
+from pruningawaretraining.analysis.control import effect_text
+from pruningawaretraining.analysis.gap_threshold import Choice, one_file, share
 from pruningawaretraining.files import write_text
 from pruningawaretraining.report.html import render_template
 from pruningawaretraining.report.numbers import as_csv
@@ -51,6 +50,7 @@ def numbers(one: Compared) -> dict[str, Any]:
         "strength": one.strength,
         **reached(one.run),
         "choice": asdict(one.choice),
+        "effect": None if one.effect is None else asdict(one.effect),
         "epochs": [row for row in rows_of(one) if row["set"] == "all"],
         "norms": dict(one.run.norms),
     }
@@ -108,7 +108,12 @@ def page(runs: Sequence[Compared], title: str) -> dict[str, Any]:
         "advice": advice(runs),
         "curves": [
             figure
-            for figure in (near_figure(runs), curve_figure(runs, "accuracy"), curve_figure(runs, "macs"))
+            for figure in (
+                energy_figure(runs),
+                near_figure(runs),
+                curve_figure(runs, "accuracy"),
+                curve_figure(runs, "macs"),
+            )
             if figure
         ],
         "sides": sides,
@@ -187,13 +192,34 @@ def _row(one: Compared, number: int) -> dict[str, Any]:
         "style": f"r-{number % COLOURS}",
         "link": one.link,
         "strength": "–" if one.strength is None else f"{one.strength:g}",
-        "epoch": "–" if choice.epoch is None else str(choice.epoch),
+        "epoch": start_of(choice),
         "threshold": f"{choice.threshold:.2g}",
         "share": choice.share,
         "gap": f"{100 * choice.depth:.0f}% deep" if choice.separated else "none",
-        "reason": choice.reason,
+        "reason": told(one),
         **reached(one.run),
     }
+
+
+def start_of(choice: Choice) -> str:
+    """The epoch to start after, for a table; none where norms without a gap do not speak for one."""
+    return "–" if choice.epoch is None or not choice.separated else str(choice.epoch)
+
+
+def told(one: Compared) -> str:
+    """What a run's norms say, what the regulariser did against the dense model, and what came of it, in sentences."""
+    found, loss = reached(one.run), _losses([one])[0]
+    text = " ".join(part for part in (one.choice.reason, effect_text(one.effect)) if part)
+    if one.choice.separated or not _ended(one.run) or found["dense_accuracy"] is None or loss is None:
+        return text
+    against = f"Pruned, the run ended at {_against(one, loss)}"
+    if _holds(loss):
+        return f"{text} {against}: the ranking chose well without a gap."
+    return f"{text} {against}: regularise longer or more strongly, prune less, or train longer afterwards."
+
+
+def _ended(run: Run) -> bool:
+    return (run.summary.get("pruned") or {}).get("accuracy") is not None
 
 
 def _sets(run: Run) -> list[str]:

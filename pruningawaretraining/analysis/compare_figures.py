@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pruningawaretraining.analysis.control import Effect, effect
 from pruningawaretraining.analysis.gap_threshold import (
     Choice,
     before_pruning,
@@ -34,6 +35,7 @@ class Compared:
         strength: of its regulariser; None when unknown.
         choice: what its norms say.
         link: of its own report, relative to the page; "" for none.
+        effect: what its regulariser did before pruning, against the dense model; None where nothing is known.
     """
 
     name: str
@@ -41,12 +43,14 @@ class Compared:
     strength: float | None
     choice: Choice
     link: str = ""
+    effect: Effect | None = None
 
 
 def compared(name: str, run: Run, link: str = "") -> Compared:
     """A run with what its norms say."""
+    found = effect(run)
     run = replace(run, norms=with_removed(run.norms)) if run.norms else run
-    return Compared(name, run, strength_of(run), choose(run), link)
+    return Compared(name, run, strength_of(run), choose(run), link, found)
 
 
 def strength_of(run: Run) -> float | None:
@@ -73,13 +77,38 @@ def _curves(
     return Figure(title, line_chart(chart), note, legend=tuple((line.style, line.label) for line in series))
 
 
+def energy_figure(runs: Sequence[Compared]) -> Figure | None:
+    """The energy of the groups that will go, by epoch, until pruning begins.
+
+    Of one run as a part of the whole, with the dense baseline beside it; of several relative to the baseline.
+    """
+    known = [(f"r-{number % COLOURS}", one, one.effect) for number, one in enumerate(runs) if one.effect is not None]
+    if len(runs) == 1:
+        lines = [line for style, one, found in known for line in _energies(one.name, found, style)]
+        note = "The lowest groups of each set of layers, as many as the run removed: their part of the sum of squares."
+        return _curves("Energy of the lowest groups", lines, note=note)
+    lines = [Series(one.name, found.relative, style) for style, one, found in known]
+    note = "Sum of squares of each set's lowest groups, as many as the run removed, relative to the dense model's."
+    return _curves("Energy of the lowest groups, dense = 100%", lines, note=note)
+
+
+def _energies(name: str, found: Effect, style: str) -> list[Series]:
+    own = [(float(epoch), share) for epoch, share in found.energy]
+    return [
+        Series("dense", [(float(epoch), share) for epoch, share in found.control], "s-dense"),
+        Series(name, own, style),
+    ]
+
+
 def near_figure(runs: Sequence[Compared]) -> Figure | None:
-    """The share of groups near zero by epoch, until pruning begins."""
+    """The share of groups near zero by epoch, until pruning begins; None where there are none at any time."""
     lines = []
     for number, one in enumerate(runs):
         edges, moments = one.run.norms.get("edges") or [], before_pruning(one.run.norms.get("epochs") or [])
         points = [(float(at["epoch"]), share(edges, at["sets"], one.choice.threshold)) for at in moments]
         lines.append(Series(one.name, points, f"r-{number % COLOURS}"))
+    if not any(value for line in lines for _, value in line.points):
+        return None
     return _curves("Groups near zero, before pruning", lines)
 
 

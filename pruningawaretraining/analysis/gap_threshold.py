@@ -106,8 +106,7 @@ def _reason(
     if depth is None:
         return (
             f"The norms have not fallen apart by epoch {last[0]}: there is no gap near zero, and {100 * last[1]:.1f}% "
-            f"of the groups lie below {threshold:.2g} of their layer's large norms. Regularise longer or more "
-            "strongly, or let the ranking decide."
+            f"of the groups lie below {threshold:.2g} of their layer's large norms."
         )
     text = _heap(threshold, depth)
     if not settled:

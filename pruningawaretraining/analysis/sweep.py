@@ -94,5 +94,6 @@ def _read(folder: Path, below: Path, first: Compared | None) -> Compared:
     run = load_run(folder)
     if first is not None and not (run.summary.get("dense") or {}).get("accuracy"):
         dense = {**(run.summary.get("dense") or {}), "accuracy": (first.run.summary.get("dense") or {}).get("accuracy")}
-        run = replace(run, summary={**run.summary, "dense": dense})
+        control = {key: value for key, value in first.run.norms.items() if key == "dense"}
+        run = replace(run, summary={**run.summary, "dense": dense}, norms={**run.norms, **control})
     return compared(folder.name, run, f"{folder.relative_to(below)}/{record.REPORT}")

@@ -69,19 +69,20 @@ def analyze(
 
 
 def _print_choices(runs: Sequence[Compared], console: Console) -> None:
-    from pruningawaretraining.analysis.compare import advice, reached
+    from pruningawaretraining.analysis.compare import advice, reached, start_of, told
 
     headings = ("strength", "start after epoch", "threshold", "near zero", "accuracy")
     table = Table(Column("run", overflow="fold"), *headings, box=box.SIMPLE)
     for one in runs:
         choice, accuracy = one.choice, reached(one.run)["accuracy"]
         strength = "–" if one.strength is None else f"{one.strength:g}"
-        epoch = "–" if choice.epoch is None else str(choice.epoch)
         shown = "–" if accuracy is None else f"{accuracy:.2%}"
-        table.add_row(Text(one.name), strength, epoch, f"{choice.threshold:.2g}", f"{choice.share:.1%}", shown)
+        table.add_row(
+            Text(one.name), strength, start_of(choice), f"{choice.threshold:.2g}", f"{choice.share:.1%}", shown
+        )
     console.print(table)
     for one in runs:
-        console.print(f"{one.name}: {one.choice.reason}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{one.name}: {told(one)}", highlight=False, markup=False, soft_wrap=True)
     if advice(runs):
         console.print(f"Of these: {advice(runs)}", highlight=False, markup=False, soft_wrap=True)
 

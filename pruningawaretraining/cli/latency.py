@@ -47,6 +47,7 @@ def latency(
     with reported(debug, shaped=True):
         from pruningawaretraining.experiment.timing import (
             candidates,
+            noise_text,
             timed,
             timing_tables,
             write_timing,
@@ -62,6 +63,8 @@ def latency(
         console = Console()
         for table in timing_tables(rows, title, console.width, batch):
             console.print(table)
+        if noise_text(rows):
+            console.print(noise_text(rows), style="yellow", highlight=False, markup=False, soft_wrap=True)
         if out is not None:
             write_timing(rows, out)
             say_written(out)

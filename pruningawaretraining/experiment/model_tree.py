@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,8 +19,10 @@ from pruningawaretraining.models.example_inputs import batch_of
 from pruningawaretraining.report.summary import percent, si, wrapped_name
 from pruningawaretraining.session.pruning import Pruning
 
-MOST_NAMED = 8
-"""Layers that are named with one reason."""
+MOST_NAMED, MOST_LIKE = 8, 3
+"""Layers that are named with one reason; of more than so many, those of like names are one."""
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""Of a block, in the middle of a layer's name."""
 HEADINGS = ("in", "out", "set", "MACs", "of all", "parameters")
 
 
@@ -113,13 +117,32 @@ def _lines(node: _Node, before: str, top: bool = False) -> Iterator[tuple[str, s
 
 def _stays(skipped: Mapping[str, str]) -> list[Text]:
     """Which layers stay as they are, by reason."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in skipped.items():
-        by_reason.setdefault(reason, []).append(name)
-    lines = [f"  {reason}: {_named(names)}" for reason, names in by_reason.items()]
+    lines = [f"  {reason}: {names}" for reason, names in by_reason(skipped)]
     return [Text("\n".join(["Stay as they are:", *lines]))] if lines else []
 
 
+def by_reason(skipped: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Each reason once, with the layers that it is given for; blocks that differ in their number alone are ``*``.
+
+    Args:
+        skipped: layer -> why it stays.
+    """
+    found: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        found.setdefault(_NUMBER.sub("*", reason), []).append(name)
+    return [(_common({skipped[name] for name in names}, like), _named(names)) for like, names in found.items()]
+
+
+def _common(reasons: set[str], like: str) -> str:
+    """The reason itself if there is one alone, else what is common to them."""
+    return reasons.pop() if len(reasons) == 1 else like
+
+
 def _named(names: Sequence[str]) -> str:
+    """Names in a line; of many, blocks of like names as one: ``blocks.*.attn.qkv (12 layers)``."""
+    if len(names) > MOST_LIKE:
+        like = Counter(_NUMBER.sub("*", name) for name in names)
+        one_of = {_NUMBER.sub("*", name): name for name in names}
+        names = [one_of[key] if count == 1 else f"{key} ({count} layers)" for key, count in like.items()]
     more = len(names) - MOST_NAMED
     return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

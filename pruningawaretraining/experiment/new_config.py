@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
+from pruningawaretraining.engine.coupled_rules import set_of_layer
 from pruningawaretraining.experiment.inspection import Inspected
+from pruningawaretraining.experiment.model_tree import by_reason
+from pruningawaretraining.registry import canonical
 from pruningawaretraining.session.pruning import Pruning
 
 MOST_SETS, MOST_LAYERS = 40, 4
 """Sets that are listed, and layers that are named with each."""
+HEADS = "prune it by heads"
+"""In the reason why layers stay that lose whole heads on request."""
 EXPERIMENT = """\
 # An experiment for {name}, written by `pat new`. `pat check` shows its plan, and this runs it:
 #     pat run {file}
@@ -26,12 +33,20 @@ data:
 epochs: {epochs:<20}  # of training, pruning and fine-tuning together, numbered from 0
 batch_size: 128
 optimizer:
-  name: SGD                   # any class of torch.optim
-  lr: 0.05                    # falls along a cosine over the run; see `scheduler`
-  kwargs: {{momentum: 0.9, weight_decay: 5.0e-4}}
-
+{optimizer}
 pruning:
 """
+SGD = """\
+  name: SGD                   # any class of torch.optim
+  lr: 0.05                    # falls along a cosine over the run; see `scheduler`
+  kwargs: {momentum: 0.9, weight_decay: 5.0e-4}
+"""
+ADAMW = """\
+  name: AdamW                 # any class of torch.optim
+  lr: 5.0e-4                  # falls along a cosine over the run; see `scheduler`
+  kwargs: {weight_decay: 0.05}
+"""
+"""For networks with layer norms, which SGD trains badly."""
 ROOT = """\
   root: DATA                  # change it: {what}
 """
@@ -86,6 +101,7 @@ def new_config(inspected: Inspected, wanted: NewConfig) -> str:
     Raises:
         ConfigError, ModelError: nothing can be pruned, or the model rejects the inputs.
     """
+    data = wanted.data if wanted.pruning_alone else canonical("dataset", wanted.data, "--data")
     pruner = Pruning(inspected.model, inspected.pruning, example_inputs=inspected.inputs)
     start, end = window(wanted.epochs)
     rules = RULES.format(start=start, end=end)
@@ -95,8 +111,9 @@ def new_config(inspected: Inspected, wanted: NewConfig) -> str:
             name=wanted.name,
             file=wanted.file,
             title=wanted.name.replace(":", "-").replace("/", "-").rpartition(".")[2],
-            data=wanted.data,
-            root=ROOT.format(what=NEEDS_ROOT[wanted.data]) if wanted.data in NEEDS_ROOT else "",
+            data=data,
+            optimizer=ADAMW if any(isinstance(one, nn.LayerNorm) for one in inspected.model.modules()) else SGD,
+            root=ROOT.format(what=NEEDS_ROOT[data]) if data in NEEDS_ROOT else "",
             size=size,
             channels=channels,
             epochs=wanted.epochs,
@@ -104,17 +121,32 @@ def new_config(inspected: Inspected, wanted: NewConfig) -> str:
         rules = head + "".join(f"  {line}\n" for line in rules.splitlines())
     else:
         rules = f"# How to prune {wanted.name} in {wanted.epochs} epochs: Pruning(model, {wanted.file!r})\n{rules}"
-    sets = [
-        f"#   {one['number']}: {one['source']}, {one['size']} channels{_more(one['dependencies'])}"
-        for one in pruner.describe_sets()
-    ]
+    sets = _sets(pruner)
     shown = [*sets[:MOST_SETS], *([f"#   ... and {len(sets) - MOST_SETS} more"] if len(sets) > MOST_SETS else [])]
     coupled = pruner.engine.coupled
     stays = {} if coupled is None else coupled.found.skipped
     lines = ["", "# Sets of coupled layers that can be pruned; layers of a set lose the same channels:", *shown]
+    if any(HEADS in reason for reason in stays.values()):
+        lines[:0] = [
+            "    # pattern: {type: channel, heads: true}  # attention heads too, instead of `pattern: channel`"
+        ]
     if stays:
-        lines += ["# Stay as they are:", *(f"#   {name}: {reason}" for name, reason in list(stays.items())[:MOST_SETS])]
+        lines += ["# Stay as they are:", *(f"#   {names}: {reason}" for reason, names in by_reason(stays)[:MOST_SETS])]
     return rules + "\n".join(lines) + "\n"
+
+
+def _sets(pruner: Pruning) -> list[str]:
+    """Every set of coupled layers: its width, and the other layers that lose the same channels."""
+    coupled = pruner.engine.coupled
+    losing: dict[str, list[str]] = {}
+    for layer, name in {} if coupled is None else set_of_layer(coupled.found.grouping).items():
+        losing.setdefault(name, []).append(layer)
+    lines = []
+    for one in pruner.describe_sets():
+        source = one["source"].removesuffix(".weight")
+        others = [layer for layer in losing.get(source, []) if layer != source]
+        lines.append(f"#   {one['number']}: {source}, {one['size']} channels{_more(others)}")
+    return lines
 
 
 def _more(names: Sequence[str]) -> str:

@@ -29,6 +29,7 @@ A run folder holds:
          "epochs": [{"epoch": 0, "phase": "regularize",
                      "sets": {"layer1.0.conv1": {"counts": [0, ...], "zeros": 3, "size": 16}, ...}}, ...]}
 
+    ``dense`` has the same of the dense baseline, as a control, where a rule has a regulariser: a list like ``epochs``.
     ``zeros`` are groups whose norm is exactly 0 (masked), in no bin; ``size`` is the number of groups that are live,
     so that ``sum(counts) + zeros == size``.
 
@@ -161,7 +162,9 @@ class Recorder:
     def __init__(self, folder: Path, rows: int = 0, norms: int = 0) -> None:
         self.folder = folder
         self.rows = _first(_read_rows(folder / METRICS), rows, ROW, folder / METRICS) if rows else []
-        self.norms = _known_norms(folder / NORMS, norms) if norms else []
+        self.norms = _known_norms(folder / NORMS, "epochs", norms) if norms else []
+        dense = sum(row["model"] == "dense" for row in self.rows)
+        self.control = _known_norms(folder / NORMS, "dense", dense, whole=False) if dense else []
 
     def add(self, row: Mapping[str, Any], norms: Mapping[str, Tensor] | None = None) -> None:
         """Add one epoch."""
@@ -169,8 +172,10 @@ class Recorder:
         write_text(self.folder / METRICS, "".join(json.dumps(_finite(one)) + "\n" for one in self.rows))
         if norms is not None:
             sets = {name: histogram(norms_G) for name, norms_G in norms.items()}
-            self.norms.append({"epoch": row["epoch"], "phase": row["phase"], "sets": sets})
-            write_json(self.folder / NORMS, {"edges": EDGES, "epochs": self.norms})
+            found = self.control if row["model"] == "dense" else self.norms
+            found.append({"epoch": row["epoch"], "phase": row["phase"], "sets": sets})
+            control = {"dense": self.control} if self.control else {}
+            write_json(self.folder / NORMS, {"edges": EDGES, "epochs": self.norms, **control})
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -179,12 +184,19 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return [as_object(parse_json(line, path), path) for line in read_text(path).splitlines() if line.strip()]
 
 
-def _known_norms(path: Path, count: int) -> list[dict[str, Any]]:
-    """The first epochs of ``norms.json``; none of an earlier version's, whose bins do not line up."""
+def _known_norms(path: Path, key: str, count: int, *, whole: bool = True) -> list[dict[str, Any]]:
+    """The first epochs of ``norms.json``; none of an earlier version's, whose bins do not line up.
+
+    Args:
+        path: of the file.
+        key: "epochs", or "dense" for those of the dense baseline.
+        count: how many.
+        whole: whether all of them must be there.
+    """
     known = read_object(path) if path.is_file() else {}
-    edges = known.get("edges")
+    edges, found = known.get("edges"), known.get(key, [])
     other = isinstance(edges, list) and edges != list(EDGES)
-    return [] if other else _first(known.get("epochs", []), count, MOMENT, path)
+    return [] if other or not (whole or found) else _first(found, count, MOMENT, path)
 
 
 def _first(found: Any, count: int, keys: frozenset[str], path: Path) -> list[dict[str, Any]]:

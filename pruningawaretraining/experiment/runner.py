@@ -33,7 +33,7 @@ from pruningawaretraining.experiment.optim import (
 )
 from pruningawaretraining.experiment.phase import EpochPhase
 from pruningawaretraining.experiment.schema import ExperimentConfig
-from pruningawaretraining.experiment.stage import SilentRecorder, Stage
+from pruningawaretraining.experiment.stage import SilentRecorder, Stage, control_grouping
 from pruningawaretraining.experiment.state import ALLOWED, RunState, rng_state, save_state, set_rng_state
 from pruningawaretraining.experiment.stopping import StopRequest
 from pruningawaretraining.experiment.train import Learner, Precision, Sums, evaluate, train_epoch
@@ -103,8 +103,10 @@ class Runner:
         optimizer = build_optimizer(config.optimizer, model)
         check_scheduler(config)
         scheduler = build_scheduler(config, optimizer)
-        pruner = None
-        if name == "pruned":
+        pruner = control = None
+        if name == "dense":
+            control = control_grouping(model, config.pruning, self.images[:1])
+        else:
             pruner = Pruning(model, config.pruning, example_inputs=self.images[:1], optimizer=optimizer)
             pruner.best_begins_anew = True  # the last epoch is kept, whatever was best
             batches = TrainingBatches(self.pipeline, self.data.train, config.batch_size, self.device)
@@ -116,7 +118,7 @@ class Runner:
         if pruner is not None:
             pruner.on_member = partial(keep_member, self, learner)
         torch.manual_seed(config.seed + rank())
-        return Stage(name, learner, scheduler)
+        return Stage(name, learner, scheduler, control)
 
     def run(self) -> Trained:
         """Train what is left to train; what is only masked at the end is removed."""
@@ -205,7 +207,7 @@ class Runner:
             "seconds": time.perf_counter() - started,
         }
         self._check_folder()
-        self.recorder.add(row, pruner.norms() if pruner is not None and prunes(pruner) else None)
+        self.recorder.add(row, stage.norms())
         self.state.epoch = epoch + 1
         self._save(stage)
         shown.epoch(row)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from pruningawaretraining.experiment.inspection import Inspected, load_inspected
 from pruningawaretraining.experiment.shipped import named
 from pruningawaretraining.files import read_object, reading
 from pruningawaretraining.report.summary import percent, si
-from pruningawaretraining.runtimes.timing import Model, compare_latency
+from pruningawaretraining.runtimes.timing import Model, compare_latency, is_wide
 
+SPREAD = 0.25
+"""Of times, from the 10th to the 90th percentile, as a part of their median: beyond it the machine is called busy."""
 ANY_WIDTH = 10_000
 """Of a terminal in which every table fits."""
 
@@ -85,6 +88,13 @@ class Timed:
         """Of the ratio, for a table."""
         return "–" if self.low is None or self.high is None else f"{self.low:.3f} to {self.high:.3f}"
 
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the interval of the ratio is too wide to promise milliseconds, or the times themselves spread."""
+        known = self.low is not None and self.high is not None
+        wide = known and is_wide(self.ratio, float(self.low or 0.0), float(self.high or 0.0))
+        return wide or self.p90 - self.p10 > SPREAD * self.median_ms
+
 
 def candidates(
     sources: Sequence[str],
@@ -95,6 +105,8 @@ def candidates(
     data: Path | None = None,
 ) -> list[Candidate]:
     """Load what the command line names: folders of runs, checkpoints, ONNX files, models and experiments.
+
+    Models of one name, as of ``demo`` and ``runs/demo``, are told apart by what was given for them.
 
     Args:
         sources: as given.
@@ -121,7 +133,14 @@ def candidates(
         else:
             seen = _of_name(source, input_shape, data)
             found.append(Candidate(f"{source} (dense)", source, seen.model, seen.inputs, weight_bytes(seen.model)))
-    return found
+    names = Counter(one.name for one in found)
+    return [replace(one, name=_full_name(one)) if names[one.name] > 1 else one for one in found]
+
+
+def _full_name(one: Candidate) -> str:
+    """``demo (dense)`` of ``runs/demo`` as ``runs/demo (dense)``."""
+    _, bracket, kind = one.name.rpartition(" (")
+    return f"{one.family}{bracket}{kind}" if bracket else one.name
 
 
 def _needed(input_shape: Sequence[int] | None, source: str) -> Sequence[int]:
@@ -255,6 +274,19 @@ def timing_tables(rows: Sequence[Timed], title: str, width: int, batch: int = 1)
     if Console(width=ANY_WIDTH).measure(whole).maximum <= width:
         return [whole]
     return [_table(title, names, {**times, "accuracy": accuracy}), _table("", names, costs)]
+
+
+def noise_text(rows: Sequence[Timed]) -> str:
+    """What to say of a timing on a busy machine; "" on a quiet one."""
+    noisy = [one for one in rows if one.is_noisy]
+    if not noisy:
+        return ""
+    worst = max(noisy, key=lambda one: (one.p90 - one.p10) / one.median_ms)
+    spread = percent((worst.p90 - worst.p10) / worst.median_ms, 0)
+    return (
+        f"The machine is noisy: times of {worst.name} spread by {spread} of their median (10th to 90th percentile). "
+        "Trust the ratios within their intervals, not the milliseconds; use a quiet machine or more --repeats."
+    )
 
 
 def _table(title: str, names: Sequence[str], columns: Mapping[str, Sequence[str]]) -> Table:

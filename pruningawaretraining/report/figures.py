@@ -78,7 +78,7 @@ def without_climb(series: Sequence[Series]) -> tuple[tuple[float, float] | None,
     """Limits of an axis of accuracies that leave out at most the climb at the beginning, and a note if they do.
 
     What comes after a line has first reached nine tenths of its best value, or first falls by a tenth, is shown whole:
-    a fall stays in sight.
+    a fall stays in sight. A line that climbs for more than half of its epochs is shown whole.
     """
     shown, every = [], []
     for line in series:
@@ -87,7 +87,7 @@ def without_climb(series: Sequence[Series]) -> tuple[tuple[float, float] | None,
         nexts = [*values[1:], math.inf]
         ends = (value >= top or value - after > FALL for value, after in zip(values, nexts, strict=False))
         start = next((at for at, ended in enumerate(ends) if ended), 0)
-        shown += values[start:]
+        shown += values[start if 2 * start <= len(values) else 0 :]
         every += values
     if not shown:
         return None, ""

@@ -84,9 +84,9 @@ class Units:
         masked = " or ".join(
             word for word, holds in (("is removed", self.removed), ("stays zero", self.zeroed)) if holds
         )
-        separates = "the regulariser separates the groups"
+        pulls = "the regulariser pulls weak groups towards zero"
         meanings = {
-            "regularize": separates if self.regularized else "no regulariser: nothing is pruned yet",
+            "regularize": pulls if self.regularized else "no regulariser: nothing is pruned yet",
             "prune": "groups are masked on the schedule",
             "finetune": f"what was masked {masked}; the rest trains on",
             "done": "training is over",

@@ -145,7 +145,7 @@ def line_chart(chart: LineChart) -> Markup:
         at = y(guide.value)
         parts.append(line_at(LEFT, at, WIDTH - RIGHT, at, "guide"))
         above = at - 4 if at > TOP + 12 else at + 11
-        parts.append(text_at(WIDTH - RIGHT - 3, above, guide.label, "end", "note"))
+        parts.append(text_at(LEFT + 3, above, guide.label, "start", "note"))
     lines = Markup("").join(_series(line, x, y, chart) for line in chart.series)
     frame = (LEFT - 4, TOP - 4, WIDTH - RIGHT - LEFT + 8, HEIGHT - BOTTOM - TOP + 4)
     box = Markup('<svg x="{0:g}" y="{1:g}" width="{2:g}" height="{3:g}" viewBox="{0:g} {1:g} {2:g} {3:g}">{4}</svg>')

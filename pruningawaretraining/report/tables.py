@@ -76,8 +76,10 @@ def compared_rows(summary: Mapping[str, Any]) -> list[Compared]:
 
 def _latencies(measured: Compared, found: Mapping[str, Any]) -> list[Compared]:
     """The latency at the end with its confidence interval, and the one that a latency target has reached."""
-    interval = found.get("interval")
-    rows = [replace(measured, note=_confident(*interval)) if interval else measured]
+    interval, ratio = found.get("interval"), found.get("ratio")
+    if interval and ratio and measured.share is not None:  # of runs in turns: the interval is that ratio's
+        measured = replace(_change(measured, float(ratio)), note=_confident(*interval))
+    rows = [measured]
     for event in (found.get("events") or [])[-1:]:
         noisy, dense = bool(event.get("is_noisy")), event["dense_ms"]
         row = _size("Latency at the target", dense, event["predicted_ms" if noisy else "measured_ms"], milliseconds)
@@ -114,11 +116,15 @@ def _accuracy(dense: float | None, pruned: float | None) -> Compared:
 
 def _size(label: str, dense: float | None, pruned: float | None, text: Callable[[float | None], str]) -> Compared:
     share = fraction(pruned, dense)
-    if share is None:
-        return Compared(label, text(dense), text(pruned), "–")
+    row = Compared(label, text(dense), text(pruned), "–")
+    return row if share is None else _change(row, share)
+
+
+def _change(row: Compared, share: float) -> Compared:
+    """The row with what the pruned model's value is of the dense one's."""
     percents = 100.0 * (share - 1.0)
     change = "same" if abs(percents) < 0.05 else f"{_signed(percents, '.1f')}%"
-    return Compared(label, text(dense), text(pruned), change, None if change == "same" else percents < 0, share)
+    return replace(row, change=change, good=None if change == "same" else percents < 0, share=share)
 
 
 def _signed(value: float, form: str) -> str:

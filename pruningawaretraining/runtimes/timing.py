@@ -30,6 +30,7 @@ __all__ = [
     "compare_latency",
     "decile",
     "enough_turns",
+    "is_wide",
     "least_ms",
     "measure_latency",
     "ratio_in_turns",
@@ -94,7 +95,12 @@ class Ratio:
     @property
     def is_noisy(self) -> bool:
         """Whether the interval is too wide to promise milliseconds."""
-        return (self.high - self.low) / 2 > NOISY * self.value
+        return is_wide(self.value, self.low, self.high)
+
+
+def is_wide(ratio: float, low: float, high: float) -> bool:
+    """Whether the interval of a ratio is too wide to promise milliseconds."""
+    return (high - low) / 2 > NOISY * ratio
 
 
 @dataclass(frozen=True)
