@@ -16,8 +16,9 @@ from pruningawaretraining import Pruning, count_macs, export_onnx, save_pruned
 from pruningawaretraining.cli.main import app
 from pruningawaretraining.experiment import timing
 from pruningawaretraining.experiment.models import digits_resnet
-from pruningawaretraining.experiment.timing import Candidate, Timed, noise_text, timing_tables, weight_bytes
+from pruningawaretraining.experiment.timing import Candidate, Timed, weight_bytes
 from pruningawaretraining.experiment.timing_plot import draw_timing
+from pruningawaretraining.experiment.timing_tables import noise_text, timing_tables
 from pruningawaretraining.report.summary import si
 
 MODEL = "pruningawaretraining.experiment.models:digits_resnet"

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner, Result
 
 from pruningawaretraining import load_config
 from pruningawaretraining.cli.main import app
-from pruningawaretraining.experiment.new_config import window
-from pruningawaretraining.experiment.schema import load_experiment
+from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.experiment.build import build_model
+from pruningawaretraining.experiment.inspection import EVERYTHING, Inspected, _own_inputs
+from pruningawaretraining.experiment.new_config import NewConfig, new_config, window
+from pruningawaretraining.experiment.schema import ModelConfig, load_experiment
 
 DIGITS = "pruningawaretraining.experiment.models:digits_resnet"
 
@@ -93,3 +97,26 @@ def test_nothing_is_written_for_bad_input(
     found = pat("new", *arguments)
     assert found.exit_code == 2 and message in found.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_class_of_transformers_is_built_from_its_default_config() -> None:
+    pytest.importorskip("transformers")
+    small = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    name = "transformers:ViTForImageClassification"
+    model = build_model(ModelConfig(name=name, kwargs={**small, "image_size": 32}), num_classes=7)
+    assert tuple(model(torch.zeros(1, 3, 32, 32)).logits.shape) == (1, 7)
+    with pytest.raises(ConfigError, match="hidden_sizes.*did you mean 'hidden_size'"):
+        build_model(ModelConfig(name=name, kwargs={"hidden_sizes": 3}))
+    inputs = _own_inputs(build_model(ModelConfig(name="transformers:BertModel", kwargs=small)), None)
+    assert list(inputs) == ["input_ids"] and inputs["input_ids"].dtype == torch.int64
+
+
+def test_a_model_of_text_gets_a_pruning_config_alone() -> None:
+    pytest.importorskip("transformers")
+    small = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    model = build_model(ModelConfig(name="transformers:BertModel", kwargs=small))
+    seen = Inspected(model, _own_inputs(model, None), load_config(EVERYTHING))
+    text = new_config(seen, NewConfig("transformers:BertModel", 4, pruning_alone=True))
+    assert "#   1: encoder.layer.0.intermediate.dense, 64 channels\n" in text and "heads: true" in text
+    with pytest.raises(ConfigError, match="--pruning: needed for 'transformers:BertModel'"):
+        new_config(seen, NewConfig("transformers:BertModel", 4))

@@ -47,12 +47,11 @@ def latency(
     with reported(debug, shaped=True):
         from pruningawaretraining.experiment.timing import (
             candidates,
-            noise_text,
             timed,
-            timing_tables,
             write_timing,
         )
         from pruningawaretraining.experiment.timing_plot import draw_timing
+        from pruningawaretraining.experiment.timing_tables import noise_text, timing_tables
 
         for path, suffix, key in ((out, None, "--out"), (plot, ".svg", "--plot")):
             if path is not None:

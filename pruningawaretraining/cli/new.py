@@ -11,7 +11,13 @@ from pruningawaretraining.cli.common import check_out, reported, say_written, sh
 
 
 def new(
-    model: Annotated[str, typer.Argument(help="A torchvision or timm model by name, or package.module:callable.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A torchvision or timm model by name, a class of transformers (transformers:BertModel), or "
+            "package.module:callable."
+        ),
+    ],
     epochs: Annotated[int, typer.Option(help="Epochs of the training, from which start and end are chosen.")] = 30,
     data: Annotated[str, typer.Option(help="Data set by name, as in a config's data.name.")] = "digits",
     pruning: Annotated[

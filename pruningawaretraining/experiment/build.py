@@ -1,4 +1,4 @@
-"""A model by its name: torchvision's, timm's, or ``package.module:callable``."""
+"""A model by its name: torchvision's, timm's, a class of transformers, or ``package.module:callable``."""
 
 from __future__ import annotations
 
@@ -110,7 +110,10 @@ def find_model(name: str) -> Callable[..., Any]:
     close = nearest(rest or name, models.list_models())
     hint = f"; did you mean {close!r}?" if close else ""
     kinds = "a torchvision model, a timm model" + ("" if has_timm else " (timm is not installed)")
-    raise ConfigError(f"model.name: {name!r} is not known{hint or '.'} Allowed: {kinds}, or 'package.module:callable'")
+    raise ConfigError(
+        f"model.name: {name!r} is not known{hint or '.'} Allowed: {kinds}, a class of transformers such as "
+        "'transformers:BertModel', or 'package.module:callable'"
+    )
 
 
 class TimmBuilder:
@@ -123,6 +126,27 @@ class TimmBuilder:
         import timm
 
         model: nn.Module = timm.create_model(self.name, **kwargs)
+        return model
+
+
+class TransformersBuilder:
+    """Builds a model of transformers from the default config of its class, changed by keyword arguments.
+
+    Args:
+        kind: a subclass of ``PreTrainedModel``.
+    """
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def __call__(self, **kwargs: Any) -> nn.Module:
+        if "num_classes" in kwargs:
+            kwargs["num_labels"] = kwargs.pop("num_classes")
+        own = self.kind.config_class()
+        for key in kwargs:
+            if not hasattr(own, key):  # which a config takes without a word
+                raise ConfigError(unknown(key, key, vars(own)))
+        model: nn.Module = self.kind(self.kind.config_class(**kwargs))
         return model
 
 
@@ -153,7 +177,8 @@ def _imported(module_name: str, attribute: str) -> Callable[..., Any]:
             "'-> nn.Module' (or a class of it)"
         )
     result: Callable[..., Any] = found
-    return result
+    configured = isinstance(found, type) and getattr(found, "config_class", None) is not None
+    return TransformersBuilder(found) if configured and "config" in _parameters(found) else result
 
 
 def _gives_module(found: Any) -> bool:

@@ -76,7 +76,7 @@ def load_inspected(
         )
     if not is_experiment(source):
         model = build_model(ModelConfig(name=source))
-        return Inspected(model, torch.zeros(list(input_shape or (1, *_own_shape(model)))), load_config(EVERYTHING))
+        return Inspected(model, _own_inputs(model, input_shape), load_config(EVERYTHING))
     config = load_experiment(source)
     if not trusted and is_imported(config.model.name):
         raise ConfigError(
@@ -91,6 +91,15 @@ def load_inspected(
     classes, shape = known or data_shape(found)
     model = build_model(config.model, classes, shape[0])
     return Inspected(model, torch.zeros(list(input_shape or (1, *shape))), config.pruning)
+
+
+def _own_inputs(model: nn.Module, shape: Sequence[int] | None) -> Any:
+    """Zeros of a shape; without one, the tokens that a model of transformers names, or an image as it is declared."""
+    tokens = getattr(model, "dummy_inputs", None) if getattr(model, "main_input_name", "") == "input_ids" else None
+    if isinstance(tokens, Mapping):
+        named = {name: value for name, value in tokens.items() if isinstance(value, Tensor)}
+        return named if shape is None else {name: value.new_zeros(list(shape)) for name, value in named.items()}
+    return torch.zeros(list(shape or (1, *_own_shape(model))))
 
 
 def _own_shape(model: nn.Module) -> Sequence[int]:

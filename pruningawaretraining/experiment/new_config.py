@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from pruningawaretraining.engine.coupled_rules import set_of_layer
+from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment.inspection import Inspected
 from pruningawaretraining.experiment.model_tree import by_reason
 from pruningawaretraining.registry import canonical
@@ -106,6 +107,8 @@ def new_config(inspected: Inspected, wanted: NewConfig) -> str:
     start, end = window(wanted.epochs)
     rules = RULES.format(start=start, end=end)
     if not wanted.pruning_alone:
+        if not isinstance(inspected.inputs, Tensor) or inspected.inputs.dim() != 4:
+            raise ConfigError(f"--pruning: needed for {wanted.name!r}, for `pat run` trains on images alone")
         channels, size = inspected.inputs.shape[1], inspected.inputs.shape[-1]
         head = EXPERIMENT.format(
             name=wanted.name,

@@ -56,8 +56,8 @@ class ModelConfig(Strict):
 
     name: str = Field(
         description="A torchvision model ('resnet18'), a timm model ('timm:resnet50', or a name that torchvision "
-        "does not have), or 'package.module:callable' for a class of nn.Module or a function "
-        "annotated with '-> nn.Module'."
+        "does not have), a class of transformers ('transformers:ViTForImageClassification', of its default config), or "
+        "'package.module:callable' for a class of nn.Module or a function annotated with '-> nn.Module'."
     )
     kwargs: dict[str, Any] = Field(
         {}, description="Keyword arguments of the model. num_classes is taken from the data when the model accepts it."

@@ -1,4 +1,4 @@
-"""Output of ``pat latency``: dense and pruned models timed in turns, with their costs."""
+"""``pat latency``: dense and pruned models timed in turns, with their costs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from pruningawaretraining.checkpoint.pruned import load_pruned
@@ -25,13 +21,10 @@ from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.inspection import Inspected, load_inspected
 from pruningawaretraining.experiment.shipped import named
 from pruningawaretraining.files import read_object, reading
-from pruningawaretraining.report.summary import percent, si
 from pruningawaretraining.runtimes.timing import Model, compare_latency, is_wide
 
 SPREAD = 0.25
 """Of times, from the 10th to the 90th percentile, as a part of their median: beyond it the machine is called busy."""
-ANY_WIDTH = 10_000
-"""Of a terminal in which every table fits."""
 
 
 @dataclass(frozen=True)
@@ -244,59 +237,6 @@ def _costs(model: Any, inputs: Any) -> tuple[int | None, int | None, int | None]
         return None, None, None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return count_macs(model, inputs), parameters, peak_activation_bytes(model, inputs)
-
-
-def timing_tables(rows: Sequence[Timed], title: str, width: int, batch: int = 1) -> list[Table]:
-    """One row a model; two tables, times and what models cost, where one is wider than the terminal.
-
-    Args:
-        rows: one of each model.
-        title: above the first.
-        width: of the terminal, in characters.
-        batch: rows of the inputs, which MACs and memory are of.
-    """
-    times = {
-        "ms": [f"{one.median_ms:.3g}" for one in rows],
-        "p10 to p90": [f"{one.p10:.3g} to {one.p90:.3g}" for one in rows],
-        "of dense": [f"{one.ratio:.3f}" for one in rows],
-        "95% interval": [one.interval for one in rows],
-        "accuracy": [percent(one.accuracy, 2) for one in rows],
-    }
-    costs = {
-        "MACs" if batch == 1 else "MACs/batch": [si(one.macs) for one in rows],
-        "parameters": [si(one.parameters) for one in rows],
-        "peak memory": [si(one.peak_bytes, "B") for one in rows],
-        "on disk": [si(one.bytes, "B") for one in rows],
-    }
-    names = [one.name for one in rows]
-    accuracy = times.pop("accuracy")
-    whole = _table(title, names, {**times, **costs, "accuracy": accuracy})
-    if Console(width=ANY_WIDTH).measure(whole).maximum <= width:
-        return [whole]
-    return [_table(title, names, {**times, "accuracy": accuracy}), _table("", names, costs)]
-
-
-def noise_text(rows: Sequence[Timed]) -> str:
-    """What to say of a timing on a busy machine; "" on a quiet one."""
-    noisy = [one for one in rows if one.is_noisy]
-    if not noisy:
-        return ""
-    worst = max(noisy, key=lambda one: (one.p90 - one.p10) / one.median_ms)
-    spread = percent((worst.p90 - worst.p10) / worst.median_ms, 0)
-    return (
-        f"The machine is noisy: times of {worst.name} spread by {spread} of their median (10th to 90th percentile). "
-        "Trust the ratios within their intervals, not the milliseconds; use a quiet machine or more --repeats."
-    )
-
-
-def _table(title: str, names: Sequence[str], columns: Mapping[str, Sequence[str]]) -> Table:
-    table = Table(title=Text(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    table.add_column("model", overflow="fold")
-    for heading, cells in columns.items():
-        table.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, (heading, *cells))))
-    for row in zip(names, *columns.values(), strict=True):
-        table.add_row(*map(Text, row))
-    return table
 
 
 def write_timing(rows: Sequence[Timed], path: Path) -> None:
