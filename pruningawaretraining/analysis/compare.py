@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,7 @@ def rows_of(one: Compared) -> list[dict[str, Any]]:
 def page(runs: Sequence[Compared], title: str) -> dict[str, Any]:
     """Everything that the template shows."""
     names = list(dict.fromkeys(name for one in runs for name in _sets(one.run)))
-    sides = [{"name": "All groups", "figures": ridge_figures(runs, None)}]
-    if len(names) > 1:
-        sides += [{"name": name, "figures": ridge_figures(runs, name)} for name in names[:MOST_SETS]]
+    sides = _sides(runs, names[:MOST_SETS])
     return {
         "title": title,
         "version": __version__,
@@ -199,6 +197,16 @@ def _row(one: Compared, number: int) -> dict[str, Any]:
         "reason": told(one),
         **reached(one.run),
     }
+
+
+def _sides(runs: Sequence[Compared], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Histograms of all groups, then set by set, the runs beside each other; those of one run lie in one grid."""
+    shown = [("All groups", ridge_figures(runs, None))]
+    if len(names) > 1:
+        shown += [(name, ridge_figures(runs, name)) for name in names]
+    if len(runs) > 1:
+        return [{"name": name, "figures": figures} for name, figures in shown]
+    return [{"name": "", "figures": [replace(one, title=name) for name, figures in shown for one in figures]}]
 
 
 def start_of(choice: Choice) -> str:

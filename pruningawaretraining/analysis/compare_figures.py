@@ -86,10 +86,15 @@ def energy_figure(runs: Sequence[Compared]) -> Figure | None:
     if len(runs) == 1:
         lines = [line for style, one, found in known for line in _energies(one.name, found, style)]
         note = "The lowest groups of each set of layers, as many as the run removed: their part of the sum of squares."
-        return _curves("Energy of the lowest groups", lines, note=note)
+        return _curves("Energy of the lowest groups", lines, _from_zero(lines), note)
     lines = [Series(one.name, found.relative, style) for style, one, found in known]
     note = "Sum of squares of each set's lowest groups, as many as the run removed, relative to the dense model's."
-    return _curves("Energy of the lowest groups, dense = 100%", lines, note=note)
+    return _curves("Energy of the lowest groups, dense = 100%", lines, _from_zero(lines), note)
+
+
+def _from_zero(lines: Sequence[Series]) -> tuple[float, float]:
+    """An axis that makes no difference look larger than it is."""
+    return 0.0, 1.05 * max((value for line in lines for _, value in line.points), default=1.0)
 
 
 def _energies(name: str, found: Effect, style: str) -> list[Series]:
