@@ -682,7 +682,7 @@ def test_a_rule_may_regularise_only_be_off_or_lift_masks() -> None:
         ("c.json", "", "it holds nothing. Allowed: a mapping"),
         ("c.json", "[1, 2]", "it holds a list. Allowed: a mapping"),
         ("c.json", '{"rules": [], "rules": [{}]}', "rules: given twice, with [] and [{}]"),
-        ("c.json", '{"rules": [{"every": 0}]}', "rules[0].every: 0 is not allowed"),
+        ("c.json", '{"rules": [{"every": 0}]}', "line 1: rules[0].every: 0 is not allowed"),
         ("c.yaml", "rules:\n  - {start: 1\n", "line 3, column 1: "),
         ("c.yaml", "", "it holds nothing"),
         ("c.yml", "- 1", "it holds a list"),

@@ -45,8 +45,8 @@ def layers_of(rule: Rule, model: nn.Module) -> list[str]:
 def test_the_seeds_yaml_means_two_rules() -> None:
     single, blocks = load_config(DATA / "bert_mini.yaml").rules
     assert single.name == "pruning.approach.weight_compression_pytorch.pruners[0]"
-    assert single.pattern == {"type": "unstructured", "types": ["Linear"], "spare_last": True}
-    assert blocks.pattern == {"type": "block", "rows": 4, "columns": 1, "types": ["Linear"], "spare_last": True}
+    assert single.pattern == {"type": "unstructured", "types": ["Linear"], "spare_last": False}
+    assert blocks.pattern == {"type": "block", "rows": 4, "columns": 1, "types": ["Linear"], "spare_last": False}
     for rule in (single, blocks):
         assert rule.criterion == {"type": "snip_momentum", "reduction": "mean", "half": False}
         assert (rule.schedule, rule.scope, rule.unit) == ("exponential", "global", "step")

@@ -132,7 +132,10 @@ def test_what_an_expression_matches_beside_weights_is_said(caplog: pytest.LogCap
     Pruning(vit(), recipe(modifier(params=["re:.*"], final_sparsity=0.5, start_epoch=0)))
     (warning,) = [one.message for one in caplog.records if one.levelname == "WARNING"]
     assert warning.startswith("pruning_modifiers[0]: its layers' expressions match 14 other parameters, which stay as")
-    with pytest.raises(ConfigError, match="'param:.*conv.*' matches no parameter. Parameters are: patch_embed.weight"):
+    with pytest.raises(
+        ConfigError,
+        match=r"pruning_modifiers\[0\].params: 're:.*conv.*' matches no parameter. Parameters are: patch_embed.weight",
+    ):
         Pruning(vit(), recipe(modifier(params=["re:.*conv.*"], init_sparsity=0.5, final_sparsity=0.5, start_epoch=0)))
 
 

@@ -12,7 +12,7 @@ from pruningawaretraining import Pruning, load_config
 from pruningawaretraining.config.dialects.sparseml import layers_of
 from pruningawaretraining.config.dialects.sparseml_criteria import pattern_of
 from pruningawaretraining.config.dialects.sparseml_keys import GlobalPruning
-from pruningawaretraining.config.dialects.sparseml_recipe import evaluated
+from pruningawaretraining.config.dialects.sparseml_recipe import Found, evaluated
 from pruningawaretraining.config.recipe import load_recipe
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.errors import ConfigError
@@ -49,6 +49,7 @@ def test_one_modifier_with_several_sparsities_becomes_several_rules():
     assert [one.criterion["type"] for one in rules] == ["obs", "fast_cap", "magnitude", "magnitude"]
 
 
+HERE = Found("here", "GlobalMagnitudePruningModifier", GlobalPruning())
 RATES = [
     (0.0, 5e-4), (1.0, (5e-4 + 1e-5) / 2), (1.9999, 1e-5), (2.0, 5e-4), (13.0, (5e-4 + 1e-5) / 2),
     (20.0, 2.5e-4), (25.0, 1.25e-4), (30.0, 0.0), (40.0, 0.0),
@@ -82,7 +83,7 @@ def test_a_rate_is_set_from_its_epoch_on_and_epochs_come_from_the_range_or_the_l
     ],
 )
 def test_parameters_are_read_as_layers(params, expected):
-    assert layers_of(params, "here") == expected
+    assert layers_of(params, HERE) == expected
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_parameters_are_read_as_layers(params, expected):
     ],
 )
 def test_mask_types(text, expected):
-    found, final = pattern_of(GlobalPruning(mask_type=text), None if ":" in str(text) else 0.5, "here.mask_type")
+    found, final = pattern_of(HERE, GlobalPruning(mask_type=text), None if ":" in str(text) else 0.5)
     assert found == expected
     assert final == (found["drop"] / found["of"] if "drop" in found else 0.5)
 
@@ -105,7 +106,7 @@ def test_mask_types(text, expected):
 @pytest.mark.parametrize("text", ["4:4", "5:4", "0:4", "block8", "", "a:b", "0x4"])
 def test_unknown_mask_types_are_refused(text):
     with pytest.raises(ConfigError, match="mask_type: .* is not known"):
-        pattern_of(GlobalPruning(mask_type=text), 0.5, "here.mask_type")
+        pattern_of(HERE, GlobalPruning(mask_type=text), 0.5)
 
 
 @pytest.mark.parametrize(
@@ -118,14 +119,14 @@ def test_unknown_mask_types_are_refused(text):
     ],
 )
 def test_which_of_n_and_m_go_is_what_the_sparsity_says(keys, sparsity, drop):
-    found, final = pattern_of(GlobalPruning(**keys), sparsity, "here.mask_type")
+    found, final = pattern_of(HERE, GlobalPruning(**keys), sparsity)
     assert found == {"type": "n_of_m", "drop": drop, "of": int(keys.get("m", 4))}
     assert final == drop / found["of"]
 
 
 def test_a_sparsity_that_n_of_m_does_not_have_is_refused():
     with pytest.raises(ConfigError, match=r"here.final_sparsity: 0.6 is not that of 1:4. Allowed: 0.75, or 0.25 for N"):
-        pattern_of(GlobalPruning(mask_type="1:4"), 0.6, "here.mask_type")
+        pattern_of(HERE, GlobalPruning(mask_type="1:4"), 0.6)
 
 
 @pytest.mark.parametrize(

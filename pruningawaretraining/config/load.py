@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +17,7 @@ from pruningawaretraining.config import dialects  # noqa: F401  (importing it re
 from pruningawaretraining.config.caps import anchored_caps
 from pruningawaretraining.config.dialects.base import Dialect
 from pruningawaretraining.config.extent import MOST_BYTES, check_extent
+from pruningawaretraining.config.lines import with_place
 from pruningawaretraining.config.schema import PruningConfig, Rule
 from pruningawaretraining.config.yaml_form import loader_for
 from pruningawaretraining.errors import ConfigError, nearest
@@ -49,10 +52,20 @@ def load_config(
         raise ConfigError(f"config: {source!r} is neither a path, a mapping nor a PruningConfig")
     path = find_file(source)
     mapping = with_variables(anchored_caps(read_mapping(path), path.parent), variables)
-    try:
+    with placed(path):
         return translate(mapping)
+
+
+@contextmanager
+def placed(path: Path) -> Iterator[None]:
+    """Errors begin with the file, and the line of the key that they name."""
+    try:
+        yield
     except ConfigError as error:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
+        text = read_text(path, "config", ConfigError, MOST_BYTES)
+        if path.suffix.lower() == ".md":
+            text = re.sub(r"\A\s*---", "   ", text).partition("\n---")[0]
+        raise ConfigError(with_place(path, text, str(error))) from error
 
 
 def translate(mapping: Mapping[str, Any]) -> PruningConfig:

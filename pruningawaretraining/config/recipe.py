@@ -19,7 +19,7 @@ from pruningawaretraining.config.dialects.sparseml_keys import (
 )
 from pruningawaretraining.config.dialects.sparseml_recipe import Found, is_cap, modifiers_of
 from pruningawaretraining.config.extent import check_extent
-from pruningawaretraining.config.load import find_file, read_mapping
+from pruningawaretraining.config.load import find_file, placed, read_mapping
 from pruningawaretraining.config.rates import LearningRates
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.errors import ConfigError
@@ -79,12 +79,9 @@ def load_recipe(
     if isinstance(source, Mapping):
         return _recipe({**source, **(variables or {})})
     path = find_file(source)
-    try:
-        return _recipe({**read_mapping(path), **(variables or {})})
-    except ConfigError as error:
-        text = str(error)
-        marked = [line if line.startswith(str(path)) else f"{path}: {line}" for line in text.splitlines()]
-        raise ConfigError("\n".join(marked)) from error
+    mapping = {**read_mapping(path), **(variables or {})}
+    with placed(path):
+        return _recipe(mapping)
 
 
 def _recipe(mapping: Mapping[str, Any]) -> Recipe:

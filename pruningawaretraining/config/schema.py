@@ -15,6 +15,7 @@ from pruningawaretraining.config.distillation import Distillation
 from pruningawaretraining.config.editor import complete_schema
 from pruningawaretraining.config.family import Hold, check_family, check_one_family
 from pruningawaretraining.config.options import OPTIONS, check_supported
+from pruningawaretraining.config.origin import Translated
 from pruningawaretraining.config.phases import (
     OWN,
     Initial,
@@ -46,7 +47,6 @@ __all__ = [
     "Target",
     "json_schema",
 ]
-
 
 MOST_RULES = 2000
 
@@ -249,7 +249,7 @@ class Rule(Timed, Strict):
         return self
 
 
-class PruningConfig(Strict):
+class PruningConfig(Translated):
     """Everything that a pruner needs to know: the rules, in the order in which they act, and what the model takes."""
 
     rules: list[Rule] = Field(description="What to prune, in this order (channels before slices).")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from pruningawaretraining.checkpoint.records import record_of
+from pruningawaretraining.config.origin import in_words_of_its_config
 from pruningawaretraining.config.schema import Distillation, PruningConfig
 from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.criteria.second_order.gradients import LossFn
@@ -79,6 +80,7 @@ class Session(StepEvents):
         if options is not None and not self.config.infer:
             self.distiller = Distiller(self.model, self.teacher, **options.model_dump())
 
+    @in_words_of_its_config
     def prepare(self) -> None:
         """Build what the rules ask for: removable groups once there are inputs to trace with."""
         self.engine.release()
@@ -109,6 +111,7 @@ class Session(StepEvents):
         """The example inputs, or None until the model has shown some."""
         return self.capture.inputs
 
+    @in_words_of_its_config
     def find_coupled(self) -> None:
         """Find the groups that can be removed, with the inputs that are known."""
         self.capture.set(beside(self.model, self.inputs))
@@ -184,6 +187,7 @@ class Session(StepEvents):
         self.averages.removed()
         self._given.after_removal()
 
+    @in_words_of_its_config
     def calibrate_with(self, dataloader: Iterable[Any], loss_fn: LossFn) -> None:
         """Remember data for criteria and compensation, and hand it to the engine."""
         self._calibration = (dataloader, loss_fn)
@@ -212,6 +216,7 @@ class Session(StepEvents):
 
     # --- epochs -------------------------------------------------------------------------------------------------
 
+    @in_words_of_its_config
     def prune(self, epoch: int | None, target: Any = None) -> str | None:
         """The events of an epoch; see :meth:`pruningawaretraining.Pruning.prune`."""
         if not self.acts:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pruningawaretraining.config.origin import in_words_of_its_config
+from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.engine.engine import Engine
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.penalties import Regularizer
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 class StepEvents(ABC):
     """The moments of a real step: gradients are complete, are about to be used, and weights have moved."""
 
+    config: PruningConfig
     engine: Engine
     steps: Steps
     averages: Averages
@@ -82,6 +85,7 @@ class StepEvents(ABC):
         if self.acts:
             self.tick()
 
+    @in_words_of_its_config
     def tick(self, last: bool = False) -> bool:
         """Let rules that count steps have what is due before the next step; true if something was. How many steps
         there have been is only asked where it matters, since the device may have to be waited for.

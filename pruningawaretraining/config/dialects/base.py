@@ -18,6 +18,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+from pruningawaretraining.config.origin import Names, in_users_words, origin_of
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import canonical, names
@@ -47,10 +48,22 @@ class Dialect(Protocol):
         """
 
 
-def native(rules: Sequence[Mapping[str, Any]], **others: Any) -> PruningConfig:
+def native(rules: Sequence[Mapping[str, Any]], names: Sequence[Names] = (), **others: Any) -> PruningConfig:
     """A native config from translated rules. The names in them come from a dialect's own table, so what they stand for
-    is looked up only when it is built: a rule that is switched off may name what is not there."""
-    return PruningConfig.model_validate({"rules": [dict(rule) for rule in rules], **others})
+    is looked up only when it is built: a rule that is switched off may name what is not there.
+
+    Args:
+        rules: fields of each.
+        names: what messages call each of them and its fields; fields of rules without names are called as they are.
+        others: fields of the config.
+
+    Raises:
+        ConfigError: values that do not go together, under the keys of the dialect.
+    """
+    with in_users_words(origin_of([rule.get("name") for rule in rules], names)):
+        config = PruningConfig.model_validate({"rules": [dict(rule) for rule in rules], **others})
+    config.known_as(names)
+    return config
 
 
 def check_window(start: int, end: int | None, end_key: str, start_key: str) -> None:

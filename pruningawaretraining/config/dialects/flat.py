@@ -10,7 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining.config.checks import layer_name
-from pruningawaretraining.config.dialects.base import check_window, native, schedule_name
+from pruningawaretraining.config.dialects.base import check_window, native, note_ignored, schedule_name
+from pruningawaretraining.config.origin import Names
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.config.strict import Count, Fraction, Strict, UnitInterval, Whole
 from pruningawaretraining.errors import ConfigError
@@ -49,6 +50,19 @@ class FlatConfig(Strict):
         return self
 
 
+FIELDS = {
+    "layers": "layers_to_prune",
+    "schedule": "schedule",
+    "start": "start_epoch",
+    "end": "end_epoch",
+    "every": "interval",
+    "target.sparsity": "global_sparsity",
+    "target.macs": "mac_target",
+    "macs": "mac_target",
+}
+"""Field of the rule -> key of the flat form."""
+
+
 @register("dialect", "flat")
 @dataclass(frozen=True)
 class Flat:
@@ -80,7 +94,9 @@ class Flat:
             "target": channel_target(flat.global_sparsity, flat.mac_target or None),
             "final_sparsity": 1.0 if flat.mac_target else None,
         }
-        return native([rule], reset_optimizer=flat.reset_optimizer)
+        if flat.mac_target and flat.global_sparsity is not None:
+            note_ignored("global_sparsity", "mac_target decides how far to prune")
+        return native([rule], [Names(fields=FIELDS)], reset_optimizer=flat.reset_optimizer)
 
 
 def _is_section(value: Any) -> bool:

@@ -15,11 +15,10 @@ from pruningawaretraining.config.dialects.sirc_keys import one_of
 from pruningawaretraining.config.strict import Amount, Count, Strict, UnitInterval, Whole
 from pruningawaretraining.errors import ConfigError
 
-TAG_OF_PRUNERS = "!Pruner"
+TAG_OF_PRUNERS, TAG_OF_2X = "!Pruner", "!PrunerV2"
 
 SAME = {
     "prune_type": "pruning_type",
-    "criterion_type": "pruning_type",
     "names": "op_names",
     "prune_layer_type": "pruning_op_types",
     "prune_domain": "pruning_scope",
@@ -67,7 +66,7 @@ class PrunerKeys(Strict):
     target_sparsity: UnitInterval | None = Field(None, description="Fraction of the weights to zero; 0.9 when absent.")
     pruning_type: str | None = Field(None, description="What scores weights; snip_momentum when absent.")
     prune_type: str | None = Field(None, description="Another name for pruning_type.")
-    criterion_type: str | None = Field(None, description="Another name for pruning_type.")
+    criterion_type: str | None = Field(None, description="What scores heads (pattern mha); else pruning_type does.")
     pattern: str | None = Field(None, description="NxM, N:M, channelx1, 1xchannel or mha; 4x1 when absent.")
     op_names: list[str] | None = Field(None, description="Regular expressions to find in names of layers; [] for all.")
     names: list[str] | None = Field(None, description="Another name for op_names.")
@@ -107,8 +106,8 @@ class PrunerKeys(Strict):
     def _untag(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        if values.get(TAG, TAG_OF_PRUNERS) != TAG_OF_PRUNERS:
-            raise ConfigError(f"{TAG}: {values[TAG]!r} is not known. Allowed: {TAG_OF_PRUNERS}")
+        if values.get(TAG, TAG_OF_PRUNERS) not in (TAG_OF_PRUNERS, TAG_OF_2X):
+            raise ConfigError(f"{TAG}: {values[TAG]!r} is not known. Allowed: {TAG_OF_PRUNERS}, {TAG_OF_2X}")
         return {key: value for key, value in values.items() if key != TAG}
 
     @field_validator(*lists, mode="before")
@@ -153,6 +152,17 @@ class PrunerKeys(Strict):
         out[EXCLUDED] = {key: getattr(self, key) for key in EXCLUDING if getattr(self, key) is not None}
         return out
 
+    def spelled(self) -> dict[str, str]:
+        """2.x name of each given key -> the name that the user has given it; lists of exclusions go by the last."""
+        found = {self._plain(key): key for key in type(self).model_fields if getattr(self, key) is not None}
+        if self.parameters is not None and self.parameters.reg_coeff is not None:
+            found["reg_coeff"] = "parameters.reg_coeff"
+        return found
+
+    @staticmethod
+    def _plain(key: str) -> str:
+        return "excluded_op_names" if key in EXCLUDING else SAME.get(key, key)
+
 
 def _check_expression(entry: Any, where: str) -> None:
     if not isinstance(entry, str) or not entry:
@@ -178,16 +188,16 @@ class Section(FileKeys):
 class Approach(Strict):
     """``pruning.approach``: one of them."""
 
-    weight_compression_pytorch: Section | None = Field(None, description="Pruners that count steps.")
+    weight_compression_pytorch: Section | None = Field(None, description="Pruners that count steps, of 2022.")
+    weight_compression_v2: Section | None = Field(None, description="Pruners that count steps, with the keys of 2.x.")
     weight_compression: EpochSection | None = Field(None, description="Pruners that count epochs, the older section.")
 
     @model_validator(mode="after")
     def _has_one(self) -> Self:
-        if (self.weight_compression is None) == (self.weight_compression_pytorch is None):
-            raise ConfigError(
-                "weight_compression_pytorch: one section is needed. Allowed: weight_compression_pytorch, or "
-                "weight_compression"
-            )
+        given = [key for key in type(self).model_fields if getattr(self, key) is not None]
+        if len(given) != 1:
+            shown = ", ".join(given) or "weight_compression_pytorch"
+            raise ConfigError(f"{shown}: one section is needed. Allowed: {' or '.join(type(self).model_fields)}")
         return self
 
 

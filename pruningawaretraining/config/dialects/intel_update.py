@@ -8,6 +8,8 @@ from typing import Any
 from pruningawaretraining.config.dialects.base import check_window, schedule_name
 from pruningawaretraining.config.dialects.intel import DEFAULTS, pruner_criterion, pruner_pattern, step_window
 from pruningawaretraining.config.dialects.intel_keys import EXCLUDING, SAME
+from pruningawaretraining.config.dialects.intel_names import written
+from pruningawaretraining.config.origin import in_users_words
 from pruningawaretraining.config.schema import PruningConfig, Rule
 from pruningawaretraining.errors import ConfigError, unknown
 
@@ -49,7 +51,11 @@ def updated(config: PruningConfig, items: Mapping[str, Any]) -> PruningConfig:
         if key not in (*PLAIN, *OTHERS, *FIELDS, "excluded_op_names"):
             raise ConfigError(unknown("update", key, [*PLAIN, *SAME, *OTHERS, *FIELDS, *EXCLUDING, DISTILL]))
     rules = [_changed(rule.model_dump(), renamed) for rule in config.rules]
-    return PruningConfig.model_validate({**whole, "rules": rules})
+    with in_users_words(config.origin):
+        found = PruningConfig.model_validate({**whole, "rules": rules})
+    listed = [entry for key in ("op_names", "excluded_op_names") for entry in renamed.get(key) or ()]
+    found.follow(config, written(listed))
+    return found
 
 
 def _changed(rule: dict[str, Any], items: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +93,8 @@ def _pattern(before: Any, value: Any) -> Any:
     """Another pattern for the same classes of layers."""
     if not isinstance(value, str) or not isinstance(before, Mapping) or "types" not in before:
         return value
-    return pruner_pattern({"pattern": value, "pruning_op_types": before["types"]}, "update")
+    known = {"pruning_op_types": before["types"], "spare_last": before.get("spare_last", False)}
+    return pruner_pattern({"pattern": value, **known}, "update.pattern")
 
 
 def _criterion(before: Any, items: Mapping[str, Any]) -> Any:

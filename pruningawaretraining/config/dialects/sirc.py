@@ -11,6 +11,7 @@ from pydantic import Field
 from pruningawaretraining.config.dialects.base import native, note_ignored
 from pruningawaretraining.config.dialects.flat import channel_target
 from pruningawaretraining.config.dialects.sirc_keys import ChannelArgs, MacParams, SliceArgs
+from pruningawaretraining.config.dialects.sirc_names import CHANNELS, SLICES, UNSCALED, tell_without_effect
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.config.strict import Strict
 from pruningawaretraining.errors import ConfigError
@@ -70,7 +71,8 @@ class Sirc:
         if channels and channels.input_shape is not None:
             inputs = {"shape": channels.input_shape, "container": channels.container}
         options = {"infer": bool(channels and channels.infer), "reset_optimizer": given.reset_optimizer}
-        return native(rules, example_inputs=inputs, **options)
+        names = [*([CHANNELS] if channels else []), *([SLICES] if slices else [])]
+        return native(rules, names, example_inputs=inputs, **options)
 
 
 def channel_rule(args: ChannelArgs) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def channel_rule(args: ChannelArgs) -> dict[str, Any]:
     With a MAC target the schedule heads for 100%, so that each event is mild, and stops at the target. Pruning at init
     is one event with the full ratio.
     """
-    _note_ignored(args)
+    tell_without_effect(args)
     at_once = args.prune_channels_at_init
     return {
         "name": "channels",
@@ -107,8 +109,7 @@ def channel_criterion(args: ChannelArgs) -> str | dict[str, Any]:
     say no)."""
     base = _base(args)
     params = args.MAC_params or MacParams()
-    wanted = params.use_macs if params.use_macs is not None else args.pruning_method == "MACAwareImportance"
-    if not wanted:
+    if not args.weighs_macs:
         return base
     options = {"alpha": params.alpha, "beta": params.beta}
     given = {key: value for key, value in options.items() if value is not None}
@@ -117,7 +118,7 @@ def channel_criterion(args: ChannelArgs) -> str | dict[str, Any]:
 
 def _base(args: ChannelArgs) -> str | dict[str, Any]:
     base = VARIANCE[args.importance_mode] if args.pruning_method == "VBP" else CRITERIA[args.pruning_method]
-    if args.norm_per_layer is None or args.pruning_method in ("LAMP", "Random", "BNScalePruner"):
+    if args.norm_per_layer is None or args.pruning_method in UNSCALED:
         return base
     normalize = "mean" if args.norm_per_layer else "none"
     return {**(base if isinstance(base, dict) else {"type": base}), "normalize": normalize}
@@ -169,54 +170,6 @@ def slice_rule(args: SliceArgs) -> dict[str, Any]:
         "enabled": args.is_prune and (rate is not None or regularizer is not None or mode == "unprune"),
         "mode": mode,
     }
-
-
-STATE = "state is kept in the checkpoint, never in the config"
-OTHER_MODE = "it is of an importance_mode that is not supported"
-SPARSE = "it is of a sparse_mode that is not supported"
-NO_EFFECT = {
-    "reach_mac_target": STATE,
-    "log_str": STATE,
-    "verbose": "the level of the logger 'pruningawaretraining' decides what is logged",
-    "epochs_ft": "the loop decides how long it trains between events and after the last",
-    "max_batches": "every batch that the model sees in training counts, or those of pruner.calibrate_with",
-    "bn_recalibration": "running statistics go on in training; a rule's 'compensation' measures them anew",
-    "bn_recalib_batches": "running statistics go on in training; a rule's 'compensation' measures them anew",
-    "no_compensation": "nothing is compensated; a rule's 'compensation' with pruner.calibrate_with does that",
-    "fold_bn_before_prune": "norms stay in the model, and their weights count in the group magnitude",
-    "var_loss_weight": "the loss is the loop's",
-    "alpha": OTHER_MODE,
-    "normalize_importance": OTHER_MODE,
-    "wv_base_mode": OTHER_MODE,
-    "mag_guided_delta": OTHER_MODE,
-    "sparse_gmp_target": SPARSE,
-    "reparam_lambda": SPARSE,
-    "reparam_normalize": SPARSE,
-    "reparam_layers": SPARSE,
-    "reparam_entropy_lambda": SPARSE,
-    "reparam_during_pat": SPARSE,
-    "reparam_target": SPARSE,
-}
-"""Keys of channel_sparsity_args that have no effect -> why."""
-
-
-def _note_ignored(args: ChannelArgs) -> None:
-    section = "channel_sparsity_args"
-    for key in [key for key in NO_EFFECT if key in args.model_fields_set]:
-        note_ignored(f"{section}.{key}", NO_EFFECT[key])
-    if not args.prune_at_target:
-        note_ignored(f"{section}.prune_at_target", "the target is met all the same, and channels are removed then")
-    if args.mac_target and args.global_prune_rate is not None:
-        note_ignored(f"{section}.global_prune_rate", "mac_target decides how far to prune")
-    if args.isomorphic and not args.global_pruning:
-        note_ignored(f"{section}.isomorphic", "without global_pruning every layer is ranked by itself")
-    if "importance_mode" in args.model_fields_set and args.pruning_method != "VBP":
-        note_ignored(f"{section}.importance_mode", f"it is of VBP, and pruning_method is {args.pruning_method}")
-    if args.regularize and args.regularize.mac_reg and not args.regularize.reg:
-        note_ignored(f"{section}.regularize.mac_reg", "without reg there is no penalty to weigh")
-    if args.regularize and args.pruning_method == "BNScalePruner":
-        for key in sorted(args.regularize.model_fields_set - {"reg"}):
-            note_ignored(f"{section}.regularize.{key}", "the BN scale penalty has no strength but reg")
 
 
 def _capped(rate: float | None, most: float) -> float | None:

@@ -122,6 +122,12 @@ class ChannelArgs(Strict):
         """The schedule under whichever key it was given."""
         return self.schedule or self.pruning_schedule or "linear"
 
+    @property
+    def weighs_macs(self) -> bool:
+        """Whether MACs weigh in the score."""
+        wanted = None if self.MAC_params is None else self.MAC_params.use_macs
+        return self.pruning_method == "MACAwareImportance" if wanted is None else wanted
+
     @field_validator("layers", mode="before")
     @classmethod
     def _are_layers(cls, value: Any, info: ValidationInfo) -> Any:

@@ -13,8 +13,9 @@ from pruningawaretraining.config.dialects import sparseml_keys as keys
 from pruningawaretraining.config.dialects.base import native, note_ignored
 from pruningawaretraining.config.dialects.sparseml_criteria import criterion_of, pattern_of
 from pruningawaretraining.config.dialects.sparseml_dynamics import dynamic_rule
-from pruningawaretraining.config.dialects.sparseml_phases import Piece, nested, rules_of
-from pruningawaretraining.config.dialects.sparseml_recipe import NAMES, Found, is_recipe, modifiers_of
+from pruningawaretraining.config.dialects.sparseml_names import names_of
+from pruningawaretraining.config.dialects.sparseml_phases import Piece, nested, rules_of, without_places
+from pruningawaretraining.config.dialects.sparseml_recipe import NAMES, Found, is_cap, is_recipe, modifiers_of
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import register
@@ -48,26 +49,28 @@ class SparseMl:
 
 def config_of(found: Sequence[Found]) -> PruningConfig:
     """The modifiers of a recipe as a native config."""
-    pieces = [piece for one in found for piece in _pieces(one)]
+    cap = is_cap(found)
+    pieces = [piece for one in found for piece in _pieces(one, cap)]
     rules = nested([*_dynamic_rules(found), *rules_of(pieces)])
     rules += _locks([one for one in found if _only_locks(one)], rules)
+    names = [names_of(rule, found) for rule in rules]
     if not rules:
         note_ignored("recipe", "no modifier in it prunes: the model stays dense")
         rules = [{"name": "nothing", "enabled": False}]
     for one in found:
         if isinstance(one.modifier, keys.Quantization):
             note_ignored(f"{one.where} ({one.name})", "the loop quantizes; see docs/quantization.md")
-    return native(rules, distillation=_distillation(found))
+    return native([without_places(rule) for rule in rules], names, distillation=_distillation(found))
 
 
 def _dynamic_rules(found: Sequence[Found]) -> Iterator[dict[str, Any]]:
     for one in found:
         if isinstance(one.modifier, (keys.AlternatingPruning, keys.RegrowingPruning)):
-            yield dynamic_rule(one, one.modifier, layers_of(one.modifier.params, one.where))
+            yield dynamic_rule(one, one.modifier, layers_of(one.modifier.params, one))
 
 
-def _pieces(one: Found) -> Iterator[Piece]:
-    """The pieces of a modifier, one for each sparsity."""
+def _pieces(one: Found, cap: bool) -> Iterator[Piece]:
+    """The pieces of a modifier, one for each sparsity; ``cap`` says whether the recipe is for CAP's version."""
     modifier = one.modifier
     if isinstance(modifier, keys.OneShotPruning):
         yield _one_shot_piece(one, modifier)
@@ -79,26 +82,24 @@ def _pieces(one: Found) -> Iterator[Piece]:
     stays = _never_ends(one) and initial != modifier.final_sparsity
     if stays:
         why = f"with end_epoch {modifier.end_epoch:g} the modifier stays at init_sparsity for good, there too"
-        note_ignored(f"{one.where}.final_sparsity", f"{why} ({modifier.init_sparsity})")
+        note_ignored(one.key("final_sparsity"), f"{why} ({modifier.init_sparsity})")
     elif modifier.end_epoch < 0 and not one.once and "init_sparsity" in modifier.model_fields_set:
-        note_ignored(
-            f"{one.where}.init_sparsity", "without end_epoch final_sparsity is reached at once, as in one shot"
-        )
-    for number, (sparsity, params) in enumerate(_targets(one.where, modifier)):
-        pattern, final = pattern_of(modifier, sparsity, f"{one.where}.mask_type")
-        layers = layers_of(params, one.where)
+        note_ignored(one.key("init_sparsity"), "without end_epoch final_sparsity is reached at once, as in one shot")
+    for number, (sparsity, params) in enumerate(_targets(one, modifier)):
+        pattern, final = pattern_of(one, modifier, sparsity)
+        layers = layers_of(params, one)
         if stays:
             final = initial if isinstance(initial, float) else 0.0
         if final == 0 or layers == []:
             continue
         if isinstance(initial, float) and initial > final:
-            note_ignored(f"{one.where}.init_sparsity", f"{initial:g} is above final_sparsity, {final:g}, taken at once")
+            note_ignored(one.key("init_sparsity"), f"{initial:g} is above final_sparsity, {final:g}, taken at once")
         yield Piece(
             name=one.where if number == 0 else f"{one.where}.{number}",
             pattern=pattern,
             layers=layers,
-            criterion=criterion_of(one.where, one.name, modifier),
-            scope=_scope(one.where, modifier),
+            criterion=criterion_of(one, modifier, cap),
+            scope=_scope(one, modifier),
             release=not modifier.leave_enabled,
             start=start,
             end=end,
@@ -122,7 +123,7 @@ def _only_locks(one: Found) -> bool:
 
 
 def _one_shot_piece(one: Found, modifier: keys.OneShotPruning) -> Piece:
-    pattern, final = pattern_of(modifier, modifier.sparsity, f"{one.where}.mask_structure")
+    pattern, final = pattern_of(one, modifier, modifier.sparsity)
     targets = [modifier.targets] if isinstance(modifier.targets, str) else modifier.targets or [ALL]
     types = [name for name in targets if name in CLASSES]
     everything = any(name in (ALL, ALL_PRUNABLE) for name in targets) or bool(types)
@@ -132,7 +133,7 @@ def _one_shot_piece(one: Found, modifier: keys.OneShotPruning) -> Piece:
         pattern={**pattern, "types": types} if types else pattern,
         layers=None if everything else [_within(name) for name in targets],
         exclude=[f"?{_within(name)}" for name in modifier.ignore],
-        criterion=criterion_of(one.where, one.name, modifier),
+        criterion=criterion_of(one, modifier),
         scope="local",
         release=False,
         start=start,
@@ -145,24 +146,29 @@ def _one_shot_piece(one: Found, modifier: keys.OneShotPruning) -> Piece:
     )
 
 
-def _targets(where: str, modifier: keys.Pruning) -> list[tuple[float | None, keys.Names]]:
+def _targets(one: Found, modifier: keys.Pruning) -> list[tuple[float | None, keys.Names]]:
     """(sparsity, parameters) of a modifier; None where mask_type says how far."""
     final = modifier.final_sparsity
     if not isinstance(final, dict):
-        return [(final, modifier.params)]
+        return [(final, modifier.params or ALL_PRUNABLE)]
+    if modifier.params and "params" in modifier.model_fields_set:
+        where = one.key("params")
+        raise ConfigError(
+            f"{where}: {modifier.params!r} stands beside those of {one.key('final_sparsity')}. Allowed: []"
+        )
     found: list[tuple[float | None, keys.Names]] = []
     for text, params in final.items():
         try:
             found.append((float(text), params))
         except ValueError as error:
-            raise ConfigError(f"{where}.final_sparsity: the key {text!r} is not a number") from error
+            raise ConfigError(f"{one.key('final_sparsity')}: the key {text!r} is not a number") from error
     return found
 
 
-def _scope(where: str, modifier: keys.Pruning) -> str:
+def _scope(one: Found, modifier: keys.Pruning) -> str:
     if modifier.fixed_scope:
         if modifier.global_sparsity:
-            note_ignored(f"{where}.global_sparsity", "the modifier prunes every layer by the same sparsity")
+            note_ignored(one.key("global_sparsity"), "the modifier prunes every layer by the same sparsity")
         return modifier.scope
     return modifier.scope if modifier.global_sparsity is None else "global" if modifier.global_sparsity else "local"
 
@@ -178,14 +184,18 @@ def _frequency(modifier: keys.Pruning, length: float) -> float:
     return EVERY_STEP if length and modifier.init_sparsity != modifier.final_sparsity else 1.0
 
 
-def layers_of(params: keys.Names, where: str) -> list[str] | None:
+def layers_of(params: keys.Names, one: Found) -> list[str] | None:
     """Entries of layers from names of parameters; None for all that can be pruned."""
     given = [params] if isinstance(params, str) else params
+    if ALL in given and isinstance(one.modifier, keys.Pruning):
+        note_ignored(
+            f"{one.key('params')} {ALL}", "weights of convolutions and linear layers are pruned; norms and biases stay"
+        )
     if any(name in (ALL, ALL_PRUNABLE) for name in given):
         return None
     biases = [name for name in given if not name.startswith("re:") and name.endswith(".bias")]
     for name in biases:
-        note_ignored(f"{where}.params", f"{name!r} is a bias, and weights are pruned")
+        note_ignored(one.key("params"), f"{name!r} is a bias, and weights are pruned")
     return [_layer(name) for name in given if name not in biases]
 
 
@@ -212,7 +222,7 @@ def _locks(constants: Iterable[Found], rules: list[dict[str, Any]]) -> list[dict
     found: list[dict[str, Any]] = []
     for one in constants:
         assert isinstance(one.modifier, (keys.Constant, keys.Pruning))
-        layers = layers_of(one.modifier.params, one.where)
+        layers = layers_of(one.modifier.params, one)
         start = max(0.0, one.modifier.start_epoch) + one.offset
         key = {"layers": layers, "exclude": list(dict.fromkeys(taken))}
         if layers == [] or any({name: rule[name] for name in key} == key for rule in found):
@@ -233,11 +243,11 @@ def _distillation(found: Iterable[Found]) -> dict[str, Any] | None:
             continue
         hardness = one.modifier.hardness
         note_ignored(
-            f"{one.where}.hardness",
+            one.key("hardness"),
             f"the loop weighs the loss of the task: {1 - hardness:g} * loss + pruner.distill_loss(outputs, inputs)",
         )
         for key in ("start_epoch", "end_epoch"):
             if getattr(one.modifier, key) > 0:
-                note_ignored(f"{one.where}.{key}", "the loop decides in which epochs it adds pruner.distill_loss")
+                note_ignored(one.key(key), "the loop decides in which epochs it adds pruner.distill_loss")
         return {"weight": hardness, "temperature": one.modifier.temperature}
     return None

@@ -6,6 +6,7 @@ from typing import Any
 
 from pruningawaretraining.config.dialects import sparseml_keys as keys
 from pruningawaretraining.config.dialects.base import note_ignored
+from pruningawaretraining.config.dialects.sparseml_recipe import Found
 from pruningawaretraining.errors import ConfigError
 
 MAGNITUDE: dict[str, Any] = {"type": "magnitude", "p": 1.0, "normalize": "none"}
@@ -15,26 +16,29 @@ SECOND_ORDER = {
     "CAPruningModifier": "cap",
     "FastCAPruningModifier": "fast_cap",
 }
+TARGETS = ("final_sparsity", "compression_sparsity", "sparsity")
+"""Keys that say how far a modifier goes."""
 WHOLE_LAYER = 2048
 """Weights in a Fisher block where a recipe wants one block for a whole layer."""
 MASK_TYPES = "'unstructured', 'block4', 'RxC' such as '4x1', or 'N:M' such as '2:4'"
 
 
-def criterion_of(where: str, name: str, modifier: keys.Modifier) -> dict[str, Any]:
+def criterion_of(one: Found, modifier: keys.Modifier, cap: bool = False) -> dict[str, Any]:
     """The criterion of a modifier.
 
     Args:
-        where: its place, for messages.
-        name: of its class.
+        one: the modifier in its recipe.
         modifier: its keys.
+        cap: whether the recipe is for CAP's version, which has another default.
     """
+    name = one.name
     if isinstance(modifier, keys.OneShotPruning):
         if name == "WandaPruningModifier":
             return {"type": "wanda"}
         damp = modifier.dampening_frac if modifier.percdamp is None else modifier.percdamp
         return {"type": "sparse_gpt", "damp": damp}
     if isinstance(modifier, keys.SecondOrderPruning):
-        return _second_order(where, name, modifier)
+        return _second_order(one, modifier, cap)
     if name == "GWProdPruningModifier":
         return {"type": "snip", "momentum": 1.0}  # the sum of |w g| over gradients
     if name == "MovementPruningModifier" or (isinstance(modifier, keys.Pruning) and modifier.score_type == "movement"):
@@ -42,21 +46,24 @@ def criterion_of(where: str, name: str, modifier: keys.Modifier) -> dict[str, An
     return MAGNITUDE
 
 
-def _second_order(where: str, name: str, modifier: keys.SecondOrderPruning) -> dict[str, Any]:
+def _second_order(one: Found, modifier: keys.SecondOrderPruning, cap: bool) -> dict[str, Any]:
+    name = one.name
     sampler = modifier.grad_sampler_kwargs or {}
     for key in sampler:
         if key != "batch_size":
-            note_ignored(f"{where}.grad_sampler_kwargs.{key}", "the loader that is given decides")
+            note_ignored(f"{one.key('grad_sampler_kwargs')}.{key}", "the loader that is given decides")
     if name == "MFACPruningModifier":
-        note_ignored(where, "the inverse Fisher in blocks (obs) stands for M-FAC's, which approximates the same matrix")
+        note_ignored(
+            one.where, "the inverse Fisher in blocks (obs) stands for M-FAC's, which approximates the same matrix"
+        )
     number = modifier.num_grads
     if isinstance(number, dict):
         number = max(number.values())
-        note_ignored(f"{where}.num_grads", f"{number} gradients are taken at every sparsity")
+        note_ignored(one.key("num_grads"), f"{number} gradients are taken at every sparsity")
     found: dict[str, Any] = {
         "type": SECOND_ORDER[name],
         "num_grads": number,
-        "fisher_block_size": modifier.fisher_block_size or WHOLE_LAYER,
+        "fisher_block_size": _block_size(one, modifier, cap),
         "num_recomputations": modifier.num_recomputations,
         "micro_batch": sampler.get("batch_size"),
     }
@@ -74,8 +81,16 @@ def _second_order(where: str, name: str, modifier: keys.SecondOrderPruning) -> d
     return found
 
 
+def _block_size(one: Found, modifier: keys.SecondOrderPruning, cap: bool) -> int:
+    """Weights in a Fisher block: SparseML's own OBSPruningModifier has 1 where it is not given, CAP's 50."""
+    given = "fisher_block_size" in modifier.model_fields_set
+    return (
+        1 if one.name == "OBSPruningModifier" and not cap and not given else modifier.fisher_block_size or WHOLE_LAYER
+    )
+
+
 def pattern_of(
-    modifier: keys.Pruning | keys.AlternatingPruning | keys.OneShotPruning, sparsity: float | None, where: str
+    one: Found, modifier: keys.Pruning | keys.AlternatingPruning | keys.OneShotPruning, sparsity: float | None
 ) -> tuple[dict[str, Any], float]:
     """The pattern of a modifier's mask, and its final sparsity.
 
@@ -85,6 +100,8 @@ def pattern_of(
         ConfigError: an unknown mask, or a sparsity that it does not have.
     """
     mask = modifier.mask_structure if isinstance(modifier, keys.OneShotPruning) else modifier.mask_type
+    where = one.key("mask_structure" if isinstance(modifier, keys.OneShotPruning) else "mask_type")
+    how_far = one.key(next(key for key in TARGETS if key in type(modifier).model_fields))
     n, m = (modifier.n, modifier.m) if isinstance(modifier, keys.Pruning) else (None, None)
     text = "x".join(map(str, mask)) if isinstance(mask, list) else str(mask).strip().lower()
     if text in ("n:m", "nm") and n and m:
@@ -92,9 +109,9 @@ def pattern_of(
     first, separator, second = text.replace("x", ":").partition(":")
     numbers = (int(first), int(second)) if separator and first.isdigit() and second.isdigit() else None
     if numbers is not None and ":" in text and 0 < numbers[0] < numbers[1]:
-        return _windows(*numbers, sparsity, where)
+        return _windows(*numbers, sparsity, how_far)
     if sparsity is None:
-        raise ConfigError(f"{where.rpartition('.')[0]}.final_sparsity: missing, but needed")
+        raise ConfigError(f"{how_far}: missing, but needed")
     if text == "unstructured" or (numbers == (0, 0) and ":" in text):
         return {"type": "unstructured"}, sparsity
     if text == "block4":
@@ -110,7 +127,5 @@ def _windows(n: int, m: int, sparsity: float | None, where: str) -> tuple[dict[s
     for drop in (m - n, n):
         if sparsity is None or abs(sparsity - drop / m) <= 1e-2:
             return {"type": "n_of_m", "drop": drop, "of": m}, drop / m
-    place = where.rpartition(".")[0]
-    raise ConfigError(
-        f"{place}.final_sparsity: {sparsity} is not that of {n}:{m}. Allowed: {1 - n / m:g}, or {n / m:g} for N that go"
-    )
+    allowed = f"{1 - n / m:g}" if 2 * n == m else f"{1 - n / m:g}, or {n / m:g} for N that go"
+    raise ConfigError(f"{where}: {sparsity} is not that of {n}:{m}. Allowed: {allowed}")

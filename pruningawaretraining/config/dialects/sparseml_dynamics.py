@@ -50,13 +50,13 @@ def _regrowing(modifier: keys.RegrowingPruning) -> dict[str, Any]:
 
 
 def _alternating(one: Found, modifier: keys.AlternatingPruning, start: float, end: float) -> dict[str, Any]:
-    pattern, final = pattern_of(modifier, modifier.compression_sparsity, f"{one.where}.mask_type")
+    pattern, final = pattern_of(one, modifier, modifier.compression_sparsity)
     is_global = modifier.global_sparsity
     if isinstance(modifier, keys.CapAlternating):
-        moments = _cap_moments(one.where, modifier, start, end)
+        moments = _cap_moments(one, modifier, start, end)
         is_global = one.name == "ACDC_GlobalMagnitudePruningModifier"
         if "global_sparsity" in modifier.model_fields_set and modifier.global_sparsity != is_global:
-            note_ignored(f"{one.where}.global_sparsity", f"{one.name} decides")
+            note_ignored(one.key("global_sparsity"), f"{one.name} decides")
     else:
         moments = _moments(start, end, modifier.update_frequency)
     return {
@@ -78,7 +78,7 @@ def _moments(start: float, end: float, length: float) -> list[float]:
     return [first + number * length for number in range(int((last - first) / length) + 1)]
 
 
-def _cap_moments(where: str, modifier: keys.CapAlternating, start: float, end: float) -> list[float]:
+def _cap_moments(one: Found, modifier: keys.CapAlternating, start: float, end: float) -> list[float]:
     """Where the phases of CAP's version begin: phase 0 is sparse, 1 dense, and so on; the last three are as long as
     ``update_frequency``, ``last_decompression_epochs`` and ``last_compression_epochs``.
 
@@ -89,16 +89,16 @@ def _cap_moments(where: str, modifier: keys.CapAlternating, start: float, end: f
     last_dense, last_sparse = modifier.last_decompression_epochs or length, modifier.last_compression_epochs or length
     dense = round(2 * modifier.dense_fraction * length)
     if not 0 < dense < 2 * length:
-        raise ConfigError(f"{where}.dense_fraction: {modifier.dense_fraction} leaves a phase without any epoch")
+        raise ConfigError(f"{one.key('dense_fraction')}: {modifier.dense_fraction} leaves a phase without any epoch")
     least = 3 * length + last_dense + last_sparse
     regular = int((end - start - least) // (2 * length)) + 1
     if regular < 1:
         allowed = f"Allowed: {start + least:g} or later"
-        raise ConfigError(f"{where}.end_epoch: {modifier.end_epoch:g} leaves no room for its phases. {allowed}")
+        raise ConfigError(f"{one.key('end_epoch')}: {modifier.end_epoch:g} leaves no room for its phases. {allowed}")
     lengths = [2 * length - dense, dense] * regular + [length, last_dense, last_sparse]
     *moments, over = accumulate(lengths, initial=start)
     if over < end:
-        note_ignored(f"{where}.end_epoch", f"the last sparse phase goes on at {over:g}, where CAP would train dense")
+        note_ignored(one.key("end_epoch"), f"the last sparse phase goes on at {over:g}, where CAP would train dense")
     return moments
 
 

@@ -2,101 +2,48 @@
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from pruningawaretraining.config.strict import Amount, Count, Positive, Strict, UnitInterval, Whole, within
+from pruningawaretraining.config.dialects.sparseml_training_keys import (
+    Distillation,
+    EpochRange,
+    Modifier,
+    Names,
+    Number,
+    Outside,
+    Quantization,
+    RateFunction,
+    RateSchedule,
+    SetRate,
+)
+from pruningawaretraining.config.strict import Count, Positive, UnitInterval, Whole
 
-Number = Annotated[float, within("a number", math.isfinite)]
-Names = str | list[str]
-
-
-class Modifier(Strict):
-    """Keys of every modifier."""
-
-    start_epoch: Number = Field(-1.0, description="First epoch.")
-    end_epoch: Number = Field(-1.0, description="Last epoch; -1 for none.")
-
-    unused: ClassVar[dict[str, str]] = {}
-    """Keys that have no meaning here -> why; said where they are given."""
-
-
-class EpochRange(Modifier):
-    """How long to train."""
-
-
-class SetRate(Modifier):
-    """A learning rate from an epoch on."""
-
-    learning_rate: Amount | None = Field(None, description="The rate; absent: the optimizer's own.")
-    param_groups: list[int] | None = Field(None, description="Ignored.")
-    constant_logging: bool = Field(False, description="Ignored.")
-
-    unused = {"param_groups": "every parameter group gets the rate", "constant_logging": "loops log by themselves"}
-
-
-class RateFunction(Modifier):
-    """A learning rate that changes between two epochs, in cycles where it has ``cycle_epochs``."""
-
-    lr_func: Literal["linear", "cosine", "cyclic_linear", "exponential", "step"] = Field(description="How it changes.")
-    init_lr: Amount = Field(description="The rate at the start of every cycle.")
-    final_lr: Amount = Field(description="The rate at the end of every cycle, or the least one.")
-    cycle_epochs: Number | None = Field(None, description="Epochs of a cycle; absent: one cycle from start to end.")
-    cycle_mul: Amount = Field(1.0, description="Factor on the rate from one cycle to the next.")
-    cycle_warmup: Amount = Field(0.0, description="Epochs of a linear warm-up inside every cycle.")
-    warmup: Amount = Field(0.0, description="Another name for cycle_warmup.")
-    decay_rate: Amount = Field(0.9, description="exponential and step: the factor of one decay.")
-    decay_epochs: Positive = Field(1.0, description="exponential and step: epochs of one decay.")
-    param_groups: list[int] | None = Field(None, description="Ignored.")
-    update_frequency: Number = Field(-1.0, description="Ignored.")
-    constant_logging: bool = Field(False, description="Ignored.")
-
-    unused = {**SetRate.unused, "update_frequency": "the rate changes at every step"}
-
-
-class RateSchedule(Modifier):
-    """A learning rate by one of PyTorch's schedulers."""
-
-    lr_class: Literal["StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRestarts"] = Field(
-        description="The scheduler."
-    )
-    lr_kwargs: dict[str, Any] = Field({}, description="Its arguments, in epochs: gamma, step_size, milestones, T_0 ...")
-    init_lr: Amount = Field(description="The rate at the start.")
-    constant_logging: bool = Field(False, description="Ignored.")
-    update_frequency: Number = Field(-1.0, description="Ignored.")
-
-    unused = RateFunction.unused
-
-
-class Distillation(Modifier):
-    """A teacher beside the model."""
-
-    hardness: UnitInterval = Field(0.5, description="Weight of the teacher's part; the task's loss has the rest.")
-    temperature: Positive = Field(2.0, description="Temperature of the logits.")
-    distill_output_keys: list[Any] | None = Field(None, description="Ignored: the logits are compared.")
-    teacher_input_keys: list[Any] | None = Field(None, description="Ignored: the loop hands the inputs over.")
-    update_frequency: Number = Field(-1.0, description="Ignored.")
-
-    unused = {
-        "distill_output_keys": "distill_loss compares the logits that it is given",
-        "teacher_input_keys": "distill_loss is given the teacher's inputs",
-        "update_frequency": "distillation has no events",
-    }
-
-
-class Outside(Modifier):
-    """A modifier of training or quantization, which is not the pruner's; any keys."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class Quantization(Outside):
-    """Quantization-aware training from an epoch on: the loop's, see docs/quantization.md."""
-
-    disable_quantization_observer_epoch: Number | None = Field(None, description="Epoch at which ranges are frozen.")
-    freeze_bn_stats_epoch: Number | None = Field(None, description="Epoch at which batch norms are frozen.")
+__all__ = [
+    "AlternatingPruning",
+    "CapAlternating",
+    "Constant",
+    "Distillation",
+    "EpochRange",
+    "FastPruning",
+    "GlobalPruning",
+    "MfacPruning",
+    "Modifier",
+    "Names",
+    "OneShotPruning",
+    "Outside",
+    "Pruning",
+    "Quantization",
+    "RateFunction",
+    "RateSchedule",
+    "RegrowingPruning",
+    "SampledPruning",
+    "SecondOrderPruning",
+    "SetRate",
+    "UniformPruning",
+    "WandaPruning",
+]
 
 
 class Constant(Modifier):
@@ -149,11 +96,17 @@ class UniformPruning(Pruning):
     fixed_scope = True
 
 
+TRAINED = "the gradients of training count, or all of those of pruner.calibrate_with"
+OWN_SCORE = "the modifier has a score of its own"
+
+
 class SampledPruning(Pruning):
     """Keys of modifiers that sample gradients."""
 
     num_grads: Count | dict[str, Count] = Field(1024, description="Gradients behind a score, or sparsity -> so many.")
     grad_sampler_kwargs: dict[str, Any] | None = Field({}, description="batch_size: samples behind each gradient.")
+
+    unused = {**Pruning.unused, "score_type": OWN_SCORE, "num_grads": TRAINED, "grad_sampler_kwargs": TRAINED}
 
 
 class SecondOrderPruning(SampledPruning):
@@ -171,7 +124,11 @@ class SecondOrderPruning(SampledPruning):
     traces_backup_dir: str | None = Field(None, description="Folder for what is kept in the meantime.")
     block_size: Count | None = Field(None, description="Ignored.")
 
-    unused = {**Pruning.unused, "block_size": "columns are swept in blocks of fisher_block_size"}
+    unused = {
+        **Pruning.unused,
+        "score_type": OWN_SCORE,
+        "block_size": "columns are swept in blocks of fisher_block_size",
+    }
 
 
 class FastPruning(SecondOrderPruning):
@@ -179,6 +136,13 @@ class FastPruning(SecondOrderPruning):
 
     fixed_scope = True
     scope = "local"
+    unused = {
+        **SecondOrderPruning.unused,
+        **dict.fromkeys(
+            ("blocks_in_parallel", "fisher_inv_device", "traces_backup_dir"),
+            "a layer has one Fisher",
+        ),
+    }
 
 
 class MfacPruning(SecondOrderPruning):
@@ -271,4 +235,13 @@ class OneShotPruning(Modifier):
         "block_size": "columns are swept in blocks of our choice; the result is the same",
         "target_ids": "the loader that is given decides what the model takes",
         "sequential_update": "layers are pruned in sequence, each from the inputs that the pruned ones before it give",
+    }
+
+
+class WandaPruning(OneShotPruning):
+    """Wanda: nothing is inverted."""
+
+    unused = {
+        **OneShotPruning.unused,
+        **dict.fromkeys(("dampening_frac", "percdamp"), "Wanda inverts nothing that would need dampening"),
     }

@@ -8,6 +8,9 @@ from typing import Any
 
 from pruningawaretraining.errors import ConfigError
 
+PLACES = "places"
+"""Beside the fields of a rule: place in the recipe and layers of each of its phases, for messages."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -121,10 +124,16 @@ def _rule(chain: Sequence[Piece]) -> dict[str, Any]:
         "keep_zeros": first.keep_zeros or first.initial == "present",
     }
     if len(chain) > 1:
-        return {**rule, "phases": [_phase(piece, alike) for piece in chain]}
+        places = [(piece.name, piece.layers or []) for piece in chain]
+        return {**rule, "phases": [_phase(piece, alike) for piece in chain], PLACES: places}
     return {**rule, **first.schedule_of(), "at_init": first.at_once and first.start == 0}  # once, before any training
 
 
 def _phase(piece: Piece, alike: bool) -> dict[str, Any]:
     layers = None if alike or piece.layers is None else piece.layers
     return {**piece.schedule_of(), "sparsity": piece.final, "layers": layers}
+
+
+def without_places(rule: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a rule alone."""
+    return {key: value for key, value in rule.items() if key != PLACES}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pruningawaretraining.config.dialects import sparseml_keys as keys
@@ -43,7 +43,7 @@ MODIFIERS: dict[str, type[keys.Modifier]] = {
     "ACDC_GlobalMagnitudePruningModifier": keys.CapAlternating,
     "RigLPruningModifier": keys.RegrowingPruning,
     "SparseGPTModifier": keys.OneShotPruning,
-    "WandaPruningModifier": keys.OneShotPruning,
+    "WandaPruningModifier": keys.WandaPruning,
     "QuantizationModifier": keys.Quantization,
     "LegacyQuantizationModifier": keys.Quantization,
 }
@@ -95,6 +95,7 @@ class Found:
         modifier: its keys.
         offset: epochs that the stages before it train.
         once: its stage prunes without training.
+        spelled: older name of a key -> the newer one that the recipe has.
     """
 
     where: str
@@ -102,6 +103,11 @@ class Found:
     modifier: keys.Modifier
     offset: float = 0.0
     once: bool = False
+    spelled: Mapping[str, str] = field(default_factory=dict)
+
+    def key(self, name: str) -> str:
+        """The place of a key, under the name that the recipe has for it."""
+        return f"{self.where}.{self.spelled.get(name, name)}"
 
 
 def is_recipe(mapping: Mapping[str, Any]) -> bool:
@@ -197,7 +203,7 @@ def _of_group(where: str, group: Any, variables: Mapping[str, Any], offset: floa
             raise ConfigError(f"{place} ({name}): {REFUSED[name]}")
         if name not in MODIFIERS:
             raise ConfigError(unknown(place, name if name else values, sorted(NAMES)))
-        yield Found(place, name, _parsed(place, name, values, variables), offset, once)
+        yield _parsed(Found(place, name, keys.Modifier(), offset, once), values, variables)
 
 
 def _entries(where: str, group: Any) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -217,21 +223,33 @@ def _entries(where: str, group: Any) -> Iterator[tuple[str, str, Mapping[str, An
             yield place, "", one
 
 
-def _parsed(where: str, name: str, values: Any, variables: Mapping[str, Any]) -> keys.Modifier:
+def _parsed(one: Found, values: Any, variables: Mapping[str, Any]) -> Found:
+    """A modifier with its keys."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where} ({name}): {values!r} is not a mapping of keys to values")
-    model = MODIFIERS[name]
-    given = {key: evaluated(value, f"{where}.{key}", variables) for key, value in values.items()}
+        raise ConfigError(f"{one.where} ({one.name}): {values!r} is not a mapping of keys to values")
+    model = MODIFIERS[one.name]
+    given = {key: evaluated(value, f"{one.where}.{key}", variables) for key, value in values.items()}
+    spelled: dict[str, str] = {}
     for key, older in NEWER.items():
         if key in given and key not in model.model_fields and older not in given:
             given[older] = given.pop(key)
+            spelled[older] = key
+    found = replace(one, spelled=spelled)
     try:
         modifier = model.model_validate(given)
     except ConfigError as error:
-        raise ConfigError("\n".join(f"{where} ({name}): {line}" for line in str(error).splitlines())) from error
-    for key in [key for key in model.unused if key in modifier.model_fields_set]:
-        note_ignored(f"{where}.{key}", model.unused[key])
-    return modifier
+        lines = [_said(found, line) for line in str(error).splitlines()]
+        raise ConfigError("\n".join(lines)) from error
+    for key, why in model.unused.items():
+        if key in modifier.model_fields_set and getattr(modifier, key) != model.model_fields[key].default:
+            note_ignored(found.key(key), why)
+    return replace(found, modifier=modifier)
+
+
+def _said(one: Found, line: str) -> str:
+    """A line about a modifier's key."""
+    key, colon, rest = line.partition(":")
+    return f"{one.where} ({one.name}): {one.spelled.get(key, key)}{colon}{rest}"
 
 
 def evaluated(value: Any, where: str, variables: Mapping[str, Any]) -> Any:

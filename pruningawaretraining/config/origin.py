@@ -1,0 +1,126 @@
+"""What a translated config is called in the file that it comes from, so that messages speak of that."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from pydantic import PrivateAttr
+
+from pruningawaretraining.config.strict import Strict
+from pruningawaretraining.errors import PruningError
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+Owner = TypeVar("Owner", bound="_HasConfig")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What one rule is called in the form that it was translated from.
+
+    Args:
+        place: of the rule: "pruning_configs[0]"; "" where its keys are at the top level.
+        fields: field of the rule -> full key of the form; other fields keep their names.
+        entries: text of the rule -> what the user has written.
+        places: text of the rule -> full key of the list that it is in, where that is not always the same.
+    """
+
+    place: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    entries: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    def key(self, name: str) -> str:
+        """The user's key for a field of the rule, such as ``target.sparsity``, or for the rule itself ("")."""
+        known = [one for one in self.fields if name == one or name.startswith((f"{one}.", f"{one}["))]
+        longest = max(known, key=len, default=None)
+        if longest is None:
+            return ".".join(part for part in (self.place, name) if part)
+        return self.fields[longest] + re.sub(r"^\.\w+", "", name[len(longest) :])
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Names of the rules of a config, by what messages call these. Two of them are always equal: configs that mean the
+    same are the same, wherever they come from."""
+
+    rules: Mapping[str, Names] = field(default_factory=dict, compare=False)
+
+    def told(self, message: str) -> str:
+        """A message about the config in the words of its file."""
+        return "\n".join(self._line(line) for line in message.split("\n")) if self.rules else message
+
+    def _line(self, line: str) -> str:
+        for called, names in self.rules.items():
+            found = re.match(re.escape(called) + r"(?:\.([\w.\[\]]+))?(?=: )", line)
+            if found is None:
+                continue
+            rest = line[found.end() :]
+            listed = next((key for text, key in names.places.items() if rest.startswith(f": {text!r} ")), None)
+            for text, written in names.entries.items():
+                rest = rest.replace(repr(text), repr(written))
+            for name, key in names.fields.items():
+                if "_" in name:  # no word of plain English
+                    rest = re.sub(rf"\b{name}\b", key, rest)
+            return (listed or names.key(found[1] or "") or called) + rest
+        return line
+
+
+class Translated(Strict):
+    """A config that knows what it was translated from."""
+
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @property
+    def origin(self) -> Origin:
+        """What its rules are called in the file that it comes from."""
+        return self._origin
+
+    def known_as(self, names: Sequence[Names]) -> None:
+        """Remember what its rules are called, one after the other."""
+        self._origin = origin_of([getattr(rule, "name", None) for rule in getattr(self, "rules", ())], names)
+
+    def follow(self, other: Translated, entries: Mapping[str, str]) -> None:
+        """Have the names of another config, and further texts of rules -> what the user has written."""
+        known = {called: replace(one, entries={**one.entries, **entries}) for called, one in other.origin.rules.items()}
+        self._origin = Origin(known)
+
+
+def origin_of(called: Sequence[str | None], names: Sequence[Names]) -> Origin:
+    """The names of rules, by their own names and by their places in the list."""
+    known = {f"rules[{number}]": one for number, one in enumerate(names)}
+    own = {name: one for name, one in zip(called, names, strict=False) if name is not None}
+    return Origin({**known, **own})
+
+
+@contextmanager
+def in_users_words(origin: Origin) -> Iterator[None]:
+    """Errors about a config name its rules and their fields as the file does that it comes from."""
+    try:
+        yield
+    except PruningError as error:
+        told = origin.told(str(error))
+        if told != str(error):
+            error.args = (told,)
+        raise
+
+
+class _HasConfig(Protocol):
+    @property
+    def config(self) -> Translated: ...
+
+
+def in_words_of_its_config(method: Callable[Concatenate[Owner, Params], Result]) -> Callable[..., Result]:
+    """A method whose errors speak as the file does that ``self.config`` comes from."""
+
+    @functools.wraps(method)
+    def told(self: Owner, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        with in_users_words(self.config.origin):
+            return method(self, *args, **kwargs)
+
+    return told
