@@ -80,7 +80,7 @@ def test_channels_and_steps_are_shown(files: dict[str, Path]) -> None:
     assert shown.exit_code == 0, shown.output
     assert "  until   macs <= 0.5\n  epoch      1  2\n  at most  0.5  1\n" in shown.output
     assert "channel_sparsity_args.epochs_ft is ignored: the loop decides how long it trains" in shown.output
-    assert "  step      0    10   20\n  sparsity  0  0.45  0.9\n" in shown.output
+    assert "  step   0    10   20\n  about  0  0.45  0.9\n" in shown.output
 
 
 def test_every_file_is_looked_at_and_a_bad_one_ends_with_2(files: dict[str, Path]) -> None:
@@ -160,3 +160,48 @@ def test_a_pattern_without_quotes_is_no_number_to_the_base_of_60(tmp_path: Path)
     path = tmp_path / "pruning.yaml"
     path.write_text("rules:\n  - pattern: 2:4\n    target: {sparsity: 0.5}\n", encoding="utf-8")
     assert load_config(path).rules[0].pattern == "2:4"
+
+
+NET = "pruningawaretraining.experiment.models:DigitsResNet"
+WHOLE: list[tuple[dict[str, Any], str]] = [
+    (  # nine columns
+        {"pattern": "channelx1", "op_names": ["^conv1$"], "target_sparsity": 0.9, "end_step": 2,
+         "sparsity_decay_type": "linear"},
+        "  step      0       1       2\n  sparsity  0    0.45     0.9\n  reached   0  0.4444  0.8889\n",
+    ),
+    ({"pattern": "4x1", "target_sparsity": 0.5}, "  step        0\n  sparsity  0.5\n"),
+    (  # 32 channels, in eights
+        {"channel_sparsity_args": {"global_prune_rate": 0.6, "block_size": 8, "layers": ["stages.0.0.conv1"],
+                                   "input_shape": [1, 1, 8, 8]}},
+        "  epoch        0\n  sparsity   0.6\n  reached   0.75\n",
+    ),
+    (  # 96 blocks
+        {"modifiers": [{"!tag": "!ACDCPruningModifier", "params": ["conv1.weight"], "compression_sparsity": 0.85,
+                        "start_epoch": 0, "end_epoch": 10, "update_frequency": 2, "mask_type": "block4"}]},
+        "  epoch          2  4       6       8\n  sparsity    0.85  0    0.85    0.85\n"
+        "  reached   0.8438  0  0.8438  0.8438\n",
+    ),
+    (  # what needs training to be known
+        {"modifiers": [{"!tag": "!RigLPruningModifier", "params": ["conv1.weight"], "final_sparsity": 0.7,
+                        "start_epoch": 0, "end_epoch": 2, "update_frequency": 1}]},
+        "  epoch       0    1    2\n  sparsity  0.7  0.7  0.7\n",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "expected"), WHOLE, ids=range(len(WHOLE)))
+def test_whole_groups_of_a_model_are_counted(config: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tagged(config)), encoding="utf-8")
+    shown = pat("check", path, "--model", NET)
+    assert expected in shown.output, shown.output
+    assert ("  reached" in shown.output) == ("  reached" in expected)
+
+
+def tagged(config: Any) -> Any:
+    """A config with the tags of its modifiers as keys, which recipes may have as well."""
+    if isinstance(config, dict) and "!tag" in config:
+        return {config["!tag"].lstrip("!"): {key: value for key, value in config.items() if key != "!tag"}}
+    if isinstance(config, dict):
+        return {key: tagged(value) for key, value in config.items()}
+    return [tagged(value) for value in config] if isinstance(config, list) else config

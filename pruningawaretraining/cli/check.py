@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from pruningawaretraining.config import PruningConfig
     from pruningawaretraining.config.plan import Plan
+    from pruningawaretraining.experiment.inspection import Inspected
 
 Variables = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Variable that a recipe leaves open.")
@@ -94,6 +95,7 @@ def _values(given: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _check(config: str, model: str | None, steps: int | None, variables: dict[str, Any]) -> None:
+    from pruningawaretraining.config.origin import in_users_words
     from pruningawaretraining.config.plan import note_lines, rate_lines, read_plan, rule_lines
     from pruningawaretraining.experiment.shipped import find_config
     from pruningawaretraining.session.build import built_rules
@@ -103,13 +105,16 @@ def _check(config: str, model: str | None, steps: int | None, variables: dict[st
         plan = read_plan(config, variables)
     elif model is None:
         model = config
-    built_rules(plan.config)
-    network = None if model is None else _checked(model, plan.config)
+    with in_users_words(plan.config.origin):
+        built_rules(plan.config)
+    found = None if model is None else _checked(model, plan.config)
+    network = None if found is None else found.model
+    reached = {} if found is None else _reached(found, plan.config, steps)
     epochs = "" if plan.epochs is None else f", {plan.epochs} epochs"
     typer.echo(f"{plan.path}: {plan.form}{epochs}")
     for number, rule in enumerate(plan.config.rules):
         layers = None if network is None or not rule.enabled else _chosen(network, rule, number)
-        typer.echo("\n".join(rule_lines(rule, number, layers, steps)))
+        typer.echo("\n".join(rule_lines(rule, number, layers, steps, reached.get(number))))
     if plan.config.distillation is not None:
         options = plan.config.distillation
         typer.echo(f"distillation: weight {options.weight:g}, temperature {options.temperature:g}")
@@ -141,21 +146,41 @@ def _of_experiment(path: Path) -> Plan:
     return Plan(str(path), "experiment", experiment.pruning, rates, experiment.epochs, tuple(dict.fromkeys(notes)))
 
 
-def _checked(name: str, config: PruningConfig) -> nn.Module:
+def _checked(name: str, config: PruningConfig) -> Inspected:
     """The model, once ``Pruning`` has taken the config for a copy of it.
 
     Raises:
         PruningError: what ``Pruning`` would say.
     """
     from copy import deepcopy
+    from dataclasses import replace
 
     from pruningawaretraining.experiment.inspection import load_inspected
     from pruningawaretraining.experiment.shipped import named
+    from pruningawaretraining.session.build import inputs_of
     from pruningawaretraining.session.pruning import Pruning
 
     found = load_inspected(named(name))
+    own = inputs_of(config, found.model)
+    found = found if own is None else replace(found, inputs=own)
     Pruning(deepcopy(found.model), config, example_inputs=found.inputs)
-    return found.model
+    return found
+
+
+def _reached(found: Inspected, config: PruningConfig, steps: int | None) -> dict[int, dict[int, float]]:
+    """What the events that are shown leave in the model; nothing where that cannot be known before training."""
+    from pruningawaretraining.config.plan import noted, shown_parts, shown_ticks
+    from pruningawaretraining.errors import PruningError
+    from pruningawaretraining.session.reached import reached_sparsities
+
+    rules = dict(enumerate(config.rules))
+    ticks = {number: shown for number, rule in rules.items() if (shown := shown_ticks(rule, steps))}
+    parts = {number: shown_parts(rule, steps) or steps for number, rule in rules.items() if number in ticks}
+    try:
+        with noted("pruningawaretraining"):  # the config's own pruner has said it
+            return reached_sparsities(found.model, config, found.inputs, ticks, parts)
+    except PruningError:
+        return {}
 
 
 def _chosen(model: nn.Module, rule: Any, number: int) -> list[str]:

@@ -60,9 +60,9 @@ class _Notes(logging.Handler):
 
 
 @contextmanager
-def noted() -> Iterator[list[str]]:
-    """Collect the warnings of reading configs inside the block in a list instead of the log."""
-    logger, handler = logging.getLogger("pruningawaretraining.config"), _Notes()
+def noted(where: str = "pruningawaretraining.config") -> Iterator[list[str]]:
+    """Collect the warnings of a logger (that of reading configs) inside the block in a list instead of the log."""
+    logger, handler = logging.getLogger(where), _Notes()
     before = logger.propagate
     logger.addHandler(handler)
     logger.propagate = False
@@ -117,18 +117,31 @@ def _is_whole(value: float) -> bool:
     return abs(value - round(value)) < ROUNDING
 
 
-def table(columns: Sequence[tuple[str, str]], head: tuple[str, str]) -> list[str]:
-    """Two lines of a table, with a column for each pair; thinned out in the middle where there are many."""
-    shown = list(columns)
-    if len(shown) > MOST_COLUMNS:
-        half = MOST_COLUMNS // 2
-        shown = [*shown[:half], ("...", "..."), *shown[-half:]]
-    widths = [max(map(len, pair)) for pair in shown]
+def table(columns: Sequence[tuple[str, ...]], head: tuple[str, ...]) -> list[str]:
+    """Lines of a table, with a column for each tuple; thinned out in the middle where there are many."""
+    shown = thinned(list(columns), ("...",) * len(head))
+    widths = [max(map(len, column)) for column in shown]
     first = max(map(len, head))
     rows = [
-        [head[row].ljust(first), *(pair[row].rjust(w) for pair, w in zip(shown, widths, strict=True))] for row in (0, 1)
+        [head[row].ljust(first), *(column[row].rjust(w) for column, w in zip(shown, widths, strict=True))]
+        for row in range(len(head))
     ]
     return ["  " + "  ".join(row) for row in rows]
+
+
+def thinned(columns: list[Any], gap: Any = None) -> list[Any]:
+    """The columns that a table shows: the first and last ones where there are many, with a gap if one is given."""
+    half = MOST_COLUMNS // 2
+    if len(columns) <= MOST_COLUMNS:
+        return columns
+    return [*columns[:half], *([] if gap is None else [gap]), *columns[-half:]]
+
+
+def shown_ticks(rule: Rule, steps: int | None) -> list[int]:
+    """Ticks of the events that a table shows; none where a target of MACs and the like decides how far each goes."""
+    if rule.target.lists or rule.target.about_costs:
+        return []
+    return [now for now, _ in thinned(events_of(rule, shown_parts(rule, steps) or steps))]
 
 
 def drawing(values: Sequence[float], most: float | None = None) -> str:
@@ -149,7 +162,13 @@ def curve(events: Sequence[tuple[int, float]], until: int) -> list[float]:
     return values
 
 
-def rule_lines(rule: Rule, number: int, layers: Sequence[str] | None, steps: int | None) -> list[str]:
+def rule_lines(
+    rule: Rule,
+    number: int,
+    layers: Sequence[str] | None,
+    steps: int | None,
+    reached: Mapping[int, float] | None = None,
+) -> list[str]:
     """Describe the effect of one rule, line by line.
 
     Args:
@@ -157,6 +176,7 @@ def rule_lines(rule: Rule, number: int, layers: Sequence[str] | None, steps: int
         number: of it, where it has no name.
         layers: those that it chooses in a model; None where there is no model.
         steps: optimizer steps of an epoch, where they are known.
+        reached: tick of an event -> sparsity that it leaves in whole groups of a model; None where that is not known.
     """
     lines = [f"rule {rule.name or f'rules[{number}]'}: {_spec(rule.pattern)} by {_spec(rule.criterion)}, {rule.scope}"]
     if not rule.enabled:
@@ -166,13 +186,13 @@ def rule_lines(rule: Rule, number: int, layers: Sequence[str] | None, steps: int
     lines.append(f"  layers  {entries}{without}")
     if layers is not None:
         lines.append(f"  chosen  {len(layers)}: {', '.join(layers[:6])}{', ...' if len(layers) > 6 else ''}")
-    lines += _target_lines(rule, steps)
+    lines += _target_lines(rule, steps, reached)
     if rule.regularizer is not None:
         lines.append(f"  penalty {_spec(rule.regularizer)}")
     return lines
 
 
-def _target_lines(rule: Rule, steps: int | None) -> list[str]:
+def _target_lines(rule: Rule, steps: int | None, reached: Mapping[int, float] | None) -> list[str]:
     if rule.mode != "prune":
         what = {"lock": "keep the zeros that are there", "unprune": "lift the masks"}[rule.mode]
         return [f"  {rule.unit} {rule.timeline(steps).first}: {what}"]
@@ -185,10 +205,10 @@ def _target_lines(rule: Rule, steps: int | None) -> list[str]:
         return _member_lines(rule, steps)
     lines = [f"  until   {key} <= {value:g}" for key, value in costs.items()]
     if events:
-        name = "at most" if costs else "sparsity"
         if parts and any(one.every < 1 / MOST_PARTS for one in rule.timeline().stretches):
             lines.append(f"  events  at every step; --steps shows them, here {parts} of an epoch")
-        lines += table([(f"{now / (parts or 1):g}", f"{value:.4g}") for now, value in events], (unit, name))
+        head, rows = _rows(rule, events, reached or {})
+        lines += table([(f"{now / (parts or 1):g}", *rows[now]) for now, _ in events], (unit, *head))
         lines.append(f"  {drawing(curve(events, events[-1][0] + max(1, events[-1][0] // 10)), 1.0)}")
     if rule.stable is not None:
         lines.append(f"  begins  when masks agree by {rule.stable:g} with those before; drawn as if at {rule.start:g}")
@@ -199,6 +219,22 @@ def _target_lines(rule: Rule, steps: int | None) -> list[str]:
 
 def _limit(key: str, value: float) -> str:
     return f"{key} {value:g}" if key == "sparsity" else f"{key} <= {value:g}"
+
+
+def _rows(
+    rule: Rule, events: Sequence[tuple[int, float]], reached: Mapping[int, float]
+) -> tuple[tuple[str, ...], dict[int, tuple[str, ...]]]:
+    """Heads of a table's rows, and its columns by tick: what is asked, and what is reached where that differs."""
+    asked = {now: f"{value:.4g}" for now, value in events}
+    if rule.target.about_costs:
+        return ("at most",), {now: (value,) for now, value in asked.items()}
+    there = {now: f"{value:.4g}" for now, value in reached.items() if now in asked}
+    if not there:
+        exact = type_of("pattern", rule.pattern) == "unstructured"
+        return ("sparsity" if exact else "about",), {now: (value,) for now, value in asked.items()}
+    if all(asked[now] == value for now, value in there.items()):
+        return ("sparsity",), {now: (value,) for now, value in asked.items()}
+    return ("sparsity", "reached"), {now: (value, there.get(now, "")) for now, value in asked.items()}
 
 
 def _member_lines(rule: Rule, steps: int | None) -> list[str]:
