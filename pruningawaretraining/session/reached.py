@@ -38,37 +38,40 @@ def reached_sparsities(
         are left out.
     """
     rules = [_plain(rule) for rule in config.rules]
-    followed = {number for number in ticks if type_of("dynamic", config.rules[number].dynamic) in FOLLOWED}
+    wanted = {number: set(ticks[number]) for number in ticks if _is_followed(config.rules[number])}
     changes = {"rules": rules, "infer": False, "distillation": None}
     pruner = Pruning(deepcopy(model), config.model_copy(update=changes), example_inputs=inputs)
-    engine = pruner.engine
-    known = {rule.name or f"rules[{number}]": number for number, rule in enumerate(rules)}
-    for one in engine.rules:
-        one.count(parts.get(known[one.key]))
-    found: dict[int, dict[int, float]] = {number: {} for number in followed}
-
-    def look() -> None:
-        for domain in engine.domains:
-            for one in domain.rules:
-                number, now = known[one.key], one.state.last
-                if number in followed and now in ticks[number]:
-                    value = _sparsity(domain, one)
-                    if value is not None:
-                        found[number].setdefault(now, value)
-
-    look()  # at init
-    for number in sorted(followed):
+    numbers = {rule.name or f"rules[{number}]": number for number, rule in enumerate(rules)}
+    for one in pruner.engine.rules:
+        one.count(parts.get(numbers[one.key]))
+    found: dict[int, dict[int, float]] = {}
+    _note(pruner, numbers, wanted, found)  # what went at init
+    for number in sorted(wanted):
         for now in ticks[number]:
-            active = next((one for one in engine.rules if known[one.key] == number), None)
-            if active is not None:
-                engine.tick(active.times.counts, now)
-                look()
-    return {number: values for number, values in found.items() if values}
+            for one in [one for one in pruner.engine.rules if numbers[one.key] == number]:
+                pruner.engine.tick(one.times.counts, now)
+                _note(pruner, numbers, wanted, found)
+    return found
+
+
+def _note(
+    pruner: Pruning, numbers: Mapping[str, int], wanted: Mapping[int, set[int]], found: dict[int, dict[int, float]]
+) -> None:
+    """Add what the rules have reached whose last event is one that is wanted."""
+    for domain in pruner.engine.domains:
+        for one in domain.rules:
+            number, now, value = numbers[one.key], one.state.last, _sparsity(domain, one)
+            if now in wanted.get(number, ()) and value is not None:
+                found.setdefault(number, {}).setdefault(now, value)
+
+
+def _is_followed(rule: Rule) -> bool:
+    return type_of("dynamic", rule.dynamic) in FOLLOWED
 
 
 def _plain(rule: Rule) -> Rule:
     """The rule with the same counts, and nothing that has to see training."""
-    dynamic = rule.dynamic if type_of("dynamic", rule.dynamic) in FOLLOWED else "frozen"
+    dynamic = rule.dynamic if _is_followed(rule) else "frozen"
     changes = {"criterion": "magnitude", "dynamic": dynamic, "regularizer": None, "compensation": "none"}
     aims = rule.aims or rule.mode != "prune"
     return rule.model_copy(update={**changes, "stable": None, "progressive": 1, "enabled": rule.enabled and aims})
