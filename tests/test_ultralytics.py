@@ -1,159 +1,26 @@
-"""The callback for ultralytics, with stand-ins that hold the same objects as its trainer, and with the package itself.
-
-The stand-ins follow ultralytics 8.4: what the trainer builds anew, what its average caches, what it pickles, when its
-callbacks are called. Where the package is installed the real trainer runs, too.
-"""
+"""The callback for ultralytics, with stand-ins for its trainer, and with the package itself where it is installed."""
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import logging
-from collections import defaultdict
+import os
+import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from ultralytics_loop import CONFIG, EPOCHS, Detector, Trainer, Yolo
 
+from pruningawaretraining import export_onnx
 from pruningawaretraining.errors import CheckpointError, ConfigError
-from pruningawaretraining.integrations.ultralytics import STATE, PruningCallback
+from pruningawaretraining.integrations.ultralytics import STATE, PruningCallback, first_output
 from pruningawaretraining.session.state_in import unpacked
 
-CONFIG = {"rules": [{"regularizer": "growing_l2", "target": {"sparsity": 0.5}, "start": 1, "end": 3}]}
-EPOCHS = 5
-
-
-class Detector(nn.Module):
-    """A batch gives the loss; images give predictions and, in eval mode, what the loss is made of."""
-
-    def __init__(self, yaml: Any = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.yaml = yaml
-        self.model = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1),
-            nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 4, 1),
-        )  # fmt: skip
-
-    def forward(self, x: Any) -> Any:
-        if isinstance(x, dict):
-            return (self.model(x["img"]) - x["bboxes"]).square().mean(), {"box_loss": 0.0}
-        y = self.model(x)
-        return y if self.training else (y.sigmoid(), {"boxes": y})
-
-    def load(self, weights: nn.Module) -> None:
-        """Weights of other shapes are left out without a word."""
-        own = self.state_dict()
-        found = {k: v for k, v in weights.float().state_dict().items() if k in own and own[k].shape == v.shape}
-        self.load_state_dict(found, strict=False)
-
-
-class ModelEMA:
-    """No module; the lists are made at the first update and kept."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.ema = copy.deepcopy(model).eval()
-        self.updates, self._pairs = 0, None
-        for parameter in self.ema.parameters():
-            parameter.requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        self.updates += 1
-        if self._pairs is None:
-            now = model.state_dict()
-            floating = [(v, now[k]) for k, v in self.ema.state_dict().items() if v.dtype.is_floating_point]
-            self._pairs = tuple(zip(*floating, strict=True))
-        torch._foreach_lerp_(list(self._pairs[0]), list(self._pairs[1]), 0.5)
-
-
-class Trainer:
-    """Builds the model from its YAML always, pickles the average as a whole, and keeps the best fitness."""
-
-    def __init__(self, overrides: dict[str, Any], _callbacks: dict[str, list[Any]]) -> None:
-        self.args = SimpleNamespace(imgsz=16, model=overrides.get("model", "net.yaml"))
-        self.resume, self.wdir = overrides.get("resume", False), overrides["folder"]
-        self.callbacks = {event: list(calls) for event, calls in _callbacks.items()}
-        self.model: Any = self.args.model
-        self.ema: ModelEMA | None = None
-        self.best_fitness, self.start_epoch, self.epochs = None, 0, overrides.get("epochs", EPOCHS)
-        self.run_callbacks("on_pretrain_routine_start")
-
-    def run_callbacks(self, event: str) -> None:
-        for call in self.callbacks.get(event, []):
-            call(self)
-
-    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
-        model = Detector(cfg)
-        if weights is not None:
-            model.load(weights)
-        return model
-
-    def _setup(self) -> None:
-        checkpoint = None
-        if str(self.model).endswith(".pt"):
-            checkpoint = torch.load(self.model, weights_only=False)
-            self.model = self.get_model("net.yaml", checkpoint["ema"].float())
-        elif not isinstance(self.model, nn.Module):
-            self.model = self.get_model("net.yaml")
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
-        self.ema, self.stopper = ModelEMA(self.model), SimpleNamespace(best_fitness=0.0, best_epoch=0)
-        if checkpoint is not None and self.resume:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.ema.ema.load_state_dict(checkpoint["ema"].float().state_dict())
-            self.best_fitness, self.start_epoch = checkpoint["best_fitness"], checkpoint["epoch"] + 1
-        self.run_callbacks("on_pretrain_routine_end")
-
-    def train(self) -> None:
-        self._setup()
-        assert self.ema is not None
-        for epoch in range(self.start_epoch, self.epochs):
-            self.epoch = epoch
-            self.model.train()
-            source = torch.Generator().manual_seed(self.epoch)
-            for _ in range(3):
-                batch = {"img": torch.randn(4, 3, 16, 16, generator=source), "cls": torch.zeros(4), "bboxes": 0.1}
-                self.model(batch)[0].backward()
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self.ema.update(self.model)
-            self.run_callbacks("on_train_epoch_end")
-            fitness = 1.0 - self.epoch / 10  # ever worse: without a new beginning the first file stays the best
-            self.best_fitness = fitness if self.best_fitness is None else max(fitness, self.best_fitness)
-            self._save(fitness)
-        self.run_callbacks("on_train_end")
-
-    def _save(self, fitness: float) -> None:
-        assert self.ema is not None
-        content = {
-            "epoch": self.epoch, "best_fitness": self.best_fitness, "ema": copy.deepcopy(self.ema.ema).half(),
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-        }  # fmt: skip
-        torch.save(content, self.wdir / "last.pt")
-        torch.save(content, self.wdir / f"epoch{self.epoch}.pt")
-        if fitness == self.best_fitness:
-            torch.save(content, self.wdir / "best.pt")
-
-
-class Yolo:
-    """As YOLO: callbacks, the trainer of its task, or one that is given."""
-
-    task, task_map = "detect", {"detect": {"trainer": Trainer}}
-
-    def __init__(self, model: str, folder: Path) -> None:
-        self.model, self.folder = model, folder
-        self.callbacks: dict[str, list[Any]] = defaultdict(list)
-
-    def add_callback(self, event: str, call: Any) -> None:
-        self.callbacks[event].append(call)
-
-    def train(self, trainer: Any = None, **overrides: Any) -> Any:
-        made = (trainer or Trainer)({"model": self.model, "folder": self.folder, **overrides}, self.callbacks)
-        made.train()
-        return made
+SCRIPT = Path(__file__).parent / "ultralytics_loop.py"
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +82,49 @@ def test_a_pruned_file_is_trained_further_as_it_is(trained: Any, tmp_path: Path)
     callback = PruningCallback(CONFIG).add_to(model)
     trainer = model.train(trainer=callback.trainer(model), epochs=1)
     assert size(trainer.model) == size(straight.model)
+
+
+def test_the_callback_travels_to_the_processes_that_the_trainer_starts(trained: Any, tmp_path: Path) -> None:
+    """Pickled as ultralytics does it, also with the trainer that goes on; the wrapper is made anew."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    _, _, folder = trained
+    jobs: dict[str, Any] = {"whole": ("net.yaml", False), "after": (str(folder / "epoch3.pt"), True)}
+    for name, (start, resume) in jobs.items():
+        model = Yolo(start, tmp_path / name)
+        (tmp_path / name).mkdir()
+        callback = PruningCallback(CONFIG).add_to(model)
+        state = {
+            "trainer": callback.trainer(model) if resume else Trainer, "callbacks": dict(model.callbacks),
+            "args": {"model": start, "folder": tmp_path / name, "resume": resume},
+        }  # fmt: skip
+        torch.save(state, tmp_path / name / "state.pt", pickle_module=cloudpickle)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
+    command = [sys.executable, *launcher, str(SCRIPT), *(str(tmp_path / name) for name in jobs)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in jobs:
+        first, second = (torch.load(tmp_path / name / f"rank{n}.pt", weights_only=True) for n in (0, 1))
+        assert sum(one.numel() for one in first["model"].values()) < size(Detector())
+        for key, value in first["model"].items():
+            if "running" not in key:  # statistics are of each process's own images
+                assert torch.equal(value, second["model"][key]), f"{name} {key}"
+        average = read(tmp_path / name / "last.pt")["ema"]
+        assert {k: v.shape for k, v in average.state_dict().items()} == {k: v.shape for k, v in first["model"].items()}
+
+
+def test_the_pruned_model_is_exported(trained: Any, tmp_path: Path) -> None:
+    class Predictions(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            predictions: torch.Tensor = first_output(self.model, images)
+            return predictions
+
+    average = read(trained[2] / "best.pt")["ema"].float().eval()
+    export_onnx(Predictions(average), torch.rand(1, 3, 16, 16), tmp_path / "best.onnx", exporter="torchscript")
 
 
 def test_going_on_with_the_plain_trainer_is_refused(trained: Any, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.integrations.common import Attached, forget_hooks
 from pruningawaretraining.models.calling import unwrap
@@ -45,7 +46,6 @@ class PruningCallback:
     def __init__(self, config: Source, example_inputs: Any = None) -> None:
         self._config, self._inputs = Attached(config).config, example_inputs
         self._attached: Attached | None = None
-        self._added: list[Any] = []
 
     @property
     def pruner(self) -> Pruning:
@@ -66,10 +66,10 @@ class PruningCallback:
             raise ConfigError(
                 f"model: a {type(model).__name__} takes no callbacks. Allowed: a YOLO object of ultralytics"
             )
-        if not any(one is model for one in self._added):
-            self._added.append(model)
-            for event in ("on_pretrain_routine_start", "on_pretrain_routine_end", "on_train_epoch_end", "on_train_end"):
-                model.add_callback(event, getattr(self, event))
+        for event in ("on_pretrain_routine_start", "on_pretrain_routine_end", "on_train_epoch_end", "on_train_end"):
+            call = getattr(self, event)
+            if call not in model.callbacks.get(event, ()):
+                model.add_callback(event, call)
         return self
 
     def trainer(self, model: Any) -> type[Any]:
@@ -117,6 +117,7 @@ class PruningCallback:
         """Prune, before the epoch is validated and saved; the best fitness of another architecture is none."""
         pruner = self.pruner
         if pruner.prune(None, trainer.epoch) == "removed":
+            rewrap_in_place(trainer.model)
             had = trainer.best_fitness
             trainer.best_fitness = None
             stopper = getattr(trainer, "stopper", None)

@@ -17,16 +17,17 @@ ATTRIBUTE = "_pruning_wrappers"
 _HOOKS: list[RemovableHandle] = []
 
 
-def watch_wrappers(model: nn.Module | None = None) -> None:
-    """Notice every DistributedDataParallel that is made from here on, and ``model`` if it is one.
+def watch_wrappers(*known: nn.Module) -> None:
+    """Notice every DistributedDataParallel that is made from here on, and those among ``known``.
 
     PyTorch calls one hook when a module becomes part of another; it changes nothing, serves all models, and stays.
     """
     if not _HOOKS:
         _HOOKS.append(register_module_module_registration_hook(_note))
-    wrapper = getattr(model, "_orig_mod", model)
-    if isinstance(wrapper, DistributedDataParallel):
-        _note(wrapper, "module", wrapper.module)
+    for one in known:
+        wrapper = getattr(one, "_orig_mod", one)
+        if isinstance(wrapper, DistributedDataParallel):
+            _note(wrapper, "module", wrapper.module)
 
 
 def _note(wrapper: nn.Module, name: str, child: Any) -> None:

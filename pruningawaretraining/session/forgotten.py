@@ -1,4 +1,4 @@
-"""Moving averages that the pruner was not given, found where the training loop keeps them."""
+"""Moving averages and wrappers that the pruner was not given, found where the training loop keeps them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from pruningawaretraining.distributed.collectives import world_size
 from pruningawaretraining.distributed.fsdp import is_sharded
 from pruningawaretraining.masks.averages import HOLDERS, is_alike
+from pruningawaretraining.models.calling import unwrap
 from pruningawaretraining.models.private import private_of
 from pruningawaretraining.session.averages import FOLLOWS
 
@@ -47,6 +50,19 @@ def forgotten_averages(model: nn.Module, known: Sequence[nn.Module]) -> list[Any
     if found:
         logger.warning("ema: %s is an average of the model and follows it from here on; give it as ema=", kinds)
     return list(found.values())
+
+
+def wrappers_around(model: nn.Module) -> list[nn.Module]:
+    """Return the DistributedDataParallel wrappers of a model among the same variables: those of a script that wraps the
+    model before it makes the pruner were made before anybody noticed.
+
+    Args:
+        model: without wrappers.
+    """
+    if world_size() == 1:
+        return []
+    wrappers = {id(one): one for one in _variables() if isinstance(one, DistributedDataParallel)}
+    return [one for one in wrappers.values() if unwrap(one) is model]
 
 
 def _is_average(one: Any, model: nn.Module, known: Sequence[nn.Module]) -> bool:

@@ -39,6 +39,7 @@ from pruningawaretraining.session.arguments import (
 from pruningawaretraining.session.bound import NoChannels
 from pruningawaretraining.session.companions import Companions
 from pruningawaretraining.session.connections import Connections
+from pruningawaretraining.session.forgotten import wrappers_around
 from pruningawaretraining.session.gathering import copy_whole
 from pruningawaretraining.session.loop_hooks import Log, LoopHooks
 from pruningawaretraining.session.members import Member
@@ -139,7 +140,7 @@ class Pruning(LoopHooks, Companions, Connections, Results):
         this, last = weakref.ref(self), self._described
         self._known = Session(plain, self._config, self._given)
         self._copies = watch_copies(plain)
-        watch_wrappers(model)
+        watch_wrappers(model, *wrappers_around(plain))
         for name in without_zero(plain):
             logger.warning(
                 "%s: its fake quantizer does not keep zeros: masked weights count until they are removed",
