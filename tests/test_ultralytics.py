@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -21,6 +22,7 @@ from pruningawaretraining.integrations.ultralytics import STATE, PruningCallback
 from pruningawaretraining.session.state_in import unpacked
 
 SCRIPT = Path(__file__).parent / "ultralytics_loop.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +159,9 @@ def test_the_real_trainer_prunes_resumes_and_exports(tmp_path: Path, monkeypatch
     monkeypatch.setenv("YOLO_OFFLINE", "true")
     from ultralytics import YOLO
 
-    data = made_data(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("yolo_rectangles")
+    data = example.make_images(tmp_path, 64, {"train": 16, "val": 4})
     rule = {"regularizer": "growing_l2", "target": {"sparsity": 0.2}, "start": 0, "end": 2}
     config = {"rules": [{**rule, "exclude": [r"re:model\.22\..*"]}]}
     common = {"data": str(data), "imgsz": 64, "batch": 8, "device": "cpu", "plots": False, "optimizer": "SGD"}
@@ -173,26 +177,21 @@ def test_the_real_trainer_prunes_resumes_and_exports(tmp_path: Path, monkeypatch
         resumed = PruningCallback(config).add_to(again)
         again.train(resume=True, trainer=resumed.trainer(again))
         assert resumed.pruner.phase == "done" and size(again.model) <= sizes[3] * 1.1
+    assert size(again.model) == sizes[3], "after the removal"
+    assert all(torch.equal(keep, resumed.pruner.masks[name]) for name, keep in callback.pruner.masks.items())
     exported = YOLO(weights / "best.pt").export(format="onnx", imgsz=64)
     assert Path(exported).is_file()
 
 
-def made_data(folder: Path) -> Path:
-    """Images of rectangles in two colours, as ultralytics reads them."""
-    from PIL import Image
-
-    source = torch.Generator().manual_seed(0)
-    for part, count in (("train", 16), ("val", 4)):
-        for kind in ("images", "labels"):
-            (folder / kind / part).mkdir(parents=True)
-        for number in range(count):
-            left, top, width, height = (int(torch.randint(8, 28, (), generator=source)) for _ in range(4))
-            image = torch.zeros(64, 64, 3, dtype=torch.uint8)
-            image[top : top + height, left : left + width, number % 2] = 220
-            Image.fromarray(image.numpy()).save(folder / "images" / part / f"{number}.png")
-            box = ((left + width / 2) / 64, (top + height / 2) / 64, width / 64, height / 64)
-            line = " ".join([str(number % 2), *(f"{one:.4f}" for one in box)])
-            (folder / "labels" / part / f"{number}.txt").write_text(line + "\n")
-    path = folder / "data.yaml"
-    path.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames: {{0: red, 1: green}}\n")
-    return path
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ultralytics") is None, reason="ultralytics is not installed")
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("YOLO_OFFLINE", "true")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("yolo_rectangles")
+    monkeypatch.setitem(example.RULE, "start", 0)
+    monkeypatch.setitem(example.RULE, "end", 1)
+    arguments = ["--out", str(tmp_path), "--epochs", "3", "--size", "64", "--images", "16"]
+    callback = example.main(arguments)
+    assert callback.pruner.macs.fraction == pytest.approx(0.5, abs=0.01)
+    assert "pruned: mAP50-95" in capsys.readouterr().out and (tmp_path / "pruned" / "weights" / "best.onnx").is_file()
