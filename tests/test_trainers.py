@@ -72,7 +72,6 @@ def test_the_pruned_model_is_saved_and_exported(trainer: str, whole: Any, tmp_pa
     )  # compares the file with the model
 
 
-@pytest.mark.slow
 def test_two_processes_have_the_wrapper_made_anew(tmp_path: Path) -> None:
     """Both have the same weights after two epochs with fewer channels, and after going on from the removal."""
     if any(importlib.util.find_spec(name) is None for name in TRAINERS):

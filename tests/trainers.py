@@ -58,7 +58,8 @@ class Net(nn.Module):
 
 
 def averaged(model: nn.Module) -> AveragedModel:
-    return AveragedModel(model, avg_fn=lambda old, new, count: 0.5 * old + 0.5 * new, use_buffers=True)
+    average = AveragedModel(model, avg_fn=lambda old, new, count: 0.5 * old + 0.5 * new, use_buffers=True)
+    return average.requires_grad_(False)  # DistributedDataParallel waits for the gradients of what it holds
 
 
 def data() -> TensorDataset:
