@@ -7,7 +7,10 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+import torch
+from torch import nn
 
+from pruningawaretraining import Pruning
 from pruningawaretraining.session.step_events import tell_once
 
 
@@ -65,3 +68,18 @@ def test_functions_and_nobody(top: logging.Logger) -> None:
     tell_once(own, stream.write, "a")
     tell_once(own, None, "b")
     assert stream.getvalue() == "a" and listener.lines == ["a", "b"]
+
+
+@pytest.mark.parametrize("method", [False, True])
+def test_events_of_a_pruner_are_said_once_with_a_logger_beside_info_logging(
+    method: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    rule = {"target": {"sparsity": 0.5}, "start": 0, "end": 1}
+    pruner = Pruning(model, {"rules": [rule]}, example_inputs=torch.randn(1, 4))
+    user = logging.getLogger("a training script")
+    with caplog.at_level(logging.INFO):
+        done = [pruner.prune(model, epoch, log=user.info if method else user) for epoch in (0, 1)]
+    assert done == ["masked", "removed"]
+    said = [one.getMessage() for one in caplog.records if one.getMessage().startswith("rules[0]: epoch")]
+    assert [line.split()[3] for line in said] == ["masked", "masked", "removed,"] and len(set(said)) == 3
