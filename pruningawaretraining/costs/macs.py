@@ -25,6 +25,25 @@ from pruningawaretraining.models.calling import ForwardFn, checked_call, evaluat
 from pruningawaretraining.patterns.structures import is_block
 
 
+class _Everywhere:
+    """In place of PyTorch's tracker of modules, which is not needed here: it is slow, and under ``no_grad`` it raises
+    at modules that are called with a view of a parameter."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class _Counter(FlopCounterMode):
+    """Counts for the model as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.mod_tracker: Any = _Everywhere()
+
+
 def count_macs(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = None) -> int:
     """Count the multiply-accumulate operations of one forward pass (matrix products and convolutions).
 
@@ -45,7 +64,7 @@ def macs_per_layer(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn 
 
     Args and raises: as :func:`count_macs`.
     """
-    counter = FlopCounterMode(display=False)
+    counter = _Counter()
     named = dict.fromkeys((name for name, _ in model.named_modules()), 0)
     with spelled_out(model), torch.no_grad(), evaluating(model), counter, _counted_by_module(model, counter, named):
         checked_call(model, example_inputs, forward_fn)

@@ -17,6 +17,12 @@ def failing_module(error: BaseException, model: nn.Module) -> str | None:
     return found
 
 
+def problem_of(error: BaseException) -> str:
+    """What a module raised, in one line."""
+    cause = error.__cause__ or error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+
+
 def sets_within(grouping: Grouping, module: str) -> list[int]:
     """The numbers of the sets that have tensors of a module, or of a module in it."""
     prefix = f"{module}." if module else ""

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from pruningawaretraining.distributed.collectives import agreed, rank, world_size
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.masks.bisection import working
-from pruningawaretraining.masks.culprits import failing_module, sets_within
+from pruningawaretraining.masks.confined import failing_inside
+from pruningawaretraining.masks.culprits import failing_module, problem_of, sets_within
 from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.masks.shape_copy import ShapeCopy, shape_copy
 from pruningawaretraining.masks.temporary import temporarily_masked
 from pruningawaretraining.masks.unprunable import warn_of_rest
 from pruningawaretraining.models.calling import ForwardFn, outputs_of
-from pruningawaretraining.models.comparison import Comparison, Outputs
+from pruningawaretraining.models.comparison import Comparison, NoFloat64, Outputs
 from pruningawaretraining.models.fake_quant import resting
 from pruningawaretraining.models.probes import perturbed
 from pruningawaretraining.patterns.channel import find_channels
@@ -78,6 +79,13 @@ class _Rehearsal:
 
     def problem_without(self, keep_G: Tensor) -> str:
         """Why the model fails with these groups alone; "" if it works."""
+        try:
+            with self.comparison.in_float64():
+                return self._problem_without(keep_G)
+        except NoFloat64:
+            return self._problem_without(keep_G)
+
+    def _problem_without(self, keep_G: Tensor) -> str:
         outputs = self._without(keep_G, self.comparison.outputs)
         return outputs if isinstance(outputs, str) else self._misread(keep_G, outputs)
 
@@ -116,7 +124,7 @@ class _Rehearsal:
             return run() if shapes is None else run(model, shapes.inputs)
         except ModelError as error:
             self._failed_in = failing_module(error, model)
-            return (str(error.__cause__ or error).strip() or type(error.__cause__ or error).__name__).splitlines()[0]
+            return problem_of(error)
         finally:
             surgery.undo()
 
@@ -140,11 +148,16 @@ class _Rehearsal:
         numbers = list(range(len(self.found.grouping.sets)))
         if not self.problem(numbers):
             return numbers
+        inside = failing_inside(self.model, self.found, self.inputs, self.forward_fn, self._keep(numbers, _a_part))
+        self.reasons = inside
+        numbers = [one for one in numbers if one not in inside]
+        if inside and not self.problem(numbers):
+            return numbers
         self._shapes = shape_copy(self.model, self.found, self.inputs, self.forward_fn)
         alone = self._failing_alone(numbers)
         left, together = working([one for one in numbers if one not in alone], self._problem_of_shapes)
         able, others = working(left, self.problem)
-        self.reasons = {**alone, **together, **others}
+        self.reasons = {**inside, **alone, **together, **others}
         return able
 
     def _failing_alone(self, numbers: Sequence[int]) -> dict[int, str]:

@@ -18,19 +18,32 @@ from pruningawaretraining.patterns.channel_groups import ChannelGroups
 
 @contextmanager
 def temporarily_masked(model: nn.Module, found: ChannelGroups, keep_G: Tensor) -> Iterator[None]:
-    """Mask the groups that go inside the block; the weights are as before after it."""
-    saved = {
-        id(member.parameter): (member.parameter, member.parameter.detach().clone()) for member in _losing(found, keep_G)
-    }
-    masks = Masks.coupled(model, found)
+    """Mask the groups that go inside the block; the weights are as before after it.
+
+    Args:
+        model: the model. Where copies that are thrown away have taken the place of its weights (see
+            :func:`pruningawaretraining.models.precision.in_float64`), these are masked, and stay so.
+        found: its groups.
+        keep_G: True for groups that stay.
+    """
+    own = {id(member.parameter): member.parameter for member in found.grouping.members}
+    here = found if _holds(model, own) else found.on(model)
+    losing = {id(one.parameter): one.parameter for one in _losing(here, keep_G)}
+    saved = [(one, one.detach().clone()) for number, one in losing.items() if number in own]
+    masks = Masks.coupled(model, here)
     masks.set(keep_G)
     try:
         yield
     finally:
         masks.clear()
         with torch.no_grad():
-            for tensor, values in saved.values():
+            for tensor, values in saved:
                 tensor.copy_(values)
+
+
+def _holds(model: nn.Module, tensors: dict[int, Tensor]) -> bool:
+    """Whether these are tensors of the model as it is now."""
+    return tensors.keys() <= {id(one) for one in (*model.parameters(), *model.buffers())}
 
 
 def _losing(found: ChannelGroups, keep_G: Tensor) -> Iterator[Member]:

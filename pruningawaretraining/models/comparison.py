@@ -7,7 +7,8 @@ tolerance in the model's own dtype is both wide enough for rounding and narrow e
 1. Both states are computed in float64 (:func:`~pruningawaretraining.models.precision.in_float64`), which knows no TF32
    and no autocast. Outputs that agree to ``EXACT`` of their largest value are the same. This is the ordinary case; it
    costs one pass for each state, as a comparison in the own dtype would, and copies of the weights for as long as it
-   runs. (A first look in the own dtype would save little and could let a mistake through that is as small as rounding.)
+   runs; a dry run removes from and masks one set of copies (:meth:`Comparison.in_float64`). (A first look in the own
+   dtype would save little and could let a mistake through that is as small as rounding.)
 2. A model that cannot run in float64 (code that fixes its dtype, kernels that lack it, sharded or quantized weights, a
    device without it, too little memory) is computed in the model's own dtype, without TF32 where that can be chosen.
 3. Where outputs differ, it is measured on the same model how far rounding moves them: every operation sees its operands
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,6 +49,12 @@ EXACT = 1e-12
 MARGIN = 4.0
 """How many times as far as they were seen to move outputs may be apart by rounding."""
 SEEDS = 3
+
+
+class NoFloat64(Exception):
+    """A model that was to stay in float64 does not run there; the reason is the message."""
+
+
 Within = AbstractContextManager[Any]
 _AS_IT_IS: Within = nullcontext()
 
@@ -103,6 +110,30 @@ class Comparison:
         self.draws = False  # whether a forward pass draws random numbers, as far as is known
         self._has_run = False
         self._wide: bool | None = None  # whether that takes float64 as PyTorch's default dtype, once it is known
+        self._stays = False  # whether the model is in float64 already, see `in_float64`
+
+    @contextmanager
+    def in_float64(self) -> Iterator[None]:
+        """Inside the block the model is in float64: its weights are copied once for all of its outputs.
+
+        Raises:
+            NoFloat64: it cannot be, then before the block, or one of its outputs cannot be computed so.
+        """
+        with ExitStack() as stack:
+            try:
+                if not self.exact:
+                    raise ModelError("the model does not run in float64")
+                stack.enter_context(in_float64(self._models()))
+            except REJECTED as error:
+                raise NoFloat64(str(error)) from error
+            self._stays = True
+            try:
+                yield
+            finally:
+                self._stays = False
+
+    def _models(self) -> list[nn.Module]:
+        return [self.model, *(one.graph for one in self.graphs)]
 
     def outputs(self) -> Outputs:
         """Outputs of the model as it is now, in float64 if possible.
@@ -169,13 +200,15 @@ class Comparison:
         reason = ""
         for wide in self._widths():
             try:
-                with in_float64([self.model, *(one.graph for one in self.graphs)]), _default_float64(wide):
+                with _AS_IT_IS if self._stays else in_float64(self._models()), _default_float64(wide):
                     found = Outputs(self._run(inputs_in_float64(self.inputs), within, number), True)
             except REJECTED as error:
                 reason = str(error)
             else:
                 self._wide = wide
                 return found
+        if self._stays:
+            raise NoFloat64(reason)
         own = self._own(within, number)  # raises if it was not float64 that the model could not do
         if self.exact:
             logger.debug("compared in the model's own dtype, not in float64: %s", reason)

@@ -21,6 +21,9 @@ from pruningawaretraining.models.fake_quant import is_converted
 SMALL = 1e-2
 """A parameter none of whose values is larger than this fraction of what its shape suggests hardly counts."""
 
+LOOKED_AT = 2
+"""Rows of a parameter that are looked at first."""
+
 
 def probes_of(inputs: Any) -> Any:
     """Random inputs of the example's nest, shapes, dtypes and ranges of values.
@@ -93,8 +96,10 @@ def _hardly_counts(one: Tensor) -> bool:
     """Whether a parameter is constant along its first dimension or as a whole, or close to 0."""
     values = one.detach()
     first = values.reshape(len(values), -1) if values.dim() else values.reshape(1, 1)
-    constant = bool((first == first[:1]).all())
-    return constant or bool(values.abs().max() < SMALL * _usual(values))
+    few = first[:LOOKED_AT]  # mostly these tell, and then the rest is not looked at
+    constant = bool((few == first[:1]).all()) and bool((first == first[:1]).all())
+    small = SMALL * _usual(values)
+    return constant or (bool(few.abs().max() < small) and bool(values.abs().max() < small))
 
 
 def _usual(values: Tensor) -> float:

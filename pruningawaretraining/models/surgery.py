@@ -17,10 +17,21 @@ Keep = dict[int, Tensor]
 
 def slice_tensor(tensor: Tensor, keep: Keep) -> Tensor:
     """The tensor with only the kept indices of some dimensions, in its own memory and memory format."""
-    channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
+    memory_format = torch.channels_last if tensor.dim() == 4 and not tensor.is_contiguous() else torch.contiguous_format
+    runs = {dim: indices for dim, indices in keep.items() if _is_run(indices)}
+    left = tensor
+    for dim, indices in runs.items():  # views, so that the rest is copied once
+        left = left.narrow(dim, int(indices[0]), len(indices))
     for dim, indices in keep.items():
-        tensor = tensor.index_select(dim, indices.to(tensor.device))
-    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor.clone()
+        if dim not in runs:
+            left = left.index_select(dim, indices.to(tensor.device))
+    made = left.contiguous(memory_format=memory_format) if keep else left
+    return made.clone() if made is left and len(runs) == len(keep) else made
+
+
+def _is_run(indices: Tensor) -> bool:
+    """Whether ascending indices are consecutive."""
+    return len(indices) > 0 and int(indices[-1]) - int(indices[0]) + 1 == len(indices)
 
 
 def successor(old: nn.Parameter, values: Tensor) -> nn.Parameter:
