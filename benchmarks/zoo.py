@@ -1,13 +1,22 @@
-"""Every architecture: groups, time to build them, the MAC target, and whether all checks hold after removal.
+"""Every architecture: groups, time to find them, the MAC target, and whether all checks hold after removal.
 
 Each architecture runs in a process of its own with a time limit. It is built without weights, small where its config
 allows, masked and removed to half of its MACs by magnitude, channels and attention heads together, and then checked:
 the outputs of the masked and the removed model, analytic against counted MACs, one training step, save and load. An
-architecture passes when all of them hold; else the one line says why not. The difference in onnxruntime, or why there
-was no export, stands beside it.
+architecture passes when all of them hold; else the one line says why not. Before all that every parameter is given
+values at which its branch counts. The difference in onnxruntime, or why there was no export, stands beside it.
+
+Seconds are CPU time of one thread. *To find groups*: one forward pass that is followed, and the groups of all channels
+and heads. *To build*: all of `Pruning(...)`, which also tries the removal before training starts: without one group of
+each set, then without about half, where the outputs of the removed and the masked model are compared in float64. Its
+forward passes and one float64 copy of the weights are the larger part for large models. *Floor*: the smallest fraction
+of the MACs that can be reached, one group left of every set.
 
     pip install timm transformers     # optional: their architectures are left out without them
-    python benchmarks/zoo.py [--only NAME ...] [--limit 300] [--onnx torchscript] [--docs-only]
+    python benchmarks/zoo.py [--only NAME ...] [--limit 300] [--onnx torchscript] [--part FILE] [--docs-only]
+
+With --part, rows are kept in that file, and a run that was interrupted goes on with those that are not there; results
+and page are written when all are.
 """
 
 from __future__ import annotations
@@ -15,11 +24,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import time
 import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +43,7 @@ from pruningawaretraining.errors import PruningError
 from pruningawaretraining.models.calling import call, outputs_of
 from pruningawaretraining.models.probes import perturbed
 from pruningawaretraining.models.trees import float_tensors_of
+from pruningawaretraining.patterns.channel import Channel
 
 DOCS = Path(__file__).parent.parent / "docs" / "supported-models.md"
 TARGET = 0.5
@@ -47,6 +57,8 @@ def check(name: str, exporter: str) -> dict[str, Any]:
     let_all_count(model)
     dense = count_macs(model, inputs, forward_fn)
     begun = time.process_time()
+    Channel(heads=True).build(model, inputs, forward_fn=forward_fn)
+    found = time.process_time()
     config = {
         "rules": [
             {
@@ -64,7 +76,8 @@ def check(name: str, exporter: str) -> dict[str, Any]:
         "library": SIZES[name][0],
         "sets": len(engine.dense_sets),
         "groups": len(engine.keep_D),
-        "seconds to build": round(time.process_time() - begun, 2),
+        "seconds to find groups": round(found - begun, 2),
+        "seconds to build": round(time.process_time() - found, 2),
         "floor": floor_of(engine),
     }
     seen: dict[str, list[Tensor]] = {}
@@ -149,19 +162,33 @@ def _exported(model: nn.Module, inputs: Any, exporter: str) -> str:
     return problem
 
 
-def isolated(name: str, limit: float, exporter: str) -> dict[str, Any]:
-    """A row, computed in a process of its own."""
-    command = [sys.executable, __file__, "--one", name, "--onnx", exporter]
-    row = {"architecture": name, "library": SIZES[name][0]}
+def _sent(name: str, exporter: str, out: Connection) -> None:
+    """A row, in a process of its own."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {**row, "result": f"longer than {limit:g} s"}
-    if done.returncode == 0:
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return found
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return {**row, "result": lines[-1][:300] if lines else f"exit status {done.returncode}"}
+        row = check(name, exporter)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the result
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        row = {"architecture": name, "library": SIZES[name][0], "result": text}
+    out.send(row)
+
+
+def isolated(name: str, limit: float, exporter: str, processes: Any) -> dict[str, Any]:
+    """A row, computed in a process that has imported the libraries and nothing else."""
+    row = {"architecture": name, "library": SIZES[name][0]}
+    here, there = processes.Pipe(duplex=False)
+    process = processes.Process(target=_sent, args=(name, exporter, there))
+    process.start()
+    there.close()
+    try:
+        found: dict[str, Any] = here.recv() if here.poll(limit) else {**row, "result": f"longer than {limit:g} s"}
+    except EOFError:
+        process.join()
+        found = {**row, "result": f"exit status {process.exitcode}"}
+    process.kill()
+    process.join()
+    return found
 
 
 KINDS_HEAD = """## Kinds of networks
@@ -216,32 +243,42 @@ def write_docs(rows: list[dict[str, Any]]) -> None:
     DOCS.write_text(head + markdown(rows) + "\n" + ("\n" + kinds if kinds else ""), encoding="utf-8")
 
 
+def run(names: list[str], part: Path, limit: float, exporter: str) -> dict[str, dict[str, Any]]:
+    """Rows of these architectures, those that are in a file already from there; each is written there at once."""
+    rows: dict[str, dict[str, Any]] = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["zoo_imports"])
+    for name in names:
+        if name not in rows:
+            rows[name] = isolated(name, limit, exporter, processes)
+            print(name, rows[name]["result"], flush=True)
+            part.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return rows
+
+
 def main() -> None:
     """Run what is asked for, and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", default=None)
-    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, default=300)
     parser.add_argument("--onnx", default="torchscript")
+    parser.add_argument("--part", type=Path, default=None)
     parser.add_argument("--docs-only", action="store_true")
     parser.add_argument("--kinds", action="store_true", help="the table of kinds of networks alone")
     arguments = parser.parse_args()
-    if arguments.one:
-        warnings.simplefilter("ignore")
-        print(json.dumps(check(arguments.one, arguments.onnx)))
-        return
     if arguments.kinds:
         warnings.simplefilter("ignore")
         write_kinds()
         return
     path = RESULTS / "zoo.json"
     known = {row["architecture"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    for name in [] if arguments.docs_only else arguments.only or SIZES:
-        known[name] = isolated(name, arguments.limit, arguments.onnx)
-        print(name, known[name]["result"], flush=True)
-        rows = [known[one] for one in SIZES if one in known]
-        save("zoo", rows, "Architectures", "See docs/supported-models.md.", "python benchmarks/zoo.py")
-        write_docs(rows)
+    if not arguments.docs_only:
+        with tempfile.TemporaryDirectory() as folder:
+            part = arguments.part or Path(folder) / "rows.json"
+            known |= run(arguments.only or list(SIZES), part, arguments.limit, arguments.onnx)
+    rows = [known[one] for one in SIZES if one in known]
+    save("zoo", rows, "Architectures", "See docs/supported-models.md.", "python benchmarks/zoo.py")
+    write_docs(rows)
 
 
 if __name__ == "__main__":
