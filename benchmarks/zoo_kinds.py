@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from zoo_kinds_more import Messages, PartialConv, Spectral, StandardisedConv, StateSpace, splines
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, **options: int | bool) -> nn.Conv2d:
@@ -337,6 +338,12 @@ KINDS: dict[str, Kind] = {
     "ConvLSTM": (ConvLstm, FRAMES, 0.05),
     "nn.LSTM": (partial(Recurrent, nn.LSTM), TOKENS, 0.1),
     "nn.GRU": (partial(Recurrent, nn.GRU), TOKENS, 0.1),
+    "weight standardisation by hand": (lambda: Between(StandardisedConv(32, 32, 3, padding=1)), IMAGES, 0.02),
+    "partial convolution, written into a slice": (lambda: Between(PartialConv()), IMAGES, 0.05),
+    "state space (Mamba)": (StateSpace, TOKENS, 0.05),
+    "functions on edges (KAN)": (splines, TOKENS, 0.05),
+    "messages on a graph": (Messages, TOKENS, 0.05),
+    "Fourier layer": (lambda: Between(Spectral()), IMAGES, 0.05),
 }
 
 

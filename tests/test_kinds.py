@@ -65,7 +65,14 @@ def _floats(found: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["layer norm over channels by hand", "global response norm", "F.layer_norm", "pixel norm"]
+    "kind",
+    [
+        "layer norm over channels by hand",
+        "global response norm",
+        "F.layer_norm",
+        "pixel norm",
+        "weight standardisation by hand",
+    ],
 )
 def test_a_norm_by_hand_trains_masked_as_it_will_removed(kind: str) -> None:
     """Gradients of a masked model are those of the removed one, and a step later both still compute the same."""
@@ -238,3 +245,50 @@ def test_one_channel_is_no_depthwise_convolution() -> None:
     )
     pruner = Pruning(model, HALF, example_inputs=torch.randn(1, 1, 8, 8))
     assert {name: len(keep) for name, keep in pruner.masks.items()} == {"0": 8, "4": 8}
+
+
+class CrossAttention(nn.Module):
+    """Learned queries attend to the inputs, without heads; the width of a query scales the products."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.latents = nn.Linear(6, 24), nn.Parameter(torch.randn(1, 4, width))
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(width, 32), nn.Linear(24, 32), nn.Linear(24, 32), nn.Linear(32, width),
+        )  # fmt: skip
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, latents = self.embed(x), self.latents.expand(len(x), -1, -1)
+        query = self.q(latents)
+        weights = (query @ self.k(x).transpose(1, 2) * query.shape[-1] ** -0.5).softmax(-1)
+        return self.head(latents + self.o(weights @ self.v(x)))
+
+
+def test_a_scale_that_is_computed_from_a_width_is_told_and_no_share_exceeds_the_whole(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.manual_seed(0)
+    model, inputs = CrossAttention(), torch.randn(2, 5, 6)
+    config = {"rules": [{"pattern": {"type": "channel", "heads": True}, "target": {"macs": 0.5}, "start": 0, "end": 0}]}
+    pruner = Pruning(model, config, example_inputs=inputs)
+    reasons = [one for one in caplog.messages if one.startswith("q stays")]
+    assert len(reasons) == 1 and "computes from its width, such as a scale" in reasons[0]
+    macs = {"q": 2 * 4 * 32 * 32, "k": 2 * 5 * 24 * 32}
+    share = round(100 * sum(macs.values()) / count_macs(model, inputs))
+    told = [one for one in caplog.messages if "keep all their channels" in one]
+    assert len(told) == 1 and told[0].startswith(f"layers with {share}% of the MACs")
+    seen: dict[str, list[Tensor]] = {}
+    pruner.before_removal = lambda: seen.update(masked=outputs_of(model, inputs))
+    pruner.prune(model, 0)
+    assert gap(seen["masked"], outputs_of(model, inputs)) <= 1e-5
+
+
+def test_another_pruner_may_be_made_where_the_first_target_was_out_of_reach() -> None:
+    model, inputs = build_kind("pixel norm")
+    rule = {"start": 0, "end": 0}
+    try:
+        Pruning(model, {"rules": [{**rule, "target": {"macs": 1e-6}}]}, example_inputs=inputs)
+    except TargetError:  # the exception holds the first one
+        pruner = Pruning(model, {"rules": [{**rule, "target": {"macs": 0.5}}]}, example_inputs=inputs)
+    assert pruner.prune(model, 0) == "removed"

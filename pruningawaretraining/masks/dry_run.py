@@ -41,7 +41,10 @@ from pruningawaretraining.patterns.head import is_of_heads
 
 logger = logging.getLogger(__name__)
 
-MISREAD = "removed, some of it would leave another model than masked: an operation that is not understood"
+MISREAD = (
+    "removed, some of it would leave another model than masked: an operation that is not understood, or a number that "
+    "the code computes from its width, such as a scale"
+)
 LATE = "the first process did not find its coupled channels within trace_limit"
 NOTHING_TOLD = (
     "%s: its outputs on random inputs like the example are constant or random, so that a removal can be checked by the "

@@ -39,11 +39,21 @@ def warn_of_rest(
     }
     if not stay:
         return
+    whole = _outermost({name for name in stay if not any(_is_in(one, name) for one in pruned)})
     counts = macs_per_layer(model, inputs, forward_fn)
-    share = sum(counts.get(name, 0) for name in stay) / max(counts[""], 1)
+    share = sum(counts.get(name, 0) for name in whole) / max(counts[""], 1)
     if share < LEAST:
         return
-    order = sorted(stay, key=lambda name: -counts.get(name, 0))
+    order = sorted(whole, key=lambda name: -counts.get(name, 0))
     shown = "; ".join(f"{name}: {stay[name]}" for name in order[:SHOWN])
     more = f"; and {len(order) - SHOWN} more (pat inspect shows all)" if len(order) > SHOWN else ""
     logger.warning("layers with %.0f%% of the MACs keep all their channels. %s%s", 100 * share, shown, more)
+
+
+def _is_in(name: str, module: str) -> bool:
+    return not module or name == module or name.startswith(f"{module}.")
+
+
+def _outermost(names: Collection[str]) -> list[str]:
+    """Those that are in none of the others: the MACs of a module are with those of its children."""
+    return [one for one in names if not any(other != one and _is_in(one, other) for other in names)]

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.models.kept_hooks import KeptHooks
 from pruningawaretraining.models.kept_norm import KeptNorm
+from pruningawaretraining.models.masked_filters import KeptFilters, computes_filters
 from pruningawaretraining.models.masked_modules import KeptModule, is_light
 from pruningawaretraining.models.surgery import Surgery
 
@@ -149,6 +150,8 @@ def kept_norm_of(module: nn.Module) -> KeptNormOf | None:
     run on some of them alone."""
     if is_foreign_rms_norm(module):
         return KeptForeignRMSNorm
+    if computes_filters(module):
+        return KeptFilters
     known = next((hook for kind, hook in KEPT_NORMS.items() if isinstance(module, kind)), None)
     return KeptModule if known is None and is_light(module) else known
 

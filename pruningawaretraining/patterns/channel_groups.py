@@ -5,7 +5,7 @@ Shape suffixes: ``_G`` groups, ``_G1`` groups and one more for "outside".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -105,7 +105,24 @@ class ChannelGroups:
             before = self.grouping.sets[number]
             number_G1[before.start : before.stop] = torch.arange(one.start, one.stop)
         skipped = {self.grouping.sets[number].name: reason for number, reason in reasons.items()}
-        return ChannelGroups(grouping, {**self.skipped, **skipped}, self._renumbered(number_G1, grouping.size))
+        coupled = {name: reasons[number] for name, number in self._makers(reasons).items() if name not in skipped}
+        skipped = {**self.skipped, **skipped, **coupled}
+        return ChannelGroups(grouping, skipped, self._renumbered(number_G1, grouping.size))
+
+    def _makers(self, numbers: Collection[int]) -> dict[str, int]:
+        """Layers that make channels of some sets and of no others -> the first of these sets."""
+        found: dict[str, int] = {}
+        others: set[str] = set()
+        for member in self.grouping.of_role("out").members:
+            assert member.slots is not None
+            slots = member.slots.cpu()
+            name = member.name.rpartition(".")[0]
+            for number in self.grouping.set_ids[slots[slots < self.grouping.size]].unique().tolist():
+                if number in numbers:
+                    found.setdefault(name, number)
+                else:
+                    others.add(name)
+        return {name: number for name, number in found.items() if name not in others}
 
     def beside(self, other: ChannelGroups) -> ChannelGroups:
         """These groups followed by others of the same model."""

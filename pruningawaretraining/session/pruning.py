@@ -47,7 +47,7 @@ from pruningawaretraining.session.reporting import Macs, tell_of_copies, tell_of
 from pruningawaretraining.session.results import Results
 from pruningawaretraining.session.resume import load_session, session_state
 from pruningawaretraining.session.session import Session
-from pruningawaretraining.session.takeover import take_over
+from pruningawaretraining.session.takeover import leave_to, take_over
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,11 @@ class Pruning(LoopHooks, Companions, Connections, Results):
         plain = unwrap(model)
         self._earlier = take_over(plain, self)
         this, last = weakref.ref(self), self._described
-        self._known = Session(plain, self._config, self._given)
+        try:
+            self._known = Session(plain, self._config, self._given)
+        except BaseException:
+            leave_to(plain, self._earlier)
+            raise
         self._copies = watch_copies(plain)
         watch_wrappers(model, *wrappers_around(plain))
         for name in without_zero(plain):

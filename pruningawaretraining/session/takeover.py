@@ -55,3 +55,8 @@ def take_over(model: nn.Module, pruner: AtWork) -> weakref.ref[AtWork] | None:
         logger.warning("model: a Pruning that was made for it before is retired: it had not begun")
     keep_private(model, ATTRIBUTE, weakref.ref(pruner))
     return known
+
+
+def leave_to(model: nn.Module, earlier: weakref.ref[AtWork] | None) -> None:
+    """Be its pruner no more, since none could be made: the one that was there before is."""
+    keep_private(model, ATTRIBUTE, earlier or (lambda: None))
