@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo_kinds_more import Messages, PartialConv, Spectral, StandardisedConv, StateSpace, splines
+from zoo_kinds_more import Messages, PartialConv, SpatialGate, Spectral, StandardisedConv, StateSpace, splines
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, **options: int | bool) -> nn.Conv2d:
@@ -343,6 +343,7 @@ KINDS: dict[str, Kind] = {
     "state space (Mamba)": (StateSpace, TOKENS, 0.05),
     "functions on edges (KAN)": (splines, TOKENS, 0.05),
     "messages on a graph": (Messages, TOKENS, 0.05),
+    "attention over positions (CBAM)": (lambda: Between(SpatialGate()), IMAGES, 0.05),
     "Fourier layer": (lambda: Between(Spectral()), IMAGES, 0.05),
 }
 

@@ -31,6 +31,18 @@ class PartialConv(nn.Module):
         return x + self.narrow(self.wide(mixed).relu())
 
 
+class SpatialGate(nn.Module):
+    """CBAM's attention over positions: mean and maximum over the channels, and a convolution of these two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 7, padding=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+        return x * self.conv(pooled).sigmoid()
+
+
 class StateSpace(nn.Module):
     """A selective state space block (Mamba): a gated depthwise convolution and a scan, over six steps."""
 

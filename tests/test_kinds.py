@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, count_macs, load_pruned, save_pruned
 from pruningawaretraining.errors import TargetError
+from pruningawaretraining.masks.pruned_copy import pruned_copy
+from pruningawaretraining.masks.temporary import temporarily_masked
 from pruningawaretraining.models.calling import outputs_of
 from pruningawaretraining.models.probes import perturbed
 
@@ -245,6 +247,34 @@ def test_one_channel_is_no_depthwise_convolution() -> None:
     )
     pruner = Pruning(model, HALF, example_inputs=torch.randn(1, 1, 8, 8))
     assert {name: len(keep) for name, keep in pruner.masks.items()} == {"0": 8, "4": 8}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "layer norm over channels by hand",
+        "pixel norm",
+        "weight standardisation by hand",
+        "attention over positions (CBAM)",
+    ],
+)
+def test_a_copy_is_masked_as_the_model_and_groups_that_are_left_know_where_channels_are(kind: str) -> None:
+    """Averages and shapes of a family are copies; channels of an image are not in the last dimension."""
+    model, inputs = build_kind(kind)
+    with perturbed(model):
+        model = copy.deepcopy(model)
+    twin = copy.deepcopy(model)
+    found = Pruning(model, HALF, example_inputs=inputs).channel_pruner.found
+    assert "stem" in {one.name for one in found.grouping.sets}
+    keep_G = torch.arange(found.grouping.size) % 3 > 0
+    with temporarily_masked(twin, found.on(twin), keep_G):
+        masked = outputs_of(twin, inputs)
+    removed = pruned_copy(model, found, keep_G)
+    assert gap(masked, outputs_of(removed, inputs)) <= 1e-5
+    left = found.restrict(removed, keep_G)
+    with temporarily_masked(removed, left, half_G := torch.arange(left.grouping.size) % 2 > 0):
+        masked = outputs_of(removed, inputs)
+    assert gap(masked, outputs_of(pruned_copy(removed, left, half_G), inputs)) <= 1e-5
 
 
 class CrossAttention(nn.Module):

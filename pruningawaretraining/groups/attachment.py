@@ -96,6 +96,6 @@ class Attachment:
 
 
 def renumbered(groups: Tensor, number_G1: Tensor) -> Tensor:
-    """New numbers of groups, without those that are gone (see :meth:`Attachment.renumber`)."""
+    """New numbers of groups, without those that are gone (see :meth:`Attachment.renumber`); dimensions of 1 stay."""
     numbers = number_G1[groups.cpu()]
-    return numbers[numbers >= 0]
+    return numbers[numbers >= 0].reshape(-1, *groups.shape[1:])

@@ -85,7 +85,8 @@ class _Rehearsal:
         try:
             with self.comparison.in_float64():
                 return self._problem_without(keep_G)
-        except NoFloat64:
+        except NoFloat64 as error:
+            logger.debug("not on one set of float64 copies: %s", error)
             return self._problem_without(keep_G)
 
     def _problem_without(self, keep_G: Tensor) -> str:

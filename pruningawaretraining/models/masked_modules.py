@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from pruningawaretraining.models.kept_norm import KeptNorm
 from pruningawaretraining.models.module_widths import narrowed, widths_of
 
-_HEAVY = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.Bilinear,
+_MAKERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
+_BARRED = (
     nn.modules.batchnorm._NormBase,
     nn.modules.dropout._DropoutNd,
     nn.RNNBase,
@@ -32,9 +30,11 @@ _HEAVY = (
 )
 
 
-def is_light(module: nn.Module) -> bool:
-    """Whether a module may run twice: it and its children make no channels, count nothing and draw nothing."""
-    return not any(isinstance(one, _HEAVY) or hasattr(one, "nf") for one in module.modules())
+def may_run_twice(module: nn.Module) -> bool:
+    """Whether a module makes no channels itself, and nothing in it counts or draws; layers in it are not to read the
+    channels that it mixes."""
+    makes = isinstance(module, _MAKERS) or hasattr(module, "nf")
+    return not makes and not any(isinstance(one, _BARRED) for one in module.modules())
 
 
 class KeptChannels:
@@ -67,7 +67,7 @@ class KeptModule(KeptNorm):
     """Forward hook: what a module computes of the kept channels alone, and 0 elsewhere.
 
     Args:
-        module: the module; see :func:`is_light`.
+        module: the module; see :func:`may_run_twice`.
         device: where it is.
     """
 
@@ -81,9 +81,10 @@ class KeptModule(KeptNorm):
         keep: KeptChannels = self.keep_C
         if keep.all or not isinstance(output, Tensor):
             return output
+        has_channels = output.dim() >= -keep.axis and output.shape[keep.axis] == keep.channels
         small = _with_kept(module, keep)
         found = small.forward(*(_kept(one, keep) for one in inputs))
-        if found.dim() < -keep.axis or found.shape[keep.axis] != len(keep.kept_K):
+        if not has_channels or found.dim() < -keep.axis or found.shape[keep.axis] != len(keep.kept_K):
             return found
         index = keep.on(found.device)
         return torch.zeros_like(output, dtype=found.dtype).index_copy(found.dim() + keep.axis, index, found)

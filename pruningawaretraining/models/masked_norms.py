@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from pruningawaretraining.models.kept_hooks import KeptHooks
 from pruningawaretraining.models.kept_norm import KeptNorm
 from pruningawaretraining.models.masked_filters import KeptFilters, computes_filters
-from pruningawaretraining.models.masked_modules import KeptModule, is_light
+from pruningawaretraining.models.masked_modules import KeptModule, may_run_twice
 from pruningawaretraining.models.surgery import Surgery
 
 __all__ = ["KeptNorm", "NormHooks", "is_foreign_rms_norm", "kept_norm_of", "set_norm_width"]
@@ -153,7 +153,7 @@ def kept_norm_of(module: nn.Module) -> KeptNormOf | None:
     if computes_filters(module):
         return KeptFilters
     known = next((hook for kind, hook in KEPT_NORMS.items() if isinstance(module, kind)), None)
-    return KeptModule if known is None and is_light(module) else known
+    return KeptModule if known is None and may_run_twice(module) else known
 
 
 class NormHooks(KeptHooks[KeptNorm]):

@@ -211,7 +211,7 @@ class Builder:
         module = self.modules.get(one.layer)
         hook = None if module is None or not one.layer else kept_norm_of(module)
         entered = self.follower.entered.get(one.layer)
-        if hook is None or not entered:
+        if hook is None or not entered or not self._is_apart(one.layer, mixed):
             return None
         found: list[Indices] = []
         for arrays in entered:
@@ -221,6 +221,13 @@ class Builder:
             behind = mine[0].ndim - 1 - varying(mine[0])[0] if hook is KeptModule else 0
             found.append(self.numbers[mine[0].reshape(-1, *[1] * behind)])
         return found[0] if all(np.array_equal(found[0], other) for other in found) else None
+
+    def _is_apart(self, layer: str, mixed: Indices) -> bool:
+        """Whether no module in this one has tensors of these channels, which it would be called with a part of."""
+        inside = (one for one in self.owners.values() if "." in one.name.removeprefix(f"{layer}."))
+        return not any(
+            np.isin(self.numbers[one.slots], mixed).any() for one in inside if one.name.startswith(f"{layer}.")
+        )
 
 
 def _space(owner: Any, name: str, side: str, width: int, dim: int = -1) -> Space:
