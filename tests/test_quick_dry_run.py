@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pruningawaretraining import Pruning, count_macs
-from pruningawaretraining.masks.confined import confined_sets
+from pruningawaretraining.masks.confined import rounds_of
 from pruningawaretraining.masks.dry_run import removable_channels
 from pruningawaretraining.models.comparison import Comparison, NoFloat64
 from pruningawaretraining.models.surgery import slice_tensor
@@ -73,15 +73,23 @@ def test_blocks_that_fail_by_themselves_are_found_in_one_pass() -> None:
     assert passes[0] == passes[1] <= 9
 
 
-def test_a_set_is_confined_where_nothing_else_has_tensors_of_it() -> None:
-    model = Deep(2)
-    pattern = Channel(heads=True)
-    chosen = pattern.chosen(model, None)
-    grouping = find_channels(model, torch.randn(2, 5, 6), chosen, units=pattern.head_units(model, chosen)).grouping
-    names = {owner: grouping.sets[number].name for owner, number in confined_sets(grouping).items()}
-    assert names == {
-        "attention.0": "attention.0", "attention.1": "attention.1", "mlp.0": "mlp.0.0", "mlp.1": "mlp.1.0",
-    }  # fmt: skip
+class Pair(nn.Module):
+    """Two sets of channels that lie in one module, each of which has no other tensors."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(width, 8), nn.Linear(8, width)
+        self.c, self.d = nn.Linear(width, 12), nn.Linear(12, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(self.a(x).relu()) + self.d(self.c(x).relu())
+
+
+def test_sets_of_the_same_module_are_tried_one_after_the_other() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), Pair(), Pair(), nn.Linear(16, 3))
+    grouping = find_channels(model, torch.randn(2, 5, 6), Channel().chosen(model, None)).grouping
+    rounds = [{owner: grouping.sets[number].name for owner, number in one.items()} for one in rounds_of(grouping)]
+    assert rounds == [{"1": "1.a", "2": "2.a"}, {"1": "1.c", "2": "2.c"}]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

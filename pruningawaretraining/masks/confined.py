@@ -7,7 +7,6 @@ module is called once, with the inputs that it has in the dense model, and all o
 from __future__ import annotations
 
 import os
-from collections import Counter
 from typing import Any
 
 import torch
@@ -22,25 +21,31 @@ from pruningawaretraining.models.fake_quant import resting
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 
 Called = tuple[tuple[Any, ...], dict[str, Any]]
+Round = dict[str, int]
+"""Module -> the number of a set that has all of its tensors in it; none of these modules is in another."""
 
 
-def confined_sets(grouping: Grouping) -> dict[str, int]:
-    """Module -> the number of the set that has all of its tensors in it; none of these modules is in another."""
+def rounds_of(grouping: Grouping) -> list[Round]:
+    """The sets that have all of their tensors in one module, in as few rounds as there are such sets in one of them."""
     paths: dict[int, list[list[str]]] = {}
     for member in grouping.members:
         if member.slots is not None:
             slots = member.slots.cpu()
-            for number in grouping.set_ids[slots[slots < grouping.size]].unique().tolist():
+            for number in set(grouping.set_ids[slots[slots < grouping.size]].tolist()):
                 paths.setdefault(number, []).append(member.name.split(".")[:-1])
-    owners = {number: ".".join(os.path.commonprefix(names)) for number, names in paths.items()}
-    times = Counter(owners.values())
-    alone = {owner: number for number, owner in owners.items() if owner and times[owner] == 1}
-    return {owner: number for owner, number in alone.items() if not _is_within(owner, alone)}
-
-
-def _is_within(name: str, others: dict[str, int]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:length]) in others for length in range(1, len(parts)))
+    rounds: list[tuple[Round, set[str]]] = []
+    for number, names in sorted(paths.items()):
+        owner = os.path.commonprefix(names)
+        above = {".".join(owner[:length]) for length in range(1, len(owner) + 1)}
+        name = ".".join(owner)
+        if not owner:
+            continue
+        free = next((one for one in rounds if name not in one[1] and above.isdisjoint(one[0])), None)
+        if free is None:
+            rounds.append(free := ({}, set()))
+        free[0][name] = number
+        free[1].update(above)
+    return [one for one, _ in rounds]
 
 
 def failing_inside(
@@ -57,30 +62,41 @@ def failing_inside(
     Raises:
         ModelError: the inputs are rejected.
     """
-    sets = confined_sets(found.grouping)
-    called = _calls(model, inputs, forward_fn, sets)
-    tried_G = torch.ones_like(keep_G)
-    for name in called:
-        one = found.grouping.sets[sets[name]]
-        tried_G[one.start : one.stop] = keep_G[one.start : one.stop]
-    try:
-        surgery = remove(model, found, tried_G)
-    except ModelError:  # a layer would lose all
-        return {}
+    rounds = rounds_of(found.grouping)
+    called = _calls(model, inputs, forward_fn, set().union(*rounds))
     reasons: dict[int, str] = {}
-    try:
-        with torch.no_grad(), evaluating(model), resting(model):
-            for name, call in called.items():
-                try:
-                    checked_call(model.get_submodule(name), call, lambda module, given: module(*given[0], **given[1]))
-                except ModelError as error:
-                    reasons[sets[name]] = problem_of(error)
-    finally:
-        surgery.undo()
+    for one in rounds:
+        here = {name: number for name, number in one.items() if name in called}
+        tried_G = torch.ones_like(keep_G)
+        for number in here.values():
+            tried = found.grouping.sets[number]
+            tried_G[tried.start : tried.stop] = keep_G[tried.start : tried.stop]
+        try:
+            surgery = remove(model, found, tried_G)
+        except ModelError:  # a layer would lose all
+            continue
+        try:
+            reasons.update(_failing(model, here, called))
+        finally:
+            surgery.undo()
     return reasons
 
 
-def _calls(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None, names: dict[str, int]) -> dict[str, Called]:
+def _failing(model: nn.Module, names: Round, called: dict[str, Called]) -> dict[int, str]:
+    """Call modules as they were called before; the sets of those that fail."""
+    reasons: dict[int, str] = {}
+    with torch.no_grad(), evaluating(model), resting(model):
+        for name, number in names.items():
+            try:
+                checked_call(
+                    model.get_submodule(name), called[name], lambda module, given: module(*given[0], **given[1])
+                )
+            except ModelError as error:
+                reasons[number] = problem_of(error)
+    return reasons
+
+
+def _calls(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None, names: set[str]) -> dict[str, Called]:
     """What each of these modules is called with in a forward pass, the first time."""
     called: dict[str, Called] = {}
 

@@ -21,8 +21,9 @@ Conv = nn.modules.conv._ConvNd
 
 def computes_filters(module: nn.Module) -> bool:
     """Whether a convolution has code of its own, and all of its filters read all of its inputs."""
-    own = isinstance(module, Conv) and not type(module).__module__.startswith("torch.nn.")
-    return own and module.groups == 1 and not module.transposed and "weight" in module._parameters
+    if not isinstance(module, Conv) or type(module).__module__.startswith("torch.nn."):
+        return False
+    return module.groups == 1 and not module.transposed and "weight" in module._parameters
 
 
 class KeptFilters(KeptNorm):
@@ -44,7 +45,8 @@ class KeptFilters(KeptNorm):
         if keep.all:
             return output
         index = keep.on(output.device)
-        small = type(module).__new__(type(module))
+        kind: Any = type(module)
+        small = kind.__new__(kind)
         own = vars(small)
         own.update(vars(module))
         own.update(_parameters={**module._parameters}, in_channels=len(index))

@@ -117,7 +117,7 @@ class ChannelGroups:
             assert member.slots is not None
             slots = member.slots.cpu()
             name = member.name.rpartition(".")[0]
-            for number in self.grouping.set_ids[slots[slots < self.grouping.size]].unique().tolist():
+            for number in set(self.grouping.set_ids[slots[slots < self.grouping.size]].tolist()):
                 if number in numbers:
                     found.setdefault(name, number)
                 else:
