@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pruningawaretraining import Pruning, count_macs
+from pruningawaretraining.masks import dry_run
 from pruningawaretraining.masks.confined import rounds_of
 from pruningawaretraining.masks.dry_run import removable_channels
 from pruningawaretraining.models.comparison import Comparison, NoFloat64
@@ -175,3 +176,28 @@ def test_a_module_that_is_called_with_a_view_of_a_parameter_is_counted() -> None
     pruner = Pruning(model, {"rules": [{"target": {"macs": 0.5}, "start": 0, "end": 0}]}, example_inputs=inputs)
     pruner.prune(model, 0)
     assert pruner.macs.kept == count_macs(model, inputs)
+
+
+@pytest.mark.parametrize(("mine", "first"), [({"0", "2"}, {"0"}), ({"0"}, {"0", "2"})], ids=["later", "first"])
+def test_processes_prune_what_the_first_has_found_within_its_limit(
+    mine: set[str], first: set[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Clocks differ: a process that has found more leaves the rest out; the others search without a limit."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    names = [name for name, one in model.named_modules() if isinstance(one, nn.Linear)]
+    limits = []
+
+    def find(
+        model: nn.Module, inputs: Any, chosen: set[str], forward_fn: Any, units: Any, limit: float, own: Any
+    ) -> Any:
+        limits.append(limit)
+        return find_channels(model, inputs, mine if limit < 1e9 else {"0", "2"})
+
+    monkeypatch.setattr(dry_run, "find_channels", find)
+    monkeypatch.setattr(dry_run, "world_size", lambda: 2)
+    monkeypatch.setattr(dry_run, "rank", lambda: 1)
+    monkeypatch.setattr(dry_run, "agreed", lambda _: [torch.tensor([name in first for name in names])])
+    found = removable_channels(model, torch.randn(2, 6), set(names), limit=5.0)
+    assert limits == [float("inf")]
+    assert {one.name for one in found.grouping.sets} == first
+    assert ("did not find its coupled channels" in found.skipped.get("2", "")) is (first == {"0"})
