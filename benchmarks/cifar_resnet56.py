@@ -1,6 +1,7 @@
 """ResNet-56 on CIFAR-10 at 2.11 and 2.57 times fewer MACs: this library and Torch-Pruning, trained alike.
 
     python benchmarks/cifar_resnet56.py --budget small --data FOLDER
+    python benchmarks/cifar_resnet56.py --budget medium --data FOLDER
     python benchmarks/cifar_resnet56.py --budget full --data FOLDER --limit-seconds 560 --shard 0/4
 
 FOLDER (or $CIFAR_DATA, or ``data``) holds a ``load.py`` with ``cifar10(split)`` and ``cifar_resnet_state(56)``. Nothing
@@ -8,7 +9,8 @@ is downloaded. The small form takes two cores, one process each (--workers). The
 processes, --shard 0/4 to 3/4, share it, as small layers leave it idle. What is done is kept in --work (a pruned model
 after every phase and epoch, a result after every run), so a call that is stopped, or that stops itself after
 --limit-seconds, is gone on with by the same command; --work may be carried between machines. The table is written after
-every run, from all results that --work holds.
+every run, from all results that --work holds. The medium form, ResNet-20 in 10 epochs of all images, has its rows,
+options and result in ``cifar_medium.py``; every other option goes there.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cifar_medium
 import torch
 from cifar_training import BUDGETS, Budget, Data, OutOfTime, Phase, evaluate, train
 from cifar_ways import WAYS, Way
@@ -243,6 +246,10 @@ def _share_out(workers: int) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:3] == ["--budget", "medium"]:
+        del sys.argv[1:3]
+        cifar_medium.main()
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("CIFAR_DATA", "data")))
     parser.add_argument("--budget", choices=list(BUDGETS), default="small")

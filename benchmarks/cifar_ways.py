@@ -10,7 +10,7 @@ from typing import Any
 
 import torch_pruning as tp
 from cifar_training import Data, Phase, train
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from pruningawaretraining import Distiller, Pruning, count_macs
@@ -142,7 +142,7 @@ def proximal(
     return model
 
 
-def _theirs(model: nn.Module, data: Data, importance: Any, strength: float) -> Any:
+def their_pruner(model: nn.Module, example: Tensor, importance: Any, strength: float) -> Any:
     """Torch-Pruning's pruner as its CIFAR recipe sets it up, without the residual streams, which option A fixes."""
     kept = [model.conv1, model.linear]
     kept += [block.conv2 for stage in (model.layer1, model.layer2, model.layer3) for block in stage]
@@ -150,7 +150,7 @@ def _theirs(model: nn.Module, data: Data, importance: Any, strength: float) -> A
         warnings.simplefilter("ignore")
         return tp.pruner.GroupNormPruner(
             model,
-            (data.example,),
+            (example,),
             importance=importance,
             reg=strength,
             global_pruning=True,
@@ -163,11 +163,12 @@ def _theirs(model: nn.Module, data: Data, importance: Any, strength: float) -> A
         )
 
 
-def _shrink(pruner: Any, model: nn.Module, target: float, data: Data) -> None:
+def shrink(pruner: Any, model: nn.Module, target: float, example: Tensor) -> None:
+    """Torch-Pruning's own steps until ``target`` times fewer MACs are left; the model is in eval mode after it."""
     model.eval()
-    wanted = count_macs(model, data.example) / target
+    wanted = count_macs(model, example) / target
     for _ in range(400):
-        if count_macs(model, data.example) <= wanted:
+        if count_macs(model, example) <= wanted:
             return
         pruner.step()
     raise RuntimeError("Torch-Pruning has not met the target in 400 steps")
@@ -178,10 +179,10 @@ def their_sparse_learning(
 ) -> nn.Module:
     """GroupNorm sparse learning for the first phase, then the removal: the recipe of the published figures."""
     importance = tp.importance.GroupMagnitudeImportance(p=2, normalizer="max")
-    pruner = _theirs(model, data, importance, phase.budget.strength)
+    pruner = their_pruner(model, data.example, importance, phase.budget.strength)
     optimizer = phase.budget.optimizer(model.parameters(), 0.0)
     train(model, optimizer, data, phase, distiller, regularize=lambda: pruner.regularize(model))
-    _shrink(pruner, model, target, data)
+    shrink(pruner, model, target, data.example)
     note(model)
     return model
 
@@ -190,8 +191,8 @@ def their_l1(
     model: nn.Module, target: float, data: Data, phase: Phase, distiller: Distiller | None, note: Note
 ) -> nn.Module:
     """L1 in one shot, and then training."""
-    pruner = _theirs(model, data, tp.importance.MagnitudeImportance(p=1), 0.0)
-    _shrink(pruner, model, target, data)
+    pruner = their_pruner(model, data.example, tp.importance.MagnitudeImportance(p=1), 0.0)
+    shrink(pruner, model, target, data.example)
     note(model)
     train(model, phase.budget.optimizer(model.parameters()), data, phase, distiller)
     return model

@@ -7,7 +7,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,14 @@ def _script() -> str:
     return path.relative_to(HERE.parent).as_posix() if path.is_relative_to(HERE.parent) else path.name
 
 
-def save(name: str, rows: list[dict[str, Any]], title: str, note: str = "", command: str = "") -> Path:
+def save(
+    name: str,
+    rows: list[dict[str, Any]],
+    title: str,
+    note: str = "",
+    command: str = "",
+    kept: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a benchmark's rows as JSON, with what is needed to repeat it, and the pages that show them.
 
     Args:
@@ -71,11 +78,13 @@ def save(name: str, rows: list[dict[str, Any]], title: str, note: str = "", comm
         title: its heading.
         note: what stands below it.
         command: what makes the table again; the one that was given by default.
+        kept: what the benchmark itself reads back from the file beside the table.
     """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     found = {"name": name, "title": title, "note": note, **environment(), "rows": rows}
-    path.write_text(json.dumps({**found, **({"command": command} if command else {})}, indent=1) + "\n")
+    found |= {"command": command} if command else {}
+    path.write_text(json.dumps({**found, **(kept or {})}, indent=1) + "\n")
     write_pages()
     return path
 

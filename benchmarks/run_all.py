@@ -26,6 +26,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 NEED_A_GPU = ("gpu",)
 """Benchmarks that a CPU cannot run; `--only` runs them all the same."""
 
+TAKE_HOURS = ("cifar_medium",)
+"""Benchmarks of many trainings, to be run beside other work; `--only` runs them all the same."""
+
 
 def commands(names: list[str], data: Path | None) -> list[list[str]]:
     """What is run: a script and its options."""
@@ -41,7 +44,8 @@ def main() -> None:
     known = list(scripts(HERE))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--only", nargs="+", choices=known, default=[name for name in known if name not in NEED_A_GPU])
+    usual = [name for name in known if name not in (*NEED_A_GPU, *TAKE_HOURS)]
+    parser.add_argument("--only", nargs="+", choices=known, default=usual)
     parser.add_argument("--list", action="store_true", help="say what would be run")
     args = parser.parse_args()
     failed = []

@@ -24,6 +24,7 @@ from pruningawaretraining.config.dialects.sparseml_keys import (
     SecondOrderPruning,
     SetRate,
 )
+from pruningawaretraining.config.recovery import Recovery, RecoveryAverage, RecoveryRate
 from pruningawaretraining.config.schema import Distillation, Phase, PruningConfig, Rule
 from pruningawaretraining.config.targets import ExampleInputs, Target
 from pruningawaretraining.experiment import schema as experiment
@@ -38,6 +39,9 @@ SECTIONS = {
     "Target": "target",
     "ExampleInputs": "example_inputs",
     "Distillation": "distillation",
+    "Recovery": "recovery",
+    "RecoveryRate": "recovery-rate",
+    "RecoveryAverage": "recovery-average",
     "Phase": "a-phase",
     "RateFunction": "rates",
     "SetRate": "rates",
@@ -206,6 +210,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "Target": lambda: keys_of(Target),
     "ExampleInputs": lambda: keys_of(ExampleInputs),
     "Distillation": lambda: keys_of(Distillation),
+    "Recovery": lambda: keys_of(Recovery),
+    "RecoveryRate": lambda: keys_of(RecoveryRate),
+    "RecoveryAverage": lambda: keys_of(RecoveryAverage),
     "Phase": lambda: keys_of(Phase),
     "ExperimentConfig": lambda: keys_of(experiment.ExperimentConfig),
     "ModelConfig": lambda: keys_of(experiment.ModelConfig),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,9 @@ from pruningawaretraining.experiment.models import CifarResNet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import cifar_medium
+import cifar_medium_training
+import cifar_medium_ways
 import cifar_resnet56
 import cifar_training
 import run_all
@@ -114,3 +119,73 @@ def test_a_run_that_is_stopped_and_gone_on_with_ends_as_one_that_is_not(key, tmp
     assert stopped.done and not stopped.checkpoint.exists()
     assert {**found, "seconds": 0} == {**whole, "seconds": 0}
     assert found["reduction"] >= 2.11
+
+
+class Loader20(FakeLoader):
+    """The same for ResNet-20, which the medium form trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = CifarResNet(20).state_dict()
+
+
+def medium(folder: Path, key: str, **changes: Any) -> tuple[Any, Any]:
+    form = replace(cifar_medium_training.Form(), **{"epochs": 2, "batch": 4, "averaged": 1, **changes})
+    (way,) = (one for one in cifar_medium_ways.WAYS if one.key == key)
+    folder.mkdir(exist_ok=True)
+    run = cifar_medium_training.Run(folder, way, way.targets[0], 0, form)
+    return run, cifar_medium_training.Images(Loader20(), form)
+
+
+@pytest.mark.parametrize("key", ["dense_taught", "n24_ste"])
+def test_a_medium_run_that_is_stopped_ends_as_one_that_is_not(key, tmp_path, monkeypatch):
+    run, images = medium(tmp_path / "whole", key)
+    whole = run.run(Loader20(), images)
+    run, images = medium(tmp_path / "parts", key)
+    save = run._save
+
+    def stopping(state):
+        save(state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_save", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(Loader20(), images)
+    assert run.state_file.is_file() and not run.file.exists()
+    found = medium(tmp_path / "parts", key)[0].run(Loader20(), images)
+    assert {**found, "seconds": 0} == {**whole, "seconds": 0}
+    assert found["zeros"] == (0.5 if key == "n24_ste" else 0)
+    assert json.loads(run.file.read_text()) == found and not run.state_file.exists()
+
+
+def test_trials_never_train_on_what_they_are_tested_on_and_rows_never_hold_out(tmp_path):
+    _, images = medium(tmp_path, "dense", held_out=6)
+    assert (len(images.labels_B), len(images.test.labels)) == (10, 6)
+    pixels, labels, _ = Loader20().cifar10("train")
+    assert images.labels_B.tolist() == labels[:10].tolist() and images.test.labels.tolist() == labels[10:].tolist()
+    _, images = medium(tmp_path, "dense")
+    assert (len(images.labels_B), len(images.test.labels)) == (16, 16)
+
+
+def test_the_rate_of_the_medium_form_warms_up_and_falls_to_nothing():
+    form = cifar_medium_training.Form(epochs=10, rate=0.1, warm=1.0)
+    assert form.rate_at(0) == pytest.approx(0.002)
+    assert form.rate_at(5) == pytest.approx(0.05)
+    assert form.rate_at(10) == pytest.approx(0)
+
+
+def test_rows_that_are_there_stay_when_others_are_added(tmp_path, monkeypatch):
+    def run(key: str, way: str, **more: Any) -> dict[str, Any]:
+        numbers = {"after": 90.0, "averaged": 91.0, "reduction": 2.0, "zeros": 0.0, "seconds": 60.0, "dense": 91.7}
+        return {"key": key, "way": way, "target": 2.11, "seed": 0, "rate": 0.02, "epochs": 10, **numbers, **more}
+
+    monkeypatch.setattr(cifar_medium, "RESULTS", tmp_path)
+    (tmp_path / "table.json").write_text(json.dumps({"runs": [run("ours-2.11", "ours")]}))
+    (tmp_path / "tp_l1-2.11-seed0.json").write_text(json.dumps(run("tp_l1-2.11", "tp_l1", after=89.0)))
+    (tmp_path / "choose-4-0.02-dense-seed0.json").write_text(json.dumps(run("dense", "dense", accuracies=[90.0])))
+    runs, trials = cifar_medium.collected(tmp_path, "table")
+    assert [one["key"] for one in runs] == ["ours-2.11", "tp_l1-2.11"] and [one["key"] for one in trials] == ["dense"]
+    assert [(row["who"], row["accuracy"]) for row in cifar_medium.table(runs)] == [
+        ("this library", "90.00"),
+        ("Torch-Pruning", "89.00"),
+    ]

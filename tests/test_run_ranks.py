@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -102,3 +103,23 @@ def test_batches_that_cannot_be_shared_are_refused(monkeypatch):
     monkeypatch.setattr(checks, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match="batch_size: 63 images cannot be shared by 2 processes"):
         checks.check_share(63)
+
+
+def test_a_recovery_ends_as_on_one_process(tmp_path):
+    """The teacher is read by every process once the first has written it; averages and added epochs are the same."""
+    recovery = {
+        "rate": {"warmup": 0.5},
+        "average": {"decay": 0.8, "last": 0.5},
+        "distillation": {"weight": 0.5},
+        "budget": "macs",
+    }
+    pruning = {"rules": [{"start": 1, "target": {"macs": 0.6}}], "recovery": recovery}
+    config = {**CONFIG, "pruning": pruning, "dense_baseline": True, "epochs": 4}
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(config))
+    alone(tmp_path, "1")
+    done = under_torchrun(tmp_path, "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads((tmp_path / out / "summary.json").read_text())["recovery"] for out in ("1", "2")]
+    check_same(tmp_path / "1", tmp_path / "2")
+    assert found[0]["began"] == 2 and found[0]["epochs"] > 4
+    assert found[0] == found[1]

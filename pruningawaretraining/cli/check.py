@@ -97,6 +97,7 @@ def _values(given: Sequence[str] | None) -> dict[str, Any]:
 def _check(config: str, model: str | None, steps: int | None, variables: dict[str, Any]) -> None:
     from pruningawaretraining.config.origin import in_users_words
     from pruningawaretraining.config.plan import note_lines, rate_lines, read_plan, rule_lines
+    from pruningawaretraining.config.recovery import recovery_lines
     from pruningawaretraining.experiment.shipped import find_config
     from pruningawaretraining.session.build import built_rules
 
@@ -118,7 +119,7 @@ def _check(config: str, model: str | None, steps: int | None, variables: dict[st
     if plan.config.distillation is not None:
         options = plan.config.distillation
         typer.echo(f"distillation: weight {options.weight:g}, temperature {options.temperature:g}")
-    for lines in (rate_lines(plan, steps), note_lines(plan)):
+    for lines in (recovery_lines(plan.config.recovery), rate_lines(plan, steps), note_lines(plan)):
         if lines:
             typer.echo("\n".join(lines))
 
@@ -155,6 +156,7 @@ def _checked(name: str, config: PruningConfig) -> Inspected:
     from copy import deepcopy
     from dataclasses import replace
 
+    from pruningawaretraining.config.recovery import for_pruner
     from pruningawaretraining.experiment.inspection import load_inspected
     from pruningawaretraining.experiment.shipped import named
     from pruningawaretraining.session.build import inputs_of
@@ -163,7 +165,7 @@ def _checked(name: str, config: PruningConfig) -> Inspected:
     found = load_inspected(named(name))
     own = inputs_of(config, found.model)
     found = found if own is None else replace(found, inputs=own)
-    Pruning(deepcopy(found.model), config, example_inputs=found.inputs)
+    Pruning(deepcopy(found.model), for_pruner(config), example_inputs=found.inputs)
     return found
 
 

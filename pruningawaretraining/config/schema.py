@@ -27,6 +27,7 @@ from pruningawaretraining.config.phases import (
     check_stable,
     read_start,
 )
+from pruningawaretraining.config.recovery import OneRecovery
 from pruningawaretraining.config.strict import Amount, Count, Fraction, Moment, Pace, Positive, Strict, UnitInterval
 from pruningawaretraining.config.structures import check_comparable, check_structures, one_pattern
 from pruningawaretraining.config.targets import ExampleInputs, Target, check_per_layer
@@ -123,10 +124,8 @@ class Rule(Timed, Strict):
         "as soon as the target is met. Absent: events take the target's own measure: at progress t at most "
         "1 - s(t) (1 - target) of it is left, and the target is met at 'end'.",
     )
-    min_sparsity: UnitInterval = Field(0.0, description="Least fraction to remove from each set of layers, in [0, 1].")
-    max_sparsity: UnitInterval = Field(
-        1.0, description="Largest fraction to remove from each set of layers, in [0, 1]."
-    )
+    min_sparsity: UnitInterval = Field(0.0, description="Least fraction to remove from each set, in [0, 1].")
+    max_sparsity: UnitInterval = Field(1.0, description="Largest fraction to remove from each set, in [0, 1].")
     max_sparsity_from: str | dict[str, UnitInterval] | None = Field(
         None,
         description="Largest fraction of single sets, beside max_sparsity: a file that 'pat sensitivity' wrote "
@@ -221,8 +220,8 @@ class Rule(Timed, Strict):
                 f"min_sparsity: {self.min_sparsity} is above max_sparsity. Allowed: at most {self.max_sparsity}"
             )
         sparsity = self.target.last_sparsity
-        moments = {"start": self.start, "end": self.start if self.end is None else self.end, "every": self.every}
-        check_moments(self.unit, moments)
+        end = self.start if self.end is None else self.end
+        check_moments(self.unit, {"start": self.start, "end": end, "every": self.every})
         final = None if self.target.about_costs else sparsity
         check_initial(self.initial, final)
         if self.phases:
@@ -267,6 +266,7 @@ class PruningConfig(Translated):
     distillation: Distillation | None = Field(
         None, description="Let a teacher take part in the loss: 'pruner.distill_loss(outputs, inputs)' in the loop."
     )
+    recovery: OneRecovery = Field(None, description="What 'pat run' does for accuracy beside pruning, and after it.")
 
     @model_validator(mode="before")
     @classmethod

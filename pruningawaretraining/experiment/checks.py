@@ -48,6 +48,9 @@ def late_ends(config: ExperimentConfig, steps: int) -> Iterator[str]:
     for number, rule in enumerate(config.pruning.rules):
         last = config.epochs * (steps if rule.unit == "step" else 1) - (config.prune_at == "end")
         end = rule.start if rule.end is None else rule.end
+        if rule.enabled and end == last and config.pruning.recovery is not None and config.pruning.recovery.follows:
+            key = rule.name or f"pruning.rules[{number}]"
+            yield f"{key}.end: {end} is the last {rule.unit}: no epoch is left for the recovery after pruning"
         if rule.enabled and end > last:
             key = rule.name or f"pruning.rules[{number}]"
             yield f"{key}.end: {end} lies after the last {rule.unit}, {last}: the target will not be reached"

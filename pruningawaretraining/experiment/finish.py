@@ -54,6 +54,7 @@ class Trained:
         masked_removed: the check made when channels were removed.
         before: wall-clock time until the last checkpoint, over all sessions.
         members: lines of a family's members, in order.
+        recovery: what each part of it came to; None where none was asked for.
     """
 
     config: ExperimentConfig
@@ -69,6 +70,7 @@ class Trained:
     masked_removed: float | None
     before: float
     members: list[dict[str, Any]]
+    recovery: dict[str, Any] | None = None
 
     @property
     def folder(self) -> Path:
@@ -200,11 +202,12 @@ def _summary(
             "test": len(data.test),
             "shape": list(data.shape),
         },
-        "epochs": config.epochs,
+        "epochs": config.epochs if trained.recovery is None else trained.recovery["epochs"],
         "dense": dense,
         "pruned": pruned,
         "target": None if target is None else target.model_dump(mode="json"),
         "pruning": pruning,
+        "recovery": trained.recovery,
         "verification": verification,
         "latency": latency,
         "files": sorted({*written, record.SUMMARY, record.REPORT, *record.NUMBERS}),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.config import PruningConfig, load_config
 from pruningawaretraining.config.options import support_of
+from pruningawaretraining.config.recovery import for_pruner
 from pruningawaretraining.costs.macs import macs_per_layer
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment.build import build_model, is_imported
@@ -86,11 +87,11 @@ def load_inspected(
     if input_shape is None and config.pruning.example_inputs is not None:
         spec = config.pruning.example_inputs
         inputs = from_shapes(spec.shape, spec.container, getattr(torch, spec.dtype))
-        return Inspected(build_model(config.model), inputs, config.pruning)
+        return Inspected(build_model(config.model), inputs, for_pruner(config.pruning))
     found = config.data if data is None else config.data.model_copy(update={"root": str(data)})
     classes, shape = known or data_shape(found)
     model = build_model(config.model, classes, shape[0])
-    return Inspected(model, torch.zeros(list(input_shape or (1, *shape))), config.pruning)
+    return Inspected(model, torch.zeros(list(input_shape or (1, *shape))), for_pruner(config.pruning))
 
 
 def _own_inputs(model: nn.Module, shape: Sequence[int] | None) -> Any:

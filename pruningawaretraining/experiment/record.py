@@ -47,6 +47,11 @@ A run folder holds:
                                                 a dense accuracy or time is null when no baseline was trained
          "target": {"macs": 0.5 | null, "sparsity": 0.3 | null},   of the first rule; of a family its last
          "pruning": {...},                      Report.to_dict() of the pruner, at the end
+         "recovery": {                          what it came to; null where none was asked for
+             "began": 12 | null,                the epoch before which pruning was over; null: it never was
+             "planned_epochs": 30, "epochs": 41, "budget": "time", "costs": {"dense": 0.031, "pruned": 0.018},
+             "last": 0.95,                      accuracy of the last weights
+             "average": {"from": 38, "unmeasured": 0.94, "accuracy": 0.953} | null},   norms as they were, and measured
          "verification": {                      largest absolute differences of the outputs on test images, in a chain
              "scale": 17.2,                     largest absolute output
              "masked_removed": 1e-6 | null,     the masked model against the physically pruned one

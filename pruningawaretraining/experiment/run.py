@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pruningawaretraining.config.load import read_mapping
 from pruningawaretraining.config.plan import rule_lines
+from pruningawaretraining.config.recovery import recovery_lines
 from pruningawaretraining.distributed.collectives import barrier, joined, rank
 from pruningawaretraining.errors import ConfigError, PruningError
 from pruningawaretraining.experiment import record
@@ -113,6 +114,8 @@ def _run(
             _refuse_occupied(folder)  # by a run that has ended meanwhile
         for number, rule in enumerate(config.pruning.rules):
             display.say("\n".join(rule_lines(rule, number, None, runner.data.steps(config.batch_size))))
+        for line in recovery_lines(config.pruning.recovery):
+            display.say(line)
         trained = _trained(runner, resume, display, resolved)
         return finish(trained, display) if runner.writes else {}
 

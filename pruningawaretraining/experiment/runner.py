@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pruningawaretraining.config.rates import LearningRates
+from pruningawaretraining.config.recovery import for_pruner
 from pruningawaretraining.distributed.collectives import Ranks, rank, same_buffers, world_size
 from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import initial_model
@@ -25,19 +26,15 @@ from pruningawaretraining.experiment.display import Display, StageDisplay, epoch
 from pruningawaretraining.experiment.family import keep_member
 from pruningawaretraining.experiment.finish import Trained, prunes, save_dense
 from pruningawaretraining.experiment.lock import check_mine
-from pruningawaretraining.experiment.optim import (
-    build_optimizer,
-    build_scheduler,
-    check_scheduler,
-    step_scheduler,
-)
+from pruningawaretraining.experiment.optim import build_optimizer, build_scheduler, check_scheduler
 from pruningawaretraining.experiment.phase import EpochPhase
+from pruningawaretraining.experiment.recovering import RunRecovery, final_accuracy, teacher_of
+from pruningawaretraining.experiment.removing import change_model
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.stage import SilentRecorder, Stage, control_grouping
 from pruningawaretraining.experiment.state import ALLOWED, RunState, rng_state, save_state, set_rng_state
 from pruningawaretraining.experiment.stopping import StopRequest
 from pruningawaretraining.experiment.train import Learner, Precision, Sums, evaluate, train_epoch
-from pruningawaretraining.experiment.verify import difference, masked_scores, scores
 from pruningawaretraining.files import reading
 from pruningawaretraining.session.pruning import Pruning
 
@@ -103,22 +100,28 @@ class Runner:
         optimizer = build_optimizer(config.optimizer, model)
         check_scheduler(config)
         scheduler = build_scheduler(config, optimizer)
-        pruner = control = None
+        pruner = control = recovery = None
+        example, steps = self.images[:1], self.data.steps(config.batch_size)
         if name == "dense":
-            control = control_grouping(model, config.pruning, self.images[:1])
+            control = control_grouping(model, config.pruning, example)
         else:
-            pruner = Pruning(model, config.pruning, example_inputs=self.images[:1], optimizer=optimizer)
+            teacher, recovery = teacher_of(self), RunRecovery.of(config, optimizer, scheduler, steps)
+            asked = for_pruner(config.pruning)
+            pruner = Pruning(model, asked, example_inputs=example, optimizer=optimizer, teacher=teacher)
             pruner.best_begins_anew = True  # the last epoch is kept, whatever was best
-            batches = TrainingBatches(self.pipeline, self.data.train, config.batch_size, self.device)
-            pruner.on_train_begin(range(self.data.steps(config.batch_size)))
-            pruner.calibrate_with(batches, loss_of)  # read by criteria and compensation that want data
+            pruner.on_train_begin(range(steps))
+            pruner.calibrate_with(self.batches(), loss_of)  # read by criteria and compensation that want data
         precision = Precision.of(config, self.device)
         wrapped = DistributedDataParallel(model) if world_size() > 1 else None
         learner = Learner(model, optimizer, precision, config.label_smoothing, config.clip_norm, pruner, wrapped)
         if pruner is not None:
             pruner.on_member = partial(keep_member, self, learner)
         torch.manual_seed(config.seed + rank())
-        return Stage(name, learner, scheduler, control)
+        return Stage(name, learner, scheduler, config.epochs, recovery, control)
+
+    def batches(self) -> TrainingBatches:
+        """The training images as training sees them."""
+        return TrainingBatches(self.pipeline, self.data.train, self.config.batch_size, self.device)
 
     def run(self) -> Trained:
         """Train what is left to train; what is only masked at the end is removed."""
@@ -133,8 +136,10 @@ class Runner:
         stage = self.train("pruned")
         model, pruner = stage.learner.model, stage.learner.pruner
         assert pruner is not None
+        last = self.recorder.rows[-1]["accuracy"]
+        recovered = stage.recovered(self.batches(), lambda: self.accuracy(stage.learner), last)
         if prunes(pruner):
-            self._change(model, pruner, pruner.remove)
+            change_model(self, model, pruner, pruner.remove)
         pruner.on_train_end()
         rows = {name: [row for row in self.recorder.rows if row["model"] == name] for name in ("dense", "pruned")}
         seconds = {name: sum(row["seconds"] for row in found) for name, found in rows.items()}
@@ -145,23 +150,25 @@ class Runner:
             self.device,
             model,
             pruner,
-            accuracy=rows["pruned"][-1]["accuracy"],
+            accuracy=final_accuracy(recovered, last),
             dense_accuracy=rows["dense"][-1]["accuracy"] if rows["dense"] else self._given_accuracy(),
             dense_seconds=seconds["dense"] if rows["dense"] else None,
             pruned_seconds=seconds["pruned"],
             masked_removed=self.state.masked_removed,
             before=self.state.seconds,
             members=self.state.members,
+            recovery=recovered,
         )
 
     def train(self, name: str) -> Stage:
         """Train one model from where the run's state says it is; a signal ends that with a KeyboardInterrupt."""
         stage = self.restored(self.new_stage(name))
         config, steps = self.config, self.data.steps(self.config.batch_size)
-        title = f"{name} {config.model.name} on {config.data.name}: {epochs_text(config.epochs)} on {self.device}"
-        with self.display.stage(title, config.epochs, self.state.epoch, steps) as shown:
-            for epoch in range(self.state.epoch, config.epochs):
-                self._epoch(stage, epoch, shown)
+        while self.state.epoch < (epochs := stage.epochs):
+            title = f"{name} {config.model.name} on {config.data.name}: {epochs_text(epochs)} on {self.device}"
+            with self.display.stage(title, epochs, self.state.epoch, steps) as shown:
+                while self.state.epoch < stage.epochs == epochs:
+                    self._epoch(stage, self.state.epoch, shown)
         return stage
 
     def _check_folder(self) -> None:
@@ -184,16 +191,15 @@ class Runner:
         if begins and not within:
             self._events(learner, epoch)
             learner = stage.rewrapped()
-        steps = self.data.steps(self.config.batch_size)
-        rate = self.rates.apply(learner.optimizer, epoch, steps) or float(learner.optimizer.param_groups[0]["lr"])
+        rate = self._rate(stage, epoch) or float(learner.optimizer.param_groups[0]["lr"])
         started -= float(within.get("seconds", 0.0))
         loss, train_accuracy = self._steps(stage, epoch, shown, {"phase": phase, "started": started})
         same_buffers(learner.model)
-        if not begins or epoch == self.config.epochs - 1:
+        if not begins or epoch == stage.epochs - 1:
             self._events(learner, epoch + begins)
             learner = stage.rewrapped()
         accuracy = self.accuracy(learner)
-        step_scheduler(stage.scheduler, loss)
+        stage.epoch_over(epoch, loss, lambda: self.new_model().to(self.device), self.batches())
         row = {
             "model": stage.name,
             "epoch": epoch,
@@ -223,12 +229,14 @@ class Runner:
 
         def tick() -> None:
             shown.tick()
+            if stage.recovery is not None:
+                stage.recovery.stepped(learner.model)
             if self.stop.signal is not None and sums.steps < steps:
                 seconds = time.perf_counter() - line["started"]
                 self._save(stage, {**sums.values(), "phase": line["phase"].name, "seconds": seconds})
                 raise self.stop.error(f"--resume goes on from epoch {epoch}, step {sums.steps}")
 
-        batches = self._rated(learner.optimizer, epoch, int(within.get("steps", 0)))
+        batches = self._rated(stage, epoch, int(within.get("steps", 0)))
         with self.stop.waiting() if world_size() == 1 else contextlib.nullcontext():
             return train_epoch(learner, batches, tick, sums)
 
@@ -236,9 +244,16 @@ class Runner:
         """Tasks that are due in an epoch."""
         pruner = learner.pruner
         if pruner is not None and prunes(pruner):
-            self._change(learner.model, pruner, lambda: pruner.prune(learner.model, epoch))
+            change_model(self, learner.model, pruner, lambda: pruner.prune(learner.model, epoch))
 
-    def _rated(self, optimizer: torch.optim.Optimizer, epoch: int, done: int) -> Iterator[Batch]:
+    def _rate(self, stage: Stage, epoch: float) -> float | None:
+        """Set the learning rate of a moment; None where the scheduler's holds."""
+        optimizer = stage.learner.optimizer
+        rate = None if stage.recovery is None else stage.recovery.apply(optimizer, epoch)
+        steps = self.data.steps(self.config.batch_size)
+        return self.rates.apply(optimizer, epoch, steps) if rate is None else rate
+
+    def _rated(self, stage: Stage, epoch: int, done: int) -> Iterator[Batch]:
         """The batches of an epoch after the first ``done``, with the learning rate of its moment set before each."""
         steps, generator = self.data.steps(self.config.batch_size), torch.Generator()
         generator.manual_seed(self.config.seed * EPOCH_SEEDS + epoch)
@@ -248,27 +263,8 @@ class Runner:
                 continue
             if number == done > 0:
                 set_rng_state(self.state.rng)  # passing over batches may have drawn
-            self.rates.apply(optimizer, epoch + number / steps, steps)
+            self._rate(stage, epoch + number / steps)
             yield batch
-
-    def _change(self, model: nn.Module, pruner: Pruning, change: Callable[[], object]) -> None:
-        """Let the pruner change the model; the first time that it removes something, compare with the masked model."""
-        if self.state.masked_removed is not None:
-            change()
-            return
-        before: dict[str, Tensor] = {}
-
-        def remember() -> None:
-            before.update({key: value.detach().clone() for key, value in model.state_dict().items()})
-
-        pruner.before_removal = remember
-        change()
-        if before:
-            devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices):
-                masked = masked_scores(self.new_model(), before, self.config.pruning, pruner.masks, self.images)
-            if masked is not None:
-                self.state.masked_removed = difference(masked, scores(model, self.images))
 
     def accuracy(self, learner: Learner) -> float:
         """Accuracy on the test images; the model is left in eval mode."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.engine.coupled_rules import norms_of_sets
 from pruningawaretraining.experiment import record
+from pruningawaretraining.experiment.data import Batch
 from pruningawaretraining.experiment.finish import prunes
-from pruningawaretraining.experiment.optim import Scheduler
+from pruningawaretraining.experiment.optim import Scheduler, step_scheduler
+from pruningawaretraining.experiment.recovering import RunRecovery, costs_of
 from pruningawaretraining.experiment.train import Learner
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.patterns.channel import chosen_layers, find_channels
@@ -52,12 +54,16 @@ class Stage:
         name: "dense" or "pruned".
         learner: the model with its optimizer and pruner.
         scheduler: of the learning rate.
+        planned: epochs of the config.
+        recovery: of the pruned model, where one is asked for.
         control: coupled channels of a dense baseline, see :func:`control_grouping`.
     """
 
     name: str
     learner: Learner
     scheduler: Scheduler | None
+    planned: int
+    recovery: RunRecovery | None = None
     control: Grouping | None = None
 
     def norms(self) -> dict[str, Tensor] | None:
@@ -67,11 +73,42 @@ class Stage:
             return pruner.norms() if prunes(pruner) else None
         return None if self.control is None else norms_of_sets(self.control)
 
+    @property
+    def epochs(self) -> int:
+        """How many there are, with those that a budget has added."""
+        return self.planned if self.recovery is None else self.recovery.epochs
+
+    def epoch_over(self, epoch: int, loss: float, dense: Callable[[], nn.Module], batches: Iterable[Batch]) -> None:
+        """The steps and events of an epoch are over: go on with schedule and recovery.
+
+        Args:
+            epoch: its number.
+            loss: its mean.
+            dense: builds the dense model.
+            batches: of the training.
+        """
+        learner, recovery = self.learner, self.recovery
+        if recovery is None or not recovery.sets_rates:
+            step_scheduler(self.scheduler, loss)
+        if recovery is not None and learner.pruner is not None:
+            cost = costs_of(dense, learner, batches)
+            recovery.epoch_over(epoch + 1, learner.model, learner.pruner, cost)
+
     def rewrapped(self) -> Learner:
         """The learner; with several processes it is rewrapped after a removal."""
         if self.learner.wrapped is not None:
             rewrap_in_place(self.learner.wrapped)
         return self.learner
+
+    def recovered(self, batches: Iterable[Batch], accuracy: Callable[[], float], last: float) -> dict[str, Any] | None:
+        """What the recovery came to, once the average has taken the place of the last weights; None without one.
+
+        Args:
+            batches: of the training.
+            accuracy: of the model as it is.
+            last: that of the last weights.
+        """
+        return None if self.recovery is None else self.recovery.finish(self.learner.model, batches, accuracy, last)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes: tensors and plain data."""
@@ -82,6 +119,7 @@ class Stage:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": learner.precision.scaler.state_dict(),
             "pruner": None if learner.pruner is None else learner.pruner.state_dict(),
+            "recovery": None if self.recovery is None else self.recovery.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -93,3 +131,5 @@ class Stage:
         self.learner.precision.scaler.load_state_dict(state["scaler"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+        if self.recovery is not None and self.learner.pruner is not None:
+            self.recovery.load_state_dict(state["recovery"], self.learner.model, self.learner.pruner)

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pruningawaretraining.files import reading, write_text
-from pruningawaretraining.report import coupling, family, figures, tables
+from pruningawaretraining.report import coupling, family, figures, recovery, tables
 from pruningawaretraining.report.nouns import Units, units_of
 from pruningawaretraining.report.numbers import write_numbers
 from pruningawaretraining.report.run import REPORT, SUMMARY, Phase, Run, load_run
@@ -77,6 +77,7 @@ def page(run: Run) -> dict[str, Any]:
         "verdict": _verdict(links),
         "family": family.rows(summary),
         "family_figures": family.figures(summary),
+        "recovery": recovery.rows(summary),
         "phases": [_phase(phase, found) for phase in run.phases],
         "units": found,
         "timeline": figures.timeline(run),

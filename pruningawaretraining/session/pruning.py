@@ -14,6 +14,7 @@ from torch import nn
 from pruningawaretraining.checkpoint.records import describe_with, note
 from pruningawaretraining.config.dialects.intel_update import updated
 from pruningawaretraining.config.load import load_config
+from pruningawaretraining.config.recovery import teaching_of, tell_of_the_loop
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.engine.books import tensors_of
 from pruningawaretraining.engine.coupled import CoupledGroups
@@ -104,6 +105,7 @@ class Pruning(LoopHooks, Companions, Connections, Results):
         check_given(model, teacher, example_inputs)
         optimizers = optimizers_of(optimizer)
         self._config = load_config(config)
+        tell_of_the_loop(self._config)
         followers_of(ema)
         calls = (weak_call(self, name) for name in ("_before_removal", "_after_removal", "_note", "_member_done"))
         self._given = Given(forward_fn, example_inputs, given_averages(ema), teacher, *calls)
@@ -238,7 +240,7 @@ class Pruning(LoopHooks, Companions, Connections, Results):
             raise ConfigError(f"update: {', '.join(items)}: training has begun. Allowed: before it does")
         before, self._config = self.config, updated(self.config, items)
         if self._known is not None:
-            self._known.change_config(self._config, distill=self._config.distillation != before.distillation)
+            self._known.change_config(self._config, distill=teaching_of(self._config) != teaching_of(before))
 
     def gathered(self, model: nn.Module) -> Pruning:
         """The pruned model whole on every process, after a training under ``fully_shard``: its channels are removed.

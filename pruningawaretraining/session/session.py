@@ -10,6 +10,7 @@ from torch import nn
 
 from pruningawaretraining.checkpoint.records import record_of
 from pruningawaretraining.config.origin import in_words_of_its_config
+from pruningawaretraining.config.recovery import teaching_of
 from pruningawaretraining.config.schema import Distillation, PruningConfig
 from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.criteria.second_order.gradients import LossFn
@@ -76,7 +77,7 @@ class Session(StepEvents):
         if self.distiller is not None:
             self.distiller.close()
             self.distiller = None
-        options = self.config.distillation or (None if self.teacher is None else Distillation())
+        options = teaching_of(self.config) or (None if self.teacher is None else Distillation())
         if options is not None and not self.config.infer:
             self.distiller = Distiller(self.model, self.teacher, **options.model_dump())
 
