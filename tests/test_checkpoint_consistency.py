@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pruningawaretraining import Pruning, load_pruned, load_state_dict_pruned, save_pruned
 from pruningawaretraining.checkpoint.consistency import disagreements
 from pruningawaretraining.checkpoint.files import KEY, read_file
-from pruningawaretraining.errors import LONGEST, CheckpointError
+from pruningawaretraining.errors import LONGEST, CheckpointError, ModelError
 from pruningawaretraining.models.trial import Trial
 
 
@@ -206,3 +206,57 @@ def test_a_record_that_no_pruner_writes_is_refused(key: str, value: Any, tmp_pat
     with pytest.raises(CheckpointError, match=f"record.*{key}"):
         load_pruned(fresh, path)
     assert_unchanged(fresh, before)
+
+
+class TwoInputs(nn.Module):
+    """Inputs that nobody can guess: two, of other widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(3, 8), nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        out: Tensor = self.head(self.left(one) + self.right(other))
+        return out
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_a_model_whose_inputs_cannot_be_guessed_is_run_on_those_that_are_given(
+    form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = (torch.randn(2, 3), torch.randn(2, 5))
+    inputs = pair if form == "tuple" else dict(zip(("one", "other"), pair, strict=True))
+    dense = {name: one.clone() for name, one in TwoInputs().state_dict().items()}
+    fits = {name: one[:6] if name.startswith(("left", "right")) else one for name, one in dense.items()}
+    fits["head.weight"] = dense["head.weight"][:, :6]
+    broken = {**fits, "left.weight": dense["left.weight"][:4], "left.bias": dense["left.bias"][:4]}
+
+    small, _, _ = load_state_dict_pruned(TwoInputs(), fits, example_inputs=inputs)
+    assert small(*pair).shape == (2, 2) and small.left.out_features == 6
+    assert caplog.text == ""
+    model = TwoInputs()
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="weights: TwoInputs does not run with them: .*size"):
+        load_state_dict_pruned(model, broken, example_inputs=inputs)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert model(*pair).shape == (2, 2)
+    with pytest.raises(ModelError, match="example_inputs: TwoInputs rejects"):
+        load_state_dict_pruned(model, fits, example_inputs=pair[0])
+    assert caplog.text == ""
+    load_state_dict_pruned(TwoInputs(), fits)
+    assert "whether TwoInputs runs with its new shapes was not tried" in caplog.text
+
+
+class WithDummies(TwoInputs):
+    """Says what it takes, as models of transformers do."""
+
+    dummy_inputs = {"one": torch.zeros(2, 3), "other": torch.zeros(2, 5)}
+
+
+def test_a_model_that_says_what_it_takes_is_tried_on_it(caplog: pytest.LogCaptureFixture) -> None:
+    weights = TwoInputs().state_dict()
+    broken = {**weights, "left.weight": weights["left.weight"][:4], "left.bias": weights["left.bias"][:4]}
+    with pytest.raises(CheckpointError, match="WithDummies does not run with them"):
+        load_state_dict_pruned(WithDummies(), broken)
+    load_state_dict_pruned(WithDummies(), weights)
+    assert caplog.text == ""

@@ -138,8 +138,9 @@ INSIDE = {"pattern": "unstructured", "target": {"sparsity": 0.5}}
     [
         ([{**INSIDE, "target": {"sparsity": 0.8}}], False),
         ([{"target": {"macs": 0.7}}], True),
-        ([{"target": {"macs": 0.7}}, INSIDE], True),
-        ([{**INSIDE, "name": "another"}], True),
+        ([{"target": {"macs": 0.7}}, INSIDE], False),
+        ([{**INSIDE, "name": "another"}], False),
+        ([{**INSIDE, "name": "another", "mode": "unprune"}], True),
         ([{**INSIDE, "pattern": "2:4"}], True),
         ([{"target": {"macs": 0.7}}, {"pattern": "unstructured", "mode": "lock"}], False),
     ],
@@ -153,3 +154,45 @@ def test_zeros_of_a_file_that_no_rule_keeps_are_said(
     caplog.clear()
     Pruning(loaded, {"rules": rules}, example_inputs=INPUTS)
     assert ("its zeros may come back" in caplog.text) == told
+
+
+@pytest.mark.parametrize("rules", [[{"name": "another"}], [{"target": {"macs": 0.7}, "end": 1}, {}]])
+@pytest.mark.parametrize("target", [0.5, 0.8])
+def test_a_rule_of_another_name_or_position_keeps_the_zeros_of_its_pattern(
+    target: float, rules: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    model = build()
+    prune(model, INSIDE)
+    zeros = model[4].weight == 0  # no channel of its inputs is told from these by name
+    loaded = load_pruned(build(), save_pruned(model, tmp_path / "m.safetensors"))
+    own = {**INSIDE, "target": {"sparsity": target}, "end": 1}
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.05)
+    config = {"rules": [{**own, **rule} if "target" not in rule else rule for rule in rules]}
+    pruner = Pruning(loaded, config, example_inputs=INPUTS, optimizer=optimizer)
+    step(loaded, optimizer)
+    assert bool((loaded[4].weight[zeros] == 0).all())
+    for epoch in range(3):
+        pruner.prune(loaded, epoch)
+        step(loaded, optimizer)
+    weights = [one for name, one in loaded.named_parameters() if name.endswith("weight") and one.dim() > 1]
+    fraction = sum(int((one == 0).sum()) for one in weights) / sum(one.numel() for one in weights)
+    assert fraction == pytest.approx(target, abs=0.06)
+
+
+def test_what_targets_are_fractions_of_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of what is left on a live model, of the dense one after load_pruned; no line can be misread."""
+    caplog.set_level("INFO")
+    model, dense = build(), count_macs(build(), INPUTS)
+    prune(model, {"target": {"macs": 0.7}})
+    assert " as it was loaded" not in caplog.text and "as this pruner found it" not in caplog.text
+    path, left = save_pruned(model, tmp_path / "m.safetensors"), count_macs(model, INPUTS)
+    caplog.clear()
+    prune(model, {"target": {"macs": 0.5}})
+    assert count_macs(model, INPUTS) <= 0.5 * left
+    assert f"target: an earlier pruner took this model from {dense:,} to {left:,} MACs" in caplog.text
+    assert "of the MACs of the model as this pruner found it" in caplog.text
+    caplog.clear()
+    loaded = load_pruned(build(), path)
+    prune(loaded, {"target": {"macs": 0.5}})
+    assert 0.5 * left < count_macs(loaded, INPUTS) <= 0.5 * dense
+    assert "an earlier pruner" not in caplog.text and "of the MACs of the model as it was loaded" in caplog.text

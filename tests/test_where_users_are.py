@@ -586,7 +586,7 @@ def test_an_average_that_cannot_be_found_is_named_by_the_removal(caplog: pytest.
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     pruner = Pruning(model, {"rules": [NOW]}, example_inputs=INPUTS, optimizer=optimizer)
-    hidden = [{"ema": torch.optim.swa_utils.AveragedModel(model)}]
+    hidden = {torch.optim.swa_utils.AveragedModel(model)}  # nothing says which of a set is meant
     pruner.prune(model, 0)
     assert "1 copy of the model made since" in caplog.text and "attach_ema" in caplog.text
     del hidden

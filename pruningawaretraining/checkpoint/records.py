@@ -79,6 +79,11 @@ def remember(model: nn.Module, record: dict[str, Any]) -> None:
     vars(model)[ATTRIBUTE] = record
 
 
+def earlier_of(model: nn.Module) -> dict[str, Any]:
+    """What an earlier pruner of this very module, or of what it is a copy of, has said of it; {} without one."""
+    return vars(model).get(DESCRIPTION) or {}
+
+
 def note(model: nn.Module, description: dict[str, Any]) -> None:
     """Keep what a pruner says of a module where copies, moving averages and pickles take it along."""
     vars(model)[DESCRIPTION] = description

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,13 +17,17 @@ from pruningawaretraining.files import BROKEN
 from pruningawaretraining.models.surgery import Surgery, successor
 from pruningawaretraining.models.trial import Trial
 
+logger = logging.getLogger(__name__)
+
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Names that DataParallel, torch.compile, FSDP and activation checkpointing put into the names of tensors."""
 
 Slots = dict[str, tuple[nn.Module, str]]  # name of a tensor -> the module and attribute that hold it
 
 
-def load_state_dict_pruned(model: nn.Module, weights: Mapping[str, Any]) -> tuple[nn.Module, list[str], list[str]]:
+def load_state_dict_pruned(
+    model: nn.Module, weights: Mapping[str, Any], *, example_inputs: Any = None
+) -> tuple[nn.Module, list[str], list[str]]:
     """Load the state dict of a pruned model into a freshly built dense one.
 
     Layers whose tensors have other shapes are given those shapes, in place: the model keeps its dtypes, devices, memory
@@ -33,6 +38,9 @@ def load_state_dict_pruned(model: nn.Module, weights: Mapping[str, Any]) -> tupl
         model: a model of the class that was pruned, as it was built before pruning; wrapped or not.
         weights: tensors by name, as ``state_dict()`` gave them. Prefixes by DataParallel, torch.compile and FSDP
             (``module.``, ``_orig_mod.``) are ignored, here and in the model.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, on which the model is run
+            before and after. Without it shapes alone are tried, on inputs that are guessed from the model; what takes
+            none of them is loaded with a warning.
 
     Returns:
         The same model, the model's tensors that the weights do not have, and names that the model does not have.
@@ -40,14 +48,33 @@ def load_state_dict_pruned(model: nn.Module, weights: Mapping[str, Any]) -> tupl
     Raises:
         CheckpointError: not a state dict, another architecture, shapes that can be read in more than one way (then
             ``load_pruned`` knows the answer), or a model that ran and no longer does; the model is untouched.
+        ModelError: the dense model does not run with the example inputs.
     """
     _check_weights(weights)
-    slots = dict(_slots(model))
+    slots, trial = dict(_slots(model)), Trial(model, example_inputs)
     renamed, unexpected = _match(model, slots, weights)
     _share_with_aliases(slots, renamed)
     changed = _changed_shapes(slots, renamed)
+    missing, unknown = _load(model, slots, renamed, changed, trial)
+    if changed and not trial.runs:
+        logger.warning(
+            "weights: whether %s runs with its new shapes was not tried, since its inputs cannot be guessed. To try: "
+            "load_state_dict_pruned(model, weights, example_inputs=...)",
+            type(model).__name__,
+        )
+    return model, sorted(missing), sorted({*unexpected, *unknown})
+
+
+def _load(
+    model: nn.Module, slots: Slots, renamed: Mapping[str, Any], changed: Mapping[str, torch.Size], trial: Trial
+) -> tuple[list[str], list[str]]:
+    """Load weights under the model's names; returns what is missing and what is unknown.
+
+    Raises:
+        CheckpointError: they do not fit; the model is untouched.
+    """
     backup = [(tensor, tensor.detach().clone()) for tensor in _kept_tensors(slots, renamed, changed)]
-    surgery, trial = Surgery(), Trial(model)
+    surgery = Surgery()
     try:
         _exchange(slots, renamed, changed, surgery)
         _adapt_layers(model, changed, surgery)
@@ -63,7 +90,7 @@ def load_state_dict_pruned(model: nn.Module, weights: Mapping[str, Any]) -> tupl
         raise CheckpointError(
             f"weights: they do not fit {type(model).__name__}: {' '.join(str(error).split())}"
         ) from error
-    return model, sorted(missing), sorted({*unexpected, *unknown})
+    return missing, unknown
 
 
 def _check_runs(model: nn.Module, missing: Sequence[str], trial: Trial) -> None:

@@ -9,7 +9,7 @@ outputs), so ``kept = dense * out / out0 * in / in0`` is exact after removal, an
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -82,17 +82,11 @@ def _counted_by_module(model: nn.Module, counter: FlopCounterMode, named: dict[s
     def end(name: str, *_: Any) -> None:
         named[name] += (counter.get_total_flops() - before[name].pop()) // 2
 
-    handles = []
-    for name, module in model.named_modules():
-        handles += [
-            module.register_forward_pre_hook(partial(begin, name)),
-            module.register_forward_hook(partial(end, name)),
-        ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.callback(module.register_forward_pre_hook(partial(begin, name)).remove)
+            hooks.callback(module.register_forward_hook(partial(end, name)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True, eq=False)

@@ -128,6 +128,48 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+class WriteWatch:
+    """Notices that weights were written between two steps: masked ones are set to 0 again before the next, and named
+    once. PyTorch counts writes on the host; only where there were some are values looked at.
+    """
+
+    PATIENCE = 3
+    """Looks at values that find nothing, after which masks are applied unseen: no step waits for the device."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Tensor, int]] = []
+        self._looks = 0
+
+    def stepped(self, engine: Engine) -> None:
+        """A step is over, and masks are applied."""
+        self._known = [(one, one._version) for masks in engine.masks if masks.active for one in masks.watched]
+
+    def forget(self) -> None:
+        """The weights have been looked at, and masks applied."""
+        self._known = []
+
+    def begins(self, engine: Engine) -> None:
+        """The next step begins."""
+        if all(one._version == count for one, count in self._known):
+            return
+        if self._looks >= self.PATIENCE:
+            engine.apply_masks()
+            return
+        self._looks += 1
+        found: dict[str, int] = {}
+        for masks in engine.masks:
+            found |= masks.restore()
+        if found:
+            self._looks = self.PATIENCE
+            logger.warning(
+                "%d masked weights were not 0 any more when a step began (in %s) and are 0 again: weights were loaded, "
+                "or are written after the optimizer's step, as by a Lookahead that does not call super().__init__(). "
+                "Call pruner.apply_masks() after whatever writes them",
+                sum(found.values()),
+                _listed(list(found)),
+            )
+
+
 class StepWatch:
     """Notices epochs in which masks are active and no optimizer step is seen: the masks may not hold then."""
 

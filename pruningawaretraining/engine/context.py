@@ -20,7 +20,8 @@ class RemovalContext:
         followers: moving averages of the model.
         graphs: exported from the model.
         before_removal: called when the model is masked as it will be removed.
-        after_removal: called once the model has been changed.
+        after_removal: lets the library's own things follow once the model has been changed; it may be called twice.
+        told: called once all that is done.
         member_done: called when the fine-tuning of a family's member is over, before the model changes.
     """
 
@@ -29,4 +30,5 @@ class RemovalContext:
     graphs: Sequence[ExportedGraph] = ()
     before_removal: Callable[[], None] = lambda: None
     after_removal: Callable[[], None] = lambda: None
+    told: Callable[[], None] = lambda: None
     member_done: Callable[[], None] = lambda: None

@@ -67,6 +67,7 @@ class CoupledGroups:
         reset_optimizer: set by a removal, for loops that build a new optimizer then and clear it.
         sharded: whether ``fully_shard`` has spread the parameters.
         spared: tensors that are not masked, since an exported graph divides by them.
+        of: what the log's fractions are of, where that is not the dense model.
     """
 
     removable = True
@@ -101,7 +102,7 @@ class CoupledGroups:
         self.masks = Masks.coupled(model, found, dynamic=self.dynamic, followers=followers)
         self.masks.snapshot = Snapshot.of(model, self.dynamic)
         self.reset_optimizer = False
-        self.sharded = False
+        self.sharded, self.of = False, ""
 
     def make_feeds(self) -> None:
         """Give every rule a new feed."""
@@ -242,7 +243,7 @@ class CoupledGroups:
         """The verb of an event, and what has been reached, for the log."""
         fraction = self.macs_cost(self.keep_D) / max(self.macs_cost.dense, 1.0)
         reached = "".join(f", {latency_text(event)}" for event in one.state.latencies[-1:])
-        return "masked to", f"sparsity {self.sparsity:.4f}, {fraction:.4f} of the MACs{reached}"
+        return "masked to", f"sparsity {self.sparsity:.4f}, {fraction:.4f} of the MACs{self.of}{reached}"
 
     # --- what has been reached ----------------------------------------------------------------------------------
 

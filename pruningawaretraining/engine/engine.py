@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.distributed.collectives import agreed
+from pruningawaretraining.engine.commit import Commit, event_of, leave_member
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.domain import Domain
@@ -146,57 +147,58 @@ class Engine(Observing):
             one.await_gradients(now)
             return []
         context = self._context()
-        self.leave_member(one, context)
-        one.state.waiting = None
         aside = nullcontext() if self.calibration is None else self.paused()  # the data is no training
-        with aside, full_precision(self.model):
-            if one.waits and not opens(domain, one, now, self.calibration):
-                return []
-            if one.state.event == 0:
-                domain.begin(one, context)
-            decision = domain.decide(one, now, self.calibration)
-            keep_G, met_1 = agreed(decision.keep_G, torch.tensor([decision.met]))
-            met = bool(met_1)
-            tell_of_nothing(one.key, one.rule, keep_G, met)
-            one.state.event, one.state.last = one.state.event + 1, now
-            one.state.phase = "prune"
-            if one.parts > 1 and decision.scores_G is not None:
-                one.next_G, one.scores_G, one.state.begun, one.state.part = keep_G, decision.scores_G, now, 0
-                advance(domain, one, now, self._context)
-            else:
-                settle(one)
-                domain.put(one, keep_G, context, self.calibration)
-                self.apply_masks()
-            lines = [f"{one.key}: {one.times.counts} {now}: {' '.join(domain.summary(one))}"]
-            lines += self._remove_at(domain, one, now, met, context)
-            if met and one.rule.release:
-                complete(domain, one, context)
-                domain.mask(one, torch.ones_like(keep_G), context.optimizers)
-                lines[0] += "; masks lifted"
-            one.settle_target(met)
-            lines[0] += f"; member {one.held} is reached" if one.held else ""
-        self.follow_phases()
+        try:
+            with aside, full_precision(self.model), event_of(self, one, context.optimizers) as commit:
+                leave_member(self, one, context)
+                if one.waits and not opens(domain, one, now, self.calibration):
+                    return []
+                lines = self._take(domain, one, now, context, commit)
+        finally:
+            self.follow_phases()
+        lines[0] += f"; member {one.held} is reached" if one.held else ""
         return lines
 
-    def _remove_at(self, domain: Domain, one: ActiveRule, now: int, met: bool, context: RemovalContext) -> list[str]:
+    def _take(self, domain: Domain, one: ActiveRule, now: int, context: RemovalContext, commit: Commit) -> list[str]:
+        """The masks of an event, and the removal that comes with them."""
+        if one.state.event == 0:
+            domain.begin(one, context)
+        decision = domain.decide(one, now, self.calibration)
+        keep_G, met_1 = agreed(decision.keep_G, torch.tensor([decision.met]))
+        commit.met = bool(met_1)
+        tell_of_nothing(one.key, one.rule, keep_G, commit.met)
+        one.state.event, one.state.last = one.state.event + 1, now
+        one.state.phase = "prune"
+        if one.parts > 1 and decision.scores_G is not None:
+            one.next_G, one.scores_G, one.state.begun, one.state.part = keep_G, decision.scores_G, now, 0
+            advance(domain, one, now, self._context)
+        else:
+            settle(one)
+            domain.put(one, keep_G, context, self.calibration)
+            self.apply_masks()
+        lines = [f"{one.key}: {one.times.counts} {now}: {' '.join(domain.summary(one))}"]
+        if commit.met and one.rule.release:
+            complete(domain, one, context)
+            domain.mask(one, torch.ones_like(keep_G), context.optimizers)
+            lines[0] += "; masks lifted"
+        lines += self._remove_at(domain, one, now, context, commit)
+        commit()
+        return lines
+
+    def _remove_at(
+        self, domain: Domain, one: ActiveRule, now: int, context: RemovalContext, commit: Commit
+    ) -> list[str]:
         """Remove at an event what can be removed then."""
         if not domain.removable or self.coupled is None:
             return []
         where = f"{one.key}: {one.times.counts} {now}"
-        if self.coupled.sharded and met:
+        if self.coupled.sharded and commit.met:
             return [f"{where}: the target is met; gathered() removes what is masked"]
-        if not met and one.rule.application != "remove":
+        if not commit.met and one.rule.application != "remove":
             return []
         with self.paused():
-            remove_masked(self, context)
+            remove_masked(self, context, commit)
         return [f"{where}: removed, {domain.summary(one)[1]}"]
-
-    def leave_member(self, one: ActiveRule, context: RemovalContext) -> None:
-        """The fine-tuning of a rule's member is over: tell it, with the model as the member is."""
-        if one.state.holds:
-            with self.paused():
-                context.member_done()
-            one.state.holds = False
 
     def remove(self) -> None:
         """Remove what is masked now, whatever the schedule says; zeros inside a weight stay there.
@@ -206,7 +208,7 @@ class Engine(Observing):
         """
         if self.coupled is not None:
             with self.paused(), full_precision(self.model):
-                remove_masked(self, self._context())
+                remove_masked(self, self._context(), Commit())
 
     def after_removal(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Groups have been removed: rules inside layers and regularisers follow."""

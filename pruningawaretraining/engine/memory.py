@@ -5,9 +5,11 @@ Shape suffixes: ``_G`` groups that are still there or of one rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
+
+from torch import nn
 
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.dynamics import load_dynamic, state_of_dynamic
@@ -21,6 +23,7 @@ from pruningawaretraining.models.surgery import Surgery
 class Remembered(Protocol):
     """An engine, as far as its memory has to know it."""
 
+    model: nn.Module
     coupled: CoupledGroups | None
     weights: WeightGroups | None
     penalties: ActivePenalties
@@ -55,6 +58,7 @@ def memory(engine: Remembered, surgeries: list[Surgery]) -> Callable[[], None]:
     known = [(one, replace(one.state), one.next_G, one.scores_G, one.feed.state_dict()) for one in engine.rules]
     kept = [(one.masks.keep_G, state_of_dynamic(one.masks)) for one in rules]
     living = None if coupled is None else state_of_dynamic(coupled.masks)
+    modules = [(one, _tables(one)) for one in engine.model.modules()]
 
     def undo() -> None:
         engine.release()
@@ -62,6 +66,7 @@ def memory(engine: Remembered, surgeries: list[Surgery]) -> Callable[[], None]:
             masks.clear()
         for surgery in reversed(surgeries):
             surgery.undo()
+        _put_back(modules)
         engine.penalties.forget()
         if coupled is not None and keep_G is not None:
             for name, value in values.items():
@@ -80,3 +85,26 @@ def memory(engine: Remembered, surgeries: list[Surgery]) -> Callable[[], None]:
         engine.follow_phases()
 
     return undo
+
+
+Tables = dict[str, tuple[dict[Any, Any], dict[Any, Any]]]  # name -> the dictionary, and what is in it
+TENSORS, HOOKS = ("_parameters", "_buffers"), ("_forward_hooks", "_forward_pre_hooks")
+
+
+def _tables(module: nn.Module) -> Tables:
+    return {name: (vars(module)[name], dict(vars(module)[name])) for name in (*TENSORS, *HOOKS)}
+
+
+def _put_back(modules: Iterable[tuple[nn.Module, Tables]]) -> None:
+    """Give modules the tensors that they had, and take out hooks that have come since: a run of the model that is cut
+    short may leave some, since its own cleaning up may be what was interrupted."""
+    for module, tables in modules:
+        for name in TENSORS:
+            table, known = tables[name]
+            vars(module)[name] = table
+            table.clear()
+            table.update(known)
+        for name in HOOKS:
+            table, known = tables[name]
+            for key in table.keys() - known.keys():
+                del table[key]

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pruningawaretraining.engine.commit import Commit
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.memory import Remembered, memory
@@ -34,12 +35,13 @@ class Removing(Remembered, Protocol):
         """Groups have been removed: everything else follows."""
 
 
-def remove_masked(engine: Removing, context: RemovalContext) -> bool:
+def remove_masked(engine: Removing, context: RemovalContext, commit: Commit) -> bool:
     """Remove the groups that are masked now, physically: all or nothing, under an interrupt too.
 
     Args:
         engine: its groups, and what follows them.
         context: optimizers, averages and graphs that follow.
+        commit: called once the removal has happened; what follows it is finished, whatever comes in between.
 
     Returns:
         Whether anything was removed.
@@ -56,10 +58,15 @@ def remove_masked(engine: Removing, context: RemovalContext) -> bool:
     try:
         _remove(coupled, context, surgeries)
         engine.after_removal(context.optimizers)
+        commit()
+        context.after_removal()
     except BaseException:
-        undo()
+        if commit.is_over:
+            context.after_removal()
+        else:
+            undo()
         raise
-    context.after_removal()
+    context.told()
     return True
 
 
@@ -147,8 +154,8 @@ def _remove_checked(
     remove(coupled.model, coupled.found, part_G, context.optimizers, followers, graphs, surgery)
     try:
         rest = Masks.coupled(coupled.model, coupled.found.restrict(coupled.model, part_G), coupled.spared)
-        rest.set(keep_G[part_G])
         try:
+            rest.set(keep_G[part_G])
             _check(comparison, before)
         finally:
             rest.clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -161,11 +161,14 @@ class ActiveRule:
         """Names of the members that are not met yet."""
         return self.names[len(self.names) - len(self.members) + self.state.member :]
 
-    def settle_target(self, met: bool) -> None:
-        """An event is over: a target that is met ends the rule, or begins the fine-tuning of a member."""
-        self.state.phase = "finetune" if met and self.state.member + 1 >= len(self.members) else "prune"
+    def settled(self, met: bool) -> RuleState:
+        """Where it stands once an event is over: a target that is met ends the rule, or begins the fine-tuning of a
+        member."""
+        state = replace(self.state)
+        state.phase = "finetune" if met and state.member + 1 >= len(self.members) else "prune"
         if met and self.given.target.lists:
-            self.state.member, self.state.holds = self.state.member + 1, True
+            state.member, state.holds = state.member + 1, True
+        return state
 
     @property
     def waits(self) -> bool:

@@ -269,7 +269,7 @@ class WeightGroups:
                 continue
             if one.rule.mode == "prune" and one.state.last is not None:
                 self._mask_again(one, optimizers)
-            elif one.rule.mode == "lock":
+            elif one.rule.mode != "unprune":  # zeros that it has locked, or taken from a file
                 self.mask(one, ~zero_groups(one.grouping), optimizers)
 
     def _mask_again(self, one: WeightRule, optimizers: Optimizers) -> None:

@@ -13,6 +13,24 @@ from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.groups.attachment import MaskHooks
 
+WATCHED = 8
+"""Most parameters of which it is noticed that something writes them between steps."""
+
+
+def hook_all(
+    parameters: Sequence[Tensor], hook: Callable[[Tensor], None], handles: list[RemovableHandle]
+) -> list[Tensor]:
+    """Hook parameters; a few of them are returned.
+
+    Args:
+        parameters: with masked entries.
+        hook: is called whenever a gradient has been accumulated.
+        handles: get those of the hooks one by one, so that an interrupt leaves no hook that nobody knows of.
+    """
+    for parameter in parameters:
+        handles.append(hooked(parameter, hook))
+    return [one for one in parameters[:WATCHED] if not one.is_inference()]
+
 
 def hooked(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
     """Call a hook whenever a gradient has been accumulated; a frozen parameter keeps it until it trains again."""

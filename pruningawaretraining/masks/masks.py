@@ -26,7 +26,7 @@ from pruningawaretraining.masks.averages import Averages, cleared
 from pruningawaretraining.masks.dense_store import DenseStore, check_optimizer
 from pruningawaretraining.masks.dynamics import FROZEN, Dynamic
 from pruningawaretraining.masks.factor_writer import FactorWriter
-from pruningawaretraining.masks.hooks import hooked, tell
+from pruningawaretraining.masks.hooks import hook_all, tell
 from pruningawaretraining.masks.protocols import Ids, Writer
 from pruningawaretraining.masks.snapshot import Snapshot
 from pruningawaretraining.masks.view_writer import ViewWriter, kept_of_members
@@ -54,6 +54,7 @@ class Masks:
         names: id of each parameter -> its name.
         next_G: masks that a dynamic is on the way to.
         snapshot: of the weights that a dynamic goes back to.
+        watched: a few parameters with masked entries.
     """
 
     def __init__(
@@ -65,8 +66,7 @@ class Masks:
         followers: Sequence[nn.Module] = (),
         found: ChannelGroups | None = None,
     ) -> None:
-        self.grouping, self.dynamic, self._hooks = grouping, dynamic, hooks
-        self._followers = followers
+        self.grouping, self.dynamic, self._hooks, self._followers = grouping, dynamic, hooks, followers
         self.store = DenseStore() if dynamic.lives else None
         self.passing, self.steps = dynamic.lives, 0
         self.choose: Callable[[], Tensor] | None = None
@@ -78,7 +78,7 @@ class Masks:
         self._keep_G = torch.ones(grouping.size, dtype=torch.bool, device=self._writer.device)
         self.kept_by_set = [one.size for one in grouping.sets]  # groups of each set that are not masked
         self._keep_on: dict[torch.device, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles, self.watched = list[RemovableHandle](), list[Tensor]()
         self.active = False  # whether anything is masked
 
     @classmethod
@@ -136,12 +136,12 @@ class Masks:
         ones too) are masked as they are accumulated, so a norm taken between backward and step has none of them."""
         for handle in self._handles:
             handle.remove()
-        self._keep_G = keep_G.detach().to(self._writer.device, torch.bool, copy=True)
-        self._keep_on = {}
+        self._keep_G, self._keep_on = keep_G.detach().to(self._writer.device, torch.bool, copy=True), {}
         self.kept_by_set = counts_of(self.keep_G, [one.size for one in self.grouping.sets])
         self.active = sum(self.kept_by_set) < self.grouping.size
         self._writer.build(self.keep_G, self.kept_by_set)
-        self._handles = [hooked(parameter, self._accumulated) for parameter in self._writer.parameters()]
+        self._handles = []
+        self.watched = hook_all(self._writer.parameters(), self._accumulated, self._handles)
 
     def exchange(self, keep_G: Tensor) -> None:
         """Take new masks that keep as many groups of every set, without counting: nothing waits for the device."""

@@ -78,8 +78,8 @@ def _problem(
             return str(error)
         rest = found.restrict(model, part_G)
         masks = Masks.coupled(model, rest)
-        masks.set(keep_G[part_G])
         try:
+            masks.set(keep_G[part_G])
             difference = comparison.verdict(masked, comparison.outputs()).difference
         finally:
             masks.clear()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.distributed.fsdp import is_sharded, local_of
+from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ Exchanged = Mapping[Tensor, tuple[nn.Parameter, Keep]]
 """Old parameter -> the one in its place, and what was kept of it."""
 _REPLACED = "_pruning_replaced_by"
 """Attribute of a parameter that removal took out of its model: the one in its place (or None), and what was kept."""
+_SHAPES = "_pruning_shapes"
+"""Attribute of a parameter in whose place there were others: their shapes."""
 
 
 def follow(
@@ -69,6 +72,8 @@ def mark_replaced(
 
 def _mark(old: Tensor, replaced: tuple[nn.Parameter | None, Keep], surgery: Surgery) -> None:
     surgery.when_undone(lambda: vars(old).pop(_REPLACED, None))
+    if replaced[0] is not None:
+        setattr(replaced[0], _SHAPES, (*getattr(old, _SHAPES, ()), old.shape))
     setattr(old, _REPLACED, replaced)
 
 
@@ -92,6 +97,41 @@ def catch_up(optimizer: torch.optim.Optimizer) -> None:
         replaced = {old: getattr(old, _REPLACED) for old in held}
         exchanged = {old: (new, keep) for old, (new, keep) in replaced.items() if new is not None}
         follow(optimizer, exchanged, Surgery(), [old for old in held if old not in exchanged])
+        _check_once(optimizer)
+
+
+def _check_once(optimizer: torch.optim.Optimizer) -> None:
+    held = [id(one) for group in optimizer.param_groups for one in group["params"]]
+    if len(set(held)) < len(held):
+        raise ConfigError(
+            f"optimizer: {type(optimizer).__name__} has a parameter in two groups: one of them was made from a list of "
+            "before channels were removed. Allowed: add_param_group with model.parameters() as they are now"
+        )
+
+
+def check_fits(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse a state to be loaded that was saved before channels were removed; nothing has been loaded yet.
+
+    Args:
+        optimizer: of the model.
+        state: as ``optimizer.state_dict()`` gave it.
+        model: its parameters are named.
+
+    Raises:
+        CheckpointError: a tensor of the state has the shape that its parameter had before.
+    """
+    names = {id(one): name for name, one in model.named_parameters()}
+    held = [one for group in optimizer.param_groups for one in group["params"]]
+    numbers = [number for group in state.get("param_groups", ()) for number in group.get("params", ())]
+    for number, one in zip(numbers, held, strict=False):
+        known, before = state.get("state", {}).get(number), getattr(one, _SHAPES, ())
+        for key, value in known.items() if id(one) in names and isinstance(known, Mapping) else ():
+            if isinstance(value, Tensor) and value.shape in before and value.shape != one.shape:
+                raise CheckpointError(
+                    f"optimizer: {key} of {names[id(one)]} has the shape {tuple(value.shape)}, the parameter "
+                    f"{tuple(one.shape)}: it was saved before channels were removed. Allowed: the optimizer's state "
+                    "that was saved with the model as it is now"
+                )
 
 
 def _drop(optimizer: torch.optim.Optimizer, lost: Sequence[Tensor], gone: set[int], surgery: Surgery) -> None:

@@ -68,6 +68,7 @@ class Bound:
         with outside_inference():
             session.follow_shards()
             settle(session.engine, session.steps.optimizers, session.sharded)
+            session.writes.forget()
 
     def follow_other(self) -> None:
         """Another pruner, created later, has changed the model: masks inside layers keep the remaining zeros."""

@@ -49,12 +49,31 @@ def continue_coupled(coupled: CoupledGroups, record: Mapping[str, Any]) -> None:
         coupled: the groups of the model as it was loaded.
         record: what the file says.
     """
+    coupled.of = " of the model as it was loaded"
     for one in coupled.rules:
         left = None if _same_and_met(one.key, one.given, record) else _rule_left(coupled, one, record)
         if left is None:
             one.state.phase = "finetune"
         else:
             one.aim(left)
+
+
+def begin_anew(coupled: CoupledGroups, earlier: Mapping[str, Any]) -> None:
+    """Say what the targets of a second pruner of a live model are fractions of: it begins with the model as it is.
+
+    Args:
+        coupled: the groups of the model as it is now.
+        earlier: what an earlier pruner has said of it, or nothing.
+    """
+    dense, kept = (int(earlier.get(name, 0)) for name in ("macs", "kept_macs"))
+    if kept >= dense or not any(one.works and one.rule.aims for one in coupled.rules):
+        return
+    coupled.of = " of the model as this pruner found it"
+    logger.warning(
+        "target: an earlier pruner took this model from %s to %s MACs, and targets of this one are fractions of what "
+        "is left. For fractions of the dense model: save_pruned, then Pruning(load_pruned(build_model(), path), ...)",
+        *(f"{dense:,}", f"{kept:,}"),
+    )
 
 
 def _same_and_met(key: str, rule: Rule, record: Mapping[str, Any]) -> bool:
@@ -133,12 +152,14 @@ def continue_weights(weights: WeightGroups | None, record: Mapping[str, Any]) ->
     """
     finished, known = set(record.get("elements", ())), record.get("rules") or {}
     rules = [] if weights is None else weights.rules
-    _tell_of_lost(finished - {one.key for one in rules if _is_same(one, known)}, rules)
+    origins = _origins(rules, finished, known)
+    _tell_of_lost(finished - set(origins.values()), rules)
     for one in rules:
-        if one.key in finished and _is_same(one, known):
+        if one.key in origins:
             one.masks.set(~zero_groups(one.grouping))
             one.state.phase, one.state.event = "finetune", 1
-            if not _same_and_met(one.key, one.given, record) and (begun := _begun(one)) is not None:
+            same = _same_and_met(origins[one.key], one.given, record)
+            if not same and (begun := _begun(one)) is not None:
                 one.state.phase, one.state.event, one.state.initial = "regularize", 0, begun
 
 
@@ -146,8 +167,22 @@ def _pattern(one: WeightRule) -> Any:
     return one.rule.model_dump(mode="json")["pattern"]
 
 
-def _is_same(one: WeightRule, known: Mapping[str, Any]) -> bool:
-    return bool(known.get(one.key, {}).get("pattern", one.rule.pattern) == _pattern(one))
+def _origins(rules: Iterable[WeightRule], finished: Collection[str], known: Mapping[str, Any]) -> dict[str, str]:
+    """Key of a rule -> that of the file's rule which it goes on from: the one of its name or position if it has its
+    pattern, else the only one that has, where that is no other rule's.
+
+    Args:
+        rules: of the loaded model.
+        finished: keys of the file's rules that have made zeros.
+        known: what the file says of them.
+    """
+    patterns = {key: (known.get(key) or {}).get("pattern") for key in finished}
+    found = {one.key: one.key for one in rules if patterns.get(one.key, "") in (None, _pattern(one))}
+    for one in rules:
+        alike = [key for key, pattern in patterns.items() if pattern == _pattern(one) and key not in found.values()]
+        if one.key not in found and len(alike) == 1 and one.rule.mode == "prune":
+            found[one.key] = alike[0]
+    return {key: origin for key, origin in found.items() if origin in finished}
 
 
 def _tell_of_lost(keys: Collection[str], rules: Iterable[WeightRule]) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType, ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +16,8 @@ from pruningawaretraining.masks.averages import HOLDERS, is_alike
 from pruningawaretraining.models.calling import unwrap
 from pruningawaretraining.models.private import private_of
 from pruningawaretraining.session.averages import FOLLOWS
+from pruningawaretraining.session.takeover import ATTRIBUTE as PRUNER
+from pruningawaretraining.session.variables import Found, attributes_of, is_a, variables
 
 logger = logging.getLogger(__name__)
 
@@ -25,31 +25,38 @@ UPDATES = ("update_parameters", "update")
 """Methods of averages: AveragedModel's, and those of timm, ultralytics and others."""
 NEAR = 0.3
 """Least cosine between a weight and its average."""
-PACKAGE = __name__.partition(".")[0]
 
 
 def forgotten_averages(model: nn.Module, known: Sequence[nn.Module]) -> list[Any]:
-    """Return the average of a model among the variables of the functions that are being called, and among the
-    attributes of their objects (``trainer.ema``). They are only read.
+    """Return the averages of a model among the variables of the functions that are being called, and in what these
+    hold: attributes (``trainer.ema``), lists and dicts. They are only read.
 
-    Averages that follow another pruner's model, and those whose weights are not like the model's, are of other models;
-    where several are left, none is taken.
+    Averages that follow another pruner's model, and those whose weights are not like the model's, are of other models.
+    Several are taken where one list or dict holds them and no other model with a pruner is at hand, else none is.
 
     Args:
         model: the model.
         known: averages that follow it already.
     """
-    found: dict[int, Any] = {}
-    for one in _variables():
-        if id(one) not in found and _is_average(one, model, known):
-            found[id(one)] = one
-    kinds = ", ".join(type(one).__name__ for one in found.values())
-    if len(found) > 1:
-        logger.warning("ema: %s look like averages of the model, and none follows it. Give the right one as ema", kinds)
+    found, others = list[Found](), False
+    for one in variables(model):
+        if _is_average(one.value, model, known):
+            found.append(one)
+        others = others or (is_a(one.value, nn.Module) and private_of(one.value, PRUNER) is not None)
+    kinds, paths = ", ".join(type(one.value).__name__ for one in found), ", ".join(one.path for one in found)
+    together = len({id(one.holder) for one in found}) == 1 and isinstance(next(iter(found)).holder, (list, tuple, dict))
+    if len(found) > 1 and (others or not together):
+        logger.warning(
+            "ema: %s look like averages of the model, and none follows it. Give the right one as ema=, or now: "
+            "pruner.attach_ema(%s)",
+            *(kinds, " or ".join(one.path for one in found)),
+        )
         return []
     if found:
-        logger.warning("ema: %s is an average of the model and follows it from here on; give it as ema=", kinds)
-    return list(found.values())
+        text = "is an average of the model and follows" if len(found) == 1 else "are averages of the model and follow"
+        given = paths if len(found) == 1 else f"[{paths}]"
+        logger.warning("ema: %s %s it from here on. To say so: ema=%s", kinds, text, given)
+    return [one.value for one in found]
 
 
 def wrappers_around(model: nn.Module) -> list[nn.Module]:
@@ -61,14 +68,14 @@ def wrappers_around(model: nn.Module) -> list[nn.Module]:
     """
     if world_size() == 1:
         return []
-    wrappers = {id(one): one for one in _variables() if isinstance(one, DistributedDataParallel)}
-    return [one for one in wrappers.values() if unwrap(one) is model]
+    wrappers = [one.value for one in variables(model) if is_a(one.value, DistributedDataParallel)]
+    return [one for one in wrappers if unwrap(one) is model]
 
 
 def _is_average(one: Any, model: nn.Module, known: Sequence[nn.Module]) -> bool:
     if not any(callable(getattr(type(one), name, None)) for name in UPDATES):
         return False
-    held = _attributes(one)
+    held = attributes_of(one)
     inside = [{**held.get("_modules", {}), **held}.get(name) for name in HOLDERS]
     modules = [found for found in inside if isinstance(found, nn.Module)]
     if any(module is other for module in (one, *modules) for other in (model, *known)):
@@ -89,30 +96,50 @@ def _is_near(module: nn.Module, model: nn.Module) -> bool:
     return bool(torch.dot(one, other) >= NEAR * one.norm() * other.norm())
 
 
-def _variables() -> Iterator[Any]:
-    """Variables of the calling functions and of their modules, those of this package left out, and attributes of
-    objects among them."""
-    frame: FrameType | None = inspect.currentframe()
-    seen: set[int] = set()
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).partition(".")[0] != PACKAGE:
-            for scope in (frame.f_locals, frame.f_globals):
-                yield from _reached(scope, seen)
-        frame = frame.f_back
+Shapes = dict[str, torch.Size]
 
 
-def _reached(scope: Mapping[str, Any], seen: set[int]) -> Iterator[Any]:
-    for one in list(scope.values()):
-        if id(one) not in seen and not issubclass(type(one), (ModuleType, type)):
-            seen.add(id(one))
-            yield one
-            yield from list(_attributes(one).values())
+def shapes_of(model: nn.Module) -> Shapes:
+    """Name -> shape of the model's parameters."""
+    return {name: one.shape for name, one in model.named_parameters()}
 
 
-def _attributes(one: Any) -> dict[str, Any]:
-    """The attributes in an object's own dictionary: no property, ``__getattr__`` or proxy is called."""
-    try:
-        held = object.__getattribute__(one, "__dict__")
-    except AttributeError:
-        return {}
-    return held if type(held) is dict else {}
+def tell_of_tensors(model: nn.Module, before: Shapes, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Warn of lists and dicts of tensors that a removal has left behind: averages that are no modules, and lists of
+    parameters that gradients are clipped by.
+
+    Args:
+        model: the model, without what was removed.
+        before: the shapes of its parameters before that.
+        optimizers: their own lists have followed.
+    """
+    followed = {id(group["params"]) for one in optimizers for group in one.param_groups}
+    frozen = {name for name, one in model.named_parameters() if not one.requires_grad}
+    ordered = [list(before.values()), [shape for name, shape in before.items() if name not in frozen]]
+    left = [
+        one.path
+        for one in variables(model)
+        if id(one.value) not in followed
+        and not is_a(one.holder, nn.Module)
+        and not any(one.holder is known for known in optimizers)
+        and _has_shapes(one.value, before, ordered)
+    ]
+    if left:
+        logger.warning(
+            "removal: tensors in %s have the shapes that the model's parameters had. An average, or a list that "
+            "gradients are clipped by, has to be made anew, in a function of yours: pruner.after_removal = ...",
+            ", ".join(left),
+        )
+
+
+def _has_shapes(value: Any, before: Shapes, ordered: Sequence[list[torch.Size]]) -> bool:
+    if type(value) is dict and value and len(value) <= len(before) and before.keys() >= value.keys():
+        found, expected = list(value.values()), [before[name] for name in value]
+        partial = len(value) < len(ordered[1])
+    elif type(value) in (list, tuple) and len(value) in {len(one) for one in ordered}:
+        found, expected = list(value), next(one for one in ordered if len(one) == len(value))
+        partial = False
+    else:
+        return False
+    alike = all(is_a(one, torch.Tensor) for one in found) and [one.shape for one in found] == expected
+    return alike and not partial

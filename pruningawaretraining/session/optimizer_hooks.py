@@ -8,52 +8,16 @@ that the gradients have then. This module finds those moments through the optimi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from pruningawaretraining.models.optimizer_state import catch_up, latest
+from pruningawaretraining.models.optimizer_state import catch_up, check_fits, latest
+from pruningawaretraining.session.optimizer_events import OptimizerEvents
 from pruningawaretraining.session.step_arguments import Arguments, closure_in
-
-
-class HasApply(Protocol):
-    """Masks, as far as a step knows them."""
-
-    def before_step(self, optimizer: torch.optim.Optimizer | None, closure: bool) -> None:
-        """An optimizer is about to step; None for one that has stepped without hooks."""
-
-    def after_step(self, only: set[int] | None = None) -> None:
-        """Weights have moved: those of the parameters with these ids, or any."""
-
-
-class OptimizerEvents(Protocol):
-    """Callbacks at the moments of a real step."""
-
-    def on_round(self) -> None:
-        """A real step begins: gradients are complete, no weight has moved yet."""
-
-    def on_gradients(self, scale: Tensor | float, only: set[int] | None) -> None:
-        """Gradients are about to be used: add what belongs to them.
-
-        Args:
-            scale: what they are still multiplied with (a loss scale that is not yet divided out).
-            only: ids of the parameters that are meant; None for all.
-        """
-
-    def on_moved(self) -> None:
-        """Weights have moved."""
-
-    @property
-    def masks(self) -> Sequence[HasApply]:
-        """Masks to be applied now."""
-
-    def on_stepped(self) -> None:
-        """Weights have moved, and masks are applied."""
-
 
 _WATCHED: weakref.WeakSet[Steps] = weakref.WeakSet()
 _HOOKS: list[RemovableHandle] = []
@@ -90,6 +54,7 @@ class Steps:
         self._listener = weakref.ref(listener)
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._strangers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._groups: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self._by_hand = False  # whether this round's gradients have been dealt with by an explicit call
         self._expected: list[int] | None = None  # the weights' versions when a round was first left to hooks
         self._round: set[int] = set()  # optimizers that have stepped in this round
@@ -149,7 +114,7 @@ class Steps:
         """Take part in every step of an optimizer."""
         if any(known is optimizer for known in self.optimizers):
             return
-        catch_up(optimizer)
+        self._catch_up(optimizer)
         self._optimizers = [one for one in self._optimizers if one() is not None]
         self._optimizers.append(weakref.ref(optimizer))
         this = weakref.ref(self)
@@ -163,8 +128,19 @@ class Steps:
             if steps is not None:
                 steps._after(optimizer)
 
+        def loading(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            steps = this()
+            if steps is not None:
+                check_fits(optimizer, state, steps.model)
+
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
+        optimizer.register_load_state_dict_pre_hook(loading)
+
+    def _catch_up(self, optimizer: torch.optim.Optimizer) -> None:
+        """Exchange parameters that a removal has taken out: of an optimizer met later, or of a later group."""
+        catch_up(optimizer)
+        self._groups[optimizer] = len(optimizer.param_groups)
 
     def _meet(self, optimizer: torch.optim.Optimizer) -> None:
         """Attach an optimizer that is about to step if it has parameters of this model, or had before a removal."""
@@ -214,6 +190,8 @@ class Steps:
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Any) -> Arguments | None:
         if self.paused:
             return None
+        if len(optimizer.param_groups) != self._groups.get(optimizer):
+            self._catch_up(optimizer)
         if not self._round or id(optimizer) in self._round:
             self.end_round()
             self._rounds += 1

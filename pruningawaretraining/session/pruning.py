@@ -40,7 +40,7 @@ from pruningawaretraining.session.arguments import (
 from pruningawaretraining.session.bound import NoChannels
 from pruningawaretraining.session.companions import Companions
 from pruningawaretraining.session.connections import Connections
-from pruningawaretraining.session.forgotten import wrappers_around
+from pruningawaretraining.session.forgotten import Shapes, shapes_of, tell_of_tensors, wrappers_around
 from pruningawaretraining.session.gathering import copy_whole
 from pruningawaretraining.session.loop_hooks import Log, LoopHooks
 from pruningawaretraining.session.members import Member
@@ -111,6 +111,7 @@ class Pruning(LoopHooks, Companions, Connections, Results):
         self._given = Given(forward_fn, example_inputs, given_averages(ema), teacher, *calls)
         super().__init__()
         self._described: dict[str, Any] = {}  # what save_pruned writes once this pruner is gone
+        self._shapes: Shapes = {}  # of parameters before the last removal
         self._no_channels = NoChannels()
         self.before_removal: Callable[[], None] = nothing
         self.after_removal: Callable[[], None] = nothing
@@ -164,11 +165,14 @@ class Pruning(LoopHooks, Companions, Connections, Results):
             self._follow_on()
             tell_of_copies(self._copies, self._known)
         self.after_removal()
+        if self._known is not None and self._shapes:
+            tell_of_tensors(self._known.model, self._shapes, self._steps.optimizers)
 
     def _before_removal(self) -> None:
         if self._known is not None:
             check_found_by_parameter(self._steps.optimizers, self.model, told=self.after_removal is not nothing)
             self._follow_forgotten()
+            self._shapes = shapes_of(self.model)
         self.before_removal()
 
     def _member_done(self) -> None:

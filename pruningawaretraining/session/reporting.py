@@ -22,6 +22,7 @@ from pruningawaretraining.models.widths import conv_linear_widths
 from pruningawaretraining.report.summary import Report, not_removed
 from pruningawaretraining.session.continuing import channels_of, goals_of
 from pruningawaretraining.session.session import Session
+from pruningawaretraining.session.variables import paths_to
 
 logger = logging.getLogger(__name__)
 
@@ -179,11 +180,17 @@ def tell_of_copies(copies: CopyWatch, session: Session) -> None:
     teacher = None if session.distiller is None else session.distiller.teacher
     left = [one for one in copies.unlike(session.model) if one is not teacher]
     if left:
+        ways = paths_to(left, session.model)
+        averages = ", ".join(ways[id(one)] for one in left if id(one) in ways) or "average"
         logger.warning(
-            "%d %s of the model made since the pruner %s all channels still. If one is a moving average, give it "
-            "before the removal: ema=, or pruner.attach_ema(average)",
-            *(len(left), *(("copy", "has") if len(left) == 1 else ("copies", "have"))),
+            "%d %s of the model made since the pruner %s all channels still. If one is a moving average, it follows no "
+            "more; give it before the removal, when both are made: pruner.attach_ema(%s)",
+            *(len(left), *(("copy", "has") if len(left) == 1 else ("copies", "have")), _listed(averages)),
         )
+
+
+def _listed(averages: str) -> str:
+    return f"[{averages}]" if ", " in averages else averages
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pruningawaretraining.checkpoint.records import record_of
+from pruningawaretraining.checkpoint.records import earlier_of, record_of
 from pruningawaretraining.config.origin import in_words_of_its_config
 from pruningawaretraining.config.recovery import teaching_of
 from pruningawaretraining.config.schema import Distillation, PruningConfig
@@ -28,7 +28,7 @@ from pruningawaretraining.session.arguments import Given, weak_call
 from pruningawaretraining.session.averages import Averages
 from pruningawaretraining.session.build import BuiltRules, build_coupled, build_weights, built_rules, inputs_of
 from pruningawaretraining.session.by_hand import keep_without
-from pruningawaretraining.session.continuing import continue_coupled, continue_weights
+from pruningawaretraining.session.continuing import begin_anew, continue_coupled, continue_weights
 from pruningawaretraining.session.counted_macs import CountedMacs
 from pruningawaretraining.session.distillation import Distiller
 from pruningawaretraining.session.epochs import check_missing, warn_of_late
@@ -57,6 +57,7 @@ class Session(StepEvents):
         self.graphs: list[ExportedGraph] = []
         self.steps = Steps(model, self)
         self.record: dict[str, Any] | None = record_of(model)
+        self.earlier = earlier_of(model) if self.record is None else {}
         self.capture = InputCapture(model, inputs_of(config, model) if given.inputs is None else given.inputs)
         self.distiller: Distiller | None = None
         self.counted = CountedMacs()  # of a model whose widths stay
@@ -121,6 +122,8 @@ class Session(StepEvents):
         coupled = self.trace()
         if self.record:
             continue_coupled(coupled, self.record)
+        else:
+            begin_anew(coupled, self.earlier)
         coupled.check_targets()
         self.engine.coupled = coupled
         self.count_epochs(self.steps_per_epoch)
@@ -172,8 +175,8 @@ class Session(StepEvents):
     def context(self) -> RemovalContext:
         """Everything that follows a mask or a removal."""
         before, after = self._given.before_removal, weak_call(self, "after_removal")
-        done = self._given.member_done
-        return RemovalContext(self.steps.optimizers, self.followers, self.graphs, before, after, done)
+        told, done = self._given.after_removal, self._given.member_done
+        return RemovalContext(self.steps.optimizers, self.followers, self.graphs, before, after, told, done)
 
     def after_removal(self) -> None:
         """Update configs of transformers models; clear optimizers if ``reset_optimizer`` is set."""
@@ -181,10 +184,10 @@ class Session(StepEvents):
         if self.config.reset_optimizer:
             for optimizer in self.steps.optimizers:
                 clear_state(optimizer)
-        self.follow_removal()
+        self.averages.removed()
 
     def follow_removal(self) -> None:
-        """Channels have gone, here or with a state that was loaded."""
+        """Channels have gone with a state that was loaded."""
         self.averages.removed()
         self._given.after_removal()
 
@@ -213,6 +216,7 @@ class Session(StepEvents):
 
     def changed(self) -> None:
         """See :class:`~pruningawaretraining.session.step_events.StepEvents`."""
+        self.writes.forget()
         self._given.changed()
 
     # --- epochs -------------------------------------------------------------------------------------------------
@@ -232,13 +236,19 @@ class Session(StepEvents):
             check_missing(self.engine.rules)
         else:
             warn_of_late(self.engine.rules, epoch)
-        before = self._live()
-        lines = self.engine.prune(epoch or 0)
-        self.tell(lines, target)
-        self.steps.end_round()
-        if lines:
-            self.changed()
+        before, lines = self._live(), list[str]()
+        try:
+            lines = self.engine.prune(epoch or 0)
+            self.tell(lines, target)
+        finally:
+            self._after_events(bool(lines), before)
         return "removed" if self._live() < before else "masked" if lines else None
+
+    def _after_events(self, changed: bool, before: int) -> None:
+        """The next step begins a real one, and records follow masks or a removal, whatever has come after it."""
+        self.steps.end_round()
+        if changed or self._live() < before:
+            self.changed()
 
     def _live(self) -> int:
         return 0 if self.engine.coupled is None else len(self.engine.coupled.live_D)
@@ -246,17 +256,17 @@ class Session(StepEvents):
     def remove(self) -> None:
         """Remove what is masked now, whatever the schedule says."""
         if self.rules.coupled or not self.rules.weights:
-            _ = self.coupled
-            self.engine.remove()
-            self.changed()
-        self.steps.end_round()
+            _, before = self.coupled, self._live()
+            try:
+                self.engine.remove()
+            finally:
+                self._after_events(False, before)
 
     def remove_channels(self, channels: Mapping[str, Sequence[int]]) -> None:
         """Mask channels that were chosen by hand, and remove everything that is masked."""
         coupled = self.coupled
         keep_G = keep_without(coupled, channels)
-        coupled.keep_D = coupled.keep_D.clone()
-        coupled.keep_D[coupled.live_D] = keep_G
+        coupled.keep_D = coupled.keep_D.index_copy(0, coupled.live_D, keep_G)
         coupled.masks.set(keep_G)
         coupled.masks.apply_to_state(self.steps.optimizers)
         self.remove()

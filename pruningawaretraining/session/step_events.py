@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pruningawaretraining.config.origin import in_words_of_its_config
 from pruningawaretraining.config.schema import PruningConfig
+from pruningawaretraining.engine.books import WriteWatch
 from pruningawaretraining.engine.engine import Engine
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.penalties import Regularizer
@@ -32,6 +33,7 @@ class StepEvents(ABC):
 
     def __init__(self) -> None:
         self._penalties: list[tuple[Regularizer, Tensor]] = []
+        self.writes = WriteWatch()
 
     @property
     @abstractmethod
@@ -49,6 +51,8 @@ class StepEvents(ABC):
     def on_round(self) -> None:
         """A real step begins; see :mod:`pruningawaretraining.session.optimizer_hooks`."""
         self.before_round()
+        if not self.sharded:
+            self.writes.begins(self.engine)
         penalties = self.engine.on_round()
         self._penalties = penalties if self.acts else []
 
@@ -78,6 +82,8 @@ class StepEvents(ABC):
         self.averages.stepped()
         if self.acts:
             self.tick(last=True)
+        if not self.sharded:
+            self.writes.stepped(self.engine)
 
     def on_step_begin(self) -> None:
         """Rules that count steps have the event that is due."""
