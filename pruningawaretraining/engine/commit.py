@@ -1,9 +1,8 @@
 """The moment at which an event has happened: an exception before it leaves the books as they were, one after it changes
 nothing any more. Exceptions are of any kind, KeyboardInterrupt and a full memory among them.
 
-What an event has masked by then may stay 0, and in the books if it was all of it; prune of the
-same epoch then takes the event once more. Where the weights that stay were moved as well (compensation, second order),
-these and the masks go back, too.
+What an event has masked by then may stay 0, and is in the books if it was all of it; prune of the same epoch takes the
+event once more. Where the weights that stay were moved as well (compensation, second order), they go back too.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.observing import Observing
 from pruningawaretraining.engine.rule import ActiveRule
 from pruningawaretraining.engine.weights import WeightGroups
+from pruningawaretraining.errors import PruningError
 from pruningawaretraining.masks.masks import Masks
 
 
@@ -75,12 +75,13 @@ def event_of(engine: HasMasks, one: ActiveRule, optimizers: Sequence[torch.optim
     one.state = replace(one.state)
     try:
         yield commit
-    except BaseException:
+    except BaseException as error:
         if not commit.is_over:
             one.state, one.next_G, one.scores_G, one.gradient_G = before
             if tensors and len(keeps) == len(engine.masks):
                 _put_back(engine, tensors, keep_D, keeps)
-            _mask_again(engine, optimizers)
+            if not isinstance(error, PruningError):  # what raises these leaves masks whole
+                _mask_again(engine, optimizers)
         raise
 
 
