@@ -15,7 +15,7 @@ PRUNER_KEY = "pruner_state (make a Pruning of this model and call its state_in b
 ATTRIBUTE = "_pruning_record"
 """Where a module has its record: plain data that a copy, a moving average and a pickle take along."""
 DESCRIPTION = "_pruning_description"
-"""The same of what its pruner said last; a new pruner of the module starts from the module as it is."""
+"""The same of what its pruner said last."""
 
 
 def check_record(record: Mapping[str, Any]) -> None:
@@ -70,18 +70,14 @@ def describe_with(model: nn.Module, describe: Callable[[], dict[str, Any]]) -> N
 
 
 def record_of(model: nn.Module) -> dict[str, Any] | None:
-    """The record in the file that a model, or the model it was copied from, was loaded from."""
-    return vars(model).get(ATTRIBUTE)
+    """The last description by an earlier pruner of this module, or of what it is a copy of; else the record in the file
+    that it was loaded from."""
+    return vars(model).get(DESCRIPTION) or vars(model).get(ATTRIBUTE)
 
 
 def remember(model: nn.Module, record: dict[str, Any]) -> None:
     """Remember the record of the file that a model was loaded from."""
     vars(model)[ATTRIBUTE] = record
-
-
-def earlier_of(model: nn.Module) -> dict[str, Any]:
-    """What an earlier pruner of this very module, or of what it is a copy of, has said of it; {} without one."""
-    return vars(model).get(DESCRIPTION) or {}
 
 
 def note(model: nn.Module, description: dict[str, Any]) -> None:
@@ -93,7 +89,7 @@ def summary_of(model: nn.Module) -> dict[str, Any]:
     """A pruner's description of its model: sparsity, MACs, parameters, groups kept; of a copy, that of the
     original; of a loaded model, that of its file; or nothing."""
     describe = private_of(model, DESCRIBE)
-    return dict(describe() if describe else vars(model).get(DESCRIPTION) or record_of(model) or {})
+    return dict(describe() if describe else record_of(model) or {})
 
 
 def own_state(model: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
-"""Pruning on from a file: the rules of a loaded model go on where those of the run that made the file have stopped.
+"""Pruning on: the rules of a model that was pruned before go on where those of its earlier pruner have stopped.
 
-Targets speak of the dense model that the file came from, so those of a model that has lost something already are
-expressed in what is left of it. A rule whose target the file meets prunes nothing.
+The model may have come from a file, be a copy or a pickle, or still be the object that was pruned: its record says what
+has gone. Targets speak of the dense model, so those of a model that has lost something already are expressed in what is
+left of it. A rule whose target is met prunes nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 NEAR = 0.03
 """A target that is missed by less than this counts as met: limits and multiples leave some of it."""
 
+MET = "%s: the model was pruned before and meets the target, which is one of the dense model: nothing more is pruned"
 PER_LAYER = ("sparsity_per_layer", "keep_per_layer")
 """Options that take the place of a target in rules that give layers one by one."""
 
@@ -46,34 +48,19 @@ def continue_coupled(coupled: CoupledGroups, record: Mapping[str, Any]) -> None:
     """Bring rules of removable groups to where the file's were: met, or with a target for what is left.
 
     Args:
-        coupled: the groups of the model as it was loaded.
-        record: what the file says.
+        coupled: the groups of the model as it is now.
+        record: of the earlier pruner.
     """
-    coupled.of = " of the model as it was loaded"
+    dense, kept = (int(record.get(name, 0)) for name in ("macs", "kept_macs"))
+    if kept < dense:
+        coupled.of = " of the model as this pruner found it"
     for one in coupled.rules:
         left = None if _same_and_met(one.key, one.given, record) else _rule_left(coupled, one, record)
         if left is None:
             one.state.phase = "finetune"
+            logger.warning(MET, one.key)
         else:
             one.aim(left)
-
-
-def begin_anew(coupled: CoupledGroups, earlier: Mapping[str, Any]) -> None:
-    """Say what the targets of a second pruner of a live model are fractions of: it begins with the model as it is.
-
-    Args:
-        coupled: the groups of the model as it is now.
-        earlier: what an earlier pruner has said of it, or nothing.
-    """
-    dense, kept = (int(earlier.get(name, 0)) for name in ("macs", "kept_macs"))
-    if kept >= dense or not any(one.works and one.rule.aims for one in coupled.rules):
-        return
-    coupled.of = " of the model as this pruner found it"
-    logger.warning(
-        "target: an earlier pruner took this model from %s to %s MACs, and targets of this one are fractions of what "
-        "is left. For fractions of the dense model: save_pruned, then Pruning(load_pruned(build_model(), path), ...)",
-        *(f"{dense:,}", f"{kept:,}"),
-    )
 
 
 def _same_and_met(key: str, rule: Rule, record: Mapping[str, Any]) -> bool:
@@ -83,7 +70,7 @@ def _same_and_met(key: str, rule: Rule, record: Mapping[str, Any]) -> bool:
 
 
 def _rule_left(coupled: CoupledGroups, one: CoupledRule, record: Mapping[str, Any]) -> Rule | None:
-    """A rule in terms of the model as it was loaded; None if the file meets it."""
+    """A rule in terms of the model as it is now; None if that meets it."""
     fractions = fractions_by_rule(one.given, coupled.model, one.grouping, coupled.set_of_layer, one.key)
     if fractions is None:
         left = _left(coupled, one, record)
@@ -100,11 +87,11 @@ def _rule_left(coupled: CoupledGroups, one: CoupledRule, record: Mapping[str, An
 
 
 def _left(coupled: CoupledGroups, one: CoupledRule, record: Mapping[str, Any]) -> Target | None:
-    """A rule's target in terms of the model as it was loaded, without members of a family that the file meets; None if
-    it meets all."""
+    """A rule's target in terms of the model as it is now, without members of a family that it meets; None if it meets
+    all."""
     target = one.given.target
     if "latency" in target.fractions or "peak_memory" in target.fractions:
-        logger.warning("%s.target: latency and memory are fractions of those of the model as it was loaded", one.key)
+        logger.warning("%s.target: latency and memory are fractions of those of the model as it is now", one.key)
     members = [_member_left(coupled, one, member, record) for member in target.members()]
     left = [member for member in members if member is not None]
     if not left:
@@ -161,6 +148,8 @@ def continue_weights(weights: WeightGroups | None, record: Mapping[str, Any]) ->
             same = _same_and_met(origins[one.key], one.given, record)
             if not same and (begun := _begun(one)) is not None:
                 one.state.phase, one.state.event, one.state.initial = "regularize", 0, begun
+            else:
+                logger.warning(MET, one.key)
 
 
 def _pattern(one: WeightRule) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pruningawaretraining.checkpoint.records import earlier_of, record_of
+from pruningawaretraining.checkpoint.records import record_of
 from pruningawaretraining.config.origin import in_words_of_its_config
 from pruningawaretraining.config.recovery import teaching_of
 from pruningawaretraining.config.schema import Distillation, PruningConfig
@@ -28,7 +28,7 @@ from pruningawaretraining.session.arguments import Given, weak_call
 from pruningawaretraining.session.averages import Averages
 from pruningawaretraining.session.build import BuiltRules, build_coupled, build_weights, built_rules, inputs_of
 from pruningawaretraining.session.by_hand import keep_without
-from pruningawaretraining.session.continuing import begin_anew, continue_coupled, continue_weights
+from pruningawaretraining.session.continuing import continue_coupled, continue_weights
 from pruningawaretraining.session.counted_macs import CountedMacs
 from pruningawaretraining.session.distillation import Distiller
 from pruningawaretraining.session.epochs import check_missing, warn_of_late
@@ -57,7 +57,6 @@ class Session(StepEvents):
         self.graphs: list[ExportedGraph] = []
         self.steps = Steps(model, self)
         self.record: dict[str, Any] | None = record_of(model)
-        self.earlier = earlier_of(model) if self.record is None else {}
         self.capture = InputCapture(model, inputs_of(config, model) if given.inputs is None else given.inputs)
         self.distiller: Distiller | None = None
         self.counted = CountedMacs()  # of a model whose widths stay
@@ -122,8 +121,6 @@ class Session(StepEvents):
         coupled = self.trace()
         if self.record:
             continue_coupled(coupled, self.record)
-        else:
-            begin_anew(coupled, self.earlier)
         coupled.check_targets()
         self.engine.coupled = coupled
         self.count_epochs(self.steps_per_epoch)
