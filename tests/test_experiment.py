@@ -325,6 +325,11 @@ BAD_RUNS: list[tuple[dict[str, Any], type[PruningError], str]] = [
         "does not say that it gives a network",
     ),
     (
+        {"model": {"name": "torch.fx.graph_module:reduce_graph_module", "kwargs": {"body": {}, "import_block": "x"}}},
+        ConfigError,
+        "is a function of PyTorch, and some of these run text as code",
+    ),
+    (
         {"model": {"kwargs": {"width": 3}}},
         ConfigError,
         "kwargs.width: 'width' is not known; did you mean 'widths'",

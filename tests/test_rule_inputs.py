@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
@@ -72,10 +73,35 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_pruned(pattern: st
     assert pruner.sparsity == 0
 
 
-def test_gradients_that_are_mostly_not_finite_are_said(caplog: pytest.LogCaptureFixture) -> None:
+LISTENING = ["taylor", "snip", "snip_momentum", "movement", "retrain_free"]
+
+
+@pytest.mark.parametrize("criterion", LISTENING)
+@pytest.mark.parametrize("pattern", RULES)
+def test_nothing_is_pruned_by_gradients_that_were_never_finite(
+    pattern: str, criterion: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    rule = {**RULES[pattern], "criterion": criterion, "start": 1}
+    pruner = Pruning(model, {"rules": [rule]}, example_inputs=INPUTS, optimizer=optimizer)
+    weights = {name: one.clone() for name, one in model.state_dict().items()}
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(INPUTS).square().mean() * float("nan")).backward()
+        optimizer.step()
+        model.load_state_dict(weights)
+    with contextlib.suppress(ModelError):  # of channels, which cannot wait
+        pruner.prune(model, 1)
+    assert "r.criterion: the gradients of 4 of 4 steps were not finite and count for nothing" in caplog.text
+    assert pruner.sparsity == 0 and all(one.equal(weights[name]) for name, one in model.state_dict().items())
+
+
+@pytest.mark.parametrize("criterion", LISTENING)
+def test_gradients_that_are_mostly_not_finite_are_said(criterion: str, caplog: pytest.LogCaptureFixture) -> None:
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    rule = {**RULES["channel"], "criterion": "taylor", "start": 1}
+    rule = {**RULES["channel"], "criterion": criterion, "start": 1}
     pruner = Pruning(model, {"rules": [rule]}, example_inputs=INPUTS, optimizer=optimizer)
     weights = {name: one.clone() for name, one in model.state_dict().items()}
     for number in range(5):

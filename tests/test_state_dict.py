@@ -205,6 +205,7 @@ REFUSED: list[tuple[str, nn.Module, Any, str]] = [
     ("names", nn.Linear(4, 8), {"conv.weigth": torch.ones(5, 4)}, "none of their names"),
     ("nested", nn.Linear(4, 8), {"model": nn.Linear(4, 8).state_dict()}, r"pass weights\['model'\]"),
     ("type", nn.Linear(4, 8), [torch.ones(2)], "a list is not a state dict"),
+    ("a number", nn.Linear(4, 8), {0: torch.ones(2)}, "0 is not a name"),
     ("empty", nn.Linear(4, 8), {"epoch": 3}, "no tensor is in it"),
     ("tied", Tied(), {"embed.weight": torch.ones(11, 5), "head.weight": torch.ones(11, 6)}, "shares its tensor"),
     ("hook", Broken(8), {"good.weight": torch.ones(5, 3), "good.bias": torch.ones(5), "bad.weight": torch.ones(4, 5),

@@ -111,6 +111,8 @@ def _check_weights(weights: Mapping[str, Any]) -> None:
             f"weights: a {type(weights).__name__} is not a state dict. Allowed: a mapping from names to tensors"
         )
     for name, value in weights.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"weights: {name!r:.60} is not a name. Allowed: a mapping from names to tensors")
         if isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values()):
             raise CheckpointError(f"weights: {name!r} holds a mapping of tensors itself; pass weights[{name!r}]")
     if not any(isinstance(value, Tensor) for value in weights.values()):

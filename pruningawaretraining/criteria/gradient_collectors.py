@@ -191,6 +191,8 @@ class MaskGradientCollector(_WithoutHooks):
         self.squares_G: Tensor | None = None
         self.kept_MG: Tensor | None = None
         self.steps: Tensor = torch.zeros((), dtype=torch.int64)
+        self.offered = 0  # steps since construction; self.steps counts those whose gradients were finite
+        self.refused: Tensor = torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
     def on_before_step(self, grouping: Grouping, scale: Tensor | float = 1.0) -> None:
@@ -204,7 +206,8 @@ class MaskGradientCollector(_WithoutHooks):
 
         sums: Reduction = lookup("reduction", "sum")
         slope_G = sums(grouping if self.over is None else self.over(grouping), values, torch.float32)
-        slope_G = torch.where(torch.isfinite(slope_G.sum()), slope_G, 0.0)
+        fine = torch.isfinite(slope_G.sum())
+        slope_G = torch.where(fine, slope_G, 0.0)
         if self.squares_G is None:
             self.steps = torch.zeros((), dtype=torch.int64, device=device_of(grouping))
             self.squares_G = torch.zeros(grouping.size, device=device_of(grouping))
@@ -214,15 +217,23 @@ class MaskGradientCollector(_WithoutHooks):
         self.steps = self.steps.to(slope_G.device)
         if self.kept_MG is not None:
             self.kept_MG = self.kept_MG.to(slope_G.device)
-            self.kept_MG.index_copy_(0, (self.steps % self.samples).view(1), slope_G.unsqueeze(0))
-        self.steps += 1
+            row = (self.steps % self.samples).view(1)
+            known_G = self.kept_MG.index_select(0, row)
+            self.kept_MG.index_copy_(0, row, torch.where(fine, slope_G.unsqueeze(0), known_G))
+        self.steps += fine
+        self.offered += 1
+        self.refused = self.refused.to(fine.device) + ~fine
+
+    def not_finite(self) -> tuple[int, int]:
+        """See :meth:`GradientCollector.not_finite`."""
+        return int(self.refused), self.offered
 
     def tensors(self) -> dict[str, Tensor]:
-        """``mask_gradient_squares`` and, of few groups, ``mask_gradients``."""
+        """``mask_gradient_squares``, ``steps`` and, of few groups, ``mask_gradients``."""
         if self.squares_G is None:
             return {}
         kept = {} if self.kept_MG is None else {"mask_gradients": self.kept_MG[: min(int(self.steps), self.samples)]}
-        return {"mask_gradient_squares": self.squares_G, **kept}
+        return {"mask_gradient_squares": self.squares_G, STEPS: self.steps, **kept}
 
     def restrict(self, grouping: Grouping, keep_G: Tensor) -> None:
         """Drop what belongs to removed groups."""

@@ -124,7 +124,10 @@ class StatisticsFeed:
 
     def ready(self, calibration: Calibration | None) -> bool:
         """Whether the criterion can score: it needs nothing, has data to look at, or has seen a step."""
-        return self.collector is None or calibration is not None or _has_steps(self.collector.tensors())
+        if self.collector is None or calibration is not None or _has_steps(self.collector.tensors()):
+            return True
+        self._tell_of_refused()
+        return False
 
     def state_dict(self) -> dict[str, Any] | None:
         """Everything gathered so far: tensors and plain data."""

@@ -176,6 +176,11 @@ def _imported(module_name: str, attribute: str) -> Callable[..., Any]:
             f"{where} does not say that it gives a network. Allowed: a class of nn.Module, or a function annotated "
             "'-> nn.Module' (or a class of it)"
         )
+    if _is_of_pytorch(found):
+        raise ConfigError(
+            f"{where} is a function of PyTorch, and some of these run text as code. Allowed: a class of nn.Module, or a "
+            "function of yours or of a model library"
+        )
     result: Callable[..., Any] = found
     configured = isinstance(found, type) and getattr(found, "config_class", None) is not None
     return TransformersBuilder(found) if configured and "config" in _parameters(found) else result
@@ -195,6 +200,12 @@ def _gives_module(found: Any) -> bool:
         for part in rest:
             result = getattr(result, part, None)
     return isinstance(result, type) and issubclass(result, nn.Module)
+
+
+def _is_of_pytorch(found: Any) -> bool:
+    """Whether something is a function of PyTorch itself: torch.fx and torch.package build modules from text."""
+    function = inspect.unwrap(found.func if isinstance(found, functools.partial) else found)
+    return not isinstance(function, type) and str(getattr(function, "__module__", "")).partition(".")[0] == "torch"
 
 
 def has_weights(config: ModelConfig) -> bool:
