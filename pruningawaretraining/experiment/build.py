@@ -178,8 +178,8 @@ def _imported(module_name: str, attribute: str) -> Callable[..., Any]:
         )
     if _is_of_pytorch(found):
         raise ConfigError(
-            f"{where} is a function of PyTorch, and some of these run text as code. Allowed: a class of nn.Module, or a "
-            "function of yours or of a model library"
+            f"{where} is a function of PyTorch, and some of these run text as code. Allowed: a class of nn.Module, or "
+            "a function of yours or of a model library"
         )
     result: Callable[..., Any] = found
     configured = isinstance(found, type) and getattr(found, "config_class", None) is not None
