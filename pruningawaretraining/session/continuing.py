@@ -178,7 +178,7 @@ def _tell_of_lost(keys: Collection[str], rules: Iterable[WeightRule]) -> None:
     """Warn of rules of the file whose zeros no rule here keeps: training makes them weights again."""
     if keys and not any(one.rule.mode == "lock" or one.rule.keep_zeros for one in rules):
         logger.warning(
-            "the model's file was pruned inside layers by %s, and no rule here has that name and pattern: its zeros "
+            "the model was pruned inside layers before, by %s, and no rule here has that name and pattern: its zeros "
             "may come back. Allowed: the same rule, or one more: {pattern: unstructured, mode: lock, nested: true}",
             ", ".join(sorted(keys)),
         )
