@@ -39,12 +39,16 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Point links at the site: to the README as index.md, to other files of the repository where they are now."""
     source = page.file.src_uri
+    if source == "index.md":  # done in on_files
+        return SETUP.sub("", markdown)
+    if "/" not in source and not (ROOT / "docs" / source).is_file():  # lies beside the README
+        return SETUP.sub("", _from_root(markdown))
     base = posixpath.join("docs", posixpath.dirname(source))
 
     def moved(match: re.Match[str]) -> str:
         opening, target, anchor, closing = match.groups()
         path = posixpath.normpath(posixpath.join(base, target))
-        if ":" in target or source == "index.md" or path.startswith("docs/"):
+        if ":" in target or path.startswith("docs/"):
             return match.group()
         return f"{opening}{_on_site(path, posixpath.dirname(source))}{anchor or ''}{closing}"
 
@@ -62,13 +66,13 @@ def _on_site(path: str, folder: str) -> str:
 
 
 def _from_root(text: str) -> str:
-    """The README's links seen from docs/."""
+    """The links of a page at the root of the repository, such as the README, seen from docs/."""
 
     def moved(match: re.Match[str]) -> str:
         opening, target, anchor, closing = match.groups()
         if ":" in target:
             return match.group()
-        path = target.removeprefix("docs/")
-        return f"{opening}{'index.md' if (ROOT / target).is_dir() else path}{anchor or ''}{closing}"
+        path = "index.md" if target == README or (ROOT / target).is_dir() else target.removeprefix("docs/")
+        return f"{opening}{path}{anchor or ''}{closing}"
 
     return LINK.sub(moved, text)
