@@ -38,6 +38,7 @@ def test_a_loop_is_told_once_that_its_best_is_of_another_model(
     assert done.count("removed") > 1 and done[-1] is None
     said = [one for one in caplog.records if "begin the best metric anew" in one.getMessage()]
     assert len(said) == times
+    assert all("pruner.best_begins_anew = True" in one.getMessage() and len(one.getMessage()) < 120 for one in said)
 
 
 def test_masks_alone_say_nothing_of_the_best(caplog: pytest.LogCaptureFixture) -> None:

@@ -23,7 +23,7 @@ STYLES = ("s-kept", "s-dense", "s-other")
 
 def image(drawn: Markup, alt: str, width: int = 560) -> Markup:
     """An SVG element as an ``<img>``."""
-    return IMAGE.format(alt, base64.b64encode(svg.standalone(drawn).encode()).decode("ascii"), width)
+    return IMAGE.format(alt, base64.b64encode(svg.standalone(drawn, light=True).encode()).decode("ascii"), width)
 
 
 def report_html(
@@ -52,7 +52,7 @@ class Curves:
     """Numbers by epoch, drawn: ``shown = display(curves, display_id=True)``, then ``shown.update(curves)``.
 
     Args:
-        title: alt text.
+        title: above the picture, and its alt text.
     """
 
     def __init__(self, title: str) -> None:
@@ -72,10 +72,9 @@ class Curves:
     def _repr_html_(self) -> str:
         if not self._values:
             return ""
-        styles = [STYLES[number % len(STYLES)] for number in range(len(self._values))]
         series = [
-            svg.Series(name, points, style) for (name, points), style in zip(self._values.items(), styles, strict=True)
+            svg.Series(f"{name} {points[-1][1]:.3g}", points, STYLES[number % len(STYLES)])
+            for number, (name, points) in enumerate(self._values.items())
         ]
-        names = ", ".join(f"{name} {points[-1][1]:.3g}" for name, points in self._values.items())
-        drawn = svg.line_chart(svg.LineChart(self.title, series))
-        return str(Markup("<p>{}: {}</p>").format(self.title, names) + image(drawn, self.title))
+        drawn = svg.line_chart(svg.LineChart(self.title, series, legend=True))
+        return str(Markup("<p>{}</p>").format(self.title) + image(drawn, self.title))

@@ -122,7 +122,7 @@ class Report:
         from pruningawaretraining.report.notebook import report_html
 
         rows = [layer_row(layer) for layer in self.layers[:_LAYERS_SHOWN]]
-        return report_html(headline(self).plain, self.layers, LAYER_COLUMNS, rows)
+        return report_html(headline(self).plain.replace("   ", " · "), self.layers, LAYER_COLUMNS, rows)
 
 
 def headline(report: Report) -> Text:

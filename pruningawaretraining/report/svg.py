@@ -7,6 +7,7 @@ style sheet; sizes are in units of the view box and scale with the page.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,11 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 430.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 12.0, 32.0
+LEGEND = 16.0
+"""Height of a legend above the lines."""
 STYLE = Path(__file__).parent / "templates" / "style.css.j2"
+DARK = re.compile(r"^@media \(prefers-color-scheme: dark\) \{\n.*?^\}\n", re.DOTALL | re.MULTILINE)
+"""The part of the style sheet that is for dark colours."""
 Format = Callable[[float], str]
 
 
@@ -87,6 +92,7 @@ class LineChart:
         x_format: text of a position.
         whole: whether only whole numbers are marked on the x axis.
         x_range: limits of the x axis; None takes them from the values.
+        legend: whether the labels of the lines stand above them, for pictures without a page around them.
     """
 
     title: str
@@ -100,6 +106,7 @@ class LineChart:
     x_format: Format = field(default=lambda value: f"{value:g}")
     whole: bool = True
     x_range: tuple[float, float] | None = None
+    legend: bool = False
 
 
 def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -138,18 +145,32 @@ def line_chart(chart: LineChart) -> Markup:
     xs = [x for line in chart.series for x, _ in line.points] + [edge for b in chart.bands for edge in (b.start, b.end)]
     x = Scale(*(chart.x_range or (min(xs, default=0.0), max(xs, default=1.0))), LEFT, WIDTH - RIGHT)
     low, high = chart.y_range or _limits(chart)
-    y = Scale(low, high, HEIGHT - BOTTOM, TOP, chart.log)
+    top = TOP + LEGEND if chart.legend else TOP
+    y = Scale(low, high, HEIGHT - BOTTOM, top, chart.log)
     ticks = decades(low, high) if chart.log and high / low >= 100 else nice_ticks(low, high)
-    parts = [_bands(chart.bands, x), _y_axis(ticks, y, chart.y_format), _x_axis(x, chart)]
+    parts = [_bands(chart.bands, x, top), _y_axis(ticks, y, chart.y_format), _x_axis(x, chart)]
     for guide in chart.guides:
         at = y(guide.value)
         parts.append(line_at(LEFT, at, WIDTH - RIGHT, at, "guide"))
-        above = at - 4 if at > TOP + 12 else at + 11
+        above = at - 4 if at > top + 12 else at + 11
         parts.append(text_at(LEFT + 3, above, guide.label, "start", "note"))
     lines = Markup("").join(_series(line, x, y, chart) for line in chart.series)
-    frame = (LEFT - 4, TOP - 4, WIDTH - RIGHT - LEFT + 8, HEIGHT - BOTTOM - TOP + 4)
+    frame = (LEFT - 4, top - 4, WIDTH - RIGHT - LEFT + 8, HEIGHT - BOTTOM - top + 4)
     box = Markup('<svg x="{0:g}" y="{1:g}" width="{2:g}" height="{3:g}" viewBox="{0:g} {1:g} {2:g} {3:g}">{4}</svg>')
-    return svg_of(chart.title, HEIGHT, [*parts, box.format(*frame, lines)])  # the inner box clips what is off the axis
+    parts.append(box.format(*frame, lines))
+    return svg_of(chart.title, HEIGHT, [*parts, *_legend(chart)])  # the inner box clips what is off the axis
+
+
+def _legend(chart: LineChart) -> list[Markup]:
+    """The labels in a row at the top, each behind a dot in the colour of its line."""
+    if not chart.legend:
+        return []
+    dot = Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="4"/>')
+    parts, at = [], LEFT + 4
+    for line in chart.series:
+        parts += [dot.format(line.style, at, TOP - 1), text_at(at + 8, TOP + 3, line.label, "start", "note")]
+        at += 24 + 6.2 * len(line.label)
+    return parts
 
 
 def _limits(chart: LineChart) -> tuple[float, float]:
@@ -222,11 +243,11 @@ def interval_bars(title: str, bars: Sequence[tuple[str, str, float, float, float
     return svg_of(title, height, parts)
 
 
-def _bands(bands: Sequence[Band], x: Scale) -> Markup:
+def _bands(bands: Sequence[Band], x: Scale, top: float) -> Markup:
     rect = Markup('<rect class="band phase-{}" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>{}</title></rect>')
-    size = HEIGHT - BOTTOM - TOP
+    size = HEIGHT - BOTTOM - top
     return Markup("").join(
-        rect.format(band.phase, x(band.start), TOP, max(x(band.end) - x(band.start), 0.0), size, band.phase)
+        rect.format(band.phase, x(band.start), top, max(x(band.end) - x(band.start), 0.0), size, band.phase)
         for band in bands
     )
 
@@ -261,9 +282,16 @@ def svg_of(title: str, height: float, parts: Sequence[Markup], width: float = WI
     return opening + Markup("").join(parts) + Markup("</svg>")
 
 
-def standalone(drawn: Markup) -> str:
-    """A picture as a file of its own, with the colours of the report."""
+def standalone(drawn: Markup, light: bool = False) -> str:
+    """A picture as a file of its own, with the colours of the report.
+
+    Args:
+        drawn: an ``<svg>`` element.
+        light: whether it stands on white whatever the system prefers; otherwise its colours follow the system.
+    """
     style = STYLE.read_text(encoding="utf-8")
+    if light:
+        style = DARK.sub("", style).replace("color-scheme: light dark;", "color-scheme: light;")
     opening = '<svg xmlns="http://www.w3.org/2000/svg" '
     head, _, rest = str(drawn).removeprefix("<svg ").partition(">")
     return f"{opening}{head}><style>{style}</style>{rest}\n"

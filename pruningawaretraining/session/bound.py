@@ -28,8 +28,8 @@ class Bound:
     """Holds the session of a pruner.
 
     Attributes:
-        best_begins_anew: set it where the loop begins its best metric anew when ``prune`` returns "removed"; nothing is
-            said of it then.
+        best_begins_anew: set it where the loop begins its best metric anew when ``prune`` returns "removed", or keeps
+            no best checkpoint; no warning is given then.
         state_was_loaded: whether the state has come back with the model's weights; see ``state_in``.
     """
 

@@ -152,8 +152,8 @@ class LoopHooks(Bound):
         if done == "removed" and now is not None and not self.best_begins_anew:  # without an epoch, nothing was before
             self.best_begins_anew = True
             logger.warning(
-                "best: channels were removed, so an earlier best checkpoint is of the larger model. Allowed: begin the "
-                "best metric anew where prune returns 'removed'; pruner.best_begins_anew = True says that it does"
+                "best: channels were removed: begin the best metric anew. Done, or none is kept: "
+                "pruner.best_begins_anew = True"
             )
         return done
 
