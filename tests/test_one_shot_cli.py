@@ -12,7 +12,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from pruningawaretraining import load_pruned
+from pruningawaretraining import count_macs, load_pruned
 from pruningawaretraining.cli.main import app
 from pruningawaretraining.experiment.models import digits_resnet
 from pruningawaretraining.experiment.schema import load_experiment
@@ -96,6 +96,9 @@ def test_channels_too(experiment, tmp_path):
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "oneshot.json").read_text())["rows"]
     assert rows[1]["parameters"] < rows[0]["parameters"]
+    assert rows[0]["macs"] == count_macs(digits_resnet(), torch.zeros(1, 1, 8, 8)), "of one image"
+    assert rows[1]["macs"] < rows[0]["macs"]
+    assert "MACs" in done.output and "6.57M" in done.output
 
 
 def test_a_recipe_of_several_modifiers_prunes_each_to_its_own_target(experiment, tmp_path):

@@ -169,6 +169,9 @@ def test_rules_that_remove_nothing_are_refused() -> None:
         ("m --latency 0.5 0.33 --macs 0.4 1e-1", "m --latency 0.5 --latency 0.33 --macs 0.4 --macs 1e-1"),
         ("--latency=0.5 0.33 m", "--latency=0.5 --latency 0.33 m"),
         ("--latency 0.5 m 0.3 --out 3 4", "--latency 0.5 m 0.3 --out 3 4"),
+        ("m --latency 0.5,0.33 --out 3,4", "m --latency 0.5 --latency 0.33 --out 3,4"),
+        ("--latency 0.5, 0.33, m,3 --macs=0.4,0.3", "--latency 0.5 --latency 0.33 m,3 --macs=0.4 --macs 0.3"),
+        ("--latency 0.5,a", "--latency 0.5,a"),
     ],
 )
 def test_options_take_several_numbers(given: str, meant: str) -> None:

@@ -47,10 +47,11 @@ class Commands(_PlainFlags, TyperGroup):
 
 
 def spread(args: Sequence[str], repeated: Collection[str]) -> list[str]:
-    """``--latency 0.5 0.33`` as ``--latency 0.5 --latency 0.33``, for the options that may be repeated."""
+    """``--latency 0.5 0.33`` as ``--latency 0.5 --latency 0.33``, for the options that may be repeated; commas may stand
+    between the numbers."""
     found: list[str] = []
     option, values = "", 0
-    for one in args:
+    for one in _without_commas(args, repeated):
         if one.startswith("--"):
             name, equals, _ = one.partition("=")
             option, values = name if name in repeated else "", len(equals)
@@ -62,6 +63,22 @@ def spread(args: Sequence[str], repeated: Collection[str]) -> list[str]:
             values = 1
         found.append(one)
     return found
+
+
+def _without_commas(args: Sequence[str], repeated: Collection[str]) -> Iterator[str]:
+    """The arguments, with lists such as ``0.5,0.33`` behind a repeated option as numbers of their own."""
+    listed = False
+    for one in args:
+        name, equals, value = one.partition("=")
+        if one.startswith("--"):
+            listed = name in repeated
+        start = f"{name}=" if listed and equals and one.startswith("--") else ""
+        parts = [part for part in (value if start else one).split(",") if part]
+        if listed and parts and all(map(_is_number, parts)):
+            yield start + parts[0]
+            yield from parts[1:]
+        else:
+            yield one
 
 
 def _is_number(text: str) -> bool:

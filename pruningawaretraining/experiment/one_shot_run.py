@@ -20,6 +20,7 @@ from torch import nn
 from pruningawaretraining.checkpoint.pruned import save_pruned
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.costs.macs import count_macs
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment.build import build_model
 from pruningawaretraining.experiment.calibration import SourceBatches, TrainingBatches, loss_of
@@ -29,6 +30,7 @@ from pruningawaretraining.experiment.run import find_device
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.tracking import tracked
 from pruningawaretraining.registry import build
+from pruningawaretraining.report.summary import si
 from pruningawaretraining.report.svg import Guide, LineChart, Series, line_chart, standalone
 from pruningawaretraining.session.one_shot import AfterPruning, accuracy, one_shot
 
@@ -68,7 +70,7 @@ def run_one_shot(config: ExperimentConfig, options: OneShotOptions) -> list[dict
 
     Returns:
         A row for the dense model and one for each sparsity: "sparsity", "zeros" (of all weights of more than one
-        dimension), "parameters" and "accuracy" on the test images. Also written to ``oneshot.json`` and pictures.
+        dimension), "parameters", "macs" of one image and "accuracy" on the test images. Also written to ``oneshot.json`` and pictures.
 
     Raises:
         ConfigError: sparsities for several rules, or anything that the config gets wrong.
@@ -134,6 +136,7 @@ def _row(sparsity: float, model: nn.Module, test: SourceBatches) -> dict[str, An
         "sparsity": sparsity,
         "zeros": round(zeros_of(model), 4),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "macs": count_macs(model, next(iter(test))[0][:1]),
         "accuracy": round(accuracy(model, test), 4),
     }
 
@@ -167,9 +170,10 @@ def _percent(value: float) -> str:
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows for a terminal."""
-    table = Table("", "sparsity", "zeros", "parameters", "accuracy", box=box.SIMPLE)
+    table = Table("", "sparsity", "zeros", "parameters", "MACs", "accuracy", box=box.SIMPLE)
     for number, row in enumerate(rows):
         name = "pruned" if number else "dense"
         level, zeros = f"{row['sparsity']:.4g}" if number else "", f"{row['zeros']:.1%}"
-        table.add_row(name, level, zeros, f"{row['parameters']:,}", f"{row['accuracy']:.2%}")
+        counts = (f"{row['parameters']:,}", si(row["macs"]))
+        table.add_row(name, level, zeros, *counts, f"{row['accuracy']:.2%}")
     return table
