@@ -47,8 +47,10 @@ class Commands(_PlainFlags, TyperGroup):
 
 
 def spread(args: Sequence[str], repeated: Collection[str]) -> list[str]:
-    """``--latency 0.5 0.33`` as ``--latency 0.5 --latency 0.33``, for the options that may be repeated; commas may stand
-    between the numbers."""
+    """``--latency 0.5 0.33`` as ``--latency 0.5 --latency 0.33``, for the options that may be repeated.
+
+    Commas may stand between the numbers: ``--latency 0.5,0.33``.
+    """
     found: list[str] = []
     option, values = "", 0
     for one in _without_commas(args, repeated):

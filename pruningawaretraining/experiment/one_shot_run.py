@@ -70,7 +70,8 @@ def run_one_shot(config: ExperimentConfig, options: OneShotOptions) -> list[dict
 
     Returns:
         A row for the dense model and one for each sparsity: "sparsity", "zeros" (of all weights of more than one
-        dimension), "parameters", "macs" of one image and "accuracy" on the test images. Also written to ``oneshot.json`` and pictures.
+        dimension), "parameters", "macs" of one image and "accuracy" on the test images. Also written to
+        ``oneshot.json`` and pictures.
 
     Raises:
         ConfigError: sparsities for several rules, or anything that the config gets wrong.
