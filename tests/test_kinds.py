@@ -136,6 +136,24 @@ def test_the_share_of_macs_that_stays_is_said_once(caplog: pytest.LogCaptureFixt
     )
 
 
+class Repeated(nn.Module):
+    """Blocks alike, each of which keeps its channels for one reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.blocks = nn.ModuleDict({f"block_{number}": Mostly() for number in range(5)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([one(self.first(x)[:, :3]) for one in self.blocks.values()]).sum(0)
+
+
+def test_blocks_that_stay_for_one_reason_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    Pruning(Repeated(), HALF, example_inputs=torch.randn(1, 3, 4, 4))
+    (said,) = [one.getMessage() for one in caplog.records if "keep all their channels" in one.getMessage()]
+    assert said.count("reaches a softmax") == 1 and "blocks.block_*.b (5 layers): reaches a softmax" in said
+
+
 class Softmaxed(Literal):
     def forward(self, x: Tensor) -> Tensor:
         return self.o(self.a(x).softmax(1))

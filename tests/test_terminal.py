@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import OrderedDict
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from pruningawaretraining import Pruning
+from pruningawaretraining import Pruning, load_config
+from pruningawaretraining.cli.common import OF_REST, reported
 from pruningawaretraining.cli.main import app
+from pruningawaretraining.experiment.inspection import Inspected
+from pruningawaretraining.experiment.model_tree import tree_view
 from pruningawaretraining.report.summary import Report, render, wrapped_name
 
 LONG = "encoder.layers.encoder_layer_11.self_attention.out_proj"
 HALF = {"rules": [{"target": {"macs": 0.5}}]}
+SOME = {"rules": [{"target": {"sparsity": 0.25}}]}
 
 
 def pat(*arguments: str) -> str:
@@ -75,6 +80,38 @@ def test_inspect_shows_a_tree_with_widths_sets_and_what_stays() -> None:
     assert "├─ " in text and "└─ " in text and "****" not in text
     first = [line for line in lines if re.search(r"conv2 +32 +32 +1 ", line)]
     assert len(first) == 2  # both blocks of the first stage end in the stream that conv1 begins
+
+
+class Attends(nn.Module):
+    """An attention, which computes more than the layers in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend, self.read = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.attend(x, x, x, need_weights=False)[0].mean(1))
+
+
+def mixed() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), Attends())
+
+
+def test_inspect_counts_what_an_attention_computes_itself_and_warns_of_nothing_that_it_lists() -> None:
+    model = Inspected(mixed(), torch.zeros(1, 5, 8), load_config(SOME))
+    shares = re.findall(r"([\d.]+)%", render(tree_view(model, 80), 80))
+    assert sum(map(float, shares)) == pytest.approx(100, abs=0.5), "all MACs are in the table"
+    assert "keep all their channels" not in pat("inspect", "test_terminal:mixed", "--input-shape", "1,5,8")
+
+
+def test_a_command_says_once_what_stays(caplog: pytest.LogCaptureFixture) -> None:
+    for lists_rest, times in ((False, 1), (True, 0), (False, 1)):
+        caplog.clear()
+        with reported(debug=False, lists_rest=lists_rest):
+            for _ in range(2):
+                Pruning(mixed(), SOME, example_inputs=torch.zeros(1, 5, 8))
+        assert caplog.text.count("keep all their channels") == times
+    assert not logging.getLogger(OF_REST).filters
 
 
 def test_inspect_says_what_a_batch_is() -> None:

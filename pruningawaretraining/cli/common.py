@@ -102,6 +102,8 @@ class App(typer.Typer):
         return super().command(*arguments, **{"cls": Command, **options})
 
 
+OF_REST = "pruningawaretraining.masks.unprunable"
+"""The logger that warns of layers that keep all their channels."""
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
@@ -170,18 +172,28 @@ def _in_terms_of_commands(text: str, shaped: bool) -> str:
 
 
 @contextlib.contextmanager
-def reported(debug: bool, shaped: bool = False) -> Iterator[None]:
+def reported(debug: bool, shaped: bool = False, lists_rest: bool = False) -> Iterator[None]:
     """Turn what the user can mend into lines on stderr and an exit code.
 
     Args:
         debug: show the traceback too.
         shaped: whether the command has the option ``--input-shape``.
+        lists_rest: whether it lists the layers that stay itself, so that nothing need warn of them.
     """
     from pruningawaretraining.errors import PruningError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("pruningawaretraining").setLevel(logging.DEBUG if debug else logging.WARNING)
+    logger, said = logging.getLogger(OF_REST), set[str]()
+    logger.setLevel(logging.ERROR if lists_rest and not debug else logging.NOTSET)
     errors = Console(stderr=True)
+
+    def is_new(record: logging.LogRecord) -> bool:  # a run makes several pruners of one model
+        seen = record.getMessage() in said
+        said.add(record.getMessage())
+        return not seen
+
+    logger.addFilter(is_new)
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -193,6 +205,9 @@ def reported(debug: bool, shaped: bool = False) -> Iterator[None]:
         for line in _in_terms_of_commands(str(error), shaped).splitlines() or [type(error).__name__]:
             errors.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(BAD_INPUT) from None
+    finally:
+        logger.removeFilter(is_new)
+        logger.setLevel(logging.NOTSET)
 
 
 MEASURING = "pruningawaretraining.costs.latency.meter.progress"

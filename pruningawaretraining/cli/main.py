@@ -132,7 +132,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Print a model's layers as a tree: widths, which are coupled, MACs, and which stay and why."""
-    with reported(debug, shaped=True):
+    with reported(debug, shaped=True, lists_rest=True):
         from pruningawaretraining.experiment.inspection import groups_picture, groups_text, layers_table, load_inspected
         from pruningawaretraining.experiment.model_tree import tree_view
         from pruningawaretraining.experiment.shipped import named

@@ -29,7 +29,7 @@ def new(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the library's log.")] = False,
 ) -> None:
     """Write a commented experiment for a model: its layers, and when to start and end pruning."""
-    with reported(debug, shaped=True):
+    with reported(debug, shaped=True, lists_rest=True):
         from pruningawaretraining.errors import ConfigError
         from pruningawaretraining.experiment.inspection import load_inspected
         from pruningawaretraining.experiment.new_config import NewConfig, new_config

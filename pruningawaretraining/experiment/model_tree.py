@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruningawaretraining.costs.macs import macs_per_layer
 from pruningawaretraining.experiment.inspection import Inspected, has_channels
+from pruningawaretraining.masks.unprunable import by_reason
 from pruningawaretraining.models.example_inputs import batch_of
 from pruningawaretraining.report.summary import percent, si, wrapped_name
 from pruningawaretraining.session.pruning import Pruning
 
-MOST_NAMED, MOST_LIKE = 8, 3
-"""Layers that are named with one reason; of more than so many, those of like names are one."""
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-"""Of a block, in the middle of a layer's name."""
 HEADINGS = ("in", "out", "set", "MACs", "of all", "parameters")
 
 
@@ -60,11 +55,17 @@ def tree_view(inspected: Inspected, width: int = 80) -> Group:
         if any(one.dim() > 1 for one in own):
             row = widths.get(name, {})
             number = number_of.get(str(row.get("set") or name))
-            cost = macs.get(name, 0) if not list(module.children()) else 0
+            cost = _own_macs(name, module, macs)
             cells = (row.get("dense_in") or "–", row.get("dense_out") or "–", number or "stays")
             shares = (si(cost), percent(cost / (macs[""] or 1)), si(sum(one.numel() for one in own)))
             _place(root, name).cells = (*map(str, cells), *shares)
     return Group(_summary(inspected, macs[""], len(sets)), _table(root, width), *_stays(skipped))
+
+
+def _own_macs(name: str, module: nn.Module, macs: Mapping[str, int]) -> int:
+    """MACs that a module computes itself, such as an attention: its own less those of its children."""
+    inside = sum(macs[f"{name}.{child}" if name else child] for child, _ in module.named_children())
+    return max(macs[name] - inside, 0)
 
 
 def _place(root: _Node, name: str) -> _Node:
@@ -119,30 +120,3 @@ def _stays(skipped: Mapping[str, str]) -> list[Text]:
     """Which layers stay as they are, by reason."""
     lines = [f"  {reason}: {names}" for reason, names in by_reason(skipped)]
     return [Text("\n".join(["Stay as they are:", *lines]))] if lines else []
-
-
-def by_reason(skipped: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Each reason once, with the layers that it is given for; blocks that differ in their number alone are ``*``.
-
-    Args:
-        skipped: layer -> why it stays.
-    """
-    found: dict[str, list[str]] = {}
-    for name, reason in skipped.items():
-        found.setdefault(_NUMBER.sub("*", reason), []).append(name)
-    return [(_common({skipped[name] for name in names}, like), _named(names)) for like, names in found.items()]
-
-
-def _common(reasons: set[str], like: str) -> str:
-    """The reason itself if there is one alone, else what is common to them."""
-    return reasons.pop() if len(reasons) == 1 else like
-
-
-def _named(names: Sequence[str]) -> str:
-    """Names in a line; of many, blocks of like names as one: ``blocks.*.attn.qkv (12 layers)``."""
-    if len(names) > MOST_LIKE:
-        like = Counter(_NUMBER.sub("*", name) for name in names)
-        one_of = {_NUMBER.sub("*", name): name for name in names}
-        names = [one_of[key] if count == 1 else f"{key} ({count} layers)" for key, count in like.items()]
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

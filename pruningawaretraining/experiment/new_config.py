@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pruningawaretraining.engine.coupled_rules import set_of_layer
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment.inspection import Inspected
-from pruningawaretraining.experiment.model_tree import by_reason
+from pruningawaretraining.masks.unprunable import by_reason
 from pruningawaretraining.registry import canonical
 from pruningawaretraining.session.pruning import Pruning
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,6 +19,10 @@ logger = logging.getLogger(__name__)
 LEAST = 0.05
 """A smaller share of the MACs is not worth a warning."""
 SHOWN = 3
+MOST_NAMED, MOST_LIKE = 8, 3
+"""Layers that are named with one reason; of more than so many, those of like names are one."""
+_NUMBER = re.compile(r"(?<=[._])\d+(?=[. ])")
+"""Of a block, inside a layer's name."""
 
 
 def warn_of_rest(
@@ -39,14 +45,15 @@ def warn_of_rest(
     }
     if not stay:
         return
-    whole = _outermost({name for name in stay if not any(_is_in(one, name) for one in pruned)})
+    whole = _outermost([name for name in stay if not any(_is_in(one, name) for one in pruned)])
     counts = macs_per_layer(model, inputs, forward_fn)
     share = sum(counts.get(name, 0) for name in whole) / max(counts[""], 1)
     if share < LEAST:
         return
     order = sorted(whole, key=lambda name: -counts.get(name, 0))
-    shown = "; ".join(f"{name}: {stay[name]}" for name in order[:SHOWN])
-    more = f"; and {len(order) - SHOWN} more (pat inspect shows all)" if len(order) > SHOWN else ""
+    reasons = by_reason({name: stay[name] for name in order})
+    shown = "; ".join(f"{names}: {reason}" for reason, names in reasons[:SHOWN])
+    more = "; and others (pat inspect shows all)" if len(reasons) > SHOWN else ""
     logger.warning("layers with %.0f%% of the MACs keep all their channels. %s%s", 100 * share, shown, more)
 
 
@@ -57,3 +64,30 @@ def _is_in(name: str, module: str) -> bool:
 def _outermost(names: Collection[str]) -> list[str]:
     """Those that are in none of the others: the MACs of a module are with those of its children."""
     return [one for one in names if not any(other != one and _is_in(one, other) for other in names)]
+
+
+def by_reason(skipped: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Each reason once, with the layers that it is given for; blocks that differ in their number alone are ``*``.
+
+    Args:
+        skipped: layer -> why it stays.
+    """
+    found: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        found.setdefault(_NUMBER.sub("*", reason), []).append(name)
+    return [(_common({skipped[name] for name in names}, like), _named(names)) for like, names in found.items()]
+
+
+def _common(reasons: set[str], like: str) -> str:
+    """The reason itself if there is one alone, else what is common to them."""
+    return reasons.pop() if len(reasons) == 1 else like
+
+
+def _named(names: Sequence[str]) -> str:
+    """Names in a line; of many, blocks of like names as one: ``blocks.*.attn.qkv (12 layers)``."""
+    if len(names) > MOST_LIKE:
+        like = Counter(_NUMBER.sub("*", name) for name in names)
+        one_of = {_NUMBER.sub("*", name): name for name in names}
+        names = [one_of[key] if count == 1 else f"{key} ({count} layers)" for key, count in like.items()]
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
