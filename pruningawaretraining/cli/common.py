@@ -172,6 +172,32 @@ def _in_terms_of_commands(text: str, shaped: bool) -> str:
 
 
 @contextlib.contextmanager
+def _warnings_once() -> Iterator[None]:
+    """Let each warning of the library pass once: a command makes several pruners of one model."""
+    filters = [(handler, _once()) for handler in logging.getLogger().handlers]
+    for handler, is_new in filters:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler, is_new in filters:
+            handler.removeFilter(is_new)
+
+
+def _once() -> Callable[[logging.LogRecord], bool]:
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING or not record.name.startswith("pruningawaretraining"):
+            return True
+        seen = record.getMessage() in said
+        said.add(record.getMessage())
+        return not seen
+
+    return is_new
+
+
+@contextlib.contextmanager
 def reported(debug: bool, shaped: bool = False, lists_rest: bool = False) -> Iterator[None]:
     """Turn what the user can mend into lines on stderr and an exit code.
 
@@ -184,18 +210,11 @@ def reported(debug: bool, shaped: bool = False, lists_rest: bool = False) -> Ite
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("pruningawaretraining").setLevel(logging.DEBUG if debug else logging.WARNING)
-    logger, said = logging.getLogger(OF_REST), set[str]()
-    logger.setLevel(logging.ERROR if lists_rest and not debug else logging.NOTSET)
+    logging.getLogger(OF_REST).setLevel(logging.ERROR if lists_rest and not debug else logging.NOTSET)
     errors = Console(stderr=True)
-
-    def is_new(record: logging.LogRecord) -> bool:  # a run makes several pruners of one model
-        seen = record.getMessage() in said
-        said.add(record.getMessage())
-        return not seen
-
-    logger.addFilter(is_new)
     try:
-        yield
+        with _warnings_once():
+            yield
     except KeyboardInterrupt as stop:
         errors.print("; ".join(["interrupted", *map(str, stop.args)]), highlight=False, markup=False)
         raise typer.Exit(INTERRUPTED if type(stop) is KeyboardInterrupt else TERMINATED) from stop
@@ -206,8 +225,7 @@ def reported(debug: bool, shaped: bool = False, lists_rest: bool = False) -> Ite
             errors.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(BAD_INPUT) from None
     finally:
-        logger.removeFilter(is_new)
-        logger.setLevel(logging.NOTSET)
+        logging.getLogger(OF_REST).setLevel(logging.NOTSET)
 
 
 MEASURING = "pruningawaretraining.costs.latency.meter.progress"
