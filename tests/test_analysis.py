@@ -8,6 +8,7 @@ import io
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,19 @@ def test_comparison_has_every_run_and_its_numbers(tmp_path: Path) -> None:
             assert int(row[key]) == sum(int(one[key]) for one in parts)
 
 
+@pytest.mark.parametrize(("seed", "beside"), [(0, True), (1, False)])
+def test_runs_that_are_trained_alike_have_one_dense_model(seed: int, beside: bool, tmp_path: Path) -> None:
+    """As a sweep's: the first has trained it. Another seed gives another dense model."""
+    alone = {"macs": 2, "parameters": 2}
+    report_fixture.write_run(
+        tmp_path / "other", dense=alone, config={"seed": seed, "name": "b", "dense_baseline": False}
+    )
+    report_fixture.write_run(tmp_path / "first", config={"seed": 0, "name": "a", "dense_baseline": True})
+    other, first = load_sources([tmp_path / "other", tmp_path / "first"])
+    assert first.run.summary["dense"]["accuracy"] == 0.9889
+    assert other.run.summary["dense"] == (alone | {"accuracy": 0.9889} if beside else alone)
+
+
 def test_advice_takes_the_accuracy_into_account() -> None:
     runs = []
     for name, near, accuracy in (("strong", 60, 0.80), ("middle", 40, 0.95), ("weak", 0, 0.96)):
@@ -291,6 +305,20 @@ def test_an_accuracy_holds_against_the_dense_baseline() -> None:
     assert "27.50%, 0.50 points below its dense model" in found
     unknown = compare.advice([of_accuracy("strong", 0, 0.8), of_accuracy("weak", 0, 0.96)])
     assert "no dense model to compare with" in unknown
+
+
+@pytest.mark.parametrize(
+    ("weak", "strong", "direction"),
+    [(0.2, 0.1, "Try a weaker regulariser, a m"), (0.1, 0.2, "Try a stronger regulariser, a m"), (0.1, 0.1, "Try a m")],
+)
+def test_what_to_try_follows_from_the_runs(weak: float, strong: float, direction: str) -> None:
+    runs = [
+        replace(of_accuracy(f"{strength}", 0, accuracy, 0.9), strength=strength)
+        for strength, accuracy in ((1e-3, weak), (1e-1, strong))
+    ]
+    assert direction in compare.advice(runs)
+    page = compare.page(runs, "two")
+    assert all("regularise longer" not in one["reason"] for one in page["runs"]), "one advice, of all runs"
 
 
 def test_a_single_checkpoint_says_nothing_of_time() -> None:

@@ -73,6 +73,8 @@ def test_advice_without_a_gap_depends_on_the_accuracy(accuracy: float | None, en
     summary = {"dense": {"accuracy": 0.99}, "pruned": {"accuracy": accuracy}}
     one = compared("a", run_of(DENSE, summary))
     assert not one.choice.separated and told(one).endswith(ending)
+    beside = told(one, alone=False)
+    assert "regularise" not in beside and (accuracy is None or f"ended at {accuracy:.2%}" in beside)
     assert start_of(one.choice) == "–"  # norms that have not fallen apart speak for no epoch
     assert json.loads(json.dumps(numbers(one)))["effect"]["control"][1] == [1, pytest.approx(0.25)]
 

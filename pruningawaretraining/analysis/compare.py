@@ -98,12 +98,12 @@ def rows_of(one: Compared) -> list[dict[str, Any]]:
 def page(runs: Sequence[Compared], title: str) -> dict[str, Any]:
     """Everything that the template shows."""
     names = list(dict.fromkeys(name for one in runs for name in _sets(one.run)))
-    sides = _sides(runs, names[:MOST_SETS])
+    sides, together = _sides(runs, names[:MOST_SETS]), advice(runs)
     return {
         "title": title,
         "version": __version__,
-        "runs": [_row(one, number) for number, one in enumerate(runs)],
-        "advice": advice(runs),
+        "runs": [_row(one, number, not together) for number, one in enumerate(runs)],
+        "advice": together,
         "curves": [
             figure
             for figure in (
@@ -133,7 +133,7 @@ def advice(runs: Sequence[Compared]) -> str:
     known = [(one, loss) for one, loss in zip(runs, losses, strict=True) if loss is not None]
     if known and not any(_holds(loss) for _, loss in known):
         told = "; ".join(f"{one.name} is at {_against(one, loss)}" for one, loss in known)
-        return f"Accuracy holds in none of them: {told}. Try a weaker regulariser, a milder target, or more epochs."
+        return f"Accuracy holds in none of them: {told}. Try {_direction(known)}a milder target, or more epochs."
     apart = [one for one in good if one.choice.separated]
     if apart:
         chosen = max(apart, key=lambda one: (one.choice.share, one.choice.settled))
@@ -147,6 +147,15 @@ def advice(runs: Sequence[Compared]) -> str:
     if loss is None:
         return f"{chosen.name}: {text}."
     return f"{chosen.name}: {text}. Accuracy {_against(chosen, loss)}."
+
+
+def _direction(known: Sequence[tuple[Compared, float]]) -> str:
+    """``"a weaker regulariser, "`` where the weakest of several kept the most accuracy, and the other way round."""
+    losses = {one.strength: loss for one, loss in known if one.strength is not None}
+    if len(losses) < 2 or len(set(losses.values())) < 2:
+        return ""
+    best = min(losses, key=lambda strength: losses[strength])
+    return {min(losses): "a weaker regulariser, ", max(losses): "a stronger regulariser, "}.get(best, "")
 
 
 def _losses(runs: Sequence[Compared]) -> list[float | None]:
@@ -183,7 +192,7 @@ def _subject(run: Run) -> str:
     return json.dumps([model, data], sort_keys=True) if model or data else ""
 
 
-def _row(one: Compared, number: int) -> dict[str, Any]:
+def _row(one: Compared, number: int, alone: bool) -> dict[str, Any]:
     choice = one.choice
     return {
         "name": one.name,
@@ -194,7 +203,7 @@ def _row(one: Compared, number: int) -> dict[str, Any]:
         "threshold": f"{choice.threshold:.2g}",
         "share": choice.share,
         "gap": f"{100 * choice.depth:.0f}% deep" if choice.separated else "none",
-        "reason": told(one),
+        "reason": told(one, alone),
         **reached(one.run),
     }
 
@@ -214,8 +223,13 @@ def start_of(choice: Choice) -> str:
     return "–" if choice.epoch is None or not choice.separated else str(choice.epoch)
 
 
-def told(one: Compared) -> str:
-    """What a run's norms say, what the regulariser did against the dense model, and what came of it, in sentences."""
+def told(one: Compared, alone: bool = True) -> str:
+    """What a run's norms say, what the regulariser did against the dense model, and what came of it, in sentences.
+
+    Args:
+        one: the run.
+        alone: whether to say what to try next; of several runs, :func:`advice` does.
+    """
     found, loss = reached(one.run), _losses([one])[0]
     text = " ".join(part for part in (one.choice.reason, effect_text(one.effect)) if part)
     if one.choice.separated or not _ended(one.run) or found["dense_accuracy"] is None or loss is None:
@@ -223,6 +237,8 @@ def told(one: Compared) -> str:
     against = f"Pruned, the run ended at {_against(one, loss)}"
     if _holds(loss):
         return f"{text} {against}: the ranking chose well without a gap."
+    if not alone:
+        return f"{text} {against}."
     return f"{text} {against}: regularise longer or more strongly, prune less, or train longer afterwards."
 
 

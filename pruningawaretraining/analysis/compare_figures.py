@@ -53,6 +53,16 @@ def compared(name: str, run: Run, link: str = "") -> Compared:
     return Compared(name, run, strength_of(run), choose(run), link, found)
 
 
+def with_dense_of(run: Run, other: Run) -> Run:
+    """A run without a dense baseline beside the baseline of another; one that has its own stays as it is."""
+    own = run.summary.get("dense") or {}
+    if own.get("accuracy") is not None:
+        return run
+    dense = {**own, "accuracy": (other.summary.get("dense") or {}).get("accuracy")}
+    control = {key: value for key, value in other.norms.items() if key == "dense"}
+    return replace(run, summary={**run.summary, "dense": dense}, norms={**run.norms, **control})
+
+
 def strength_of(run: Run) -> float | None:
     """The strength of the first regulariser in a run's config, or None."""
     config: Any = run.summary.get("config")

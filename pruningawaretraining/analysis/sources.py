@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 from torch import nn
 
 from pruningawaretraining.analysis.checkpoints import find_checkpoints
-from pruningawaretraining.analysis.compare_figures import Compared, compared
+from pruningawaretraining.analysis.compare_figures import Compared, compared, with_dense_of
 from pruningawaretraining.analysis.norms import Build, Track, run_of, scan, scan_each
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.experiment.inspection import load_inspected
 from pruningawaretraining.files import reading
-from pruningawaretraining.report.run import NORMS, REPORT, load_run
+from pruningawaretraining.report.run import NORMS, REPORT, Run, load_run
+
+OF_A_RUN = ("name", "out", "pruning", "dense_baseline", "device", "threads", "latency", "onnx")
+"""Keys of an experiment that do not change its dense baseline."""
 
 
 def load_sources(
@@ -56,8 +60,33 @@ def load_sources(
     files = [one for one in found if isinstance(one, Path)]
     each = iter(scan_each(files, builder(model, input_shape, files[0]), track or iter) if files else ())
     return _named_apart(
-        [compared(one.name, run_of(one.name, next(each))) if isinstance(one, Path) else one for one in found]
+        _beside_one_dense_model(
+            [compared(one.name, run_of(one.name, next(each))) if isinstance(one, Path) else one for one in found]
+        )
     )
+
+
+def _beside_one_dense_model(runs: Sequence[Compared]) -> list[Compared]:
+    """Runs that differ in their pruning alone have one dense baseline: of a sweep, the first has trained it."""
+    owners = {_trained_as(one.run): one.run for one in reversed(runs) if _has_dense(one.run)}
+    return [
+        one
+        if _has_dense(one.run) or (owner := owners.get(_trained_as(one.run))) is None
+        else compared(one.name, with_dense_of(one.run, owner), one.link)
+        for one in runs
+    ]
+
+
+def _has_dense(run: Run) -> bool:
+    return (run.summary.get("dense") or {}).get("accuracy") is not None
+
+
+def _trained_as(run: Run) -> str:
+    """How a run trains, without its pruning, as text; no two runs are alike of which it is not known."""
+    config = run.summary.get("config")
+    if not isinstance(config, Mapping):
+        return f"unknown {id(run)}"
+    return json.dumps({key: value for key, value in config.items() if key not in OF_A_RUN}, sort_keys=True)
 
 
 def builder(model: str | None, input_shape: Sequence[int] | None, source: Path) -> Build:

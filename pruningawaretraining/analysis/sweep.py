@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from pruningawaretraining.analysis.compare import write_comparison
-from pruningawaretraining.analysis.compare_figures import Compared, compared
+from pruningawaretraining.analysis.compare_figures import Compared, compared, with_dense_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.experiment import record
@@ -92,8 +92,6 @@ def with_strength(rule: Rule, strength: float) -> Rule:
 def _read(folder: Path, below: Path, first: Compared | None) -> Compared:
     """A finished run; one without a baseline is compared with the baseline of the first."""
     run = load_run(folder)
-    if first is not None and not (run.summary.get("dense") or {}).get("accuracy"):
-        dense = {**(run.summary.get("dense") or {}), "accuracy": (first.run.summary.get("dense") or {}).get("accuracy")}
-        control = {key: value for key, value in first.run.norms.items() if key == "dense"}
-        run = replace(run, summary={**run.summary, "dense": dense}, norms={**run.norms, **control})
+    if first is not None:
+        run = with_dense_of(run, first.run)
     return compared(folder.name, run, f"{folder.relative_to(below)}/{record.REPORT}")

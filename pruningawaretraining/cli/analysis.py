@@ -81,10 +81,11 @@ def _print_choices(runs: Sequence[Compared], console: Console) -> None:
             Text(one.name), strength, start_of(choice), f"{choice.threshold:.2g}", f"{choice.share:.1%}", shown
         )
     console.print(table)
+    together = advice(runs)
     for one in runs:
-        console.print(f"{one.name}: {told(one)}", highlight=False, markup=False, soft_wrap=True)
-    if advice(runs):
-        console.print(f"Of these: {advice(runs)}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{one.name}: {told(one, not together)}", highlight=False, markup=False, soft_wrap=True)
+    if together:
+        console.print(f"Of these: {together}", highlight=False, markup=False, soft_wrap=True)
 
 
 def sweep(
