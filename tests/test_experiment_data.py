@@ -43,6 +43,11 @@ def test_digits_are_split_once_and_for_all() -> None:
     assert int(everything.max()) == 255 and len(everything) == 1797
 
 
+def test_a_folder_that_digits_would_not_read_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^data.root: 'images' has no effect: 'digits' comes with scikit-learn"):
+        load_data(DataConfig(name="digits", root="images"))
+
+
 RNG = np.random.default_rng(0)
 GREY, COLOUR = (RNG.integers(0, 256, shape, dtype=np.uint8) for shape in ((20, 6, 5), (20, 6, 5, 3)))
 LABELS = np.arange(20) % 4

@@ -73,6 +73,11 @@ def digits(config: DataConfig) -> DataSet:
     """1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships (Alpaydin and Kaynak 1998); 500 for testing."""
     from sklearn.datasets import load_digits
 
+    if config.root is not None:
+        raise ConfigError(
+            f"data.root: {config.root!r} has no effect: 'digits' comes with scikit-learn. Allowed: none, or another "
+            "data.name (imagefolder, npz, CIFAR10, ...)"
+        )
     pack = load_digits()
     images = np.round(pack.images * (255 / 16)).astype(np.uint8)
     labels = pack.target.astype(np.int64)
