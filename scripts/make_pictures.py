@@ -2,7 +2,7 @@
 
 pat demo
 pat analyze runs/demo
-pat sweep demo --reg 3e-2 3e-3 3e-4
+pat sweep CONFIG --reg 3e-3 2e-3 2e-4, where CONFIG is configs/demo.yaml with `alpha: 8` in its regulariser
 pat sensitivity demo --weights runs/demo/dense.safetensors --out runs/demo/sensitivity.json
 python scripts/make_pictures.py runs/demo runs/demo-sweep
 """
@@ -53,7 +53,7 @@ def shots(run: Path, sweep: Path) -> dict[str, Shot]:
         "report.png": Shot(report, 1080, 1500),
         "report-dark.png": Shot(report, 1080, 1000, dark=True),
         "analyze.png": Shot(run / "analysis.html", 1080, 1440),
-        "sweep-demo.png": Shot(sweep / "sweep.html", 1080, 1690),
+        "sweep-demo.png": Shot(sweep / "sweep.html", 1080, 1880),
         "sensitivity.png": Shot(run / "sensitivity.html", 880, 690),
     }
 
