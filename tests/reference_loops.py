@@ -70,8 +70,9 @@ class TimmRun:
         if rank() == 0:
             folder.mkdir(exist_ok=True)
             self.saver = utils.CheckpointSaver(
-                self.model, self.optimizer, checkpoint_dir=str(folder), recovery_dir=str(folder), task=self.task
-            )
+                self.model, self.optimizer, checkpoint_dir=str(folder), recovery_dir=str(folder), task=self.task,
+                max_history=3,  # full at the removal, of better and dense ones
+            )  # fmt: skip
         self.scheduler, _ = create_scheduler_v2(self.optimizer, sched="cosine", num_epochs=EPOCHS, warmup_epochs=1)
         self.scheduler.step(self.first)
 
@@ -90,7 +91,7 @@ class TimmRun:
                 self.optimizer.zero_grad()
                 self.task.update_ema()
             if self.pruner.prune(self.model, epoch) == "removed" and self.saver is not None:
-                self.saver.best_metric = None
+                self.saver.best_metric, self.saver.checkpoint_files = None, []
             self.model = self.pruner.rewrap(self.model)
             if self.saver is not None:
                 self.saver.save_checkpoint(epoch, metric=1.0 - epoch / 10)  # ever worse

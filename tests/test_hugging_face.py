@@ -73,6 +73,24 @@ def test_from_pretrained_loads_the_pruned_model(family: str, tmp_path: Any) -> N
     assert torch.allclose(logits_of(again, inputs), logits_of(model, inputs), atol=1e-5)
 
 
+def test_the_pruners_state_in_the_weights_is_no_layer(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """As in our callbacks: equal widths are said by the config, and others by their numbers."""
+    for rule, said in (({"widths": "uniform"}, ""), ({"target": {"sparsity": 0.33}, "scope": "global"}, "48 became ")):
+        model, inputs = built("bert")
+        pruner = Pruning(model, {"rules": [{"layers": [MLP], "target": {"sparsity": 0.3}, **rule}]}, example_inputs=inputs)
+        handle = pruner.state_in(model)
+        with caplog.at_level(logging.WARNING):
+            caplog.clear()
+            assert pruner.prune() == "removed"
+        assert "layers are gone" not in caplog.text and said in caplog.text and bool(said) == bool(caplog.text)
+        if not said:
+            handle.remove()
+            model.save_pretrained(tmp_path)
+            assert torch.allclose(
+                logits_of(type(model).from_pretrained(tmp_path).eval(), inputs), logits_of(model, inputs), atol=1e-5
+            )
+
+
 def test_heads_with_a_size_of_their_own(tmp_path: Any) -> None:
     model, inputs = pruned("llama", pattern="head", layers=None, target={"sparsity": 0.5})
     assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (2, 1)

@@ -13,6 +13,7 @@ from pruningawaretraining import Pruning
 from pruningawaretraining.criteria import input_moments as moments
 from pruningawaretraining.criteria.input_moments import ActivationCollector
 from pruningawaretraining.distributed.ddp import outdated
+from pruningawaretraining.errors import ModelError
 from pruningawaretraining.patterns.block import Unstructured
 
 
@@ -55,6 +56,49 @@ def test_a_wrapper_made_anew_keeps_its_options_and_serves_whoever_holds_it(group
     assert seen == ["forward"], "hooks of the user's stay"
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert pruner.rewrap(model) is model
+
+
+@pytest.mark.parametrize("through", ["prune", "state"])
+def test_a_forgotten_rewrap_is_named_at_the_next_step_and_the_reminder_goes(group, through):
+    """Only training is refused, nothing is replaced, and no hook stays."""
+    rule = {"rules": [{"target": {"sparsity": 0.5}}]}
+    images = torch.randn(2, 1, 8, 8)
+
+    def made():
+        model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        return Pruning(model, rule, example_inputs=images[:1]), DistributedDataParallel(model)
+
+    pruner, wrapped = made()
+    task, before = Task(wrapped), dict(wrapped._forward_pre_hooks)
+    if through == "prune":
+        pruner.prune(wrapped, 0)
+    else:
+        other, _ = made()
+        other.prune(None, 0)
+        pruner.load_state_dict(other.state_dict())
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"still averages the gradients .* model = pruner.rewrap\(model\)"):
+            task(images)
+    with torch.no_grad():
+        task(images)
+    task.eval()
+    task(images)
+    task.train()
+    assert pruner.rewrap(wrapped) is wrapped
+    for _ in range(2):
+        task(images)["loss"].backward()
+    assert dict(wrapped._forward_pre_hooks) == before
+
+
+def test_wrappers_of_other_models_and_new_ones_train_on(group):
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=torch.randn(1, 1, 8, 8))
+    other, _ = DistributedDataParallel(nn.Linear(3, 3)), DistributedDataParallel(model)
+    pruner.prune(model, 0)
+    new = DistributedDataParallel(model)
+    other(torch.randn(2, 3)).sum().backward()
+    new(torch.randn(2, 1, 8, 8)).sum().backward()
+    assert not new._forward_pre_hooks and not other._forward_pre_hooks
 
 
 @pytest.mark.parametrize("momentum", [1.0, 0.5])

@@ -15,6 +15,7 @@ import zoo
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruner, Pruning, load_pruned, save_pruned
+from pruningawaretraining.checkpoint.records import own_state
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.models.calling import outputs_of
 
@@ -293,13 +294,62 @@ def test_the_state_is_plain() -> None:
 
 
 def test_a_state_of_another_config_is_remarked(caplog: pytest.LogCaptureFixture) -> None:
-    def pruner(macs: float) -> Pruning:
+    def pruner(end: int, regularizer: Any = None) -> Pruning:
         model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        return Pruning(model, {"rules": [{"target": {"macs": macs}}]}, example_inputs=torch.randn(1, 4))
+        rule = {"target": {"macs": 0.5}, "start": 0, "end": end, "regularizer": regularizer}
+        return Pruning(model, {"rules": [rule]}, example_inputs=torch.randn(1, 4))
 
-    state = pruner(0.5).state_dict()
+    state = pruner(2).state_dict()
     with caplog.at_level("WARNING"):
-        pruner(0.5).load_state_dict(state)
+        pruner(2).load_state_dict(state)
         assert not caplog.records
-        pruner(0.7).load_state_dict(state)
-    assert "saved with another rules[0]: target was " in caplog.text and "'macs': 0.5" in caplog.text
+        pruner(3, "growing_l2").load_state_dict(state)
+    said = [one.getMessage() for one in caplog.records]
+    assert said == ["state: it was saved with another rules[0]: end was 2 and is 3; regularizer was None and is "
+                    "'growing_l2'"]  # fmt: skip
+
+
+@pytest.mark.parametrize("through", ["load_state_dict", "state_in"])
+@pytest.mark.parametrize(("epochs", "new"), [(1, False), (3, True)])
+def test_a_state_of_another_target_says_which_goes_on(
+    through: str, epochs: int, new: bool, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """A rule that is not over goes on to the new target; one that is keeps what it has reached, and the line says how to
+    prune on, which is then done."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+
+    def made(macs: float, model: nn.Module) -> Pruning:
+        rule = {"target": {"macs": macs}, "start": 0, "end": 2}
+        pruner = Pruning(model, {"rules": [rule]}, example_inputs=torch.randn(1, 4))
+        pruner.state_in(model)
+        return pruner
+
+    model, other = build(), build()
+    first, second = made(0.5, model), made(0.3, other)
+    for epoch in range(epochs):
+        first.prune(model, epoch)
+    with caplog.at_level("WARNING"):
+        caplog.clear()
+        if through == "state_in":
+            other.load_state_dict(model.state_dict())
+        else:
+            second.load_state_dict(first.state_dict())
+            other.load_state_dict(own_state(model))
+    said = [one.getMessage() for one in caplog.records]
+    for epoch in range(epochs, 4):
+        second.prune(other, epoch)
+    if not new:
+        assert said == ["state: rules[0] goes on to the new target of macs 0.3 in place of macs 0.5. For the old one: the "
+                        "config that the state was saved with"]  # fmt: skip
+        assert second.macs.fraction <= 0.3
+        return
+    had, towards = "had met its target of macs 0.5 when it was saved", "nothing is pruned towards macs 0.3"
+    assert len(said) == 1 and had in said[0] and towards in said[0] and "load_pruned(build_model(), path)" in said[0]
+    assert 0.4 < second.macs.fraction <= 0.5
+    save_pruned(other, tmp_path / "pruned.safetensors")
+    again = load_pruned(build(), tmp_path / "pruned.safetensors")
+    last = made(0.3, again)
+    last.prune(again, 2)
+    assert last.macs.fraction <= 0.3, "as the line says"

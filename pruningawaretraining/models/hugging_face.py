@@ -87,7 +87,10 @@ def _outermost(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _shapes(model: nn.Module) -> Shapes:
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    """Name -> shape of parameters and buffers; a pruner's state that travels in the state dict is none of them."""
+    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    own = {name for name, _ in itertools.chain(*named)}
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name in own}
 
 
 def _built(kind: type[nn.Module], config: Any) -> Shapes | None:

@@ -11,6 +11,7 @@ from torch import nn
 from pruningawaretraining.engine.books import StepWatch, follow_removed, settle
 from pruningawaretraining.errors import ModelError, PruningError
 from pruningawaretraining.models.calling import outside_inference, unwrap
+from pruningawaretraining.models.wrappers import remind_of_rewrap
 from pruningawaretraining.session.arguments import check_model
 from pruningawaretraining.session.optimizer_hooks import Steps
 from pruningawaretraining.session.session import Session
@@ -77,7 +78,8 @@ class Bound:
             self._follow_on()
 
     def _follow_on(self) -> None:
-        """Tell the pruner before this one, if there was one."""
+        """Channels have gone: tell the pruner before this one, if there was one, and outdated wrappers."""
+        remind_of_rewrap(self._session.model)
         earlier = None if self._earlier is None else self._earlier()
         if earlier is not None:
             earlier.follow_other()

@@ -161,6 +161,8 @@ def description_of(session: Session) -> dict[str, Any]:
     report = report_of(session)
     sizes = {name: int(size) for name, (size, _) in ((session.record or {}).get("groups") or {}).items()}
     rules = [(one.key, one.rule) for one in (*session.rules.coupled, *session.rules.weights)]
+    over = [one.key for one in session.engine.rules if one.state.phase == "finetune"]
+    met = {key: key not in session.unmet for key in over}
     return {
         "phase": report.phase,
         "sparsity": report.sparsity,
@@ -171,7 +173,7 @@ def description_of(session: Session) -> dict[str, Any]:
             row["source"]: [max(sizes.get(row["source"], 0), row["size"]), row["kept"]] for row in report.groups
         },
         "elements": [] if session.engine.weights is None else session.engine.weights.finished,
-        "rules": goals_of(rules, {one.key: one.state.phase == "finetune" for one in session.engine.rules}),
+        "rules": goals_of(rules, met),
     }
 
 

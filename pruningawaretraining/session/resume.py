@@ -61,6 +61,7 @@ def load_session(session: Session, state: Mapping[str, Any], generators: bool = 
         follow_configs(session.model)
     session.steps.count, session.ended = steps, ended
     session.begun = session.begun or steps > 0
+    _follow_targets(session, state.get("config"))
     if removed:
         session.follow_removal()
 
@@ -110,7 +111,48 @@ def _warn_of_another_config(session: Session, before: Any) -> None:
     now = session.config.model_dump(mode="json")
     for number, (mine, saved) in enumerate(zip(now["rules"], (before or now)["rules"], strict=False)):
         different = [
-            f"{key} was {saved[key]!r} and is {mine[key]!r}" for key in mine if saved.get(key, mine[key]) != mine[key]
+            f"{key} was {_shown(saved[key])} and is {_shown(mine[key])}"
+            for key in mine
+            if key != "target" and saved.get(key, mine[key]) != mine[key]
         ]
         if different:
             logger.warning("state: it was saved with another rules[%d]: %s", number, "; ".join(different))
+
+
+def _shown(value: Any) -> str:
+    """A value of a config, without what is left to its defaults."""
+    named = {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
+    return repr(named)
+
+
+def _follow_targets(session: Session, before: Any) -> None:
+    """Say which target goes on where a state was saved with another one than the config's; remember those that a rule
+    that is over was not pruned towards, so that records do not take them for met."""
+    now, unmet = session.config.model_dump(mode="json"), set()
+    phases = {one.key: one.phase for one in session.engine.rules}
+    for number, (mine, saved) in enumerate(zip(now["rules"], (before or now)["rules"], strict=False)):
+        key, old, new = f"rules[{number}]", saved.get("target", mine["target"]), mine["target"]
+        if old == new or key not in phases:
+            continue
+        if phases[key] in ("finetune", "done"):
+            unmet.add(key)
+            logger.warning(
+                "state: %s had met its target of %s when it was saved, and stays there: nothing is pruned towards %s. To "
+                "do that: save_pruned(model, path), then Pruning(load_pruned(build_model(), path), config, ...)",
+                *(key, _given(old, new), _given(new, old)),
+            )
+        else:
+            logger.warning(
+                "state: %s goes on to the new target of %s in place of %s. For the old one: the config that the state "
+                "was saved with",
+                *(key, _given(new, old), _given(old, new)),
+            )
+    session.unmet = frozenset(unmet)
+
+
+def _given(target: Any, other: Any) -> str:
+    """The parts of a target that are given, or differ from another's."""
+    if not isinstance(target, dict) or not isinstance(other, dict):
+        return repr(target)
+    parts = [f"{key} {one!r}" for key, one in target.items() if one is not None and one != other.get(key)]
+    return ", ".join(parts) or _shown(target)

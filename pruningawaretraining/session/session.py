@@ -65,6 +65,7 @@ class Session(StepEvents):
         self.engine = Engine(model, None, None, self._weak_context)
         self.steps_per_epoch: int | None = None
         self.begun = self.ended = self.sharded = self.by_calls = False
+        self.unmet: frozenset[str] = frozenset()  # rules whose state is of another target
         self._given, self._sought_shards = given, False
         self._calibration: tuple[Iterable[Any], LossFn] | None = None
         self.distill()
