@@ -86,6 +86,35 @@ def test_a_pruned_file_is_trained_further_as_it_is(trained: Any, tmp_path: Path)
     assert size(trainer.model) == size(straight.model)
 
 
+PLAIN = "ultralytics builds the dense model anew"
+
+
+@pytest.mark.parametrize("file", ["best.pt", "epoch2.pt", "net.yaml"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_pruned_file_in_the_plain_trainer_is_said(
+    file: str, plain: bool, trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files that are masked only, and new models, may be trained by the plain trainer."""
+    _, straight, folder = trained
+    model = Yolo(file if file == "net.yaml" else str(folder / file), tmp_path)
+    callback = PruningCallback(CONFIG).add_to(model)
+    with caplog.at_level(logging.WARNING):
+        trainer = model.train(epochs=1, **({} if plain else {"trainer": callback.trainer(model)}))
+    said = [one.getMessage() for one in caplog.records if PLAIN in one.getMessage()]
+    assert len(said) == (file == "best.pt" and plain)
+    assert all("model.train(..., trainer=callback.trainer(model))" in one for one in said)
+    assert size(trainer.model) == (size(straight.model) if file == "best.pt" and not plain else size(Detector()))
+
+
+def test_training_on_with_the_same_objects_is_said_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = Yolo("net.yaml", tmp_path)
+    PruningCallback(CONFIG).add_to(model)
+    model.train()
+    assert PLAIN not in caplog.text and size(model.model) < size(Detector())
+    model.train(epochs=1)
+    assert caplog.text.count(PLAIN) == 1
+
+
 def test_the_callback_travels_to_the_processes_that_the_trainer_starts(trained: Any, tmp_path: Path) -> None:
     """Pickled as ultralytics does it, also with the trainer that goes on; the wrapper is made anew."""
     cloudpickle = pytest.importorskip("cloudpickle")

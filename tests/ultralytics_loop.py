@@ -150,16 +150,24 @@ class Yolo:
 
     task, task_map = "detect", {"detect": {"trainer": Trainer}}
 
-    def __init__(self, model: str, folder: Path) -> None:
-        self.model, self.folder = model, folder
+    def __init__(self, file: str, folder: Path) -> None:
+        self.file, self.folder, self.from_file = file, folder, file.endswith(".pt")
+        self.model: nn.Module = torch.load(file, weights_only=False)["ema"].float() if self.from_file else Detector(file)
         self.callbacks: dict[str, list[Any]] = defaultdict(list)
 
     def add_callback(self, event: str, call: Any) -> None:
         self.callbacks[event].append(call)
 
     def train(self, trainer: Any = None, **overrides: Any) -> Any:
-        made = (trainer or Trainer)({"model": self.model, "folder": self.folder, **overrides}, self.callbacks)
+        """The dense model is built from the YAML, with what fits of the weights; after the training the best is loaded."""
+        made = (trainer or Trainer)({"model": self.file, "folder": self.folder, **overrides}, self.callbacks)
+        if not overrides.get("resume"):
+            made.model = made.get_model(cfg="net.yaml", weights=self.model if self.from_file else None)
+            self.model = made.model
         made.train()
+        best = self.folder / "best.pt"
+        last = torch.load(best if best.exists() else self.folder / "last.pt", weights_only=False)
+        self.model, self.from_file = last["ema"].float(), True
         return made
 
 

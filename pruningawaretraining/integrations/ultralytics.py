@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +48,12 @@ class PruningCallback:
     def __init__(self, config: Source, example_inputs: Any = None) -> None:
         self._config, self._inputs = Attached(config).config, example_inputs
         self._attached: Attached | None = None
+        self._from_pruned = False  # whether it was added to the model of a file whose channels have gone
+        self._added_to: Callable[[], Any] = _nothing
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the processes that ultralytics starts: without the object that it was added to."""
+        return {**vars(self), "_added_to": _nothing}
 
     @property
     def pruner(self) -> Pruning:
@@ -70,6 +78,7 @@ class PruningCallback:
             call = getattr(self, event)
             if call not in model.callbacks.get(event, ()):
                 model.add_callback(event, call)
+        self._from_pruned, self._added_to = _lost_channels(model), weakref.ref(model)
         return self
 
     def trainer(self, model: Any) -> type[Any]:
@@ -90,16 +99,24 @@ class PruningCallback:
     # --- events -------------------------------------------------------------------------------------------------
 
     def on_pretrain_routine_start(self, trainer: Any) -> None:
-        """Before the model is built.
+        """Before the model is built; warns where a pruned file would become a dense model without a word.
 
         Raises:
             CheckpointError: the training goes on from a file, and the trainer is not that of :meth:`trainer`.
         """
         self._attached = None
-        if getattr(trainer, "resume", False) and type(trainer).__module__ != __name__:
+        if type(trainer).__module__ == __name__:
+            return
+        if getattr(trainer, "resume", False):
             raise CheckpointError(
                 "resume: ultralytics builds the dense model anew. Allowed: model.train(resume=True, "
                 "trainer=callback.trainer(model))"
+            )
+        if self._from_pruned or _lost_channels(self._added_to()):
+            logger.warning(
+                "model: the file's model has lost channels; ultralytics builds the dense model anew, leaves out weights "
+                "of other shapes, and pruning starts again. To train the pruned model further: "
+                "model.train(..., trainer=callback.trainer(model))"
             )
 
     def on_pretrain_routine_end(self, trainer: Any) -> None:
@@ -139,6 +156,17 @@ class PruningCallback:
         pruner = self._attached.make(model)
         self._attached.release()
         return pruner
+
+
+def _nothing() -> None:
+    """In place of a reference to an object that is not there."""
+
+
+def _lost_channels(yolo: Any) -> bool:
+    """Whether the model of a YOLO object comes from a file that says that channels have gone."""
+    state = getattr(getattr(yolo, "model", None), STATE, None)
+    channels = None if state is None else unpacked(state).get("channels")
+    return channels is not None and bool(channels["removed"].any())
 
 
 def first_output(model: nn.Module, inputs: Any) -> Any:
