@@ -171,3 +171,52 @@ def test_accelerates_own_resume_needs_no_file_of_the_pruner(tmp_path: Any) -> No
     for name, value in model.state_dict().items():
         assert name == PRUNER_KEY or torch.equal(value, other.state_dict()[name]), name
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# --- averages that are no modules -----------------------------------------------------------------------------------
+
+
+class Shadow:
+    """Keeps tensors, as hand-written averages do."""
+
+    def __init__(self, model: nn.Module, make: Any) -> None:
+        self.shadow = make(model)
+
+    def update(self, model: nn.Module) -> None:
+        """What it does does not matter."""
+
+
+KEPT: dict[str, Any] = {
+    "list of parameters": lambda model: [one.detach().clone() for one in model.parameters()],
+    "dict of parameters": lambda model: {name: one.detach().clone() for name, one in model.named_parameters()},
+    "copied state dict": lambda model: copy.deepcopy(model.state_dict()),
+    "dict of a state dict": lambda model: {name: one.clone() for name, one in model.state_dict().items()},
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_an_average_of_tensors_is_named_before_its_next_update_and_made_anew(
+    kept: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = net()
+    average = Shadow(model, KEPT[kept])
+    pruner = Pruning(model, HALF, example_inputs=INPUTS)
+    said = "tensors in average.shadow have the shapes that the model's parameters had"
+    with caplog.at_level(logging.WARNING):
+        assert pruner.prune(model, 0) == "removed"
+    assert caplog.text.count(said) == 1 and "pruner.after_removal" in caplog.text
+    again, caplog_text = net(), caplog.text.count(said)
+    average = Shadow(again, KEPT[kept])
+    other = Pruning(again, HALF, example_inputs=INPUTS)
+    other.after_removal = lambda: setattr(average, "shadow", KEPT[kept](again))
+    other.prune(again, 0)
+    assert caplog.text.count(said) == caplog_text, "it was made anew"
+    with pytest.raises(ConfigError, match=r"ema: .*Shadow.* make it anew in pruner\.after_removal"):
+        other.attach_ema(average)
+
+
+def test_a_checkpoint_at_hand_is_no_average(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    checkpoint = {"model": copy.deepcopy(model.state_dict()), "epoch": 3}
+    Pruning(model, HALF, example_inputs=INPUTS).prune(model, 0)
+    assert checkpoint["epoch"] == 3 and "tensors in" not in caplog.text

@@ -77,7 +77,8 @@ def test_the_pruners_state_in_the_weights_is_no_layer(tmp_path: Any, caplog: pyt
     """As in our callbacks: equal widths are said by the config, and others by their numbers."""
     for rule, said in (({"widths": "uniform"}, ""), ({"target": {"sparsity": 0.33}, "scope": "global"}, "48 became ")):
         model, inputs = built("bert")
-        pruner = Pruning(model, {"rules": [{"layers": [MLP], "target": {"sparsity": 0.3}, **rule}]}, example_inputs=inputs)
+        config = {"rules": [{"layers": [MLP], "target": {"sparsity": 0.3}, **rule}]}
+        pruner = Pruning(model, config, example_inputs=inputs)
         handle = pruner.state_in(model)
         with caplog.at_level(logging.WARNING):
             caplog.clear()

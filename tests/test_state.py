@@ -314,8 +314,8 @@ def test_a_state_of_another_config_is_remarked(caplog: pytest.LogCaptureFixture)
 def test_a_state_of_another_target_says_which_goes_on(
     through: str, epochs: int, new: bool, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """A rule that is not over goes on to the new target; one that is keeps what it has reached, and the line says how to
-    prune on, which is then done."""
+    """A rule that is not over goes on to the new target; one that is keeps what it has reached, and the line says how
+    to prune on, which is then done."""
 
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -341,8 +341,10 @@ def test_a_state_of_another_target_says_which_goes_on(
     for epoch in range(epochs, 4):
         second.prune(other, epoch)
     if not new:
-        assert said == ["state: rules[0] goes on to the new target of macs 0.3 in place of macs 0.5. For the old one: the "
-                        "config that the state was saved with"]  # fmt: skip
+        line = (
+            "state: rules[0] goes on to the new target of macs 0.3 in place of macs 0.5. For the old one: the config "
+        )
+        assert said == [f"{line}that the state was saved with"]
         assert second.macs.fraction <= 0.3
         return
     had, towards = "had met its target of macs 0.5 when it was saved", "nothing is pruned towards macs 0.3"

@@ -152,14 +152,16 @@ class Yolo:
 
     def __init__(self, file: str, folder: Path) -> None:
         self.file, self.folder, self.from_file = file, folder, file.endswith(".pt")
-        self.model: nn.Module = torch.load(file, weights_only=False)["ema"].float() if self.from_file else Detector(file)
+        self.model: nn.Module = (
+            torch.load(file, weights_only=False)["ema"].float() if self.from_file else Detector(file)
+        )
         self.callbacks: dict[str, list[Any]] = defaultdict(list)
 
     def add_callback(self, event: str, call: Any) -> None:
         self.callbacks[event].append(call)
 
     def train(self, trainer: Any = None, **overrides: Any) -> Any:
-        """The dense model is built from the YAML, with what fits of the weights; after the training the best is loaded."""
+        """The dense model is built from the YAML, with what fits of the weights; the best is loaded at the end."""
         made = (trainer or Trainer)({"model": self.file, "folder": self.folder, **overrides}, self.callbacks)
         if not overrides.get("resume"):
             made.model = made.get_model(cfg="net.yaml", weights=self.model if self.from_file else None)

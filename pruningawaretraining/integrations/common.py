@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pruningawaretraining.files import read_torch_mapping, write_atomically
 from pruningawaretraining.models.calling import ForwardFn, unwrap
 from pruningawaretraining.models.private import keep_private, private_of
 from pruningawaretraining.models.wrappers import watch_wrappers
+from pruningawaretraining.session.arguments import given_averages
 from pruningawaretraining.session.pruning import Pruning, Source
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,12 @@ class Attached:
         self._guard: Any = None
         watch_wrappers()  # a trainer may wrap the model before the pruner is made
 
-    def make(self, model: nn.Module) -> Pruning:
+    def make(self, model: nn.Module, averages: Sequence[nn.Module] = ()) -> Pruning:
         """The pruner of a model, made once, before any optimizer; with a state, the model gets its architecture.
+
+        Args:
+            model: the model, or its wrapper.
+            averages: moving averages of it that the trainer has made.
 
         Raises:
             ConfigError: it is another model than before, and a moving average of that one was given.
@@ -88,7 +93,8 @@ class Attached:
             )
         self.release()
         inputs, forward_fn = self.example_inputs, self.forward_fn
-        self.made = Pruning(plain, self.config, forward_fn, example_inputs=inputs, **self.options)
+        options = {**self.options, "ema": [*given_averages(self.options["ema"]), *averages]}
+        self.made = Pruning(plain, self.config, forward_fn, example_inputs=inputs, **options)
         self.made.best_begins_anew = True
         self.made.state_in(plain)
         if self.state is not None:

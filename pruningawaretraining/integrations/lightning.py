@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,18 @@ from pruningawaretraining.errors import CheckpointError, ConfigError, unknown
 from pruningawaretraining.files import read_torch
 from pruningawaretraining.integrations.common import Attached, imported, tell_of_best
 from pruningawaretraining.models.calling import ForwardFn
+from pruningawaretraining.models.private import keep_private, private_of
 from pruningawaretraining.registry import build
+from pruningawaretraining.session.arguments import given_averages
 from pruningawaretraining.session.pruning import Pruning, Source
+from pruningawaretraining.session.state_in import put_state_in
 
 PACKAGES = {"lightning": "lightning.pytorch.callbacks", "pytorch_lightning": "pytorch_lightning.callbacks"}
+
+AVERAGE = "_average_model"
+"""Attribute of Lightning's WeightAveraging: the average of the LightningModule, once it has been made."""
+BEFORE_LOADING = "_pruning_before_loading"
+"""Where the part has what is done before weights are loaded: averages may be made after the pruner."""
 
 
 def _bases() -> tuple[type, ...]:
@@ -44,7 +53,8 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
         config: as for :class:`~pruningawaretraining.Pruning`.
         example_inputs: likewise; without them the first batch of the part that is pruned shows them.
         part: name of the submodule that is pruned, such as "model"; "" for the LightningModule itself.
-        forward_fn, ema, teacher: as for ``Pruning``.
+        forward_fn, ema, teacher: as for ``Pruning``. The average of a callback such as ``EMAWeightAveraging`` is found
+            in the Trainer and follows.
         resume_from: a checkpoint of the Trainer.
 
     Raises:
@@ -64,9 +74,11 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         state = None if resume_from is None else _state_in(resume_from, self.state_key)
-        self._attached = Attached(config, example_inputs, forward_fn, ema, teacher, state)
+        given = [one for one in given_averages(ema) if isinstance(one, nn.Module) or not hasattr(one, AVERAGE)] or None
+        self._attached = Attached(config, example_inputs, forward_fn, given, teacher, state)
         self._part = part
         self._restored = False  # whether fit has been given a checkpoint
+        self._waiting: tuple[nn.Module, Any] | None = None  # the part, and the hook before weights are loaded
 
     @property
     def pruner(self) -> Pruning:
@@ -81,7 +93,33 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
         """
         if stage == "fit":
             self._restored = False
-            self._attached.make(self._part_of(pl_module))
+            part = self._part_of(pl_module)
+            self._release()
+            keep_private(part, BEFORE_LOADING, partial(self._follow_averages, trainer))
+            hook: Any = part.register_load_state_dict_pre_hook  # before the pruner's own
+            self._waiting = part, hook(_before_loading)
+            self._attached.make(part, self._averages(trainer))
+            self._follow_averages(trainer)
+
+    def _averages(self, trainer: Any) -> list[nn.Module]:
+        """The copies of the part in the averages that other callbacks have made of the LightningModule."""
+        found: list[Any] = [getattr(one, AVERAGE, None) for one in trainer.callbacks]
+        return [one.module.get_submodule(self._part) for one in found if one is not None]
+
+    def _follow_averages(self, trainer: Any) -> None:
+        """Averages follow; with their weights, which take the place of the model's in checkpoints, the pruner's state
+        is written, too."""
+        for one in self._averages(trainer):
+            self.pruner.attach_ema(one)
+            put_state_in(one, self.pruner)
+
+    def _release(self) -> None:
+        """Nothing has to be done before weights are loaded any more."""
+        if self._waiting is not None:
+            part, handle = self._waiting
+            handle.remove()
+            keep_private(part, BEFORE_LOADING, None)
+            self._waiting = None
 
     def _part_of(self, pl_module: Any) -> nn.Module:
         modules = dict(pl_module.named_modules())
@@ -103,6 +141,8 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Take part in the optimizers' steps."""
+        self._release()
+        self._follow_averages(trainer)
         for optimizer in trainer.optimizers:
             self.pruner.attach(optimizer)
 
@@ -151,6 +191,13 @@ class PruningCallback(_Callbacks):  # type: ignore[misc]
             raise CheckpointError(
                 "callback: the checkpoint is of a pruned training. Allowed: PruningCallback(..., resume_from=ckpt_path)"
             )
+
+
+def _before_loading(module: nn.Module, *_: Any) -> None:
+    """Hook before ``load_state_dict``."""
+    prepare = private_of(module, BEFORE_LOADING)
+    if prepare is not None:
+        prepare()
 
 
 def _worst(callback: Any) -> Tensor:

@@ -114,8 +114,8 @@ class PruningCallback:
             )
         if self._from_pruned or _lost_channels(self._added_to()):
             logger.warning(
-                "model: the file's model has lost channels; ultralytics builds the dense model anew, leaves out weights "
-                "of other shapes, and pruning starts again. To train the pruned model further: "
+                "model: the file's model has lost channels; ultralytics builds the dense model anew, leaves out "
+                "weights of other shapes, and pruning starts again. To train the pruned model further: "
                 "model.train(..., trainer=callback.trainer(model))"
             )
 

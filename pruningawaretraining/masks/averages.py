@@ -14,13 +14,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.distributed.fsdp import local_of
+from pruningawaretraining.distributed.fsdp import is_sharded, local_of
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.attachment import MaskHooks
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 
-HOLDERS = ("module", "ema", "ema_model", "averaged_model")
-"""Attributes under which wrappers hold the averaged copy: AveragedModel and timm's, and others' names for it."""
+HOLDERS = ("module", "ema", "ema_model", "averaged_model", "_average_model")
+"""Attributes under which wrappers hold the averaged copy: AveragedModel and timm's, and others' names for it; the last
+is that of Lightning's WeightAveraging."""
+NEAR = 0.3
+"""Least cosine between a weight and its average."""
 
 
 def held_by(holder: Any) -> list[nn.Module]:
@@ -33,6 +36,32 @@ def is_alike(module: nn.Module, model: nn.Module) -> bool:
     """Whether a module has every parameter of a model, under its name and in its shape."""
     found = {name: one.shape for name, one in module.named_parameters()}
     return all(found.get(name) == one.shape for name, one in model.named_parameters())
+
+
+def copies_inside(module: nn.Module, model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> the parts of a module that are copies of a model, without those that are inside another of them.
+
+    Args:
+        module: an average of a module that the model is a part of.
+        model: the model; parts of its own class are looked at.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, part in module.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if name and type(part) is type(model) and not inside and is_alike(part, model):
+            found[name] = part
+    return found
+
+
+@torch.no_grad()
+def is_near(module: nn.Module, model: nn.Module) -> bool:
+    """Whether the largest weight of a module points the way that the model's does: another model's does not."""
+    name, weight_W = max(model.named_parameters(), key=lambda pair: pair[1].numel())
+    other_W = module.get_parameter(name)
+    if weight_W.is_meta or other_W.is_meta or is_sharded(weight_W) or is_sharded(other_W):
+        return True
+    one, other = weight_W.detach().flatten().double().cpu(), other_W.detach().flatten().double().cpu()
+    return bool(torch.dot(one, other) >= NEAR * one.norm() * other.norm())
 
 
 def copy_in(follower: nn.Module, touched: Collection[str]) -> nn.Module:

@@ -110,7 +110,8 @@ def followers_of(given: Any) -> list[nn.Module]:
         module = module_in(one)
         if module is None:
             raise ConfigError(
-                f"ema: {one!r} is a {type(one).__name__}. Allowed: a torch.nn.Module, such as AveragedModel, or several"
+                f"ema: {one!r} is a {type(one).__name__}. Allowed: a torch.nn.Module, such as AveragedModel, or "
+                "several. An average in lists or dicts of tensors cannot follow: make it anew in pruner.after_removal"
             )
         modules.append(module)
     return modules

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pruningawaretraining.masks.averages import held_by
+from pruningawaretraining.errors import ModelError
+from pruningawaretraining.masks.averages import copies_inside, held_by, is_alike, is_near
 from pruningawaretraining.models.private import keep_private
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,26 @@ Write = tuple[Tensor, int]
 def module_in(given: Any) -> nn.Module | None:
     """The module that is an average, or is in one that is no module itself; None where there is none."""
     return next(iter(held_by(given)), None)
+
+
+def follower_for(given: Any, model: nn.Module) -> nn.Module | None:
+    """What follows a model of what was given as its average: the module in it, or the copy of the model that is a part
+    of that; None where there is no module.
+
+    Raises:
+        ModelError: several parts are copies of the model, and weights do not tell which is meant.
+    """
+    module = module_in(given)
+    if module is None or any(is_alike(one, model) for one in held_by(module)):
+        return module
+    copies = copies_inside(module, model)
+    near = {name: one for name, one in copies.items() if len(copies) == 1 or is_near(one, model)}
+    if len(near) > 1:
+        raise ModelError(
+            f"ema: {type(given).__name__} holds several copies of the {type(model).__name__}: {', '.join(near)}. "
+            "Allowed: one of them, as pruner.attach_ema(average.get_submodule(name))"
+        )
+    return next(iter(near.values()), module)
 
 
 def _writes(module: nn.Module) -> dict[str, Write]:
@@ -88,11 +109,13 @@ class Averages:
     """The moving averages of a model.
 
     Args:
-        given: modules, or objects that have one.
+        given: modules, or objects that have one; of the model, or of a module that it is a part of.
+        model: the model.
     """
 
-    def __init__(self, given: Sequence[Any]) -> None:
+    def __init__(self, given: Sequence[Any], model: nn.Module) -> None:
         self.modules: list[nn.Module] = []
+        self._model = model
         self._all: list[_Average] = []
         self._steps = 0
         for one in given:
@@ -100,7 +123,7 @@ class Averages:
 
     def add(self, given: Any) -> None:
         """Follow one more; one that is known already is not followed twice."""
-        module = module_in(given)
+        module = follower_for(given, self._model)
         if module is None or any(known is module for known in self.modules):
             return
         self.modules.append(module)

@@ -10,6 +10,7 @@ from pruningawaretraining.distributed.ddp import rewrap_in_place
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.masks.averages import held_by, is_alike
 from pruningawaretraining.session.arguments import followers_of, given_averages
+from pruningawaretraining.session.averages import follower_for
 from pruningawaretraining.session.bound import Bound
 from pruningawaretraining.session.forgotten import forgotten_averages
 from pruningawaretraining.session.state_in import StateHandle, put_state_in
@@ -47,13 +48,16 @@ class Companions(Bound):
         """Make a moving average that was created after the pruner follow masks and removals, as with ``ema=``.
 
         Args:
-            average: a module, an object that has one as ``.ema`` or ``.module``, or several.
+            average: a module, an object that has one as ``.ema`` or ``.module``, or several; of the model, or of a
+                module that the model is a part of.
 
         Raises:
             ConfigError: it is none of these.
-            ModelError: it is not a copy of the model as it is now.
+            ModelError: it holds no copy of the model as it is now, or several.
         """
-        for given, module in zip(given_averages(average), followers_of(average), strict=True):
+        followers_of(average)
+        for given in given_averages(average):
+            module = follower_for(given, self._session.model)
             if not any(is_alike(one, self._session.model) for one in held_by(module)):
                 raise ModelError(
                     f"ema: {type(given).__name__} holds no copy of the {type(self._session.model).__name__} as it is "

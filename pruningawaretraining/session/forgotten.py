@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pruningawaretraining.distributed.collectives import world_size
-from pruningawaretraining.distributed.fsdp import is_sharded
-from pruningawaretraining.masks.averages import HOLDERS, is_alike
+from pruningawaretraining.masks.averages import HOLDERS, copies_inside, is_alike, is_near
 from pruningawaretraining.models.calling import unwrap
 from pruningawaretraining.models.private import private_of
 from pruningawaretraining.session.averages import FOLLOWS
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 UPDATES = ("update_parameters", "update")
 """Methods of averages: AveragedModel's, and those of timm, ultralytics and others."""
-NEAR = 0.3
-"""Least cosine between a weight and its average."""
 
 
 def forgotten_averages(model: nn.Module, known: Sequence[nn.Module]) -> list[Any]:
@@ -72,28 +70,24 @@ def wrappers_around(model: nn.Module) -> list[nn.Module]:
     return [one for one in wrappers if unwrap(one) is model]
 
 
+def _updates(one: Any) -> bool:
+    """Whether an object has a method that averages have."""
+    return any(callable(getattr(type(one), name, None)) for name in UPDATES)
+
+
 def _is_average(one: Any, model: nn.Module, known: Sequence[nn.Module]) -> bool:
-    if not any(callable(getattr(type(one), name, None)) for name in UPDATES):
+    if not _updates(one):
         return False
     held = attributes_of(one)
     inside = [{**held.get("_modules", {}), **held}.get(name) for name in HOLDERS]
     modules = [found for found in inside if isinstance(found, nn.Module)]
-    if any(module is other for module in (one, *modules) for other in (model, *known)):
+    copies = [copy for module in modules for copy in copies_inside(module, model).values()]
+    followed = [each for each in (one, *modules, *copies) if isinstance(each, nn.Module)]
+    if any(each is other for each in followed for other in (model, *known)):
         return False
-    if any(private_of(module, FOLLOWS) for module in (one, *modules) if isinstance(module, nn.Module)):
+    if any(private_of(each, FOLLOWS) for each in followed):
         return False
-    return any(is_alike(module, model) and _is_near(module, model) for module in modules)
-
-
-@torch.no_grad()
-def _is_near(module: nn.Module, model: nn.Module) -> bool:
-    """Whether the largest weight of a module points the way that the model's does: another model's does not."""
-    name, weight_W = max(model.named_parameters(), key=lambda pair: pair[1].numel())
-    other_W = module.get_parameter(name)
-    if weight_W.is_meta or other_W.is_meta or is_sharded(weight_W) or is_sharded(other_W):
-        return True
-    one, other = weight_W.detach().flatten().double().cpu(), other_W.detach().flatten().double().cpu()
-    return bool(torch.dot(one, other) >= NEAR * one.norm() * other.norm())
+    return any(is_alike(each, model) and is_near(each, model) for each in (*modules, *copies))
 
 
 Shapes = dict[str, torch.Size]
@@ -122,7 +116,7 @@ def tell_of_tensors(model: nn.Module, before: Shapes, optimizers: Sequence[torch
         if id(one.value) not in followed
         and not is_a(one.holder, nn.Module)
         and not any(one.holder is known for known in optimizers)
-        and _has_shapes(one.value, before, ordered)
+        and (_has_shapes(one.value, before, ordered) or _is_state_of(one, before))
     ]
     if left:
         logger.warning(
@@ -132,8 +126,16 @@ def tell_of_tensors(model: nn.Module, before: Shapes, optimizers: Sequence[torch
         )
 
 
+def _is_state_of(one: Found, before: Shapes) -> bool:
+    """Whether it is a whole state dict that an object keeps and updates: others are of checkpoints."""
+    if not issubclass(type(one.value), dict) or issubclass(type(one.holder), dict) or not _updates(one.holder):
+        return False
+    found = [(dict.get(one.value, name), shape) for name, shape in before.items()]
+    return all(isinstance(value, torch.Tensor) and value.shape == shape for value, shape in found)
+
+
 def _has_shapes(value: Any, before: Shapes, ordered: Sequence[list[torch.Size]]) -> bool:
-    if type(value) is dict and value and len(value) <= len(before) and before.keys() >= value.keys():
+    if type(value) in (dict, OrderedDict) and value and len(value) <= len(before) and before.keys() >= value.keys():
         found, expected = list(value.values()), [before[name] for name in value]
         partial = len(value) < len(ordered[1])
     elif type(value) in (list, tuple) and len(value) in {len(one) for one in ordered}:

@@ -137,8 +137,8 @@ def _follow_targets(session: Session, before: Any) -> None:
         if phases[key] in ("finetune", "done"):
             unmet.add(key)
             logger.warning(
-                "state: %s had met its target of %s when it was saved, and stays there: nothing is pruned towards %s. To "
-                "do that: save_pruned(model, path), then Pruning(load_pruned(build_model(), path), config, ...)",
+                "state: %s had met its target of %s when it was saved, and stays there: nothing is pruned towards %s. "
+                "To do that: save_pruned(model, path), then Pruning(load_pruned(build_model(), path), config, ...)",
                 *(key, _given(old, new), _given(new, old)),
             )
         else:

@@ -52,20 +52,19 @@ class Session(StepEvents):
     def __init__(self, model: nn.Module, config: PruningConfig, given: Given) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self.forward_fn, self.averages, self.teacher = given.forward_fn, Averages(given.averages), given.teacher
+        self.forward_fn, self.averages, self.teacher = given.forward_fn, Averages(given.averages, model), given.teacher
         self.followers = self.averages.modules
         self.graphs: list[ExportedGraph] = []
         self.steps = Steps(model, self)
         self.record: dict[str, Any] | None = record_of(model)
         self.capture = InputCapture(model, inputs_of(config, model) if given.inputs is None else given.inputs)
         self.distiller: Distiller | None = None
-        self.counted = CountedMacs()  # of a model whose widths stay
-        self.rules = BuiltRules()
+        self.counted, self.rules = CountedMacs(), BuiltRules()  # MACs of a model whose widths stay
         self._weak_context = weak_call(self, "context")
         self.engine = Engine(model, None, None, self._weak_context)
         self.steps_per_epoch: int | None = None
         self.begun = self.ended = self.sharded = self.by_calls = False
-        self.unmet: frozenset[str] = frozenset()  # rules whose state is of another target
+        self.unmet = frozenset[str]()  # rules whose state is of another target
         self._given, self._sought_shards = given, False
         self._calibration: tuple[Iterable[Any], LossFn] | None = None
         self.distill()
