@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from pydantic import PrivateAttr
 
 from pruningawaretraining.config.strict import Strict
 from pruningawaretraining.errors import PruningError
-
-Params = ParamSpec("Params")
-Result = TypeVar("Result")
-Owner = TypeVar("Owner", bound="_HasConfig")
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ class Origin:
             for text, written in names.entries.items():
                 rest = rest.replace(repr(text), repr(written))
             for name, key in names.fields.items():
-                if "_" in name:  # no word of plain English
+                if "_" in name:  # only snake_case names
                     rest = re.sub(rf"\b{name}\b", key, rest)
             return (listed or names.key(found[1] or "") or called) + rest
         return line
@@ -100,7 +94,10 @@ def origin_of(called: Sequence[str | None], names: Sequence[Names]) -> Origin:
 
 @contextmanager
 def in_users_words(origin: Origin) -> Iterator[None]:
-    """Errors about a config name its rules and their fields as the file does that it comes from."""
+    """Errors about a config name its rules and their fields as the file does that it comes from.
+
+    A context rather than a decorator: it leaves no frame of its own on the stack of what runs inside.
+    """
     try:
         yield
     except PruningError as error:
@@ -108,19 +105,3 @@ def in_users_words(origin: Origin) -> Iterator[None]:
         if told != str(error):
             error.args = (told,)
         raise
-
-
-class _HasConfig(Protocol):
-    @property
-    def config(self) -> Translated: ...
-
-
-def in_words_of_its_config(method: Callable[Concatenate[Owner, Params], Result]) -> Callable[..., Result]:
-    """A method whose errors speak as the file does that ``self.config`` comes from."""
-
-    @functools.wraps(method)
-    def told(self: Owner, *args: Params.args, **kwargs: Params.kwargs) -> Result:
-        with in_users_words(self.config.origin):
-            return method(self, *args, **kwargs)
-
-    return told

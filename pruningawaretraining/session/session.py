@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pruningawaretraining.checkpoint.records import record_of
-from pruningawaretraining.config.origin import in_words_of_its_config
+from pruningawaretraining.config.origin import in_users_words
 from pruningawaretraining.config.recovery import teaching_of
 from pruningawaretraining.config.schema import Distillation, PruningConfig
 from pruningawaretraining.criteria.second_order import Calibration
@@ -81,24 +81,24 @@ class Session(StepEvents):
         if options is not None and not self.config.infer:
             self.distiller = Distiller(self.model, self.teacher, **options.model_dump())
 
-    @in_words_of_its_config
     def prepare(self) -> None:
         """Build what the rules ask for: removable groups once there are inputs to trace with."""
-        self.engine.release()
-        for masks in self.engine.masks:
-            masks.clear()
-        self.rules = built_rules(self.config)
-        weights = None if self.config.infer else build_weights(self.model, self.rules, self.followers)
-        self.engine = Engine(self.model, None, weights, self._weak_context)
-        self._hand_calibration()
-        if not self.config.infer:
-            continue_weights(weights, self.record or {})
-        self.engine.listen()
-        if self.inputs is not None:
-            self.find_coupled()
-        else:
-            self.capture.watch()
-        self.engine.at_init()
+        with in_users_words(self.config.origin):
+            self.engine.release()
+            for masks in self.engine.masks:
+                masks.clear()
+            self.rules = built_rules(self.config)
+            weights = None if self.config.infer else build_weights(self.model, self.rules, self.followers)
+            self.engine = Engine(self.model, None, weights, self._weak_context)
+            self._hand_calibration()
+            if not self.config.infer:
+                continue_weights(weights, self.record or {})
+            self.engine.listen()
+            if self.inputs is not None:
+                self.find_coupled()
+            else:
+                self.capture.watch()
+            self.engine.at_init()
 
     def change_config(self, config: PruningConfig, distill: bool) -> None:
         """Start again with another config, before training; ``distill`` says whether the teacher changes."""
@@ -112,21 +112,21 @@ class Session(StepEvents):
         """The example inputs, or None until the model has shown some."""
         return self.capture.inputs
 
-    @in_words_of_its_config
     def find_coupled(self) -> None:
         """Find the groups that can be removed, with the inputs that are known."""
-        self.capture.set(beside(self.model, self.inputs))
-        if not self.rules.coupled or self.config.infer:
-            return
-        coupled = self.trace()
-        if self.record:
-            continue_coupled(coupled, self.record)
-        coupled.check_targets()
-        self.engine.coupled = coupled
-        self.count_epochs(self.steps_per_epoch)
-        self._hand_calibration()
-        self.engine.follow_phases()
-        self.engine.at_init()
+        with in_users_words(self.config.origin):
+            self.capture.set(beside(self.model, self.inputs))
+            if not self.rules.coupled or self.config.infer:
+                return
+            coupled = self.trace()
+            if self.record:
+                continue_coupled(coupled, self.record)
+            coupled.check_targets()
+            self.engine.coupled = coupled
+            self.count_epochs(self.steps_per_epoch)
+            self._hand_calibration()
+            self.engine.follow_phases()
+            self.engine.at_init()
 
     def count_epochs(self, steps: int | None) -> None:
         """Let rules that count in fractions of epochs know how many steps an epoch has."""
@@ -188,11 +188,11 @@ class Session(StepEvents):
         self.averages.removed()
         self._given.after_removal()
 
-    @in_words_of_its_config
     def calibrate_with(self, dataloader: Iterable[Any], loss_fn: LossFn) -> None:
         """Remember data for criteria and compensation, and hand it to the engine."""
-        self._calibration = (dataloader, loss_fn)
-        self._hand_calibration()
+        with in_users_words(self.config.origin):
+            self._calibration = (dataloader, loss_fn)
+            self._hand_calibration()
 
     def _hand_calibration(self) -> None:
         if self._calibration is not None:
@@ -218,28 +218,28 @@ class Session(StepEvents):
 
     # --- epochs -------------------------------------------------------------------------------------------------
 
-    @in_words_of_its_config
     def prune(self, epoch: int | None, target: Any = None) -> str | None:
         """The events of an epoch; see :meth:`pruningawaretraining.Pruning.prune`."""
-        if not self.acts:
-            return None
-        self.begun = True
-        self.follow_shards()
-        if self.sharded:
-            reshard(self.model)
-        if self.rules.coupled:
-            _ = self.coupled
-        if epoch is None:
-            check_missing(self.engine.rules)
-        else:
-            warn_of_late(self.engine.rules, epoch)
-        before, lines = self._live(), list[str]()
-        try:
-            lines = self.engine.prune(epoch or 0)
-            self.tell(lines, target)
-        finally:
-            self._after_events(bool(lines), before)
-        return "removed" if self._live() < before else "masked" if lines else None
+        with in_users_words(self.config.origin):
+            if not self.acts:
+                return None
+            self.begun = True
+            self.follow_shards()
+            if self.sharded:
+                reshard(self.model)
+            if self.rules.coupled:
+                _ = self.coupled
+            if epoch is None:
+                check_missing(self.engine.rules)
+            else:
+                warn_of_late(self.engine.rules, epoch)
+            before, lines = self._live(), list[str]()
+            try:
+                lines = self.engine.prune(epoch or 0)
+                self.tell(lines, target)
+            finally:
+                self._after_events(bool(lines), before)
+            return "removed" if self._live() < before else "masked" if lines else None
 
     def _after_events(self, changed: bool, before: int) -> None:
         """The next step begins a real one, and records follow masks or a removal, whatever has come after it."""

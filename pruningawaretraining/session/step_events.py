@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pruningawaretraining.config.origin import in_words_of_its_config
+from pruningawaretraining.config.origin import in_users_words
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.engine.books import WriteWatch
 from pruningawaretraining.engine.engine import Engine
@@ -91,7 +91,6 @@ class StepEvents(ABC):
         if self.acts:
             self.tick()
 
-    @in_words_of_its_config
     def tick(self, last: bool = False) -> bool:
         """Let rules that count steps have what is due before the next step; true if something was. How many steps
         there have been is only asked where it matters, since the device may have to be waited for.
@@ -99,13 +98,14 @@ class StepEvents(ABC):
         Args:
             last: only the last event of a schedule, which no further step may follow.
         """
-        if not self.engine.asks(self.steps.counts, last):
-            return False
-        lines = self.engine.tick("step", self.steps.count, last)
-        self.tell(lines)
-        if lines and self.engine.coupled is not None and not self.sharded:  # it may run the model
-            self.changed()
-        return bool(lines)
+        with in_users_words(self.config.origin):
+            if not self.engine.asks(self.steps.counts, last):
+                return False
+            lines = self.engine.tick("step", self.steps.count, last)
+            self.tell(lines)
+            if lines and self.engine.coupled is not None and not self.sharded:  # it may run the model
+                self.changed()
+            return bool(lines)
 
     def tell(self, lines: list[str], target: Any = None) -> None:
         """Log what has happened, and hand it to a logger or a function of one line."""
