@@ -11,6 +11,8 @@ from typing import Any
 
 LONGEST = 500
 """Most characters of a message: what it echoes may come from a stranger."""
+NUMBER = re.compile(r"[-+]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][-+]?[0-9]{1,3})?")
+"""A text that is a number; not "nan", "inf" or "1_000"."""
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -117,3 +119,27 @@ def wrong_type(hint: Any, value: Any) -> str:
     of_texts = typing.get_origin(hint) in (list, tuple, Sequence) and str in typing.get_args(hint)
     listed = isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
     return "a list of texts" if of_texts and not listed else ""
+
+
+def as_number(value: Any) -> Any:
+    """The number that a text is, such as "1e-7", which YAML reads as text; any other value as it is."""
+    if not isinstance(value, str) or not NUMBER.fullmatch(value.strip()):
+        return value
+    return int(value) if value.strip().lstrip("+-").isdigit() else float(value)
+
+
+def check_declared(good: bool, kind: str, name: str, what: str, value: Any, allowed: str) -> None:
+    """Refuse what an entry declares.
+
+    Args:
+        good: whether it can be used.
+        kind, name: of the entry.
+        what: the attribute.
+        value: what it is.
+        allowed: what it may be.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not good:
+        raise ConfigError(f"{kind} {name!r}: its {what} is {value!r:.80}. Allowed: {allowed}")

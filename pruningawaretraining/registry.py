@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pruningawaretraining import errors
-from pruningawaretraining.errors import ConfigError, ExtensionError, PruningError, on_one_line, unknown
+from pruningawaretraining.errors import ConfigError, ExtensionError, PruningError, as_number, on_one_line, unknown
 
 T = TypeVar("T")
 
-NUMBER = re.compile(r"[-+]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][-+]?[0-9]{1,3})?")
-"""A text that is a number; not "nan", "inf" or "1_000"."""
+Check = Callable[[str, Any], None]
 Spelling = Callable[[re.Match[str]], Mapping[str, Any]]
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "allocation": ("allocation.policies",),
@@ -69,6 +68,7 @@ _LOADED: set[str] = set()
 _ENTRIES: dict[str, dict[str, Any]] = {}
 _ALIASES: dict[str, dict[str, str]] = {}
 _SPELLINGS: dict[str, list[tuple[re.Pattern[str], Spelling]]] = {}
+_CHECKS: dict[str, Check] = {}
 
 
 def register(kind: str, name: str, *aliases: str) -> Callable[[T], T]:
@@ -77,7 +77,7 @@ def register(kind: str, name: str, *aliases: str) -> Callable[[T], T]:
     In a notebook, a cell that is run again replaces what it registered before.
 
     Raises:
-        ConfigError: there is no such kind, a name is not a text, or it is taken by something else.
+        ConfigError: there is no such kind, a name is not a text, or it is taken; the entry lacks what its kind needs.
     """
     if kind not in KINDS:
         raise ConfigError(unknown("register", kind, KINDS))
@@ -92,10 +92,21 @@ def register(kind: str, name: str, *aliases: str) -> Callable[[T], T]:
             raise ConfigError(f"{kind}: {name!r} is registered for {entry!r:.80}. Allowed: a dataclass or a function")
         for one in (name, *aliases):
             _check_free(kind, one, name, entry)
+        if kind in _CHECKS:
+            _CHECKS[kind](name, entry)
         _ENTRIES.setdefault(kind, {})[name] = entry
-        for alias in aliases:
-            _ALIASES.setdefault(kind, {})[alias] = name
+        _ALIASES.setdefault(kind, {}).update(dict.fromkeys(aliases, name))
         return entry
+
+    return add
+
+
+def checked_by(kind: str) -> Callable[[Check], Check]:
+    """Function decorator: it looks at name and entry of every registration of a kind, and raises a ConfigError."""
+
+    def add(function: Check) -> Check:
+        _CHECKS[kind] = function
+        return function
 
     return add
 
@@ -148,8 +159,7 @@ def spelled(kind: str, text: str) -> Mapping[str, Any] | None:
     """The mapping that ``text`` is short for, or None if it is not a spelling of this kind."""
     _load(kind)
     for expression, function in _SPELLINGS.get(kind, []):
-        match = expression.fullmatch(text)
-        if match:
+        if match := expression.fullmatch(text):
             return function(match)
     return None
 
@@ -202,33 +212,24 @@ def build(kind: str, spec: Any, where: str | None = None) -> Any:
     entry: Any = lookup(kind, spec["type"], f"{where}.type")
     options = {key: value for key, value in spec.items() if key != "type"}
     if not dataclasses.is_dataclass(entry):
+        if isinstance(entry, type) and not entry.__module__.startswith("pruningawaretraining."):
+            raise ConfigError(
+                f"{where}: {spec['type']!r} is a class without @dataclass. Allowed: @dataclass(frozen=True)"
+            )
         if options:
             raise ConfigError(f"{where}: {spec['type']!r} takes no options, but {sorted(options)} were given")
         return entry
     options = _numbers_in(entry, options)
     check_fields(entry, options, where)
     try:
-        return _construct(typing.cast("Callable[..., Any]", entry), options)
+        return typing.cast("Callable[..., Any]", entry)(**options)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"{where}: {error}") from error
-
-
-def _construct(entry: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-    return entry(**options)
-
-
-def as_number(value: Any) -> Any:
-    """The number that a text is, such as "1e-7", which YAML reads as text; any other value as it is."""
-    if not isinstance(value, str) or not NUMBER.fullmatch(value.strip()):
-        return value
-    return int(value) if value.strip().lstrip("+-").isdigit() else float(value)
 
 
 def _numbers_in(entry: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The options with numbers in place of the texts that stand for some."""
     texts = {key: value for key, value in options.items() if isinstance(value, str)}
-    if not texts:
-        return options
     hints = typing.get_type_hints(entry)
     numeric = [key for key in texts if any(one in (int, float) for one in _kinds(hints.get(key)))]
     return options | {key: as_number(texts[key]) for key in numeric}
@@ -247,8 +248,7 @@ def check_fields(entry: Any, options: Mapping[str, Any], where: str) -> None:
     for key, value in options.items():
         if key not in allowed:
             raise ConfigError(unknown(f"{where}.{key}", key, allowed or ["(no options)"]))
-        problem = errors.wrong_type(hints.get(key), value)
-        if problem:
+        if problem := errors.wrong_type(hints.get(key), value):
             raise ConfigError(f"{where}.{key}: {value!r} is not {problem}")
 
 

@@ -22,6 +22,11 @@ FRACTION = "a number in [0, 1], from start to final"
 ROUNDING = 1e-9
 """Allowance for rounding in a fraction or a moment: 0.1 epochs of 30 steps are 3 steps."""
 
+TRIED = 0.5
+"""Final sparsity that a schedule is tried with."""
+POINTS = 8
+"""Parts of the way from 0 to 1 at whose ends a schedule is tried."""
+
 Schedule = Callable[[float, float, float], float]
 
 
@@ -94,14 +99,35 @@ def sparsity_at(name: str, t: float, start: float = 0.0, final: float = 1.0) -> 
     if not 0 <= start <= final <= 1:
         raise ValueError(f"schedule {name!r}: need 0 <= start <= final <= 1, got start={start}, final={final}")
     t = min(max(t, 0.0), 1.0)
-    if t >= 1:
-        return final
+    return final if t >= 1 else min(max(_value(schedule, t, start, final), start), final)
+
+
+def _value(schedule: Schedule, t: float, start: float, final: float) -> float:
     with calling("schedule", schedule, FRACTION):
         value: Any = schedule(t, start, final)
     number = isinstance(value, Real) and not isinstance(value, bool)
     good = number and -ROUNDING <= value <= 1 + ROUNDING
     check_returned(good, "schedule", schedule, value, FRACTION, f"{value!r:.80} at progress {t:g}")
-    return float(min(max(value, start), final))
+    return float(value)
+
+
+def check_schedule(name: str) -> None:
+    """Try a schedule from 0 to :data:`TRIED` at :data:`POINTS` and one moments.
+
+    Raises:
+        ConfigError: the schedule is unknown.
+        ExtensionError: it raises, returns something else, falls, or does not end at the final sparsity.
+    """
+    schedule: Schedule = lookup("schedule", name)
+    times = [number / POINTS for number in range(POINTS + 1)]
+    values = [_value(schedule, t, 0.0, TRIED) for t in times]
+    from_to = f"(from 0 to {TRIED:g})"
+    for t, later, value, after in zip(times, times[1:], values, values[1:], strict=False):
+        shown = f"{value:g} at progress {t:g} and {after:g} at progress {later:g} {from_to}"
+        check_returned(after >= value - ROUNDING, "schedule", schedule, value, "values that never fall", shown)
+    shown = f"{values[-1]} at progress 1 {from_to}"
+    final = abs(values[-1] - TRIED) <= ROUNDING
+    check_returned(final, "schedule", schedule, values[-1], "exactly final at progress 1", shown)
 
 
 PRESENT = "present"

@@ -50,10 +50,14 @@ class Gone:
         if self.strength <= 0:
             raise ValueError(f"strength: {self.strength} is not above 0")
 
+    def prepare(self, grouping: Any, saving_G: Any = None) -> None: ...
+
 
 @dataclass(frozen=True)
 class Channel:
     """Channels."""
+
+    def build(self, model: Any, layers: Any = None, exclude: Any = ()) -> None: ...
 
 
 @pytest.fixture

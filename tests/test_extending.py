@@ -24,7 +24,7 @@ LINES = 15
 
 def halfway(progress: float, start: float, final: float) -> float:
     """Half of the sparsity at once, the rest at the end."""
-    return (start + final) / 2
+    return final if progress >= 1 else (start + final) / 2
 
 
 @dataclass(frozen=True)

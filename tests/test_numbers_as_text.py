@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from pruningawaretraining import load_config
-from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.registry import as_number, build
+from pruningawaretraining.errors import ConfigError, as_number
+from pruningawaretraining.registry import build
 
 GRADUAL = {"params": ["re:.*weight"], "start_epoch": 0, "end_epoch": 4, "update_frequency": 1}
 FORMS: dict[str, dict[str, Any]] = {

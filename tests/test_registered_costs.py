@@ -111,3 +111,19 @@ def test_costs_of_containers_are_sums() -> None:
     assert macs[""] == count_macs(model, inputs)
     with pytest.raises(ExtensionError, match="it returned nan .float.. Expected: a finite number of 0 or more for"):
         weighted(model, macs, lambda name, module, own: float("nan"))
+
+
+def test_only_layers_are_asked_for_their_cost() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), nn.Flatten(), nn.Linear(144, 2)
+    )
+    asked: dict[str, float] = {}
+
+    def cost(name: str, module: nn.Module, macs: float) -> float:
+        asked[name] = macs
+        return 1.0
+
+    found = weighted(model, macs_per_layer(model, X), cost)
+    assert asked == {"0.0": 36 * 36, "0.1": 0, "2": 288}
+    assert found["0"] == 2 and found[""] == 3

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pruningawaretraining.config.targets import COSTS, Target
-from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.registry import build, lookup, name_of, names, spelled
+from pruningawaretraining.errors import ConfigError, check_declared, nearest
+from pruningawaretraining.registry import build, checked_by, lookup, name_of, names, spelled
 
 IN_PLACE = frozenset({"mode", "keep_zeros", "release", "progressive", "nested"})
 REMOVED = frozenset(
@@ -67,6 +67,10 @@ EXPERTS = Support(
 OPTIONS = tuple(sorted(one for one in IN_PLACE | BY_WIDTH if not one.startswith("target.")))
 
 
+METHODS = {"prepare": "gradients", "penalty": "loss", "after_step": "weights"}
+"""Method of a regulariser -> where it acts."""
+
+
 class RuleOptions(Protocol):
     """The fields of a rule that are looked at."""
 
@@ -88,9 +92,30 @@ def support_of(pattern: Any) -> Support:
     if getattr(pattern, "depth", False):
         return TOGETHER
     found: Any = getattr(pattern, "support", WEIGHTS)
-    if not isinstance(found, Support):
-        raise ConfigError(f"pattern {name_of('pattern', pattern)!r}: its support is {found!r:.80}. Allowed: a Support")
-    return found
+    check_declared(isinstance(found, Support), "pattern", name_of("pattern", pattern), "support", found, "a Support")
+    declared: Support = found
+    return declared
+
+
+@checked_by("pattern")
+def check_pattern(name: str, entry: Any) -> None:
+    """Refuse a pattern whose support is none, or that has no method to find its groups.
+
+    Raises:
+        ConfigError: it names the pattern.
+    """
+    found = getattr(entry, "support", WEIGHTS)
+    check_declared(isinstance(found, Support), "pattern", name, "support", found, "a Support")
+    if found.removable:
+        if not hasattr(entry, "chosen"):
+            raise ConfigError(
+                f"pattern {name!r}: it has no method 'chosen'. Allowed: chosen(model, layers, exclude, key)"
+            )
+    elif not hasattr(entry, "build"):
+        raise ConfigError(
+            f"pattern {name!r}: it has no method 'build', and no support that says its groups can be removed. "
+            "Allowed: support = COUPLED for removable groups, or build(model, layers, exclude)"
+        )
 
 
 def type_of(kind: str, spec: str | Mapping[str, Any]) -> str:
@@ -133,10 +158,30 @@ def check_supported(rule: RuleOptions, defaults: Mapping[str, Any]) -> None:
 def acts_of(regularizer: str) -> str:
     """Where a registered regulariser acts: as it declares, or by the method that it has."""
     entry = lookup("regularizer", regularizer)
-    by_method = {"prepare": "gradients", "penalty": "loss", "after_step": "weights"}
-    method = next((one for one in by_method if hasattr(entry, one)), "prepare")
-    found: str = getattr(entry, "acts", by_method[method])
-    return found
+    check_regularizer(regularizer, entry)
+    method = next(one for one in METHODS if hasattr(entry, one))
+    return str(getattr(entry, "acts", METHODS[method]))
+
+
+@checked_by("regularizer")
+def check_regularizer(name: str, entry: Any) -> None:
+    """Refuse a regulariser that has nothing to act with.
+
+    Raises:
+        ConfigError: it declares another place, or lacks the method for it.
+    """
+    methods = [one for one in METHODS if hasattr(entry, one)]
+    if not methods:
+        raise ConfigError(f"regularizer {name!r}: it has none of the methods {', '.join(METHODS)}")
+    found: Any = getattr(entry, "acts", METHODS[methods[0]])
+    if found not in METHODS.values():
+        close = nearest(str(found), METHODS.values())
+        hint = f"; did you mean {close!r}?" if close else "."
+        allowed = ", ".join(METHODS.values())
+        raise ConfigError(f"regularizer {name!r}: its acts is {found!r:.80}{hint} Allowed: {allowed}")
+    needed = next(one for one, place in METHODS.items() if place == found)
+    if needed not in methods:
+        raise ConfigError(f"regularizer {name!r}: its acts is {found!r}, and it has no method {needed!r}")
 
 
 def _goes(dynamic: Any, groups: str) -> bool:

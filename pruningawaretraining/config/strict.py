@@ -12,8 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining.config.extent import check_extent, dotted
-from pruningawaretraining.errors import ConfigError, unknown
-from pruningawaretraining.registry import as_number
+from pruningawaretraining.errors import ConfigError, as_number, unknown
 
 SHOWN = 30
 """How many problems are worded: a message has no room for more."""

@@ -19,14 +19,20 @@ LayerCost = Callable[[str, nn.Module, float], float]
 def weighted(model: nn.Module, per_layer: Mapping[str, float], cost: LayerCost) -> dict[str, float]:
     """The cost of every module, its children included, where each layer has a cost of its own.
 
+    Layers are the modules with parameters or MACs of their own, apart from those of their children; containers without
+    any are not asked.
+
     Raises:
         ExtensionError: the cost raises, or is not a finite number of 0 or more.
     """
     found = dict.fromkeys(per_layer, 0.0)
     for name, module in model.named_modules():
+        macs = own_macs(name, per_layer)
+        if not macs and next(module.parameters(recurse=False), None) is None:
+            continue
         expected = f"a finite number of 0 or more for {name or 'the model'!r}"
         with calling("cost", cost, expected):
-            given: Any = cost(name, module, own_macs(name, per_layer))
+            given: Any = cost(name, module, macs)
         number = isinstance(given, Real) and not isinstance(given, bool)
         check_returned(number and 0 <= given < math.inf, "cost", cost, given, expected)
         value = float(given)

@@ -18,6 +18,7 @@ from pruningawaretraining.criteria.base import EXPECTED_MASKS, EXPECTED_SCORES, 
 from pruningawaretraining.engine.rule import ActiveRule
 from pruningawaretraining.engine.weight_rules import WeightRule
 from pruningawaretraining.errors import ConfigError
+from pruningawaretraining.groups.lowest import counts_of
 from pruningawaretraining.masks.dynamics import Dynamic, Event, top_of_sets
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.models.calling import in_backward
@@ -91,25 +92,42 @@ def chosen(model: nn.Module, one: WeightRule, event: Event, pick: Callable[[], T
     back = int((found_G & ~event.keep_G).count_nonzero()) if one.dynamic.nested and chooses else 0
     expected = "masks that keep nothing that was masked before, or a dynamic that says nested = False"
     check_returned(not back, "dynamic", one.dynamic, found_G, expected, f"{back} groups that were masked before")
+    if own:
+        _check_alive(one, event, found_G, picked)
     if event.last and own:
         _check_last(model, one, event, found_G, picked())
     return found_G
+
+
+def _check_alive(one: WeightRule, event: Event, found_G: Tensor, picked: Callable[[], Tensor]) -> None:
+    """Refuse masks of a dynamic that leave nothing of a layer of which the allocation leaves something."""
+    sizes = [each.size for each in event.grouping.sets]
+    kept = counts_of(found_G, sizes)
+    empty = [number for number, count in enumerate(kept) if not count]
+    left = counts_of(picked(), sizes) if empty else []
+    wrong = [event.grouping.sets[number].name for number in empty if left[number]]
+    shown = f"masks that keep nothing of {wrong[0]!r}" if wrong else ""
+    check_returned(not wrong, "dynamic", one.dynamic, found_G, "at least one group of every layer", shown)
 
 
 def _check_last(model: nn.Module, one: WeightRule, event: Event, found_G: Tensor, picked_G: Tensor) -> None:
     """Refuse final masks of a dynamic that miss the target, or an N:M pattern, which the allocation's masks meet."""
     most = int(picked_G.sum()) + len(event.grouping.sets)  # layers may round their own way
     kept = int(found_G.sum())
+    least = int(picked_G.sum()) - len(event.grouping.sets)
+    shown = f"{kept} groups that are kept"
     expected = f"at most {most} at the last event, so that the target is met"
-    check_returned(kept <= most, "dynamic", one.dynamic, found_G, expected, f"{kept} groups that are kept")
+    check_returned(kept <= most, "dynamic", one.dynamic, found_G, expected, shown)
+    expected = f"at least {least} at the last event: the target asks for no more"
+    check_returned(kept >= least, "dynamic", one.dynamic, found_G, expected, shown)
     window = getattr(one.pattern, "window", None)
     if window is None:
         return
     dims = input_dims(model, event.grouping)
-    pruned, least = (count_pruned(keep_G, event.grouping, window, dims) for keep_G in (found_G, picked_G))
+    pruned, windows = (count_pruned(keep_G, event.grouping, window, dims) for keep_G in (found_G, picked_G))
     shown = f"masks with {window[0]} zeros or more in {pruned} of the windows of {window[1]} weights"
-    expected = f"{window[0]} zeros or more in at least {least} of them at the last event"
-    check_returned(pruned >= least, "dynamic", one.dynamic, found_G, expected, shown)
+    expected = f"{window[0]} zeros or more in at least {windows} of them at the last event"
+    check_returned(pruned >= windows, "dynamic", one.dynamic, found_G, expected, shown)
 
 
 def go_back(one: ActiveRule, masks: Masks, optimizers: Iterable[torch.optim.Optimizer]) -> None:

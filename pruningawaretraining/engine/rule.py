@@ -22,7 +22,7 @@ from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.dynamics import Dynamic, Event
 from pruningawaretraining.registry import build
-from pruningawaretraining.schedules import Timeline, sparsity_at
+from pruningawaretraining.schedules import Timeline, check_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,8 @@ class ActiveRule:
     def __post_init__(self) -> None:
         self.names = tuple(self.given.target.names)
         self.aim(self.given)
-        for one in (stretch for times in self.timelines for stretch in times.stretches):
-            sparsity_at(one.schedule, 0.5)  # a schedule of the user's own that fails is refused before training
+        for name in {stretch.schedule for times in self.timelines for stretch in times.stretches}:
+            check_schedule(name)  # one of the user's own that fails is refused before training
         self.dynamic = build("dynamic", self.given.dynamic, f"{self.key}.dynamic")
 
     def aim(self, rule: Rule) -> None:

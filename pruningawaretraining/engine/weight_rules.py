@@ -105,12 +105,11 @@ def fault_of(grouping: Grouping) -> str:
         wrong = [one for one, size in zip(lengths, member.parameter.shape, strict=False) if one not in (None, size)]
         if len(lengths) != member.parameter.dim() or wrong:
             return f"labels of lengths {lengths} for {member.name} of shape {tuple(member.parameter.shape)}"
-        pairs = zip(member.labels, member.sizes, strict=True)
-        if any(
-            label is not None and len(label) and not 0 <= int(label.min()) <= int(label.max()) <= size
-            for label, size in pairs
-        ):
-            return f"labels of {member.name} that are not in [0, {member.sizes}]"
+        for dim, (label, size) in enumerate(zip(member.labels, member.sizes, strict=True)):
+            low, high = (0, 0) if label is None or not len(label) else (int(label.min()), int(label.max()))
+            if not 0 <= low <= high <= size:
+                where = f"{member.name} along dimension {dim}"
+                return f"labels from {low} to {high} of {where}, where 0 to {size} are allowed"
     slots, size = sum(member.n_slots for member in grouping.members), grouping.size
     return "" if slots == size else f"{slots} labels for {size} groups"
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from pruningawaretraining.errors import check_declared
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.registry import register
+from pruningawaretraining.registry import checked_by, register
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,10 @@ class Held(Protocol):
 
     def exchange(self, keep_G: Tensor) -> None:
         """Take new masks that keep as many groups of every set."""
+
+
+FLAGS = ("nested", "lives", "listens", "removable", "windows", "rewinds", "alternates")
+"""What a dynamic declares with true or false."""
 
 
 class Dynamic:
@@ -112,6 +117,18 @@ class Dynamic:
     def goes_back(self, last: bool) -> bool:
         """Whether an event goes back to earlier weights."""
         return False
+
+
+@checked_by("dynamic")
+def check_dynamic(name: str, entry: Any) -> None:
+    """Refuse a dynamic that declares anything but true or false.
+
+    Raises:
+        ConfigError: it names the dynamic.
+    """
+    for key in FLAGS:
+        value = getattr(entry, key, False)
+        check_declared(isinstance(value, bool), "dynamic", name, key, value, "True, False")
 
 
 @register("dynamic", "frozen")

@@ -24,6 +24,7 @@ STRONGEST = 1e6
 """Largest strength of a regulariser."""
 STEEPEST = 64.0
 """Largest power of 2 by which decay grows."""
+EXPECTED_FACTORS = "a vector of {} factors, one for each group"
 
 
 class Regularizer:
@@ -42,6 +43,8 @@ class Regularizer:
         factor: Callable[[Tensor, GroupIndex, Tensor | None], Tensor],
     ) -> None:
         self.index, self.factor = index, factor
+        self.options: Any = self
+        self._tried = False
         self.strength_G = strength_G.float()
 
     @property
@@ -56,9 +59,25 @@ class Regularizer:
         Args:
             keep_G: groups that are not masked (True), on the index's device; None for all.
         """
-        factor_G = self.factor(self.index.squared_norms(), self.index, keep_G)
+        norms_G = self.index.squared_norms()
+        factor_G = self._checked(self.factor(norms_G, self.index, keep_G), norms_G)
         factor_G = factor_G * placed(self.strength_G, factor_G.device)
         return factor_G if keep_G is None else factor_G * keep_G
+
+    def _checked(self, factor_G: Any, norms_G: Tensor) -> Tensor:
+        """Refuse anything but a factor for each group; whether those of a user's own are finite is asked once, since
+        the device has to be waited for."""
+        size = len(self.strength_G)
+        expected = EXPECTED_FACTORS.format(size)
+        good = isinstance(factor_G, Tensor) and factor_G.shape == (size,)
+        check_returned(good, "regularizer", self.options, factor_G, expected)
+        found_G: Tensor = factor_G
+        if not self._tried and not type(self.options).__module__.startswith("pruningawaretraining."):
+            self._tried = True
+            wrong = int((norms_G.isfinite() & ~found_G.isfinite()).sum())
+            shown = f"{wrong} of {size} factors that are not finite"
+            check_returned(not wrong, "regularizer", self.options, found_G, expected, shown)
+        return found_G
 
     @torch.no_grad()
     def add(self, factor_G: Tensor, only: set[int] | None = None) -> None:
@@ -202,4 +221,5 @@ def prepare(options: Any, grouping: Grouping, saving_G: Tensor | None = None) ->
     check_returned(isinstance(ready, Regularizer), "regularizer", options, ready, expected)
     found: Regularizer = ready
     check_returned(found.strength_G.shape == (grouping.size,), "regularizer", options, found.strength_G, expected)
+    found.options = options
     return found

@@ -85,11 +85,20 @@ def layer_weights(
         if name in chosen and _has_plain_weight(name, module):
             weights.setdefault(id(module.weight), _layer_weight(name, module))
     if not weights:
-        raise ModelError(
-            f"layers: {layers!r} selects none of the {len(found)} convolutions and linear layers of "
-            f"{type(model).__name__} (exclude: {list(exclude)!r}, types: {list(types)!r})"
-        )
+        raise ModelError(_nothing_selected(type(model).__name__, len(found), layers, exclude, types))
     return list(weights.values())
+
+
+def _nothing_selected(
+    model: str, found: int, layers: Sequence[str] | None, exclude: Sequence[str], types: Sequence[str]
+) -> str:
+    if not found:
+        return f"layers: {model} has no convolution or linear layer"
+    whole = f"the {found} convolutions and linear layers of {model}"
+    given = f"exclude: {list(exclude)!r}, types: {list(types)!r}"
+    if layers is None:
+        return f"layers: nothing is left of {whole} without {given}"
+    return f"layers: {list(layers)!r} selects none of {whole} ({given})"
 
 
 def _layer_weight(name: str, module: nn.Module) -> LayerWeight:

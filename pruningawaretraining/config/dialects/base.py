@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Protocol
 
 from pruningawaretraining.config.origin import Names, in_users_words, origin_of
 from pruningawaretraining.config.schema import PruningConfig
-from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.registry import canonical, names
+from pruningawaretraining.errors import ConfigError, check_declared
+from pruningawaretraining.registry import canonical, checked_by, names
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,22 @@ class Dialect(Protocol):
         Raises:
             ConfigError: an unknown key or a value that is not allowed, under the dialect's own key.
         """
+
+
+@checked_by("dialect")
+def check_dialect(name: str, entry: Any) -> None:
+    """Refuse a dialect that lacks a method or a table of names: every config is shown to every dialect.
+
+    Raises:
+        ConfigError: it names the dialect.
+    """
+    for key in ("recognises", "translate"):
+        method = getattr(entry, key, None)
+        check_declared(callable(method), "dialect", name, key, method, "a method")
+    for key in ("keys", "yaml_tags"):
+        texts = getattr(entry, key, None)
+        good = isinstance(texts, (tuple, list)) and all(isinstance(one, str) for one in texts)
+        check_declared(good, "dialect", name, key, texts, "a tuple of texts")
 
 
 def native(rules: Sequence[Mapping[str, Any]], names: Sequence[Names] = (), **others: Any) -> PruningConfig:
