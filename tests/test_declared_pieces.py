@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, load_config, register, registry
+from pruningawaretraining.config.options import TILES
 from pruningawaretraining.errors import ConfigError, ExtensionError, ModelError
 from pruningawaretraining.groups.channel_norms import GroupIndex
 from pruningawaretraining.masks.dynamics import Dynamic
@@ -50,6 +51,8 @@ DECLARED: dict[str, tuple[str, dict[str, Any], str]] = {
     "support forgotten": ("pattern", {"chosen": len, "head_units": len},
                           "pattern 'own': it has no method 'build', and no support that says its groups can be "
                           "removed. Allowed: support = COUPLED for removable groups, or build(model, layers, exclude)"),
+    "tiles without a size": ("pattern", {"support": TILES, "build": len},
+                             "pattern 'own': its support is for tiles, and it has no 'tile'. Allowed: (rows, columns)"),
     "no method of a pattern": ("pattern", {}, "pattern 'own': it has no method 'build'"),
     "dialect does not recognise": ("dialect", {"keys": (), "yaml_tags": (), "recognises": None, "translate": len},
                                    "dialect 'own': its recognises is None. Allowed: a method"),

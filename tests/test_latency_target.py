@@ -16,7 +16,7 @@ from torch import nn
 
 from pruningawaretraining import Pruning, count_macs, registry
 from pruningawaretraining.allocation.goals import Goal
-from pruningawaretraining.allocation.knapsack import WidthSearch
+from pruningawaretraining.allocation.knapsack import Searched, WidthSearch
 from pruningawaretraining.allocation.ranking import Allocator, Limits
 from pruningawaretraining.config import Target
 from pruningawaretraining.costs.latency import cache as time_cache
@@ -226,7 +226,7 @@ def search(scores: torch.Tensor, limits: Limits = NONE, gone: int = 0) -> WidthS
     keep_D = torch.ones(128, dtype=torch.bool)
     keep_D[:gone] = False
     allocator = Allocator(grouping, scores, limits, removed_G=~keep_D)
-    return WidthSearch(allocator, scores, [0, 1], torch.arange(128), keep_D, grouping.set_ids)
+    return WidthSearch(Searched(allocator, scores, [0, 1], torch.arange(128), keep_D, grouping.set_ids))
 
 
 def test_widths_stand_on_stairs_where_milliseconds_are_saved() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, count_macs, load_pruned, register, registry, save_pruned
 from pruningawaretraining.allocation.goals import Goal
+from pruningawaretraining.allocation.knapsack import Searched
 from pruningawaretraining.allocation.policies import Task
 from pruningawaretraining.allocation.ranking import Allocator, limits_of
 from pruningawaretraining.allocation.structures import StructureSearch
@@ -174,7 +175,7 @@ def test_no_choice_of_blocks_is_tried_twice() -> None:
     blocks = [n for n, each in enumerate(coupled.dense_sets) if is_block(each)]
     keep_D = torch.ones(len(scores), dtype=torch.bool)
     parts = (one.sets, one.groups_D, keep_D, coupled.targets.set_ids_D)
-    search = Remembering(allocator, scores, *parts, blocks, one.inside)
+    search = Remembering(Searched(allocator, scores, *parts), blocks, one.inside)
     search.solve(goals)
     tried = list(dict.fromkeys(search.seen))
     runs = [

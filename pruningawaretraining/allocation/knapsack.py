@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,8 +27,9 @@ UNITS = (1, 4, 8, 16)
 TIGHTER = 0.995  # of a budget, when the masks miss what the widths promised
 
 
-class WidthSearch:
-    """Finds the widths of one rule's sets; those of the others stay.
+@dataclass(frozen=True)
+class Searched:
+    """What the widths of one rule are sought for.
 
     Args:
         allocator: of the rule: the order of groups within sets, limits, and what is gone already.
@@ -39,19 +40,27 @@ class WidthSearch:
         set_ids_D: set of each of the model's groups.
     """
 
-    def __init__(
-        self,
-        allocator: Allocator,
-        scores_G: Tensor,
-        sets: Sequence[int],
-        groups: Tensor,
-        keep_D: Tensor,
-        set_ids_D: Tensor,
-    ) -> None:
-        self.allocator, self.sets, self.groups, self.keep_D = allocator, list(sets), groups, keep_D
-        self._set_ids_D = set_ids_D
+    allocator: Allocator
+    scores_G: Tensor
+    sets: Sequence[int]
+    groups: Tensor
+    keep_D: Tensor
+    set_ids_D: Tensor
+
+
+class WidthSearch:
+    """Finds the widths of one rule's sets; those of the others stay.
+
+    Args:
+        searched: the rule, and the model's groups.
+    """
+
+    def __init__(self, searched: Searched) -> None:
+        self.allocator, self.sets = searched.allocator, list(searched.sets)
+        self.groups, self.keep_D = searched.groups, searched.keep_D
+        allocator, scores_G, set_ids_D = searched.allocator, searched.scores_G, searched.set_ids_D
         count = int(set_ids_D.max()) + 1 if len(set_ids_D) else 0
-        kept_S = torch.zeros(count, dtype=torch.float64).index_add_(0, set_ids_D, keep_D.double())
+        kept_S = torch.zeros(count, dtype=torch.float64).index_add_(0, set_ids_D, self.keep_D.double())
         allowed_S = [int((~allocator.forced_G[allocator.set_ids == n]).sum()) for n in range(len(self.sets))]
         self.most = {one: float(allowed) for one, allowed in zip(self.sets, allowed_S, strict=True)}
         for one, allowed in self.most.items():

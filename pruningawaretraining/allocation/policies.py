@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.allocation.goals import Goal
-from pruningawaretraining.allocation.knapsack import WidthSearch
+from pruningawaretraining.allocation.knapsack import Searched, WidthSearch
 from pruningawaretraining.allocation.ranking import Allocator, limits_of
 from pruningawaretraining.allocation.structures import StructureSearch
 from pruningawaretraining.config.schema import Rule
@@ -83,9 +83,9 @@ class Task:
     def search(self) -> WidthSearch:
         """A search over the widths of the rule's sets."""
         share, found = self.share, self.allocator()
-        parts = (found, self.scores_R, share.sets, share.groups_D, self.keep_D, self.set_ids_D)
+        searched = Searched(found, self.scores_R, share.sets, share.groups_D, self.keep_D, self.set_ids_D)
         blocks = [n for n, one in zip(share.sets, share.grouping.sets, strict=True) if is_block(one)]
-        return StructureSearch(*parts, blocks, share.inside) if blocks else WidthSearch(*parts)
+        return StructureSearch(searched, blocks, share.inside) if blocks else WidthSearch(searched)
 
     def check(self) -> None:
         """Refuse a goal that is out of reach, whatever the allocation.

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pruningawaretraining.allocation.goals import Goal
-from pruningawaretraining.allocation.knapsack import LEAST, WidthSearch
-from pruningawaretraining.allocation.ranking import SLACK, Allocator
+from pruningawaretraining.allocation.knapsack import LEAST, Searched, WidthSearch
+from pruningawaretraining.allocation.ranking import SLACK
 from pruningawaretraining.costs.widths import SetCost
 from pruningawaretraining.errors import TargetError
 
@@ -32,23 +32,14 @@ class StructureSearch(WidthSearch):
     """Finds widths and blocks of one rule.
 
     Args:
-        allocator, scores_G, sets, groups, keep_D, set_ids_D: as of :class:`WidthSearch`.
+        searched: the rule, and the model's groups.
         blocks: numbers of the sets that are blocks.
         inside: number of a set that lies in a block -> that block's.
     """
 
-    def __init__(
-        self,
-        allocator: Allocator,
-        scores_G: Tensor,
-        sets: Sequence[int],
-        groups: Tensor,
-        keep_D: Tensor,
-        set_ids_D: Tensor,
-        blocks: Sequence[int],
-        inside: Mapping[int, int],
-    ) -> None:
-        super().__init__(allocator, scores_G, sets, groups, keep_D, set_ids_D)
+    def __init__(self, searched: Searched, blocks: Sequence[int], inside: Mapping[int, int]) -> None:
+        super().__init__(searched)
+        allocator, scores_G = searched.allocator, searched.scores_G
         self.blocks = [one for one in blocks if self.most[one] > 0]  # others have gone before
         self.inner = {block: [one for one in self.sets if inside.get(one) == block] for block in self.blocks}
         self.block_of = {one: block for block, inner in self.inner.items() for one in inner}

@@ -31,7 +31,7 @@ class Support:
 
     Args:
         kind: what criteria know its groups as: "channel", "expert", "block" (of layers), "weight", or "tile": those
-            inside layers that second-order criteria can solve for.
+            inside layers that second-order criteria can solve for, of the size that the pattern's ``tile`` says.
         removable: whether its groups can be removed physically.
         options: options of a rule beyond those that every pattern has; "target.macs" and the like for targets.
         penalties: where a regulariser may act: on "gradients", in the "loss", or on "weights" after a step.
@@ -111,6 +111,8 @@ def check_pattern(name: str, entry: Any) -> None:
             raise ConfigError(
                 f"pattern {name!r}: it has no method 'chosen'. Allowed: chosen(model, layers, exclude, key)"
             )
+    elif found.kind == TILES.kind and not hasattr(entry, "tile"):
+        raise ConfigError(f"pattern {name!r}: its support is for tiles, and it has no 'tile'. Allowed: (rows, columns)")
     elif not hasattr(entry, "build"):
         raise ConfigError(
             f"pattern {name!r}: it has no method 'build', and no support that says its groups can be removed. "

@@ -96,11 +96,6 @@ class Display:
         else:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def show(self, renderable: Any) -> None:
-        """A table or the like; only on a console."""
-        if self.console is not None:
-            self.console.print(renderable)
-
     @contextlib.contextmanager
     def stage(self, title: str, epochs: int, done: int, steps: int) -> Iterator[StageDisplay]:
         """Show the training of a model.

@@ -8,6 +8,7 @@ them so. They are applied at every event, and whenever the model's weights are l
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -107,17 +108,17 @@ class Averages:
         found: ChannelGroups | None = None,
     ) -> None:
         self._followers, self._names, self._writer, self._found = followers, names, writer, found
-        self._hooks: dict[int, list[MaskHooks]] = {}
+        self._hooks: weakref.WeakKeyDictionary[nn.Module, list[MaskHooks]] = weakref.WeakKeyDictionary()
 
     def mask(self, keep_G: Tensor) -> None:
         """Take new masks (on the CPU)."""
         if self._found is not None:
             for follower in self._followers:
-                if id(follower) not in self._hooks:
+                if follower not in self._hooks:
                     inner = copy_in(follower, set(self._names.values()))
-                    self._hooks[id(follower)] = self._found.hooks(inner)
+                    self._hooks[follower] = self._found.hooks(inner)
                 device = next((one.device for one in follower.parameters()), torch.device("cpu"))
-                for one in self._hooks[id(follower)]:
+                for one in self._hooks[follower]:
                     one.mask(keep_G, device)
         self.apply()
 
@@ -138,7 +139,7 @@ class Averages:
         for hooks in self._hooks.values():
             for one in hooks:
                 one.release()
-        self._hooks = {}
+        self._hooks.clear()
 
 
 @torch.no_grad()

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.models.kept_norm import KeptNorm
-from pruningawaretraining.models.masked_modules import KeptChannels
+from pruningawaretraining.models.masked_modules import KeptChannels, KeptModule
 
 Conv = nn.modules.conv._ConvNd
 
@@ -26,19 +24,13 @@ def computes_filters(module: nn.Module) -> bool:
     return module.groups == 1 and not module.transposed and "weight" in module._parameters
 
 
-class KeptFilters(KeptNorm):
+class KeptFilters(KeptModule):
     """Forward hook: what a convolution computes of the kept inputs alone.
 
     Args:
         module: the convolution; see :func:`computes_filters`.
         device: where it is.
     """
-
-    keep_C: Any
-
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        super().__init__(1, device)
-        self.keep_C = KeptChannels()
 
     def __call__(self, module: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         keep: KeptChannels = self.keep_C

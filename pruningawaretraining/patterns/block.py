@@ -62,6 +62,11 @@ class Block:
         _check_whole("rows", self.rows, 0)
         _check_whole("columns", self.columns, 0)
 
+    @property
+    def tile(self) -> tuple[int, int]:
+        """(output channels, inputs) of a block; 0 for all."""
+        return self.rows, self.columns
+
     def build(self, model: nn.Module, layers: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> Grouping:
         """Label the weights of a model.
 
@@ -114,6 +119,7 @@ class Unstructured:
     """
 
     support: ClassVar[Support] = TILES
+    tile: ClassVar[tuple[int, int]] = (1, 1)
 
     types: tuple[str, ...] = LAYER_TYPES
     spare_last: bool = False
@@ -140,6 +146,7 @@ class NofM:
     """
 
     support: ClassVar[Support] = TILES
+    tile: ClassVar[tuple[int, int]] = (1, 1)
 
     drop: int = 2
     of: int = 4

@@ -50,16 +50,8 @@ class StructuredPattern(Protocol):
         ...
 
 
-class OwnGroups(StructuredPattern, Protocol):
-    """A pattern that finds its groups itself, whatever the trace says; one set for each module that a rule selects."""
-
-    def find(self, model: nn.Module, chosen: set[str]) -> ChannelGroups:
-        """The groups of the selected modules, with what depends on them."""
-        ...
-
-
 def own_groups(pattern: Any, model: nn.Module, chosen: set[str]) -> list[ChannelGroups]:
-    """The groups that a pattern finds itself; none if they are those of the trace."""
+    """The groups that a pattern finds itself, one set for each selected module; none if they are those of the trace."""
     find: Callable[[nn.Module, set[str]], ChannelGroups] | None = getattr(pattern, "find", None)
     if find is None:
         return []

@@ -63,7 +63,7 @@ class Session(StepEvents):
         self._weak_context = weak_call(self, "context")
         self.engine = Engine(model, None, None, self._weak_context)
         self.steps_per_epoch: int | None = None
-        self.begun = self.ended = self.sharded = self.by_calls = False
+        self.begun = self.ended = self.sharded = False
         self.unmet = frozenset[str]()  # rules whose state is of another target
         self._given, self._sought_shards = given, False
         self._calibration: tuple[Iterable[Any], LossFn] | None = None

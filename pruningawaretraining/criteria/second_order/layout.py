@@ -10,21 +10,40 @@ padded entries are 0, in no gradient, and never counted.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.patterns.block import Block, NofM, Unstructured
+from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.patterns.elements import LayerWeight
 
-WeightPattern = Unstructured | Block | NofM
-"""The patterns inside a weight that the second-order criteria prune."""
 WIDEST = 4096
 """Largest block that is worth factoring; a tile must fit in one."""
+
+
+class WeightPattern(Protocol):
+    """A pattern inside a weight that the second-order criteria prune; one of N:M has its ``window`` as well."""
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """(output channels, inputs) of a group; 0 for all."""
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Parts of the names of the layers' classes."""
+
+    @property
+    def spare_last(self) -> bool:
+        """Whether the last linear layer is left out where no layers are named."""
+
+    def build(self, model: nn.Module, layers: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> Grouping:
+        """Label the weights of a model."""
 
 
 @dataclass(frozen=True)
@@ -55,25 +74,25 @@ class Tile:
         Raises:
             ConfigError: it spans several kernel positions, or is too large to be in one Fisher block.
         """
-        if isinstance(pattern, NofM):
-            return cls(keep=pattern.of - pattern.drop, of=pattern.of)
-        if isinstance(pattern, Unstructured):
-            return cls()
+        if window := getattr(pattern, "window", None):
+            drop, of = window
+            return cls(keep=of - drop, of=of)
+        tile_rows, columns = pattern.tile
         shape = weight.parameter.shape
         inputs = shape[weight.in_dim]
-        if pattern.columns >= 2 * inputs and math.prod(shape[2:]) > 1:
+        if columns >= 2 * inputs and math.prod(shape[2:]) > 1:
             raise ConfigError(
-                f"pattern.columns: {pattern.columns} spans several kernel positions of {weight.name!r}, which has "
+                f"pattern.columns: {columns} spans several kernel positions of {weight.name!r}, which has "
                 f"{inputs} inputs. Allowed for second-order criteria: less than {2 * inputs}, or 0 for all"
             )
-        rows = pattern.rows or shape[weight.out_dim]
-        cols = min(pattern.columns, inputs) or inputs * math.prod(shape[2:])
+        rows = tile_rows or shape[weight.out_dim]
+        cols = min(columns, inputs) or inputs * math.prod(shape[2:])
         if rows * cols > WIDEST:
             raise ConfigError(
                 f"pattern: a tile of {rows} x {cols} in {weight.name!r} is larger than a Fisher block can be. "
                 f"Allowed: up to {WIDEST} weights in a tile"
             )
-        return cls(rows, cols, pattern.columns == 0)
+        return cls(rows, cols, columns == 0)
 
 
 @dataclass(frozen=True)

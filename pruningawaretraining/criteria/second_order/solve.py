@@ -135,7 +135,6 @@ class BlockSolver:
     budget: Budget
     choose: Choose
     ranks: Ranks = field(default_factory=Ranks.current)
-    passes_made: int = 0
 
     def solve(self, fractions: Sequence[float]) -> Results:
         """The weights at each sparsity (fraction of the prunable tiles; see :func:`share_of`)."""
@@ -167,7 +166,6 @@ class BlockSolver:
         }
 
     def _collect(self, spans: Sequence[Span]) -> Bank:
-        self.passes_made += 1
         return Bank(spans, self.weights, self.budget, self.ranks).collect(self.calibration)
 
     def _parts(self, bank: Bank, span: Span) -> Iterator[tuple[slice, FisherBlocks]]:
