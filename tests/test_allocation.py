@@ -130,3 +130,13 @@ def test_infinite_scores_do_not_empty_a_set(value: float) -> None:
         keep = Allocator(grouping, scores, Limits(max_sparsity=0.75)).at(0.5)
         assert int(keep.sum()) == 4 and int(keep[:4].sum()) >= 1 and int(keep[4:].sum()) >= 1
         assert int(Allocator(grouping, scores).smallest().sum()) == 2
+
+
+ROUNDED = [(41, 0.5, 20), (43, 0.5, 21), (7, 0.5, 3), (10, 0.29, 2), (10, 0.3, 3)]
+
+
+@pytest.mark.parametrize(("size", "fraction", "gone"), ROUNDED)
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_a_sparsity_is_rounded_down_to_whole_groups(size: int, fraction: float, gone: int, scope: str) -> None:
+    found = kept(sets(size), [float(number) for number in range(size)], fraction, Limits(), scope)
+    assert found == "." * gone + "x" * (size - gone)

@@ -110,7 +110,7 @@ def test_what_no_layer_reads_that_can_be_fitted_goes_last() -> None:
     first = next(one for one in found.sets if one.name == "0")
     unread = torch.isinf(scores(model, data, found))
     assert unread.sum() == 4 and bool(unread[first.start : first.stop].all())
-    with pytest.raises(ConfigError, match="knows no layer that reads 0"):
+    with pytest.raises(ConfigError, match="finds no layer that reads 0"):
         scores(model, data, groups(model, data, "0"))
 
 

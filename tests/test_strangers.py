@@ -137,7 +137,7 @@ def test_a_run_folder_does_not_choose_what_is_imported(factories: Path) -> None:
     done = pat("latency", folder)
     assert done.exit_code == 2 and done.stderr.count("\n") == 1
     assert "model.name: 'imported_by_a_run:Net'" in done.stderr
-    assert "Allowed: --model with a model of yours, or --trust" in done.stderr
+    assert "Allowed: --model with your own model, or --trust" in done.stderr
     assert not (factories / "called").exists()
     trusted = pat("latency", folder, "--trust")
     assert (factories / "called").exists() and "'Net' is not known" in trusted.stderr

@@ -172,7 +172,7 @@ def test_the_fall_of_the_best_fitness_is_said(tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         model.train()
     said = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
-    assert said == ["best.pt: channels have gone, so the best fitness of before (1) counts no more"]
+    assert said == ["best.pt: channels were removed, so the earlier best fitness (1) no longer applies"]
 
 
 def test_mistakes_are_named() -> None:

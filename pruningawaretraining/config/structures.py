@@ -87,7 +87,7 @@ def check_structures(rule: Any) -> None:
         )
     if rule.dynamic != "frozen":
         raise ConfigError(
-            f"dynamic: {rule.dynamic!r} would give back channels in blocks that are gone. Allowed with blocks: frozen"
+            f"dynamic: {rule.dynamic!r} would restore channels in removed blocks. Allowed with blocks: frozen"
         )
     if rule.allocation in ("ranking", "uniform"):
         raise ConfigError(

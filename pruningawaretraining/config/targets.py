@@ -27,7 +27,11 @@ class Target(Strict):
     A registered cost is a key too: ``{"energy": 0.5}`` is short for ``{"costs": {"energy": 0.5}}``.
     """
 
-    sparsity: Sparsities | None = Field(None, description="Fraction of the rule's groups to remove, in (0, 1].")
+    sparsity: Sparsities | None = Field(
+        None,
+        description="Fraction of the rule's groups to remove, in (0, 1], rounded down to whole groups: 0.5 of 41 "
+        "channels removes 20 (0.488).",
+    )
     macs: Fractions | None = Field(
         None, description="Fraction of the dense model's MACs to KEEP, in (0, 1]: 0.7 is a cut of 30%."
     )

@@ -82,7 +82,7 @@ def load_inspected(
     if not trusted and is_imported(config.model.name):
         raise ConfigError(
             f"{source}: model.name: {config.model.name!r} would import code that the folder of a run names. "
-            "Allowed: --model with a model of yours, or --trust"
+            "Allowed: --model with your own model, or --trust"
         )
     if input_shape is None and config.pruning.example_inputs is not None:
         spec = config.pruning.example_inputs

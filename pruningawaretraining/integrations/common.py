@@ -172,8 +172,8 @@ def _refuse_smaller(module: nn.Module, state_dict: Mapping[str, Any], prefix: st
         if given.shape != own.shape and all(a <= b for a, b in zip(given.shape, own.shape, strict=True)):
             raise CheckpointError(
                 f"resume_from: {name} is {tuple(given.shape)} in the checkpoint and {tuple(own.shape)} in the "
-                f"{type(module).__name__}: channels have gone. Allowed: PruningCallback(..., resume_from=) with this "
-                "checkpoint"
+                f"{type(module).__name__}: channels were removed. Allowed: PruningCallback(..., resume_from=) with "
+                "this checkpoint"
             )
 
 

@@ -97,7 +97,7 @@ class PruningCallback(_TrainerCallback):  # type: ignore[misc]
                     f"resume_from: the training resumes at step {step}, and the callback has no state. Allowed: "
                     f"PruningCallback(..., resume_from={str(where)!r})"
                 )
-            logger.warning("resume_from: the training resumes at step %d, and the pruner starts anew", step)
+            logger.warning("resume_from: the training resumes at step %d, and the pruner starts from scratch", step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.pruner.on_step_begin(state.global_step)

@@ -109,7 +109,7 @@ class PruningCallback:
             return
         if getattr(trainer, "resume", False):
             raise CheckpointError(
-                "resume: ultralytics builds the dense model anew. Allowed: model.train(resume=True, "
+                "resume: ultralytics rebuilds the dense model. Allowed: model.train(resume=True, "
                 "trainer=callback.trainer(model))"
             )
         if self._from_pruned or _lost_channels(self._added_to()):
@@ -141,7 +141,9 @@ class PruningCallback:
             if stopper is not None:
                 stopper.best_fitness, stopper.best_epoch = 0.0, trainer.epoch
             if had is not None:
-                logger.warning("best.pt: channels have gone, so the best fitness of before (%.4g) counts no more", had)
+                logger.warning(
+                    "best.pt: channels were removed, so the earlier best fitness (%.4g) no longer applies", had
+                )
         if trainer.ema is not None:
             setattr(trainer.ema.ema, STATE, packed(pruner.state_dict()))
 

@@ -24,7 +24,9 @@ def input_of(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value
-    raise ModelError("block: it is given no tensor to hand on. Allowed: a call with a tensor among its arguments")
+    raise ModelError(
+        "block: it has no tensor argument to pass through. Allowed: a call with a tensor among its arguments"
+    )
 
 
 def handed_on(x: Tensor, outputs: int) -> Any:

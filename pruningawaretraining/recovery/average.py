@@ -57,7 +57,7 @@ def take_average(model: nn.Module, average: AveragedModel) -> None:
     theirs = [tuple(one.shape) for one in average.module.parameters()]
     if [tuple(one.shape) for one in unwrap(model).parameters()] != theirs:
         raise ConfigError(
-            "average: its weights are of other shapes than the model's. Allowed: one begun after a removal"
+            "average: its weights have other shapes than the model's. Allowed: an average started after the removal"
         )
     for weight, mean in pairs:
         weight.copy_(torch.where(weight == 0, weight, mean.to(weight.dtype)))

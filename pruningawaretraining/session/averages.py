@@ -160,7 +160,7 @@ class Averages:
             if frozen:
                 logger.warning(
                     "ema: %s does not follow the model any more: its tensors that were exchanged when channels went "
-                    "have not changed in %d steps. It keeps lists of the old ones. Allowed: make them anew when prune "
+                    "have not changed in %d steps. It keeps lists of the old ones. Allowed: rebuild them when prune "
                     "returns 'removed', in pruner.after_removal; or give the object that has them as ema=",
                     type(one.given).__name__,
                     watch.steps,

@@ -121,7 +121,7 @@ def tell_of_tensors(model: nn.Module, before: Shapes, optimizers: Sequence[torch
     if left:
         logger.warning(
             "removal: tensors in %s have the shapes that the model's parameters had. An average, or a list that "
-            "gradients are clipped by, has to be made anew, in a function of yours: pruner.after_removal = ...",
+            "gradients are clipped by, must be rebuilt in your own function: pruner.after_removal = ...",
             ", ".join(left),
         )
 

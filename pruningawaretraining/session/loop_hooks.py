@@ -152,8 +152,8 @@ class LoopHooks(Bound):
         if done == "removed" and now is not None and not self.best_begins_anew:  # without an epoch, nothing was before
             self.best_begins_anew = True
             logger.warning(
-                "best: channels were removed: begin the best metric anew. Done, or none is kept: "
-                "pruner.best_begins_anew = True"
+                "best: channels were removed: begin the best metric anew. "
+                "Set pruner.best_begins_anew = True to silence this"
             )
         return done
 

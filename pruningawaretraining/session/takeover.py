@@ -52,7 +52,7 @@ def take_over(model: nn.Module, pruner: AtWork) -> weakref.ref[AtWork] | None:
                 "Allowed: all rules in one config, or first end the other: on_train_end()"
             )
         earlier.on_train_end()
-        logger.warning("model: a Pruning that was made for it before is retired: it had not begun")
+        logger.warning("model: an earlier Pruning of it is retired: it had not started")
     keep_private(model, ATTRIBUTE, weakref.ref(pruner))
     return known
 

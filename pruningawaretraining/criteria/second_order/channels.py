@@ -113,7 +113,7 @@ Compensate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @register("channel_compensation", "none")
 def leave(weight_OD: Tensor, moments_XX: Tensor, lost_D: Tensor) -> tuple[Tensor, Tensor]:
-    """Nothing follows."""
+    """No compensation."""
     return weight_OD, weight_OD.new_zeros(weight_OD.shape[0])
 
 

@@ -90,7 +90,7 @@ class Reconstruction:
         unread = [one.groups.name for one in readings if not one.members]
         if len(unread) == len(grouping.sets):
             raise ConfigError(
-                f"criterion: 'reconstruction' knows no layer that reads {', '.join(unread[:4])} and can be fitted; "
+                f"criterion: 'reconstruction' finds no layer that reads {', '.join(unread[:4])} and can be fitted; "
                 "nn.MultiheadAttention does not call its output projection as a module. Allowed: another criterion"
             )
         if unread:
