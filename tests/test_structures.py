@@ -402,7 +402,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mean": ({"criterion": {"type": "taylor", "reduction": "mean"}}, r"criterion.reduction: 'mean' does not add up"),
     "sparsity": ({"criterion": "taylor", "target": {"sparsity": 0.5}}, r"target.sparsity: a count of groups means"),
     "ranking": ({"criterion": "taylor", "allocation": "ranking"}, r"allocation: 'ranking' does not weigh what"),
-    "dynamic": ({"criterion": "taylor", "dynamic": "straight_through"}, r"dynamic: 'straight_through' would give back"),
+    "dynamic": ({"criterion": "taylor", "dynamic": "straight_through"}, r"dynamic: 'straight_through' would restore"),
     "compensation": ({"criterion": "taylor", "compensation": "bias"}, r"compensation: 'bias' is not supported"),
     "unknown": ({"pattern": ["channel", "heads", "layer"]}, r"pattern\[2\]: 'layer' is not known|'layer'"),
     "pattern": ({"pattern": ["channel", "2:4"]}, r"pattern\[1\]"),
