@@ -36,7 +36,7 @@ def test_a_loop_is_told_once_that_its_best_is_of_another_model(
     with caplog.at_level(logging.WARNING):
         done = [pruner.prune(model, epoch) for epoch in range(4)]
     assert done.count("removed") > 1 and done[-1] is None
-    said = [one for one in caplog.records if "reset the best metric" in one.getMessage()]
+    said = [one for one in caplog.records if "begin the best metric anew" in one.getMessage()]
     assert len(said) == times
     assert all("pruner.best_begins_anew = True" in one.getMessage() and len(one.getMessage()) < 120 for one in said)
 

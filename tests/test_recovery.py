@@ -177,7 +177,7 @@ def test_what_is_zero_in_the_model_stays_so_where_masks_have_moved() -> None:
 def test_an_average_from_before_a_removal_is_refused_and_nothing_changes() -> None:
     average, model = averaged(nn.Linear(4, 3)), nn.Linear(4, 2)
     before = model.weight.clone()
-    with pytest.raises(ConfigError, match="average: its weights are of other shapes"):
+    with pytest.raises(ConfigError, match="average: its weights have other shapes"):
         take_average(model, average)
     assert torch.equal(model.weight, before)
     with pytest.raises(ConfigError, match="kind: 'swo' is not known; did you mean 'swa'"):
