@@ -40,10 +40,16 @@ class Names:
 
 @dataclass(frozen=True)
 class Origin:
-    """Names of the rules of a config, by what messages call these. Two of them are always equal: configs that mean the
-    same are the same, wherever they come from."""
+    """Where a config comes from. Two of them are always equal: configs that mean the same are the same, wherever they
+    come from.
+
+    Args:
+        rules: names of the rules, by what messages call these.
+        counts_epochs: whether its system counts epochs itself, from steps or from hooks at their beginning.
+    """
 
     rules: Mapping[str, Names] = field(default_factory=dict, compare=False)
+    counts_epochs: bool = field(default=False, compare=False)
 
     def told(self, message: str) -> str:
         """A message about the config in the words of its file."""
@@ -75,14 +81,15 @@ class Translated(Strict):
         """What its rules are called in the file that it comes from."""
         return self._origin
 
-    def known_as(self, names: Sequence[Names]) -> None:
-        """Remember what its rules are called, one after the other."""
-        self._origin = origin_of([getattr(rule, "name", None) for rule in getattr(self, "rules", ())], names)
+    def known_as(self, names: Sequence[Names], counts_epochs: bool = False) -> None:
+        """Remember what its rules are called, one after the other, and whether its system counts epochs itself."""
+        own = origin_of([getattr(rule, "name", None) for rule in getattr(self, "rules", ())], names)
+        self._origin = replace(own, counts_epochs=counts_epochs)
 
     def follow(self, other: Translated, entries: Mapping[str, str]) -> None:
         """Have the names of another config, and further texts of rules -> what the user has written."""
         known = {called: replace(one, entries={**one.entries, **entries}) for called, one in other.origin.rules.items()}
-        self._origin = Origin(known)
+        self._origin = Origin(known, other.origin.counts_epochs)
 
 
 def origin_of(called: Sequence[str | None], names: Sequence[Names]) -> Origin:

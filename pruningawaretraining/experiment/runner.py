@@ -109,6 +109,7 @@ class Runner:
             asked = for_pruner(config.pruning)
             pruner = Pruning(model, asked, example_inputs=example, optimizer=optimizer, teacher=teacher)
             pruner.best_begins_anew = True  # the last epoch is kept, whatever was best
+            pruner.calls_prune = True
             pruner.on_train_begin(range(steps))
             pruner.calibrate_with(self.batches(), loss_of)  # read by criteria and compensation that want data
         precision = Precision.of(config, self.device)

@@ -128,6 +128,7 @@ class Attached:
                 "Allowed: another PruningCallback, or another model",
                 type(pruner.model).__name__,
             )
+        pruner.calls_prune = True
         pruner.on_train_begin(None if steps is None else range(steps))
 
     def release(self) -> None:

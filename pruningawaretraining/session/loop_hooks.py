@@ -13,6 +13,7 @@ from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.models.calling import outside_inference
 from pruningawaretraining.session.arguments import epoch_of
 from pruningawaretraining.session.bound import Bound
+from pruningawaretraining.session.epoch_counter import in_epochs
 from pruningawaretraining.session.reporting import sparsity_of, tell_of_masked
 
 logger = logging.getLogger(__name__)
@@ -50,16 +51,26 @@ class LoopHooks(Bound):
             raise ConfigError(f"loss_fn: {loss_fn!r} is not a function. Allowed: a function of (outputs, targets)")
         self._session.calibrate_with(dataloader, loss_fn)
 
-    def on_epoch_begin(self, epoch: int = 0) -> None:
-        """At the start of an epoch (counted from 0)."""
+    def on_epoch_begin(self, epoch: int | None = None) -> None:
+        """At the start of an epoch. Configs of systems that have this hook (Intel Neural Compressor), or count epochs
+        themselves (SparseML), take the events of the epoch; others leave them to ``prune``.
+
+        Args:
+            epoch: counted from 0; absent: the next one.
+        """
+        counter, engine = self._session.epochs, self._session.engine
+        now = counter.begins(None if epoch is None else epoch_of(epoch), engine)
+        if counter.by_itself and in_epochs(engine):
+            self.prune(epoch=now)
 
     def on_step_begin(self, step: int = 0) -> None:
         """At the start of a step: rules that count steps have the event that is due.
 
         Args:
-            step: not used: loops count from 0 in every epoch, and the pruner counts the optimizer's real steps itself.
+            step: of the epoch or the training. It decides nothing, since the pruner counts the optimizer's real steps
+                itself; where it begins anew without a call of ``prune`` that is needed, a warning says so.
         """
-        self._session.on_step_begin()
+        self._session.on_step_begin(step)
 
     def on_before_optimizer_step(self) -> None:
         """After backward, before clipping and the optimizer's step: regularise, and mask the gradients."""
@@ -76,7 +87,22 @@ class LoopHooks(Bound):
         """At the end of a step; nothing is done then."""
 
     def on_epoch_end(self, epoch: int = 0) -> None:
-        """At the end of an epoch."""
+        """At the end of an epoch; nothing is done then.
+
+        Args:
+            epoch: not used.
+        """
+
+    @property
+    def calls_prune(self) -> bool:
+        """Whether the loop calls ``prune`` for its epochs, as it shows by the first call. Set it where that may come
+        later than the first epoch: until then, SparseML's and Intel's configs count epochs from the optimizer's steps.
+        """
+        return self._session.epochs.called
+
+    @calls_prune.setter
+    def calls_prune(self, value: bool) -> None:
+        self._session.epochs.called = value
 
     def on_train_end(self) -> None:
         """After the last epoch: nothing prunes or regularises any more; masks stay."""
@@ -146,6 +172,7 @@ class LoopHooks(Bound):
         self._check_same(model)
         now = None if epoch is None else epoch_of(epoch)
         self._settle()
+        self._session.epochs.called = True
         with outside_inference():
             done = self._session.prune(now, log)
         self._watch.epoch(self._session.engine, 0 if now is None else now, self._steps.count)

@@ -31,6 +31,7 @@ def session_state(session: Session) -> dict[str, Any]:
         "config": session.config.model_dump(mode="json"),
         "steps": session.steps.count,
         "ended": session.ended,
+        "counted": session.epochs.counted,
         **state_of(session.engine),
         "inputs": plain_or_none(session.inputs) if session.capture.captured else None,
         "distillation": None if session.distiller is None else session.distiller.state_dict(),
@@ -47,6 +48,9 @@ def load_session(session: Session, state: Mapping[str, Any], generators: bool = 
         steps, ended = _whole(state, "steps"), state["ended"]
         if not isinstance(ended, bool):
             raise CheckpointError(f"state: ended: {ended!r} is not true or false")
+        counted = state.get("counted", False)
+        if not isinstance(counted, bool):
+            raise CheckpointError(f"state: counted: {counted!r} is not true or false")
         if session.inputs is None and state["inputs"] is not None:
             session.capture.set(state["inputs"])
         if state["channels"] is not None:
@@ -60,6 +64,7 @@ def load_session(session: Session, state: Mapping[str, Any], generators: bool = 
     if removed:
         follow_configs(session.model)
     session.steps.count, session.ended = steps, ended
+    session.epochs.counted = counted
     session.begun = session.begun or steps > 0
     _follow_targets(session, state.get("config"))
     if removed:

@@ -50,8 +50,8 @@ class Session(StepEvents):
     """
 
     def __init__(self, model: nn.Module, config: PruningConfig, given: Given) -> None:
-        super().__init__()
-        self.model, self.config = model, config
+        super().__init__(config)
+        self.model = model
         self.forward_fn, self.averages, self.teacher = given.forward_fn, Averages(given.averages, model), given.teacher
         self.followers = self.averages.modules
         self.graphs: list[ExportedGraph] = []

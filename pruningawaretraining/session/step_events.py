@@ -16,6 +16,7 @@ from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.penalties import Regularizer
 from pruningawaretraining.models.calling import in_backward
 from pruningawaretraining.session.averages import Averages
+from pruningawaretraining.session.epoch_counter import EpochCounter
 from pruningawaretraining.session.optimizer_hooks import Steps
 
 logger = logging.getLogger(__name__)
@@ -24,14 +25,15 @@ logger = logging.getLogger(__name__)
 class StepEvents(ABC):
     """The moments of a real step: gradients are complete, are about to be used, and weights have moved."""
 
-    config: PruningConfig
     engine: Engine
     steps: Steps
     averages: Averages
     sharded: bool
     begun: bool
+    steps_per_epoch: int | None
 
-    def __init__(self) -> None:
+    def __init__(self, config: PruningConfig) -> None:
+        self.config, self.epochs = config, EpochCounter(config.origin.counts_epochs)
         self._penalties: list[tuple[Regularizer, Tensor]] = []
         self.writes = WriteWatch()
 
@@ -85,10 +87,11 @@ class StepEvents(ABC):
         if not self.sharded:
             self.writes.stepped(self.engine)
 
-    def on_step_begin(self) -> None:
-        """Rules that count steps have the event that is due."""
+    def on_step_begin(self, step: int) -> None:
+        """Rules that count steps have the event that is due; ``step`` is the loop's own number."""
         self.begun = True
         if self.acts:
+            self.epochs.steps_begin(step, self.steps_per_epoch, self.engine)
             self.tick()
 
     def tick(self, last: bool = False) -> bool:
@@ -99,13 +102,21 @@ class StepEvents(ABC):
             last: only the last event of a schedule, which no further step may follow.
         """
         with in_users_words(self.config.origin):
-            if not self.engine.asks(self.steps.counts, last):
-                return False
-            lines = self.engine.tick("step", self.steps.count, last)
+            lines = [] if last else self._count_epochs()
+            if self.engine.asks(self.steps.counts, last):
+                lines += self.engine.tick("step", self.steps.count, last)
             self.tell(lines)
             if lines and self.engine.coupled is not None and not self.sharded:  # it may run the model
                 self.changed()
             return bool(lines)
+
+    def _count_epochs(self) -> list[str]:
+        """Events of an epoch that begins now, where the loop does not say so itself."""
+        known = self.steps_per_epoch
+        if not self.epochs.passed(self.steps.counts, known, self.engine):
+            return []
+        epoch = self.epochs.epoch(self.steps.count, known, self.engine)
+        return [] if epoch is None else self.engine.prune(epoch)
 
     def tell(self, lines: list[str], target: Any = None) -> None:
         """Log what has happened, and hand it to a logger or a function of one line."""

@@ -64,13 +64,17 @@ def check_dialect(name: str, entry: Any) -> None:
         check_declared(good, "dialect", name, key, texts, "a tuple of texts")
 
 
-def native(rules: Sequence[Mapping[str, Any]], names: Sequence[Names] = (), **others: Any) -> PruningConfig:
+def native(
+    rules: Sequence[Mapping[str, Any]], names: Sequence[Names] = (), counts_epochs: bool = False, **others: Any
+) -> PruningConfig:
     """A native config from translated rules. The names in them come from a dialect's own table, so what they stand for
     is looked up only when it is built: a rule that is switched off may name what is not there.
 
     Args:
         rules: fields of each.
         names: what messages call each of them and its fields; fields of rules without names are called as they are.
+        counts_epochs: whether the system of the dialect counts epochs itself, from the optimizer's steps or hooks at
+            their beginning; then loops need not call ``prune``.
         others: fields of the config.
 
     Raises:
@@ -78,7 +82,7 @@ def native(rules: Sequence[Mapping[str, Any]], names: Sequence[Names] = (), **ot
     """
     with in_users_words(origin_of([rule.get("name") for rule in rules], names)):
         config = PruningConfig.model_validate({"rules": [dict(rule) for rule in rules], **others})
-    config.known_as(names)
+    config.known_as(names, counts_epochs)
     return config
 
 

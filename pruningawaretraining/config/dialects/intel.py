@@ -100,7 +100,7 @@ def _of_2022(file: File2022) -> PruningConfig:
         note_ignored(", ".join(others), "the model, its data and its training are the loop's")
     older = file.pruning.approach.weight_compression
     if older is not None:
-        return native(*epoch_rules(older))
+        return native(*epoch_rules(older), counts_epochs=True)
     newer = file.pruning.approach.weight_compression_v2
     if newer is not None:
         return _config(newer, newer.pruners, SECTION_2X, f"{SECTION_2X}.pruners", {})

@@ -60,7 +60,8 @@ def config_of(found: Sequence[Found]) -> PruningConfig:
     for one in found:
         if isinstance(one.modifier, keys.Quantization):
             note_ignored(f"{one.where} ({one.name})", "the loop quantizes; see docs/quantization.md")
-    return native([without_places(rule) for rule in rules], names, distillation=_distillation(found))
+    plain = [without_places(rule) for rule in rules]
+    return native(plain, names, counts_epochs=True, distillation=_distillation(found))
 
 
 def _dynamic_rules(found: Sequence[Found]) -> Iterator[dict[str, Any]]:
