@@ -15,7 +15,8 @@ import yaml
 
 from pruningawaretraining.config import dialects  # noqa: F401  (importing it registers the dialects)
 from pruningawaretraining.config.caps import anchored_caps
-from pruningawaretraining.config.dialects.base import Dialect
+from pruningawaretraining.config.dialects.base import Dialect, note_ignored
+from pruningawaretraining.config.dialects.sparseml_unread import tell_of_variables
 from pruningawaretraining.config.extent import MOST_BYTES, check_extent
 from pruningawaretraining.config.lines import with_place
 from pruningawaretraining.config.schema import PruningConfig, Rule
@@ -93,7 +94,14 @@ def translate(mapping: Mapping[str, Any]) -> PruningConfig:
 
 def with_variables(mapping: Mapping[str, Any], variables: Mapping[str, Any] | None) -> dict[str, Any]:
     """A recipe with variables in place of its own of the same names; another form as it is."""
-    return {**mapping, **variables} if variables and form_of(mapping) == "sparseml" else dict(mapping)
+    if not variables:
+        return dict(mapping)
+    if (form := form_of(mapping)) == "sparseml":
+        tell_of_variables(mapping, variables)
+        return {**mapping, **variables}
+    for name in variables:
+        note_ignored(name, f"configs of the form {form or 'given'} have no variables")
+    return dict(mapping)
 
 
 def form_of(mapping: Mapping[str, Any]) -> str | None:

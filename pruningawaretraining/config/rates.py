@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruningawaretraining.config.dialects.sparseml_keys import RateFunction, RateSchedule, SetRate
-from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import lookup, register
 from pruningawaretraining.schedules import ROUNDING
 
@@ -72,18 +71,10 @@ class LearningRates:
         modifiers: in its order.
         cap: whether ``linear`` and ``cosine`` are those of CAP's version, which go in cycles; ``linear`` has its final
             rate at the last step of one. SparseML's go from start to end, which has the final rate.
-
-    Raises:
-        ConfigError: a cycle of no length.
     """
 
     modifiers: tuple[SetRate | RateFunction | RateSchedule, ...] = ()
     cap: bool = False
-
-    def __post_init__(self) -> None:
-        for one in self.modifiers:
-            if isinstance(one, RateFunction) and one.cycle_epochs is not None and -1 != one.cycle_epochs <= 0:
-                raise ConfigError(f"recipe: cycle_epochs: {one.cycle_epochs} is not allowed. Allowed: above 0")
 
     def at(self, epoch: float, steps_per_epoch: int | None = None) -> float | None:
         """The learning rate at a moment.

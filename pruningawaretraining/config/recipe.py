@@ -19,7 +19,7 @@ from pruningawaretraining.config.dialects.sparseml_keys import (
 )
 from pruningawaretraining.config.dialects.sparseml_recipe import Found, is_cap, modifiers_of
 from pruningawaretraining.config.extent import check_extent
-from pruningawaretraining.config.load import find_file, placed, read_mapping
+from pruningawaretraining.config.load import find_file, placed, read_mapping, with_variables
 from pruningawaretraining.config.rates import LearningRates
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.errors import ConfigError
@@ -77,9 +77,9 @@ def load_recipe(
         ConfigError: not a recipe, or a modifier, key or value that is not allowed.
     """
     if isinstance(source, Mapping):
-        return _recipe({**source, **(variables or {})})
+        return _recipe(with_variables(source, variables))
     path = find_file(source)
-    mapping = {**read_mapping(path), **(variables or {})}
+    mapping = with_variables(read_mapping(path), variables)
     with placed(path):
         return _recipe(mapping)
 

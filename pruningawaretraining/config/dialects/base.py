@@ -97,6 +97,11 @@ def schedule_name(name: str, where: str) -> str:
     return canonical("schedule", name, where) if names("schedule") else name
 
 
+def note(key: str, meaning: str) -> None:
+    """Warn that a value means what nobody may expect."""
+    logger.warning("%s: %s", key, meaning)
+
+
 def note_ignored(key: str, why: str) -> None:
     """Warn that a key was read and has no effect here, or another one than where it comes from."""
     logger.warning("%s is ignored: %s", key, why)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from pruningawaretraining.config.dialects.base import TAG, check_window, note_ignored
+from pruningawaretraining.config.dialects.base import TAG, check_window, note, note_ignored
 from pruningawaretraining.config.origin import Names
 from pruningawaretraining.config.strict import Amount, Positive, Strict, UnitInterval, Whole
 from pruningawaretraining.errors import ConfigError, unknown
@@ -101,6 +101,9 @@ def epoch_rules(section: EpochSection) -> tuple[list[dict[str, Any]], list[Names
     Raises:
         ConfigError: a value that is not allowed.
     """
+    if section.pruners == []:
+        note(f"{SECTION}.pruners", "[] prunes nothing: the layers stay dense, as they do there")
+        return [{"name": SECTION, "enabled": False}], [Names(SECTION)]
     pruners = section.pruners or [EpochPruner()]
     found = [_named(section, one, f"{SECTION}.pruners[{number}]") for number, one in enumerate(pruners)]
     rules = [_rule(section, one, names) for one, names in zip(pruners, found, strict=True)]

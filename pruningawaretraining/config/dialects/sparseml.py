@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pruningawaretraining.config.dialects import sparseml_keys as keys
-from pruningawaretraining.config.dialects.base import native, note_ignored
+from pruningawaretraining.config.dialects.base import native, note, note_ignored
 from pruningawaretraining.config.dialects.sparseml_criteria import criterion_of, pattern_of
 from pruningawaretraining.config.dialects.sparseml_dynamics import dynamic_rule
 from pruningawaretraining.config.dialects.sparseml_names import names_of
 from pruningawaretraining.config.dialects.sparseml_phases import Piece, nested, rules_of, without_places
 from pruningawaretraining.config.dialects.sparseml_recipe import NAMES, Found, is_cap, is_recipe, modifiers_of
+from pruningawaretraining.config.dialects.sparseml_unread import tell_of_unread
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import register
@@ -50,6 +51,7 @@ class SparseMl:
 def config_of(found: Sequence[Found]) -> PruningConfig:
     """The modifiers of a recipe as a native config."""
     cap = is_cap(found)
+    tell_of_unread(found)
     pieces = [piece for one in found for piece in _pieces(one, cap)]
     rules = nested([*_dynamic_rules(found), *rules_of(pieces)])
     rules += _locks([one for one in found if _only_locks(one)], rules)
@@ -151,6 +153,8 @@ def _targets(one: Found, modifier: keys.Pruning) -> list[tuple[float | None, key
     """(sparsity, parameters) of a modifier; None where mask_type says how far."""
     final = modifier.final_sparsity
     if not isinstance(final, dict):
+        if not modifier.params:
+            note(one.key("params"), f"{modifier.params!r} is every layer that can be pruned, as it is there")
         return [(final, modifier.params or ALL_PRUNABLE)]
     if modifier.params and "params" in modifier.model_fields_set:
         where = one.key("params")

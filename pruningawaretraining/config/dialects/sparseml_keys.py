@@ -13,6 +13,7 @@ from pruningawaretraining.config.dialects.sparseml_training_keys import (
     Names,
     Number,
     Outside,
+    Pace,
     Quantization,
     RateFunction,
     RateSchedule,
@@ -65,7 +66,7 @@ class Pruning(Modifier):
     final_sparsity: UnitInterval | dict[str, list[str]] | None = Field(
         None, description="Sparsity of the last event, or sparsity -> parameters."
     )
-    update_frequency: Number = Field(-1.0, description="Epochs between events; -1: at every step.")
+    update_frequency: Pace = Field(-1.0, description="Epochs between events; -1: at every step.")
     inter_func: Literal["linear", "cubic", "inverse_cubic"] = Field("cubic", description="How the sparsity rises.")
     mask_type: str | list[int] = Field(
         "unstructured", description="'unstructured', 'block4', 'N:M', '4x1' or [4, 1]: rows and columns of a block."
@@ -197,7 +198,7 @@ class RegrowingPruning(Modifier):
 
     final_sparsity: UnitInterval = Field(description="Sparsity from the start on.")
     params: Names = Field("__ALL_PRUNABLE__", description="Parameters: names, 're:...', or all.")
-    update_frequency: Number = Field(description="Epochs between exchanges.")
+    update_frequency: Pace = Field(description="Epochs between exchanges.")
     init_update_fraction: UnitInterval = Field(0.3, description="Part of the weights that is exchanged at first.")
     sparsity_strategy: Literal["erdos_renyi_kernel", "uniform"] = Field(
         "erdos_renyi_kernel", description="How the sparsity is shared among layers."

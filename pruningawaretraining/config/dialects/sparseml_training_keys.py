@@ -13,6 +13,7 @@ from pruningawaretraining.errors import ConfigError
 
 Number = Annotated[float, within("a number", math.isfinite)]
 Epoch = Annotated[float, within("-1, or a number of 0 or more", lambda value: value == -1 or 0 <= value < math.inf)]
+Pace = Annotated[float, within("-1, or a number above 0", lambda value: value == -1 or 0 < value < math.inf)]
 Names = str | list[str]
 
 
@@ -57,7 +58,7 @@ class RateFunction(Modifier):
     lr_func: Literal["linear", "cosine", "cyclic_linear", "exponential", "step"] = Field(description="How it changes.")
     init_lr: Amount = Field(description="The rate at the start of every cycle.")
     final_lr: Amount = Field(description="The rate at the end of every cycle, or the least one.")
-    cycle_epochs: Number | None = Field(None, description="Epochs of a cycle; absent: one cycle from start to end.")
+    cycle_epochs: Pace | None = Field(None, description="Epochs of a cycle; absent: one cycle from start to end.")
     cycle_mul: Amount = Field(1.0, description="Factor on the rate from one cycle to the next.")
     cycle_warmup: Amount = Field(0.0, description="Epochs of a linear warm-up inside every cycle.")
     warmup: Amount = Field(0.0, description="Another name for cycle_warmup.")
