@@ -205,3 +205,28 @@ def tagged(config: Any) -> Any:
     if isinstance(config, dict):
         return {key: tagged(value) for key, value in config.items()}
     return [tagged(value) for value in config] if isinstance(config, list) else config
+
+
+def test_settings_of_a_training_are_no_config(tmp_path: Path) -> None:
+    file = tmp_path / "deit.yaml"
+    file.write_text("aa: rand-m9\namp: true\nbatch_size: 4\nmodel: deit_small\nopt: adamw\nsched: cosine\nlr: 0.1\n")
+    result = CliRunner().invoke(app, ["check", str(file)])
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert "are settings of a training, and there is no pruning config" in line
+
+
+def test_errors_about_layers_name_the_file(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.yaml", "b.yaml")]
+    files[0].write_text("rules:\n  - {pattern: unstructured, target: {sparsity: 0.5}}\n")
+    files[1].write_text("rules:\n  - pattern: unstructured\n    target: {sparsity: 0.5}\n    layers: [conv77]\n")
+    result = CliRunner().invoke(app, ["check", *map(str, files), "--model", "demo"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {files[1]}: line 4: rules[0].layers: 'conv77' is not known")
+
+
+def test_a_missing_variable_is_given_by_set(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("modifiers: [!GMPruningModifier {init_sparsity: 0.1, final_sparsity: 0.5, end_epoch: eval(n)}]")
+    result = CliRunner().invoke(app, ["check", str(file)])
+    assert result.stderr.rstrip().endswith("other values are given as --set NAME=VALUE")

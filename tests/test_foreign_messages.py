@@ -121,3 +121,36 @@ def test_a_config_from_elsewhere_equals_the_native_one(tmp_path: Path) -> None:
     path.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
     assert load_config(path) == config and load_config(path).origin.rules == {}
     assert yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))) == config.model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"pruning": {"approach": {"weight_compression_pytorch": {"pruners": [
+            {"prune_layer_type": ["Linearr"], "target_sparsity": 0.5}]}}}},
+         "pruning.approach.weight_compression_pytorch.pruners[0].prune_layer_type: 'Linearr' is not known"),
+        (steps(pruning_op_types=["Linearr"]), "pruning_op_types: 'Linearr' is not known"),
+        ({"channel_sparsity_args": {**CHANNELS, "schedule": "linear", "pruning_schedule": "geometric"}},
+         "channel_sparsity_args.pruning_schedule: 'geometric' is not the schedule 'linear'"),
+        ({"aa": "rand", "amp": True, "batch_size": 4, "lr": 0.1, "opt": "sgd", "sched": "cosine", "model": "deit"},
+         "config: 'aa', 'amp', 'opt', 'sched' are settings of a training, and there is no pruning config. Allowed: "),
+    ],
+)  # fmt: skip
+def test_values_are_called_as_the_user_has_written_them(config: dict[str, Any], expected: str) -> None:
+    with pytest.raises(PruningError) as error:
+        Pruning(net(), config)
+    assert str(error.value).startswith(expected)
+    assert "\n" not in str(error.value)
+
+
+def test_mfac_is_not_said_to_be_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    load_config({"modifiers": [modifier("MFACPruningModifier")]})
+    assert [one.getMessage() for one in caplog.records] == [
+        "modifiers[0]: the inverse Fisher in blocks (obs) stands for M-FAC's, which approximates the same matrix"
+    ]
+
+
+def test_a_key_is_said_to_be_ignored_for_one_reason(caplog: pytest.LogCaptureFixture) -> None:
+    load_config({"channel_sparsity_args": {**CHANNELS, "mac_target": 0.5, "max_pruning_rate": 0.3}})
+    (said,) = [one.getMessage() for one in caplog.records]
+    assert said == "channel_sparsity_args.global_prune_rate is ignored: mac_target decides how far to prune"

@@ -95,6 +95,7 @@ def _values(given: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _check(config: str, model: str | None, steps: int | None, variables: dict[str, Any]) -> None:
+    from pruningawaretraining.config.load import placed
     from pruningawaretraining.config.origin import in_users_words
     from pruningawaretraining.config.plan import note_lines, rate_lines, read_plan, rule_lines
     from pruningawaretraining.config.recovery import recovery_lines
@@ -106,9 +107,9 @@ def _check(config: str, model: str | None, steps: int | None, variables: dict[st
         plan = read_plan(config, variables)
     elif model is None:
         model = config
-    with in_users_words(plan.config.origin):
+    with placed(Path(plan.path)), in_users_words(plan.config.origin):
         built_rules(plan.config)
-    found = None if model is None else _checked(model, plan.config)
+    found = None if model is None else _checked(model, plan)
     network = None if found is None else found.model
     reached = {} if found is None else _reached(found, plan.config, steps)
     epochs = "" if plan.epochs is None else f", {plan.epochs} epochs"
@@ -126,13 +127,13 @@ def _check(config: str, model: str | None, steps: int | None, variables: dict[st
 
 def _is_experiment(config: str) -> bool:
     """Whether it is an experiment: a shipped one by name, or a file with a model and none of the pruning forms."""
-    from pruningawaretraining.config.load import find_file, form_of, read_mapping
+    from pruningawaretraining.config.load import find_file, form_of, read_mapping, training_settings
     from pruningawaretraining.experiment.shipped import shipped_configs
 
     if config in shipped_configs() and not Path(config).exists():
         return True
     values = read_mapping(find_file(config))
-    return "model" in values and form_of(values) is None
+    return "model" in values and form_of(values) is None and not training_settings(values)
 
 
 def _of_experiment(path: Path) -> Plan:
@@ -147,7 +148,7 @@ def _of_experiment(path: Path) -> Plan:
     return Plan(str(path), "experiment", experiment.pruning, rates, experiment.epochs, tuple(dict.fromkeys(notes)))
 
 
-def _checked(name: str, config: PruningConfig) -> Inspected:
+def _checked(name: str, plan: Plan) -> Inspected:
     """The model, once ``Pruning`` has taken the config for a copy of it.
 
     Raises:
@@ -156,16 +157,18 @@ def _checked(name: str, config: PruningConfig) -> Inspected:
     from copy import deepcopy
     from dataclasses import replace
 
+    from pruningawaretraining.config.load import placed
     from pruningawaretraining.config.recovery import for_pruner
     from pruningawaretraining.experiment.inspection import load_inspected
     from pruningawaretraining.experiment.shipped import named
     from pruningawaretraining.session.build import inputs_of
     from pruningawaretraining.session.pruning import Pruning
 
-    found = load_inspected(named(name))
+    found, config = load_inspected(named(name)), plan.config
     own = inputs_of(config, found.model)
     found = found if own is None else replace(found, inputs=own)
-    Pruning(deepcopy(found.model), for_pruner(config), example_inputs=found.inputs)
+    with placed(Path(plan.path)):
+        Pruning(deepcopy(found.model), for_pruner(config), example_inputs=found.inputs)
     return found
 
 

@@ -168,6 +168,7 @@ def _in_terms_of_commands(text: str, shaped: bool) -> str:
     """A message of the library without the arguments of its functions."""
     advice = "Allowed: another --input-shape" if shaped else "Allowed: data or example inputs that the model takes"
     text = re.sub(r"Pass example_inputs= as .*?forward_fn\(model, inputs\)", advice, text)
+    text = text.replace("load_config(file, variables={...})", "--set NAME=VALUE")
     return text.removeprefix("example_inputs: ") if shaped else text
 
 

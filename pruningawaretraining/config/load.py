@@ -25,6 +25,41 @@ from pruningawaretraining.errors import ConfigError, nearest
 from pruningawaretraining.files import BROKEN, read_text, reading, reason
 from pruningawaretraining.registry import build, calling, check_returned, names
 
+TRAINING = frozenset(
+    [
+        "aa",
+        "amp",
+        "clip_grad",
+        "color_jitter",
+        "cooldown_epochs",
+        "crop_pct",
+        "cutmix",
+        "drop_path",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "logging_steps",
+        "lr_scheduler_type",
+        "min_lr",
+        "mixup",
+        "model_ema",
+        "native_amp",
+        "num_train_epochs",
+        "opt",
+        "per_device_train_batch_size",
+        "pin_mem",
+        "remode",
+        "reprob",
+        "save_steps",
+        "sched",
+        "smoothing",
+        "warmup_lr",
+        "warmup_steps",
+        "workers",
+    ]
+)
+"""Keys of training settings (timm's and transformers') that no form and no experiment has."""
+LEAST = 3
+"""So many of them make a file training settings."""
 MOST_KEYS = 8
 """How many keys of a config that nothing recognises are shown."""
 FILE_NAMES = ("pruning_config.json", "pruning_config.yaml", "pruning_config.yml")
@@ -111,6 +146,12 @@ def form_of(mapping: Mapping[str, Any]) -> str | None:
     return next((name for name in names("dialect") if build("dialect", name).recognises(mapping)), None)
 
 
+def training_settings(mapping: Mapping[str, Any]) -> list[str]:
+    """The keys by which a mapping shows itself as settings of a training; none where it does not."""
+    found = [key for key in mapping if key in TRAINING]
+    return found if len(found) >= LEAST else []
+
+
 def _unrecognised(mapping: Mapping[str, Any], known: Mapping[str, Dialect]) -> str:
     native = list(PruningConfig.model_fields)
     allowed = [*native, *(key for dialect in known.values() for key in dialect.keys)]
@@ -120,6 +161,10 @@ def _unrecognised(mapping: Mapping[str, Any], known: Mapping[str, Dialect]) -> s
     if all(key in Rule.model_fields for key in seen):
         keys = ", ".join(repr(key) for key in seen[:MOST_KEYS])
         return f"config: {keys}: {'keys' if len(seen) > 1 else 'a key'} of a rule. Allowed: wrap it in rules: [{{...}}]"
+    if training := training_settings(mapping):
+        shown = ", ".join(repr(key) for key in training[:MOST_KEYS])
+        what = f"config: {shown} are settings of a training, and there is no pruning config"
+        return f"{what}. Allowed: 'rules', or another form ({', '.join(known)})"
     close = {key: nearest(key, allowed) for key in seen if key not in allowed}
     hints = [f"did you mean {match!r} for {key!r}?" for key, match in close.items() if match][:MOST_KEYS]
     shown = ", ".join(repr(key) for key in seen[:MOST_KEYS]) + (", ..." if len(seen) > MOST_KEYS else "")

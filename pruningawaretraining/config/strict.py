@@ -12,19 +12,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from typing_extensions import Self  # noqa: UP035  (in typing from 3.11 on)
 
 from pruningawaretraining.config.extent import check_extent, dotted
+from pruningawaretraining.config.unions import EXPECTED, SEVERAL, plain_problems
 from pruningawaretraining.errors import ConfigError, as_number, unknown
 
 SHOWN = 30
 """How many problems are worded: a message has no room for more."""
-_EXPECTED = {
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "string_type": "a string",
-    "list_type": "a list",
-    "dict_type": "a mapping of keys to values",
-    "model_type": "a mapping of keys to values",
-    "model_attributes_type": "a mapping of keys to values",
-}
 
 
 def within(allowed: str, accepts: Callable[[float], bool]) -> BeforeValidator:
@@ -97,7 +89,7 @@ class Strict(BaseModel):
 def config_error(error: ValidationError, model: type[BaseModel]) -> ConfigError:
     """The ConfigError for a pydantic error of ``model``: a line per problem, each with dotted key, value and what is
     allowed; an unknown key comes with the nearest one."""
-    problems = error.errors(include_url=False)
+    problems = plain_problems(error.errors(include_url=False))
     lines = [_line(problem, model) for problem in problems[:SHOWN]]
     return ConfigError("\n".join([*lines, *[""] * (len(problems) - len(lines))]))  # the rest is only counted
 
@@ -113,8 +105,10 @@ def _line(problem: Any, model: type[BaseModel]) -> str:
         return unknown(key, value, _literals(model.model_fields[loc[0]].annotation) or [context["expected"]])
     if kind == "value_error":
         return _own_message(loc, context["error"])
-    if kind in _EXPECTED:
-        return f"{key}: {value!r} is not {_EXPECTED[kind]}"
+    if kind == SEVERAL:
+        return f"{key}: {value!r} is not allowed. Allowed: {', or '.join(context['allowed'])}"
+    if kind in EXPECTED:
+        return f"{key}: {value!r} is not {EXPECTED[kind]}"
     return f"{key or 'config'}: {value!r} cannot be used: {problem['msg']}"
 
 

@@ -65,6 +65,8 @@ class Target(Strict):
             key = next(iter(more))
             raise ConfigError(unknown(str(key), key, [*cls.model_fields, *names("cost")]))
         given = own.get("costs")
+        if given == {} and isinstance(given, Mapping) and not costs:
+            raise ConfigError("costs: {} names no cost. Allowed: a registered cost -> the fraction of it to keep")
         if isinstance(given, Mapping):
             for name in given:
                 canonical("cost", name, "costs")

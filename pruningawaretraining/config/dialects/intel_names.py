@@ -15,6 +15,8 @@ FIELDS = {
     "every": "pruning_frequency",
     "target": "target_sparsity",
     "pattern": "pattern",
+    "pattern.types": "pruning_op_types",
+    "types": "pruning_op_types",
     "layers": "op_names",
     "exclude": "excluded_op_names",
     "criterion": "pruning_type",

@@ -93,7 +93,7 @@ def channel_rule(args: ChannelArgs) -> dict[str, Any]:
         "start": args.start_epoch,
         "end": args.start_epoch if at_once else args.end_epoch,
         "every": args.epoch_rate,
-        "target": channel_target(_capped(args.global_prune_rate, args.max_pruning_rate), args.mac_target or None),
+        "target": channel_target(_capped(args), args.mac_target or None),
         "final_sparsity": 1.0,
         "max_sparsity": args.max_pruning_rate,
         "multiple": args.block_size,
@@ -172,8 +172,11 @@ def slice_rule(args: SliceArgs) -> dict[str, Any]:
     }
 
 
-def _capped(rate: float | None, most: float) -> float | None:
+def _capped(args: ChannelArgs) -> float | None:
     """The overall rate, which the old system cut silently where every layer's cap is lower."""
+    rate, most = args.global_prune_rate, args.max_pruning_rate
+    if rate and most and rate > most and args.mac_target:
+        return most
     if rate and most and rate > most:
         note_ignored("channel_sparsity_args.global_prune_rate", f"max_pruning_rate {most} is lower and decides")
         return most

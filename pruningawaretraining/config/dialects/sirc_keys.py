@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
@@ -141,6 +142,17 @@ class ChannelArgs(Strict):
         except ConfigError as error:
             raise ConfigError(str(error).replace("shape", "input_shape", 1)) from error
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_one_schedule(cls, values: Any) -> Any:
+        """Refuse two schedules, as they are written."""
+        texts = [values.get(key) for key in ("schedule", "pruning_schedule")] if isinstance(values, Mapping) else []
+        if len(texts) == 2 and all(isinstance(text, str) for text in texts):
+            first, second = map(str, texts)
+            if schedule_name(first, "schedule") != schedule_name(second, "pruning_schedule"):
+                raise ConfigError(f"pruning_schedule: {second!r} is not the schedule {first!r}. Allowed: one of them")
+        return values
+
     @field_validator("schedule", "pruning_schedule")
     @classmethod
     def _is_schedule(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -149,8 +161,6 @@ class ChannelArgs(Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         check_window(self.start_epoch, self.end_epoch, "end_epoch", "start_epoch")
-        if self.schedule and self.pruning_schedule and self.schedule != self.pruning_schedule:
-            raise ConfigError(f"pruning_schedule: {self.pruning_schedule!r} is not the schedule {self.schedule!r}")
         if self.is_prune and self.layers == []:
             raise ConfigError("layers: [] names no layer. Allowed: at least one, or leave the key out for all")
         if self.is_prune and not self.mac_target and not self.global_prune_rate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pruningawaretraining.config.dialects import sparseml_keys as keys
-from pruningawaretraining.config.dialects.base import note_ignored
+from pruningawaretraining.config.dialects.base import note, note_ignored
 from pruningawaretraining.config.dialects.sparseml_recipe import Found
 from pruningawaretraining.errors import ConfigError
 
@@ -53,9 +53,7 @@ def _second_order(one: Found, modifier: keys.SecondOrderPruning, cap: bool) -> d
         if key != "batch_size":
             note_ignored(f"{one.key('grad_sampler_kwargs')}.{key}", "the loader that is given decides")
     if name == "MFACPruningModifier":
-        note_ignored(
-            one.where, "the inverse Fisher in blocks (obs) stands for M-FAC's, which approximates the same matrix"
-        )
+        note(one.where, "the inverse Fisher in blocks (obs) stands for M-FAC's, which approximates the same matrix")
     number = modifier.num_grads
     if isinstance(number, dict):
         number = max(number.values())
