@@ -28,6 +28,8 @@ from pruningawaretraining.errors import PruningError
 ENDINGS = (".yaml", ".yml", ".json", ".md")
 MOST_EVENTS = 2
 STEPS = 6
+STEPS_PER_EPOCH = 2
+MOST_EPOCHS = 40
 FEW = {"num_grads": 4, "fisher_block_size": 16, "micro_batch": 2, "traces_backup_dir": None}
 SMALL: dict[str, dict[str, Any]] = {
     "deit_tiny_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 2, "img_size": 64},
@@ -193,6 +195,17 @@ def loss_of(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits(outputs), targets)
 
 
+def epochs_of(config: PruningConfig) -> list[int]:
+    """The epochs that are run: those of the first events and the last one; all where events lie between epochs."""
+    rules = [rule for rule in config.rules if rule.enabled and rule.unit == "epoch"]
+    if any(rule.timeline(STEPS_PER_EPOCH).counts == "step" for rule in rules):
+        moments = [rule.timeline(STEPS_PER_EPOCH) for rule in rules]
+        last = max(one.last if one.counts == "step" else one.last * STEPS_PER_EPOCH for one in moments)
+        return list(range(min(last // STEPS_PER_EPOCH, MOST_EPOCHS) + 1))
+    ticks = sorted({now for rule in rules for now, _ in events_of(rule)} | {0})
+    return [*ticks[:MOST_EVENTS], *ticks[-1:]]
+
+
 def run(plan: Plan, model: nn.Module, batches: list[Any]) -> str:
     """Some events and steps; the sparsity that is reached, or why it cannot be."""
     torch.manual_seed(0)
@@ -200,12 +213,11 @@ def run(plan: Plan, model: nn.Module, batches: list[Any]) -> str:
     inputs = batches[0][0]
     config = smaller(plan.config)
     pruner = Pruning(model, config, example_inputs=inputs, optimizer=optimizer)
-    pruner.on_train_begin(batches)
+    pruner.on_train_begin(range(STEPS_PER_EPOCH))
     pruner.calibrate_with(batches, loss_of)
-    ticks = sorted({now for rule in config.rules if rule.unit == "epoch" for now, _ in events_of(rule)} | {0})
-    for epoch in [*ticks[:MOST_EVENTS], *ticks[-1:]]:
+    for epoch in epochs_of(config):
         pruner.prune(model, epoch)
-        for number, (given, targets) in enumerate(batches[:2]):
+        for number, (given, targets) in enumerate(batches[:STEPS_PER_EPOCH]):
             pruner.on_step_begin(number)
             optimizer.zero_grad()
             loss_of(call(model, given), targets).backward()
@@ -226,7 +238,8 @@ def row_of(path: Path, folder: Path, variables: dict[str, Any]) -> list[str]:
     except PruningError as error:
         reason = str(error).splitlines()[0].replace(f"{path}: ", "")
         return [name, "", f"no: {reason[:160]}", "", ""]
-    notes = "; ".join(dict.fromkeys(re.sub(r" is ignored:.*", "", note).rpartition("].")[2] for note in plan.notes))
+    said = [note for note in plan.notes if note.partition(" is ignored")[0] not in variables]
+    notes = "; ".join(dict.fromkeys(re.sub(r" is ignored:.*", "", note).rpartition("].")[2] for note in said))
     if not any(rule.enabled for rule in plan.config.rules):
         return [name, plan.form, "yes", "prunes nothing", notes]
     tried = []
@@ -276,6 +289,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.INFO)
     logging.getLogger("pruningawaretraining").setLevel(logging.ERROR)
+    logging.getLogger("pruningawaretraining.config").setLevel(logging.WARNING)  # what the last column is made of
     variables = {name: float(value) for name, _, value in (pair.partition("=") for pair in options.set)}
     found = [path for path in sorted(options.folder.rglob("*")) if path.suffix in ENDINGS and path.stem != "README"]
     rows = []

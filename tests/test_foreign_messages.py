@@ -154,3 +154,24 @@ def test_a_key_is_said_to_be_ignored_for_one_reason(caplog: pytest.LogCaptureFix
     load_config({"channel_sparsity_args": {**CHANNELS, "mac_target": 0.5, "max_pruning_rate": 0.3}})
     (said,) = [one.getMessage() for one in caplog.records]
     assert said == "channel_sparsity_args.global_prune_rate is ignored: mac_target decides how far to prune"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (steps(excluded_op_names=["foo"]), "excluded_op_names: 'foo' matches no module"),
+        (steps(pruning_configs=[{"excluded_op_names": ["foo", "0"]}]),
+         "pruning_configs[0].excluded_op_names: 'foo' matches no module"),
+        ({"modifiers": [{"!tag": "!WandaPruningModifier", "sparsity": 0.5, "ignore": ["re:foo"]}]},
+         "modifiers[0].ignore: 're:foo' matches no module"),
+        ({"rules": [{"pattern": "unstructured", "exclude": ["?foo"], "target": {"sparsity": 0.5}}]},
+         "rules[0].exclude: 'foo' is not known"),
+    ],
+)  # fmt: skip
+def test_what_may_match_nothing_is_called_as_it_is_written(
+    config: dict[str, Any], expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    Pruning(net(), config)
+    said = [one.getMessage() for one in caplog.records if "may match nothing" in one.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith(expected)

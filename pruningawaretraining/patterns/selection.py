@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
 from pruningawaretraining.errors import ConfigError, unknown
-
-logger = logging.getLogger(__name__)
 
 PREFIXES = ("module.", "_orig_mod.")
 OPTIONAL = "?"
@@ -34,7 +31,7 @@ def select(model: nn.Module, entries: Sequence[str] | None, candidates: Iterable
         entries: exact module names; names of containers (everything in them); ``re:`` and a regular expression that the
             whole name matches; ``in:`` and one that the name of a module begins with (everything in it); ``param:`` and
             one that the name of the layer's weight ("conv1.weight") begins with. A ``?`` in front: the entry may match
-            nothing, which is said. None selects every candidate.
+            nothing, which a pruner says. None selects every candidate.
         candidates: names of the layers that can be selected.
         key: the key of the config, for messages.
 
@@ -50,10 +47,9 @@ def select(model: nn.Module, entries: Sequence[str] | None, candidates: Iterable
     for entry in entries:
         try:
             selected |= _matches(model, entry.removeprefix(OPTIONAL), modules, names, key)
-        except ConfigError as error:
+        except ConfigError:
             if not entry.startswith(OPTIONAL):
                 raise
-            logger.warning("%s: it may match nothing, and does", error)
     return selected
 
 

@@ -36,6 +36,7 @@ from pruningawaretraining.session.input_capture import InputCapture
 from pruningawaretraining.session.members import warn_of_missed
 from pruningawaretraining.session.optimizer_hooks import Steps
 from pruningawaretraining.session.step_events import StepEvents
+from pruningawaretraining.session.unmatched import tell_of_unmatched
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class Session(StepEvents):
             for masks in self.engine.masks:
                 masks.clear()
             self.rules = built_rules(self.config)
+            tell_of_unmatched(self.model, self.config)
             weights = None if self.config.infer else build_weights(self.model, self.rules, self.followers)
             self.engine = Engine(self.model, None, weights, self._weak_context)
             self._hand_calibration()

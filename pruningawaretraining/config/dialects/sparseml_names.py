@@ -46,7 +46,8 @@ def names_of(rule: Mapping[str, Any], found: Sequence[Found]) -> Names:
         fields[f"phases[{number}]"] = inner.where
         fields |= {f"phases[{number}].{field}": key for field, key in _fields(inner).items()}
     entries = [*(rule.get("layers") or ()), *rule.get("exclude", ())]
-    return Names(one.where, fields, {entry: _written(entry) for entry in entries}, places)
+    written = {text: _written(entry) for entry in entries for text in (entry, entry.removeprefix("?"))}
+    return Names(one.where, fields, written, places)
 
 
 def _of(name: str, by_place: Mapping[str, Found]) -> Found:
