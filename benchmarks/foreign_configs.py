@@ -267,7 +267,8 @@ python benchmarks/foreign_configs.py FOLDER --set NAME=VALUE --page docs/foreign
 Rules by curvature take {FEW["num_grads"]} gradients and Fisher blocks of {FEW["fisher_block_size"]} there. The sparsity
 is what was reached after the first events and the last one, over all layers that a config names; a MAC target, N:M
 windows, caps, events at steps of which few are run, and layers that only some phases prune make it differ from what is
-asked. How to read the rest: [migration.md](migration.md).
+asked. Where events lie between epochs, an epoch is {STEPS_PER_EPOCH} steps.
+How to read the rest: [migration.md](migration.md).
 
 {loads} of {len(rows)} files load, {runs} run. Files of training settings alone are configs of no form.
 """
