@@ -163,6 +163,7 @@ EXPECTED = {
         "reset_optimizer": False,
         "trace_limit": 60.0,
         "distillation": None,
+        "recovery": None,
     },
     FLAT: {
         "rules": [FLAT_RULE],
@@ -171,6 +172,7 @@ EXPECTED = {
         "reset_optimizer": False,
         "trace_limit": 60.0,
         "distillation": None,
+        "recovery": None,
     },
 }
 
@@ -646,11 +648,11 @@ def test_mistake_in_the_flat_form(changes: dict[str, Any], line: str) -> None:
 
 
 def test_every_mistake_has_its_line() -> None:
-    lines = problems({"rules": [{"every": 0, "target": {"macs": 2}}, {"star": 1}], "infre": True})
+    lines = problems({"rules": [{"every": 0, "target": {"macs": 2}}, {"start": "soon"}], "infre": True})
     assert [line.split(":")[0] for line in lines] == [
         "rules[0].every",
         "rules[0].target.macs",
-        "rules[1].star",
+        "rules[1].start",
         "infre",
     ]
 
@@ -795,7 +797,7 @@ def test_another_dialect_is_a_class_with_two_methods(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("registered")
 def test_json_schema_lists_what_is_registered() -> None:
     schema = json_schema()
-    keys = ["$schema", "rules", "example_inputs", "infer", "reset_optimizer", "trace_limit", "distillation"]
+    keys = ["$schema", "rules", "example_inputs", "infer", "reset_optimizer", "trace_limit", "distillation", "recovery"]
     assert list(schema["properties"]) == keys
     fields = schema["$defs"]["Rule"]["properties"]
     assert fields["schedule"]["enum"] == registry.names("schedule")

@@ -43,25 +43,29 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) ->
 @pytest.mark.parametrize("given", [False, True])
 def test_an_average_that_the_pruner_does_not_know_stops_at_the_removal(given: bool) -> None:
     model, optimizer, pruner = begin()
-    averages = [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))]  # in a list, none is looked for
+    hidden = {AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))}  # in a set, none is looked for
+
+    def average() -> AveragedModel:
+        return next(iter(hidden))
+
     if given:
-        pruner.attach_ema(averages[0])
-    averages[0].update_parameters(model)
+        pruner.attach_ema(average())
+    average().update_parameters(model)
     for epoch in (0, 1):
         train(model, optimizer)
         pruner.prune(model, epoch)
-    averages[0].update_parameters(model)
+    average().update_parameters(model)
     gone = model.conv1.weight.abs().sum((1, 2, 3)) == 0
-    left = averages[0].module.conv1.weight.detach()[gone].abs().sum()
+    left = average().module.conv1.weight.detach()[gone].abs().sum()
     assert bool(gone.any()) and (float(left) == 0) is given, "masked in the model, and in the average?"
     for epoch in (2, 3):
         pruner.prune(model, epoch)
     if given:
-        averages[0].update_parameters(model)
-        assert averages[0].module.conv1.out_channels == model.conv1.out_channels < 16
+        average().update_parameters(model)
+        assert average().module.conv1.out_channels == model.conv1.out_channels < 16
     else:
         with pytest.raises(RuntimeError, match="must match the size of tensor"):
-            averages[0].update_parameters(model)
+            average().update_parameters(model)
 
 
 def penalised(strength: float, scaled: bool, parts: int = 1) -> list[torch.Tensor]:
