@@ -76,7 +76,7 @@ class ProximalRunner(Runner):
         pruner = Pruning(model, config.pruning, example_inputs=self.images[:1], optimizer=optimizer)
         learner = Learner(model, optimizer, Precision.of(config, self.device), pruner=pruner)
         torch.manual_seed(config.seed)
-        return Stage(name, learner, build_scheduler(config, optimizer))
+        return Stage(name, learner, build_scheduler(config, optimizer), config.epochs)
 
 
 def main(epochs: int = 30, macs: float = 0.5, out: str = "runs/proximal") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pruningawaretraining.config.targets import Target
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.patterns.stacking import Claim, check_stacking
 from pruningawaretraining.registry import build
+from pruningawaretraining.session.unmatched import tell_of_unmatched
 
 DATA = Path(__file__).parent / "data" / "step_wise"
 
@@ -187,9 +188,11 @@ def test_without_a_target_the_form_of_2022_leaves_the_model_dense(caplog: pytest
 
 
 def test_an_excluded_name_that_matches_nothing_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    rule = flat(excluded_op_names=["qa_outputs"], pruning_op_types=["Linear"])
-    assert len(layers_of(rule, bert_like())) == 13
-    assert "'re:.*(?:qa_outputs).*' matches no module" in caplog.text
+    config = load_config({"pattern": "4x1", "excluded_op_names": ["qa_outputs"], "pruning_op_types": ["Linear"]})
+    assert len(layers_of(config.rules[0], bert_like())) == 13
+    tell_of_unmatched(bert_like(), config)
+    (warning,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert warning.startswith("excluded_op_names") and "qa_outputs" in warning and "matches no module" in warning
 
 
 STEPS: list[tuple[dict[str, Any], dict[int, float]]] = [

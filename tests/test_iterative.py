@@ -218,7 +218,7 @@ def test_a_rule_of_another_name_or_position_keeps_the_zeros_of_its_pattern(
 
 
 def test_what_targets_are_fractions_of_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="pruningawaretraining")
     model = build()
     prune(model, {"target": {"macs": 0.7}})
     assert "as this pruner found it" not in caplog.text and "pruned before" not in caplog.text

@@ -207,7 +207,7 @@ def test_single_weights_recover_and_keep_their_zeros(tmp_path: Path) -> None:
 
 def test_pruning_that_is_never_over_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rule = {**RULES[0], "end": 3}
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="pruningawaretraining"):
         summary = run_experiment(
             experiment(tmp_path / "run", {"rate": {}}, rules=[rule], epochs=4, dense_baseline=False)
         )

@@ -140,13 +140,15 @@ def test_the_exit_code_and_the_line_of_a_run_that_is_told_to_end(number: int, co
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(tiny(**{**QUICK, "epochs": 200})))
     command = [sys.executable, "-m", "pruningawaretraining", "run", str(config), "--out", str(tmp_path / "out")]
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    heard = {one: signal.signal(one, handler) for one, handler in usual.items()}  # in the background they are ignored
     try:
         child = subprocess.Popen(
             command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT, start_new_session=True
         )
     finally:
-        signal.signal(signal.SIGINT, heard)
+        for one, handler in heard.items():
+            signal.signal(one, handler)
     until = time.monotonic() + 120
     while not (tmp_path / "out" / record.CHECKPOINT).is_file() and time.monotonic() < until:
         time.sleep(0.05)
