@@ -158,7 +158,8 @@ def ended(kind: str, folder: Path, resume: Path | None = None) -> dict[str, Any]
     """Run to the end: what model and average are then; the pruned model is in the folder."""
     run = RUNS[kind](folder, resume).train()
     folder.mkdir(exist_ok=True)
-    save_pruned(run.model, folder / "pruned.safetensors")
+    if rank() == 0:  # statistics of norms are those of each process
+        save_pruned(run.model, folder / "pruned.safetensors")
     states = {"model": own_state(run.pruner.model), "average": own_state(run.average)}
     return {**states, "phase": run.pruner.phase, "macs": run.pruner.macs.fraction}
 
