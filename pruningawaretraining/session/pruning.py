@@ -44,7 +44,7 @@ from pruningawaretraining.session.forgotten import Shapes, shapes_of, tell_of_te
 from pruningawaretraining.session.gathering import copy_whole
 from pruningawaretraining.session.loop_hooks import Log, LoopHooks
 from pruningawaretraining.session.members import Member
-from pruningawaretraining.session.reporting import Macs, tell_of_copies, tell_of_masked
+from pruningawaretraining.session.reporting import Macs, description_of, tell_of_copies, tell_of_masked
 from pruningawaretraining.session.results import Results
 from pruningawaretraining.session.resume import load_session, session_state
 from pruningawaretraining.session.session import Session
@@ -183,7 +183,7 @@ class Pruning(LoopHooks, Companions, Connections, Results):
         if self._known is None:
             return
         self._follow_forgotten()
-        self._described.update(self.describe())
+        self._described.update(description_of(self._known))  # the event has just applied the masks
         names = {name for masks in self._known.engine.masks for name, _ in tensors_of(masks)}
         for one in (self._known.model, *(copy_in(each, names) for each in self._known.followers)):
             note(one, dict(self._described))
