@@ -53,12 +53,17 @@ def compared(name: str, run: Run, link: str = "") -> Compared:
     return Compared(name, run, strength_of(run), choose(run), link, found)
 
 
+def dense_accuracy(run: Run) -> float | None:
+    """Accuracy of the dense baseline; None of a run without one."""
+    found: float | None = (run.summary.get("dense") or {}).get("accuracy")
+    return found
+
+
 def with_dense_of(run: Run, other: Run) -> Run:
     """A run without a dense baseline beside the baseline of another; one that has its own stays as it is."""
-    own = run.summary.get("dense") or {}
-    if own.get("accuracy") is not None:
+    if dense_accuracy(run) is not None:
         return run
-    dense = {**own, "accuracy": (other.summary.get("dense") or {}).get("accuracy")}
+    dense = {**(run.summary.get("dense") or {}), "accuracy": dense_accuracy(other)}
     control = {key: value for key, value in other.norms.items() if key == "dense"}
     return replace(run, summary={**run.summary, "dense": dense}, norms={**run.norms, **control})
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from pruningawaretraining.analysis.checkpoints import find_checkpoints
-from pruningawaretraining.analysis.compare_figures import Compared, compared, with_dense_of
+from pruningawaretraining.analysis.compare_figures import Compared, compared, dense_accuracy, with_dense_of
 from pruningawaretraining.analysis.norms import Build, Track, run_of, scan, scan_each
 from pruningawaretraining.errors import CheckpointError, ConfigError
 from pruningawaretraining.experiment.inspection import load_inspected
@@ -68,17 +68,13 @@ def load_sources(
 
 def _beside_one_dense_model(runs: Sequence[Compared]) -> list[Compared]:
     """Runs that differ in their pruning alone have one dense baseline: of a sweep, the first has trained it."""
-    owners = {_trained_as(one.run): one.run for one in reversed(runs) if _has_dense(one.run)}
+    owners = {_trained_as(one.run): one.run for one in reversed(runs) if dense_accuracy(one.run) is not None}
     return [
         one
-        if _has_dense(one.run) or (owner := owners.get(_trained_as(one.run))) is None
+        if dense_accuracy(one.run) is not None or (owner := owners.get(_trained_as(one.run))) is None
         else compared(one.name, with_dense_of(one.run, owner), one.link)
         for one in runs
     ]
-
-
-def _has_dense(run: Run) -> bool:
-    return (run.summary.get("dense") or {}).get("accuracy") is not None
 
 
 def _trained_as(run: Run) -> str:
