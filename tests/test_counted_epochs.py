@@ -133,43 +133,40 @@ def test_loops_that_call_prune_are_told_nothing(
     assert not [one.getMessage() for one in caplog.records if "prune(model, epoch)" in one.getMessage()]
 
 
+def resumed(
+    weights: Mapping[str, torch.Tensor] | None, state: dict[str, Any] | None, steps: int
+) -> tuple[Pruning, nn.Linear, list[float]]:
+    """Train a fresh model from a checkpoint, if there is one; with the sparsity after every step."""
+    model, found = nn.Linear(10, 20), list[float]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    pruner = Pruning(model, RECIPE, optimizer=optimizer)
+    if weights is not None and state is not None:
+        pruner.load_state_dict(state)
+        model.load_state_dict(weights)
+    pruner.on_train_begin(range(STEPS))
+    for _ in range(steps):
+        model(torch.randn(3, 10)).square().mean().backward()
+        optimizer.step()
+        found.append(float((model.weight == 0).double().mean()))
+    return pruner, model, found
+
+
 def test_a_resumed_loop_that_prunes_at_the_end_goes_on_as_before() -> None:
     torch.manual_seed(0)
-    model, found = nn.Linear(10, 20), []
-    state = None
+    weights, state, found = None, None, []
     for epoch in range(4):
-        weights = {name: one.clone() for name, one in model.state_dict().items()}
-        model = nn.Linear(10, 20)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        pruner = Pruning(model, RECIPE, optimizer=optimizer)
-        if state is not None:
-            pruner.load_state_dict(state)
-            model.load_state_dict(weights)
-        pruner.on_train_begin(range(STEPS))
-        for _ in range(STEPS):
-            model(torch.randn(3, 10)).square().mean().backward()
-            optimizer.step()
-        found.append(float((model.weight == 0).double().mean()))
+        pruner, model, sparsities = resumed(weights, state, STEPS)
+        found.append(sparsities[-1])
         pruner.prune(model, epoch)
-        state = pruner.state_dict()
+        weights, state = {name: one.clone() for name, one in model.state_dict().items()}, pruner.state_dict()
     assert found == pytest.approx([0.0, 0.2, 0.4, 0.6], abs=0.005)
 
 
 def test_a_resumed_loop_goes_on_counting() -> None:
     torch.manual_seed(0)
-    model, found, state = nn.Linear(10, 20), list[float](), None
+    weights, state, found = None, None, list[float]()
     for _ in range(2):
-        weights = {name: one.clone() for name, one in model.state_dict().items()}
-        model = nn.Linear(10, 20)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        pruner = Pruning(model, RECIPE, optimizer=optimizer)
-        if state is not None:
-            pruner.load_state_dict(state)
-            model.load_state_dict(weights)
-        pruner.on_train_begin(range(STEPS))
-        for _ in range(2 * STEPS):
-            model(torch.randn(3, 10)).square().mean().backward()
-            optimizer.step()
-            found.append(float((model.weight == 0).double().mean()))
-        state = pruner.state_dict()
+        pruner, model, sparsities = resumed(weights, state, 2 * STEPS)
+        found += sparsities
+        weights, state = {name: one.clone() for name, one in model.state_dict().items()}, pruner.state_dict()
     assert found[::STEPS] == pytest.approx([0.0, 0.4, 0.6, 0.8], abs=0.005)
