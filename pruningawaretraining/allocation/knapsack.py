@@ -29,7 +29,7 @@ TIGHTER = 0.995  # of a budget, when the masks miss what the widths promised
 
 @dataclass(frozen=True)
 class Searched:
-    """What the widths of one rule are sought for.
+    """The task of a search for the widths of one rule.
 
     Args:
         allocator: of the rule: the order of groups within sets, limits, and what is gone already.

@@ -224,7 +224,7 @@ def start_of(choice: Choice) -> str:
 
 
 def told(one: Compared, alone: bool = True) -> str:
-    """What a run's norms say, what the regulariser did against the dense model, and what came of it, in sentences.
+    """Describe a run in sentences: its norms, the effect of its regulariser against the dense model, and its accuracy.
 
     Args:
         one: the run.

@@ -1,4 +1,4 @@
-"""What a regulariser did before pruning began, against the dense baseline of the same run.
+"""The effect of a regulariser before pruning began, against the dense baseline of the same run.
 
 Energy is the sum of squares. Histograms are over bins of 1/16 decade, whose middles stand for the norms in them.
 """
@@ -39,7 +39,7 @@ class Effect:
 
 
 def effect(run: Run) -> Effect | None:
-    """What the regulariser did to the groups that a run removed; None where it removed none, or recorded no norms."""
+    """The effect of the regulariser on the groups that a run removed; None if it removed none or recorded no norms."""
     edges, epochs = run.norms.get("edges") or [], run.norms.get("epochs") or []
     moments = before_pruning(epochs)
     if len(edges) < 2 or not moments:

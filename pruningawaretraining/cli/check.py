@@ -173,7 +173,7 @@ def _checked(name: str, plan: Plan) -> Inspected:
 
 
 def _reached(found: Inspected, config: PruningConfig, steps: int | None) -> dict[int, dict[int, float]]:
-    """What the events that are shown leave in the model; nothing where that cannot be known before training."""
+    """The sparsities that the shown events reach in the model; empty if they depend on the training."""
     from pruningawaretraining.config.plan import noted, shown_parts, shown_ticks
     from pruningawaretraining.errors import PruningError
     from pruningawaretraining.session.reached import reached_sparsities

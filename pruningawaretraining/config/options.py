@@ -99,7 +99,7 @@ def support_of(pattern: Any) -> Support:
 
 @checked_by("pattern")
 def check_pattern(name: str, entry: Any) -> None:
-    """Refuse a pattern whose support is none, or that has no method to find its groups.
+    """Refuse a pattern whose ``support`` is not a Support, or that has no method to find its groups.
 
     Raises:
         ConfigError: it names the pattern.

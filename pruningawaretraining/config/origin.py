@@ -1,4 +1,4 @@
-"""What a translated config is called in the file that it comes from, so that messages speak of that."""
+"""Names that a translated config has in its own file, so that messages can use them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pruningawaretraining.errors import PruningError
 
 @dataclass(frozen=True)
 class Names:
-    """What one rule is called in the form that it was translated from.
+    """The names of one rule in the form that it was translated from.
 
     Args:
         place: of the rule: "pruning_configs[0]"; "" where its keys are at the top level.
@@ -78,7 +78,7 @@ class Translated(Strict):
 
     @property
     def origin(self) -> Origin:
-        """What its rules are called in the file that it comes from."""
+        """The names of its rules in the file that it comes from."""
         return self._origin
 
     def known_as(self, names: Sequence[Names], counts_epochs: bool = False) -> None:

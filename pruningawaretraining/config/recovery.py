@@ -1,4 +1,4 @@
-"""What a training does to get back what pruning has taken, as a config describes it."""
+"""The section ``recovery`` of a config: how a training regains the accuracy that pruning has cost."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RecoveryAverage(Strict):
 
 
 class Recovery(Strict):
-    """What is done beside pruning, and after it, for accuracy; each part can be left out."""
+    """Measures for accuracy during pruning and after it; each can be left out."""
 
     rate: RecoveryRate | None = Field(None, description="What the learning rate does once pruning is over.")
     average: RecoveryAverage | None = Field(None, description="An average of the last weights.")
@@ -114,7 +114,7 @@ def tell_of_the_loop(config: Any) -> None:
 
 
 def recovery_lines(recovery: Recovery | None) -> list[str]:
-    """What a recovery will do, line by line."""
+    """Describe a recovery, one line for each part."""
     if recovery is None:
         return []
     lines = ["recovery, once pruning is over"]

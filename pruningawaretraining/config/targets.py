@@ -91,7 +91,7 @@ class Target(Strict):
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What is asked for, by key: fractions to keep, milliseconds, the sparsity; lists in a family."""
+        """The numbers of the target by key: fractions to keep, milliseconds, the sparsity; lists in a family."""
         more = {"latency_ms": self.latency_ms, "sparsity": self.sparsity}
         return {**self.fractions, **{name: value for name, value in more.items() if value is not None}}
 

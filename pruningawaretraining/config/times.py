@@ -18,7 +18,7 @@ class Timed:
         return Span(self.start, end, self.every, self.hold, len(self.target.members()))
 
     def members(self: Any) -> tuple[Any, ...]:
-        """One rule for each member of a family, with its own target, start and end; this rule where there is none."""
+        """One rule for each member of a family, with its own target, start and end; only this rule without a family."""
         if not self.target.lists:
             return (self,)
         own = zip(self.target.members(), self.span.bounds(), strict=True)

@@ -38,7 +38,7 @@ def peak_activation_bytes(model: nn.Module, example_inputs: Any, forward_fn: For
 
 @dataclass(frozen=True, eq=False)
 class BlockLife:
-    """What is different at every moment once a residual block is out.
+    """The change of memory at every moment once a residual block is removed.
 
     Attributes:
         number: of its set.

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def outside_phase(
     model: nn.Module, grouping: Grouping, entries: Sequence[str] | None, key: str, device: torch.device
 ) -> Tensor | None:
-    """The groups (True) of layers that a phase leaves as they are; None where it prunes all layers of its rule.
+    """Mark (True) the groups of layers that a phase does not prune; None if it prunes all layers of its rule.
 
     Args:
         model: the model.

@@ -68,7 +68,7 @@ class WeightRule(ActiveRule):
 
 
 def _squares(member: Member) -> Tensor:
-    """Sums of squared gradients of a member's slots; 0 where there is none."""
+    """Sums of squared gradients of a member's slots; zeros if it has no gradient."""
     gradient_W = member.parameter.grad
     if gradient_W is None or gradient_W.layout is not torch.strided:
         gradient_W = torch.zeros_like(member.parameter)

@@ -169,7 +169,7 @@ class RunRecovery:
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The state that a resumed run needs."""
         average = None if self._average is None else self._average.state_dict()
         where = {"began": self.began, "back": self._back, "events": self._events}
         return {**where, "epochs": self.epochs, "costs": self._costs, "average": average}
@@ -210,7 +210,7 @@ def final_accuracy(recovered: Mapping[str, Any] | None, last: float) -> float:
 
 
 class Teaching(Protocol):
-    """What a teacher is made from."""
+    """The part of a run that a teacher is built from."""
 
     config: ExperimentConfig
     state: RunState
@@ -244,7 +244,7 @@ def teacher_of(runner: Teaching) -> nn.Module | None:
 
 
 def costs_of(dense: Callable[[], nn.Module], learner: Learner, batches: Iterable[Batch]) -> Cost:
-    """What a step of the dense and of the pruned model costs, by the name of a budget; ranks agree.
+    """The cost of a step of the dense and of the pruned model, by the name of a budget; ranks agree.
 
     Args:
         dense: builds the dense model.

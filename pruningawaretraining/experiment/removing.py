@@ -16,7 +16,7 @@ from pruningawaretraining.session.pruning import Pruning
 
 
 class Comparing(Protocol):
-    """What a comparison needs of a run."""
+    """The part of a run that a comparison needs."""
 
     config: ExperimentConfig
     state: RunState

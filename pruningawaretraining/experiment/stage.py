@@ -101,7 +101,7 @@ class Stage:
         return self.learner
 
     def recovered(self, batches: Iterable[Batch], accuracy: Callable[[], float], last: float) -> dict[str, Any] | None:
-        """What the recovery came to, once the average has taken the place of the last weights; None without one.
+        """Put the average in the place of the last weights and report the recovery; None without one.
 
         Args:
             batches: of the training.

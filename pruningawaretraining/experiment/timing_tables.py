@@ -47,7 +47,7 @@ def timing_tables(rows: Sequence[Timed], title: str, width: int, batch: int = 1)
 
 
 def noise_text(rows: Sequence[Timed]) -> str:
-    """What to say of a timing on a busy machine; "" on a quiet one."""
+    """A warning that the machine was busy; "" on a quiet one."""
     noisy = [one for one in rows if one.is_noisy]
     if not noisy:
         return ""

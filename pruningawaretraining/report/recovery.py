@@ -1,4 +1,4 @@
-"""What each part of a run's recovery did, as far as that was measured."""
+"""The effect of each part of a run's recovery, as far as it was measured."""
 
 from __future__ import annotations
 

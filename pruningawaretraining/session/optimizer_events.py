@@ -1,4 +1,4 @@
-"""What the steps of optimizers call, and what they know of masks."""
+"""Hooks in the steps of optimizers, and what these know of masks."""
 
 from __future__ import annotations
 

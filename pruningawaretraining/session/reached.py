@@ -1,4 +1,4 @@
-"""What the events of a config come to in a model, in whole groups: without training, by the sizes of its weights."""
+"""Sparsities that the events of a config reach in a model, in whole groups: without training, by its weights' sizes."""
 
 from __future__ import annotations
 

@@ -260,7 +260,7 @@ def _pattern(text: str, where: str) -> str:
 
 
 def layers_of_names(names: Sequence[str] | None, where: str, quiet: bool = False) -> list[str] | None:
-    """Layers from names of weights; a ``*`` in them is a number.
+    """Find the layers of named weights; a ``*`` in a name stands for a number.
 
     Args:
         names: of weights.

@@ -1,4 +1,4 @@
-"""What pruners are called in messages, and which of their keys have no effect beside the others."""
+"""Names of pruners in messages, and keys of theirs that have no effect beside others."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def spelled(prefix: str, section: str, shared: PrunerKeys, own: PrunerKeys) -> d
 
 
 def names_of(place: str, where: Mapping[str, str], expressions: Sequence[str]) -> Names:
-    """The names of a pruner's rule.
+    """The names that messages use for the rule of a pruner.
 
     Args:
         place: of the pruner, or of the settings for all where there is none.
@@ -91,7 +91,7 @@ def tell(
     unused: Sequence[Mapping[str, str]],
     defaults: Mapping[str, Any],
 ) -> None:
-    """Say which of the given keys have no effect: a pruner's own one in it, one for all where it has none in any.
+    """Warn of given keys that have no effect: those of a pruner, and global ones that no pruner uses.
 
     Args:
         pruners: all keys of each, and where they are written; see :func:`spelled`.

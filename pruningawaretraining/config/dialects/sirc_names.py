@@ -1,4 +1,4 @@
-"""What the two rules are called in messages, and which keys of ``channel_sparsity_args`` have no effect."""
+"""Names of the two rules in messages, and keys of ``channel_sparsity_args`` that have no effect."""
 
 from __future__ import annotations
 

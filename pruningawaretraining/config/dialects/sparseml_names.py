@@ -1,4 +1,4 @@
-"""What the rules of a recipe are called in messages: by their modifiers and the keys of these."""
+"""Names of a recipe's rules in messages: those of its modifiers and their keys."""
 
 from __future__ import annotations
 
