@@ -228,6 +228,8 @@ OURS, TP, AO = "this library", "Torch-Pruning", "torchao"
 GROWING = {"type": "growing_l2", "strength": 5e-4}
 CHANNELS = {"start": 1, "end": 8, "every": 1, "regularizer": GROWING}
 FITTED = {"start": 2, "end": 8, "every": 3, "regularizer": GROWING, "compensation": "least_squares"}
+START = {"start": 0, "regularizer": None}
+LOST = {**START, "criterion": "reconstruction", "compensation": "least_squares"}
 SINGLE = {"pattern": "unstructured", "criterion": "l1", "target": {"sparsity": 0.9}}
 GRADUAL = {**SINGLE, "schedule": "cubic", "start": 1, "end": 20}
 PAIRS = {"pattern": "2:4", "criterion": "l1", "target": {"sparsity": 0.5}, "start": 1}
@@ -260,6 +262,9 @@ WAYS = (
     _channels("ours_free", "... without the penalty", {**CHANNELS, "regularizer": None}, ONE),
     _channels("ours_at_once", "... all at once", {"start": 8, "regularizer": GROWING}, ONE),
     _channels("ours_fitted", "... with least squares, 3 events", FITTED, ONE),
+    _channels("lost", "at the start, by what readers lose, least squares, distillation", LOST, BOTH),
+    _channels("lost_untaught", "... without distillation", LOST, ONE, False),
+    _channels("start", "... by magnitude, nothing adjusted", START, ONE),
     Way("tp_l1", "channels", TP, "L1, one shot", TheirL1, targets=BOTH),
     Way("tp_group", "channels", TP, "GroupNorm sparse learning, 3 epochs", TheirGroupNorm, targets=BOTH),
     _weights("w90", "90% of the weights", "magnitude, cubic in 5 epochs, distillation", GRADUAL, True),

@@ -26,15 +26,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 NEED_A_GPU = ("gpu",)
 """Benchmarks that a CPU cannot run; `--only` runs them all the same."""
 
-TAKE_HOURS = ("cifar_medium",)
-"""Benchmarks of many trainings, to be run beside other work; `--only` runs them all the same."""
+TAKE_HOURS = ("cifar_medium", "family", "structures")
+"""Benchmarks of many trainings, to be run beside other work by the commands that their files name."""
 
 
 def commands(names: list[str], data: Path | None) -> list[list[str]]:
     """What is run: a script and its options."""
     found = []
     for name in names:
-        takes_data = '"--data"' in (HERE / f"{name}.py").read_text(encoding="utf-8")
+        takes_data = "--data FOLDER" in (HERE / f"{name}.py").read_text(encoding="utf-8")
         given = ["--data", str(data)] if data is not None and takes_data else []
         found += [[f"{name}.py", *shlex.split(options), *given] for options in VARIANTS.get(name, ("",))]
     return found
