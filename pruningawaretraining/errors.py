@@ -103,7 +103,9 @@ def described(value: Any) -> str:
     """A value as a message shows it: a tensor by its shape, anything else by what it looks like."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"a {type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}, {getattr(value, 'device', '')}"
-    return f"{value!r:.80} ({type(value).__name__})" if value is not None else "None"
+    if hasattr(value, "named_parameters"):
+        return f"a module ({type(value).__name__})"
+    return on_one_line(f"{value!r:.80} ({type(value).__name__})") if value is not None else "None"
 
 
 def wrong_type(hint: Any, value: Any) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import stat
 import struct
 import tempfile
 import zipfile
@@ -206,18 +207,45 @@ def read_safetensors(path: str | Path, key: str = "", allowed: str = "") -> tupl
         return tensors, file.metadata() or {}
 
 
+def place_of(path: str | Path, key: str = "path", kind: type[PruningError] = UnwritableError) -> Path:
+    """Where a file is to be written: symbolic links are followed, so that they stay. Call it before long work.
+
+    Args:
+        path: as given.
+        key: the argument or option that named it.
+        kind: of the error.
+
+    Raises:
+        PruningError: of that kind: there is a device, a pipe or a folder, which a file must not replace.
+    """
+    target = Path(os.path.realpath(path))
+    with reading(path, key, kind=kind):
+        try:
+            mode = os.lstat(target).st_mode
+        except FileNotFoundError:
+            return target
+    if stat.S_ISREG(mode):
+        return target
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFLNK: "a circle of links"}
+    found = kinds.get(stat.S_IFMT(mode), "a socket" if stat.S_ISSOCK(mode) else "a device")
+    raise kind(f"{key}: {str(path)!r} is {found}. Allowed: the path of a file")
+
+
 def write_atomically(path: str | Path, write: Callable[[str], None]) -> Path:
     """Write a file so that at any moment either the old one or the whole new one is there.
 
     Args:
-        path: where to; its folder is made.
+        path: where to; its folder is made. A symbolic link stays, and leads to the new file.
         write: writes to the temporary path that it is given.
 
+    Returns:
+        The path as given.
+
     Raises:
-        UnwritableError: the disk is full, or the folder cannot be written.
+        UnwritableError: the disk is full, the folder cannot be written, or there is something else than a file.
     """
-    target = Path(path)
-    with writing(target):
+    target = place_of(path)
+    with writing(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         os.close(handle)
@@ -230,7 +258,7 @@ def write_atomically(path: str | Path, write: Callable[[str], None]) -> Path:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-    return target
+    return Path(path)
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
-from pruningawaretraining import files
+from pruningawaretraining import export_onnx, files, save_pruned
 from pruningawaretraining.analysis.checkpoints import read_weights
 from pruningawaretraining.checkpoint.files import read_file
+from pruningawaretraining.cli.main import app
 from pruningawaretraining.config.caps import read_caps
 from pruningawaretraining.config.load import read_mapping
 from pruningawaretraining.errors import LONGEST, PruningError
 from pruningawaretraining.experiment.build import load_weights
 from pruningawaretraining.experiment.record import Recorder
 from pruningawaretraining.experiment.state import load_state
+from pruningawaretraining.export.program import export_program
 from pruningawaretraining.integrations.common import read_state
 from pruningawaretraining.report.run import load_run
 from pruningawaretraining.session.sharded_checkpoint import read_pruner_state
@@ -123,3 +126,83 @@ def test_a_torch_file_of_something_else_is_no_state(reader: str, tmp_path: Path)
         PruningError, match=f"{name}' (cannot be read: it holds a list, not a state|is not a checkpoint)"
     ):
         read(tmp_path / name)
+
+
+# --- where files are written ----------------------------------------------------------------------------------------
+
+
+def saved(path: Path) -> object:
+    return save_pruned(torch.nn.Linear(2, 2), path)
+
+
+def exported(path: Path) -> object:
+    return export_onnx(torch.nn.Linear(2, 2), torch.zeros(1, 2), path)
+
+
+def exported_program(path: Path) -> object:
+    return export_program(torch.nn.Linear(2, 2), torch.zeros(1, 2), path)
+
+
+def converted(path: Path) -> object:
+    config = path.parent / "pruning.yaml"
+    config.write_text("rules: [{target: {sparsity: 0.5}}]")
+    done = CliRunner().invoke(app, ["convert", str(config), "--out", str(path)])
+    if done.exit_code:
+        assert done.exit_code == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        raise PruningError(done.stderr.removeprefix("error: "))
+    return path
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "write_text": ("a.txt", lambda path: files.write_text(path, "text")),
+    "save_pruned": ("m.safetensors", saved),
+    "export_onnx": ("m.onnx", exported),
+    "export_program": ("m.pt2", exported_program),
+    "pat convert": ("c.yaml", converted),
+}
+
+
+def to_a_device(path: Path) -> None:
+    path.symlink_to("/dev/full")
+
+
+def in_a_circle(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+NO_FILES: dict[str, Callable[[Path], None]] = {
+    "pipe": os.mkfifo, "device": to_a_device, "circle of links": in_a_circle, "folder": Path.mkdir
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_is_no_file_is_not_replaced(
+    writer: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, write = WRITERS[writer]
+    NO_FILES[kind](tmp_path / name)
+    before = os.lstat(tmp_path / name)
+    for work in ("pruningawaretraining.export.onnx.build_graph", "pruningawaretraining.checkpoint.pruned.summary_of"):
+        monkeypatch.setattr(work, lambda *_: pytest.fail("the long work has begun"))
+    with pytest.raises(PruningError) as caught:
+        write(tmp_path / name)
+    assert f"is a {kind}. Allowed: " in str(caught.value) and str(tmp_path / name) in str(caught.value)
+    after = os.lstat(tmp_path / name)
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert [one.name for one in tmp_path.iterdir() if one.name not in ("pruning.yaml", name)] == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_symbolic_link_stays_and_its_file_is_written(writer: str, there: bool, tmp_path: Path) -> None:
+    name, write = WRITERS[writer]
+    (tmp_path / "other").mkdir()
+    place = tmp_path / "other" / f"real-{name}"
+    if there:
+        place.write_text("old")
+    (tmp_path / name).symlink_to(Path("other") / f"real-{name}")
+    write(tmp_path / name)
+    assert (tmp_path / name).is_symlink() and not place.is_symlink()
+    assert place.stat().st_size > 3 and place.read_bytes() == (tmp_path / name).read_bytes()
+    assert [one.name for one in place.parent.iterdir()] == [place.name]

@@ -7,10 +7,14 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from pruningawaretraining import load_config
 from pruningawaretraining.errors import LONGEST, ConfigError, capped
@@ -74,6 +78,13 @@ TEXTS: dict[str, tuple[str, str]] = {
         '{"rules": [{"max_sparsity_from": "~nobody-at-all/x", "target": {"sparsity": 0.5}}]}',
     ),
     "escapes of a terminal": (".json", json.dumps({"rules": [{"\x1b[2J\nerror: fine": 1}]})),
+    "a megabyte of keys": (".yaml", "".join(f"key{n}: {n}\n" for n in range(60_000))),
+    "a megabyte of rules": (".yaml", "rules:\n" + "- {pattern: channel, target: {sparsity: 0.5}}\n" * 20_000),
+    "a megabyte in brackets": (".yaml", "rules: [" + "{a: 1}, " * 120_000 + "]"),
+    "a megabyte of layers": (".yaml", RULE.format("layers: [" + "a, " * 300_000 + "]")),
+    "a megabyte of words": (".yaml", "a: " + "b " * 500_000),
+    "a megabyte of escapes": (".yaml", 'a: "' + "\\n" * 500_000 + '"'),
+    "a megabyte of anchors": (".yaml", "".join(f"k{n}: &a{n} 1\n" for n in range(50_000))),
     "a bracket that stays open": (".json", '{"rules": [{"layers": ["re:(((("], "target": {"sparsity": 0.5}}]}'),
 }
 
@@ -109,8 +120,10 @@ def test_mappings_that_share_their_parts_are_refused_too(load: Any) -> None:
     check(caught, time.process_time() - started)
 
 
-def test_a_bomb_takes_little_memory(tmp_path: Path) -> None:
-    (tmp_path / "bomb.yaml").write_text(bomb(12) + "\nrules: [{criterion: *a11}]")
+@pytest.mark.parametrize("name", ["a bomb", "a megabyte of rules", "a megabyte in brackets", "a megabyte of anchors"])
+def test_it_takes_little_memory(name: str, tmp_path: Path) -> None:
+    text = bomb(12) + "\nrules: [{criterion: *a11}]" if name == "a bomb" else TEXTS[name][1]
+    (tmp_path / "bomb.yaml").write_text(text)
     script = (
         "import resource, sys\nfrom pruningawaretraining import load_config\nload_config({'rules': [{'target': "
         "{'sparsity': 0.5}}]})\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -146,3 +159,87 @@ def test_messages_are_shortened_in_the_middle(message: str, expected: str) -> No
     found = capped(message, 33)
     assert len(found) <= 33
     assert found == expected
+
+
+# --- lines, keys and values -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("comments", [0, 1, 90_000])
+def test_the_line_is_right_in_a_file_of_any_size(comments: int, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("# größer\n" * comments + "rules:\n- target: {sparsity: 0.5}\n\n  strat: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: line {comments + 4}: rules[0].strat: 'strat' is not known")
+    path.write_text("# größer\n" * comments + "rules:\n- {target: {sparsity: 0.5}, start: 1, start: 2}\n")
+    with pytest.raises(ConfigError, match=f"line {comments + 2}, column 39: start: given twice"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("key", ["1", "true", "on", "null", "~", "2026-02-03"])
+@pytest.mark.parametrize("text", ["{}: 2", "rules: [{{{}: 2}}]", "rules: [{{target: {{{}: 2}}}}]"])
+def test_keys_in_yaml_that_are_not_text(text: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text.format(key))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    column = text.replace("{{", "{").index("{}") + 1
+    assert str(caught.value).startswith(f"{path}: line 1, column {column}: the key {key!r} is not text, but ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"), [(1, "int"), (True, "bool"), (None, "NoneType"), ((1, 2), "tuple"), (b"a", "bytes")]
+)
+@pytest.mark.parametrize(
+    ("where", "config"),
+    [
+        ("config", lambda key: {key: 1}),
+        ("config", lambda key: {"rules": [], key: 1}),
+        ("rules[0]", lambda key: {"rules": [{key: 1}]}),
+        ("rules[0].target", lambda key: {"rules": [{"target": {key: 1}}]}),
+        ("pruning_configs[0]", lambda key: {"pruning_configs": [{key: 1}]}),
+        ("pruning_modifiers[0]", lambda key: {"pruning_modifiers": [{key: 1}]}),
+    ],
+)
+def test_keys_of_a_mapping_that_are_not_text(where: str, config: Any, key: Any, kind: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config(key))
+    assert str(caught.value) == f"{where}: the key {key!r} is not text ({kind})"
+
+
+VALUES: dict[str, Any] = {
+    "a tensor": torch.randn(1000, 1000),
+    "a number in a tensor": torch.tensor(0.5),
+    "a parameter": nn.Parameter(torch.ones(3)),
+    "an array": np.ones(5),
+    "a module": nn.Sequential(nn.Linear(4, 8), nn.ReLU()),
+}
+PLACES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "rules": lambda value: {"rules": value},
+    "rules[0]": lambda value: {"rules": [value]},
+    "rules[0].start": lambda value: {"rules": [{"start": value, "target": {"sparsity": 0.5}}]},
+    "rules[0].layers": lambda value: {"rules": [{"layers": value, "target": {"sparsity": 0.5}}]},
+    "rules[0].criterion": lambda value: {"rules": [{"criterion": value, "target": {"sparsity": 0.5}}]},
+    "rules[0].criterion.p": lambda value: {"rules": [{"criterion": {"type": "magnitude", "p": value}}]},
+    "rules[0].target.sparsity": lambda value: {"rules": [{"target": {"sparsity": value}}]},
+    "target_sparsity": lambda value: {"target_sparsity": value, "pattern": "2:4"},
+    "pruning_configs[0].target_sparsity": lambda value: {"pruning_configs": [{"target_sparsity": value}]},
+    "distillation": lambda value: {"distillation": value, "rules": [{"target": {"sparsity": 0.5}}]},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("value", VALUES)
+def test_values_that_are_no_plain_data_are_one_line(value: str, place: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(PLACES[place](VALUES[value]))
+    message = str(caught.value)
+    assert message.startswith(f"{place}: a ") and type(VALUES[value]).__name__ in message
+    assert message.endswith("Allowed: plain numbers, texts, lists and mappings")
+    assert "\n" not in message and len(message) <= 250
+
+
+@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5)])
+def test_numbers_of_numpy_are_numbers(number: Any) -> None:
+    assert load_config({"rules": [{"target": {"sparsity": number}}]}).rules[0].target.sparsity == 0.5

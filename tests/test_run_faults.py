@@ -307,9 +307,34 @@ def test_a_folder_that_is_deleted_meanwhile_is_one_line(tmp_path: Path, monkeypa
     done = pat("run", config, "--out", out)
     assert done.exit_code == 2
     assert done.stderr == (
-        f"error: --out: '{out}' is gone, or its lock is. Allowed: a folder with room, and then --resume\n"
+        f"error: --out: '{out}' has been deleted; the folder '{out}' is gone and nothing can be resumed: start again. "
+        "Allowed: a folder with room\n"
     )
     assert not out.exists()
+
+
+@pytest.mark.parametrize("left", ["the folder", "nothing", "the checkpoint"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_said_of_resuming_is_true(
+    left: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second signal ends the run at once, without another checkpoint."""
+    config, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump(tiny(**QUICK)))
+
+    def end() -> None:
+        if left != "the checkpoint":
+            shutil.rmtree(out)
+        if left == "the folder":
+            out.mkdir()
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+    at_step(STEPS + 2, end, monkeypatch)
+    done = pat("run", config, "--out", out)
+    assert done.exit_code == 128 + number
+    assert ("--resume" in done.stderr) == (left == "the checkpoint"), done.stderr
+    assert ("start again" in done.stderr) == (left != "the checkpoint")
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pruningawaretraining.checkpoint.records import own_state, remember, summary
 from pruningawaretraining.checkpoint.standalone import write_standalone
 from pruningawaretraining.distributed.fsdp import any_sharded
 from pruningawaretraining.errors import CheckpointError, nearest
-from pruningawaretraining.files import BROKEN, reason, write_atomically
+from pruningawaretraining.files import BROKEN, place_of, reason, write_atomically
 from pruningawaretraining.models.calling import unwrap
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.hugging_face import follow_configs
@@ -65,8 +65,7 @@ def save_pruned(model: nn.Module, path: str | Path, *, standalone: bool | Callab
             then nothing is.
     """
     model = _savable(model)
-    if Path(path).is_dir():
-        raise CheckpointError(f"path: {str(path)!r} is a folder. Allowed: the path of a file")
+    place_of(path, kind=CheckpointError)
     record = summary_of(model)  # before its tensors are read: a pruner makes sure that it says what is there
     passed = passed_blocks(model)
     gone = tuple(f"{name}." for name in passed)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pruningawaretraining.checkpoint.constructors import OWN, constructor_of, constructors, is_plain
 from pruningawaretraining.checkpoint.script import MARK, Changes, Constructor, script
 from pruningawaretraining.errors import CheckpointError
-from pruningawaretraining.files import BROKEN, reason, write_text
+from pruningawaretraining.files import BROKEN, place_of, reason, write_text
 from pruningawaretraining.models.calling import same_generators
 from pruningawaretraining.models.kept_norm import KeptNorm
 from pruningawaretraining.models.skipped_blocks import Bypass, PassThrough
@@ -74,6 +74,7 @@ def write_standalone(
         CheckpointError: there is no such file, or a file of another kind in its place; nothing is written.
     """
     path = Path(weights).with_suffix(".py")
+    place_of(path, "standalone", CheckpointError)
     taken = path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(MARK)
     if taken or path == Path(weights):
         raise CheckpointError(f"standalone: {str(path)!r} already exists. Allowed: another path")

@@ -60,6 +60,7 @@ def convert(
     with reported(debug):
         from pruningawaretraining.config.plan import read_plan
         from pruningawaretraining.errors import ConfigError
+        from pruningawaretraining.files import write_text
 
         if out is not None and check_out(out).suffix.lower() not in (".yaml", ".yml", ".json"):
             raise ConfigError(f"--out: {str(out)!r} has another ending. Allowed: .yaml, .yml, .json")
@@ -68,7 +69,7 @@ def convert(
         if out is None:
             typer.echo(text, nl=False)
         else:
-            out.write_text(text, encoding="utf-8")
+            write_text(out, text)
             say_written(out)
 
 

@@ -147,9 +147,9 @@ def check_out(path: Path, suffix: str | None = None, key: str = "--out") -> Path
         ConfigError: it cannot be written there.
     """
     from pruningawaretraining.errors import ConfigError
+    from pruningawaretraining.files import place_of
 
-    if path.is_dir():
-        raise ConfigError(f"{key}: {str(path)!r} is a folder. Allowed: a file")
+    place_of(path, key, ConfigError)
     if suffix is not None and path.suffix.lower() != suffix:
         raise ConfigError(f"{key}: {str(path)!r} does not end in {suffix}. Allowed: {str(path.with_suffix(suffix))!r}")
     if not path.parent.is_dir():

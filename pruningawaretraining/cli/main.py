@@ -136,6 +136,7 @@ def inspect(
         from pruningawaretraining.experiment.inspection import groups_picture, groups_text, layers_table, load_inspected
         from pruningawaretraining.experiment.model_tree import tree_view
         from pruningawaretraining.experiment.shipped import named
+        from pruningawaretraining.files import write_text
 
         if picture is not None:
             check_out(picture, key="--picture")
@@ -146,7 +147,7 @@ def inspect(
         console = Console()
         console.print(layers_table(inspected) if groups else tree_view(inspected, console.width))
         if picture is not None:
-            picture.write_text(groups_picture(inspected), encoding="utf-8")
+            write_text(picture, groups_picture(inspected))
             say_written(picture)
 
 

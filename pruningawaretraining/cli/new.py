@@ -33,6 +33,7 @@ def new(
         from pruningawaretraining.errors import ConfigError
         from pruningawaretraining.experiment.inspection import load_inspected
         from pruningawaretraining.experiment.new_config import NewConfig, new_config
+        from pruningawaretraining.files import write_text
 
         path = check_out(out or Path("pruning.yaml" if pruning else "experiment.yaml"), ".yaml")
         if path.exists() and not overwrite:
@@ -40,7 +41,7 @@ def new(
         if epochs < 1:
             raise ConfigError(f"--epochs: {epochs} is not allowed. Allowed: 1 or more")
         inspected = load_inspected(model, None if input_shape is None else shape_of(input_shape))
-        path.write_text(new_config(inspected, NewConfig(model, epochs, data, str(path), pruning)), encoding="utf-8")
+        write_text(path, new_config(inspected, NewConfig(model, epochs, data, str(path), pruning)))
         say_written(path)
 
 

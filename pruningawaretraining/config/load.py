@@ -111,7 +111,7 @@ def translate(mapping: Mapping[str, Any]) -> PruningConfig:
         ConfigError: no form is recognised, or a key or value is not allowed.
     """
     check_extent(mapping)
-    mapping = copy.deepcopy(dict(mapping))
+    mapping = _copied(mapping)
     if "rules" in mapping:
         return PruningConfig.model_validate(mapping)
     known: dict[str, Dialect] = {name: build("dialect", name) for name in names("dialect")}
@@ -125,6 +125,13 @@ def translate(mapping: Mapping[str, Any]) -> PruningConfig:
             check_returned(good, "dialect", dialect, found, "a PruningConfig, made by native(rules)")
             return cast("PruningConfig", found)
     raise ConfigError(_unrecognised(mapping, known))
+
+
+def _copied(value: Any) -> Any:
+    """A copy of nested plain data in which every key is text, as YAML's are: ``{0.8: [...]}`` names something."""
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(key): _copied(inner) for key, inner in value.items()}
+    return [_copied(one) for one in value] if type(value) is list else copy.deepcopy(value)
 
 
 def with_variables(mapping: Mapping[str, Any], variables: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -165,8 +172,8 @@ def _unrecognised(mapping: Mapping[str, Any], known: Mapping[str, Dialect]) -> s
         shown = ", ".join(repr(key) for key in training[:MOST_KEYS])
         what = f"config: {shown} are settings of a training, and there is no pruning config"
         return f"{what}. Allowed: 'rules', or another form ({', '.join(known)})"
-    close = {key: nearest(key, allowed) for key in seen if key not in allowed}
-    hints = [f"did you mean {match!r} for {key!r}?" for key, match in close.items() if match][:MOST_KEYS]
+    close = {key: nearest(key, allowed) for key in seen[:MOST_KEYS] if key not in allowed}
+    hints = [f"did you mean {match!r} for {key!r}?" for key, match in close.items() if match]
     shown = ", ".join(repr(key) for key in seen[:MOST_KEYS]) + (", ..." if len(seen) > MOST_KEYS else "")
     hint = f"; {' '.join(hints)}" if hints else ""
     return f"config: no form has the keys {shown}{hint} Allowed: 'rules', or another form ({', '.join(known)})"

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.allocation.threshold import zero_groups
 from pruningawaretraining.engine.domain import Domain
 from pruningawaretraining.engine.engine import Engine
 from pruningawaretraining.errors import ModelError
@@ -94,20 +93,6 @@ def _masks_of(engine: Engine, domain: Domain) -> list[Masks]:
     """The masks of one domain."""
     own = [] if engine.weights is None else engine.weights.masks
     return own if domain is engine.weights else [one for one in engine.masks if one not in own]
-
-
-def follow_removed(engine: Engine) -> None:
-    """Channels were removed by another pruner: rules inside layers go on with the zeros that are left.
-
-    Args:
-        engine: of a pruner whose training has ended.
-    """
-    if engine.weights is None:
-        return
-    masked = {one.key for one in engine.weights.rules if one.masks.active}
-    for one in engine.weights.relabel():
-        if one.key in masked:
-            one.masks.set(~zero_groups(one.grouping))
 
 
 def _check_fits(model: nn.Module, name: str, old: Tensor, new: Tensor | None) -> None:

@@ -125,5 +125,6 @@ def check_mine(folder: Path) -> None:
     """
     owner = Owner.of(folder)
     if owner != Owner.this():
-        what = "is gone, or its lock is" if owner is None else f"is process {owner.pid}'s on {owner.host} by now"
+        lost = "has lost the lock of this run" if folder.is_dir() else "has been deleted"
+        what = lost if owner is None else f"is process {owner.pid}'s on {owner.host} by now"
         raise UnwritableError(f"{str(folder)!r} {what}")

@@ -29,6 +29,7 @@ from pruningawaretraining.experiment.datasets import load_data
 from pruningawaretraining.experiment.run import find_device
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.tracking import tracked
+from pruningawaretraining.files import write_text
 from pruningawaretraining.registry import build
 from pruningawaretraining.report.summary import si
 from pruningawaretraining.report.svg import Guide, LineChart, Series, line_chart, standalone
@@ -145,7 +146,7 @@ def _row(sparsity: float, model: nn.Module, test: SourceBatches) -> dict[str, An
 def write_results(rows: Sequence[Mapping[str, Any]], folder: Path, name: str) -> None:
     """Write ``oneshot.json`` and ``oneshot.svg``: accuracy against sparsity."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULTS).write_text(json.dumps({"name": name, "rows": list(rows)}, indent=1) + "\n")
+    write_text(folder / RESULTS, json.dumps({"name": name, "rows": list(rows)}, indent=1) + "\n")
     points = sorted((float(row["sparsity"]), float(row["accuracy"])) for row in rows[1:])
     chart = LineChart(
         f"{name}: accuracy against sparsity",
@@ -157,7 +158,7 @@ def write_results(rows: Sequence[Mapping[str, Any]], folder: Path, name: str) ->
         x_format=_percent,
         whole=False,
     )
-    (folder / PICTURE).write_text(standalone(line_chart(chart)), encoding="utf-8")
+    write_text(folder / PICTURE, standalone(line_chart(chart)))
 
 
 def written_in(folder: Path) -> list[Path]:

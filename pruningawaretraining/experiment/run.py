@@ -69,14 +69,24 @@ def _advising(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise stop if stop.args else type(stop)("--resume goes on from the last checkpoint") from None
+        raise stop if stop.args else type(stop)(_going_on(folder)) from None
     except OSError as error:
         text = str(error)
         if not isinstance(error, UnwritableError):
             if not str(error.filename or "").startswith(str(folder)):
                 raise
             text = f"{error.filename!r} cannot be written: {reason(error)}"
-        raise UnwritableError(f"--out: {text}. Allowed: a folder with room, and then --resume") from error
+        can = (folder / record.CHECKPOINT).is_file()
+        allowed = "a folder with room, and then --resume" if can else "a folder with room"
+        raise UnwritableError(f"--out: {text}{'' if can else f'; {_going_on(folder)}'}. Allowed: {allowed}") from error
+
+
+def _going_on(folder: Path) -> str:
+    """What can be done after a run was interrupted."""
+    if (folder / record.CHECKPOINT).is_file():
+        return "--resume goes on from the last checkpoint"
+    gone = "no checkpoint has been written yet" if folder.exists() else f"the folder {str(folder)!r} is gone"
+    return f"{gone} and nothing can be resumed: start again"
 
 
 def _run_here(

@@ -22,7 +22,7 @@ from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.export.agreement import Agreement, agreement, labels_of
 from pruningawaretraining.export.compare import compare
 from pruningawaretraining.export.precision import SINGLE_FILE_BYTES, Converted, Float16, Precision, initializer_bytes
-from pruningawaretraining.files import writing
+from pruningawaretraining.files import place_of, writing
 from pruningawaretraining.models.calling import move, unwrap
 from pruningawaretraining.registry import build, canonical, names
 from pruningawaretraining.runtimes.exporter_choice import AUTO, chosen_exporter
@@ -151,10 +151,7 @@ def _settings(path: Path, exporter: str, opset: int | None, tolerance: float | N
     if not tolerance > 0:
         raise ConfigError(f"tolerance: {tolerance!r} is not a positive number")
     exporter = chosen_exporter(exporter)
-    if path.is_dir():
-        raise ConfigError(
-            f"path: {str(path)!r} is a folder. Allowed: a file in it, such as {str(path / 'model.onnx')!r}"
-        )
+    place_of(path, kind=ConfigError)
     return _Settings(path, exporter, opset, tolerance, built, name)
 
 
@@ -174,7 +171,7 @@ def _export(
     hint: str,
 ) -> ExportResult:
     """Write the file beside its place, check it there, and move it."""
-    path, opset, precision = settings.path, settings.opset, settings.precision
+    path, opset, precision = place_of(settings.path), settings.opset, settings.precision
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
@@ -202,7 +199,7 @@ def _export(
     logger.info("%s: opset %d, largest difference %.3g (%.2g of the output)", path, version, difference, relative)
     _tell_of(found, settings, converted)
     ends = (graph.input_names, graph.output_names)
-    result = ExportResult(path, difference, settings.exporter, version, *ends, relative, sizes, settings.name)
+    result = ExportResult(settings.path, difference, settings.exporter, version, *ends, relative, sizes, settings.name)
     return replace(result, agreement=found, excluded=converted.excluded, layer_errors=converted.layer_errors)
 
 

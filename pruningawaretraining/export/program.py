@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.export.onnx import export_onnx
-from pruningawaretraining.files import write_atomically
+from pruningawaretraining.files import place_of, write_atomically
 from pruningawaretraining.models.calling import evaluating
 from pruningawaretraining.models.precision import strict_float32
 from pruningawaretraining.runtimes import exporters
@@ -46,6 +46,7 @@ def export_program(
     Raises:
         ModelError: the model cannot be exported, or the program disagrees with it.
     """
+    place_of(path)
     graph = build_graph(model, example_inputs, dynamic_batch)
     program, expected = _exported(graph, type(model).__name__)
     with tempfile.TemporaryDirectory() as folder:

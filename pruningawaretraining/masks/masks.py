@@ -66,7 +66,7 @@ class Masks:
         followers: Sequence[nn.Module] = (),
         found: ChannelGroups | None = None,
     ) -> None:
-        self.grouping, self.dynamic, self._hooks, self._followers = grouping, dynamic, hooks, followers
+        self.grouping, self.dynamic, self._hooks, self.followers = grouping, dynamic, hooks, followers
         self.store = DenseStore() if dynamic.lives else None
         self.passing, self.steps = dynamic.lives, 0
         self.choose: Callable[[], Tensor] | None = None
@@ -128,7 +128,7 @@ class Masks:
             raise
         finally:
             self._close(was_open)
-        if self._followers:
+        if self.followers:
             self.averages.mask(self.keep_on(torch.device("cpu")))
 
     def _take(self, keep_G: Tensor) -> None:
@@ -161,7 +161,7 @@ class Masks:
 
     def on(self, grouping: Grouping) -> Masks:
         """The same masks on the same groups of other tensors, whose slots are consecutive."""
-        other = Masks(grouping, dynamic=self.dynamic, followers=self._followers)
+        other = Masks(grouping, dynamic=self.dynamic, followers=self.followers)
         hand_on(self, other)
         return other
 

@@ -232,9 +232,10 @@ def checked_call(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = N
         if is_out_of_memory(error):
             raise
         shapes = [tuple(tensor.shape) for tensor in tensors_of(inputs)]
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = "".join(f": {line}" for line in str(error).strip().splitlines()[:1])
         raise ModelError(
-            f"example_inputs: {type(model).__name__} rejects inputs of shape {shapes}: {reason}. "
+            f"example_inputs: {type(model).__name__} rejects inputs of shape {shapes}: its forward pass raised "
+            f"{type(error).__name__}{reason}. "
             f"{_as_one_argument(inputs, error)}Pass example_inputs= as a tensor, a tuple of positional inputs or a "
             "dict of keyword inputs, or a forward_fn(model, inputs)"
         ) from error

@@ -85,6 +85,17 @@ def latest(parameter: Tensor) -> Tensor | None:
     return current
 
 
+def left_of(parameter: Tensor) -> tuple[Tensor | None, Keep]:
+    """Return the parameter that is in the model after all removals (see :func:`latest`), and what it has kept."""
+    current: Tensor | None = parameter
+    kept: Keep = {}
+    while current is not None and hasattr(current, _REPLACED):
+        current, keep = getattr(current, _REPLACED)
+        for dim, indices in keep.items():
+            kept[dim] = kept[dim][indices] if dim in kept else indices
+    return current, kept
+
+
 def catch_up(optimizer: torch.optim.Optimizer) -> None:
     """Exchange the parameters, and slice the state, of an optimizer that was not known when channels were removed.
 

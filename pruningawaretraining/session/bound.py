@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import nn
 
-from pruningawaretraining.engine.books import StepWatch, follow_removed, settle
+from pruningawaretraining.engine.books import StepWatch, settle
+from pruningawaretraining.engine.other_removals import follow_removed
 from pruningawaretraining.errors import ModelError, PruningError
 from pruningawaretraining.models.calling import outside_inference, unwrap
 from pruningawaretraining.models.wrappers import remind_of_rewrap
 from pruningawaretraining.session.arguments import check_model
 from pruningawaretraining.session.optimizer_hooks import Steps
 from pruningawaretraining.session.session import Session
-from pruningawaretraining.session.takeover import AtWork
+from pruningawaretraining.session.takeover import others_of
 
 
 @dataclass
@@ -39,7 +39,6 @@ class Bound:
         self._known: Session | None = None
         self._says_before = False  # whether the loop calls on_before_optimizer_step
         self._watch = StepWatch()
-        self._earlier: weakref.ref[AtWork] | None = None
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse ``copy`` and ``pickle``: hooks act on this pruner's own model and optimizers, and would stay behind.
@@ -71,18 +70,22 @@ class Bound:
             settle(session.engine, session.steps.optimizers, session.sharded)
             session.writes.forget()
 
+    @property
+    def followers(self) -> list[nn.Module]:
+        """The averages that follow the model."""
+        return [] if self._known is None else list(self._known.followers)
+
     def follow_other(self) -> None:
-        """Another pruner, created later, has changed the model: masks inside layers keep the remaining zeros."""
+        """Another pruner has removed channels: masks, averages and statistics follow."""
         if self._known is not None:
-            follow_removed(self._known.engine)
-            self._follow_on()
+            follow_removed(self._known.engine, self._known.steps.optimizers, self._known.ended)
+            self._known.writes.forget()
 
     def _follow_on(self) -> None:
-        """Channels have gone: tell the pruner before this one, if there was one, and outdated wrappers."""
+        """Channels have gone: tell the other pruners of the model, and outdated wrappers."""
         remind_of_rewrap(self._session.model)
-        earlier = None if self._earlier is None else self._earlier()
-        if earlier is not None:
-            earlier.follow_other()
+        for other in others_of(self._session.model, self):  # type: ignore[arg-type]
+            other.follow_other()
 
     def _check_same(self, model: nn.Module | None) -> None:
         own = self._session.model

@@ -14,6 +14,7 @@ from pruningawaretraining.session.averages import follower_for
 from pruningawaretraining.session.bound import Bound
 from pruningawaretraining.session.forgotten import forgotten_averages
 from pruningawaretraining.session.state_in import StateHandle, put_state_in
+from pruningawaretraining.session.takeover import others_of
 
 
 class Companions(Bound):
@@ -69,7 +70,11 @@ class Companions(Bound):
 
     def _follow_forgotten(self) -> None:
         """Let averages follow that the training loop has and the pruner was not given."""
-        found = forgotten_averages(self._session.model, self._session.followers)
+        model = self._session.model
+        for other in others_of(model, self):  # type: ignore[arg-type]
+            if strange := [one for one in other.followers if one not in self.followers]:
+                self.attach_ema(strange)
+        found = forgotten_averages(model, self._session.followers)
         if found:
             self.attach_ema(found)
 

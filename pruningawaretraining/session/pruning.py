@@ -139,12 +139,12 @@ class Pruning(LoopHooks, Companions, Connections, Results):
             return
         check_prunable(model)
         plain = unwrap(model)
-        self._earlier = take_over(plain, self)
+        earlier = take_over(plain, self)
         this, last = weakref.ref(self), self._described
         try:
             self._known = Session(plain, self._config, self._given)
         except BaseException:
-            leave_to(plain, self._earlier)
+            leave_to(plain, earlier)
             raise
         self._copies = watch_copies(plain)
         watch_wrappers(model, *wrappers_around(plain))

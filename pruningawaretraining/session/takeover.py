@@ -1,4 +1,4 @@
-"""Which pruner is at work on a model: there is one at a time."""
+"""Which pruners a model has: one is at work at a time, and the others follow what it removes."""
 
 from __future__ import annotations
 
@@ -28,24 +28,28 @@ class AtWork(Protocol):
 
     def on_train_end(self) -> None: ...
 
+    @property
+    def followers(self) -> list[nn.Module]: ...
+
     def follow_other(self) -> None: ...
 
 
 ATTRIBUTE = "_pruning_pruner"
 
 
-def take_over(model: nn.Module, pruner: AtWork) -> weakref.ref[AtWork] | None:
+def take_over(model: nn.Module, pruner: AtWork) -> list[weakref.ref[AtWork]]:
     """Be the pruner of a model: an earlier one that has not begun yet retires, as after a notebook's second run.
 
     Returns:
-        The earlier one, if there is one: what it has masked stays so.
+        Those that there were before: what they have masked stays so. They follow the removals of all others.
 
     Raises:
-        ModelError: the earlier one is at work.
+        ModelError: an earlier one is at work.
     """
-    known: weakref.ref[AtWork] | None = private_of(model, ATTRIBUTE)
-    earlier = known() if known is not None else None
-    if earlier is not None and earlier.is_active and earlier.phase in ("regularize", "prune"):
+    known: list[weakref.ref[AtWork]] = private_of(model, ATTRIBUTE) or []
+    for earlier in others_of(model, pruner):
+        if not earlier.is_active or earlier.phase not in ("regularize", "prune"):
+            continue
         if earlier.has_begun:
             raise ModelError(
                 f"model: another Pruning is at work on this {type(model).__name__}, phase {earlier.phase!r}. "
@@ -53,10 +57,16 @@ def take_over(model: nn.Module, pruner: AtWork) -> weakref.ref[AtWork] | None:
             )
         earlier.on_train_end()
         logger.warning("model: an earlier Pruning of it is retired: it had not started")
-    keep_private(model, ATTRIBUTE, weakref.ref(pruner))
+    keep_private(model, ATTRIBUTE, [*(one for one in known if one() is not None), weakref.ref(pruner)])
     return known
 
 
-def leave_to(model: nn.Module, earlier: weakref.ref[AtWork] | None) -> None:
-    """Be its pruner no more, since none could be made: the one that was there before is."""
-    keep_private(model, ATTRIBUTE, earlier or (lambda: None))
+def others_of(model: nn.Module, pruner: AtWork) -> list[AtWork]:
+    """The pruners of a model beside this one, of those that are still alive."""
+    known = [one() for one in private_of(model, ATTRIBUTE) or ()]
+    return [one for one in known if one is not None and one is not pruner]
+
+
+def leave_to(model: nn.Module, earlier: list[weakref.ref[AtWork]]) -> None:
+    """Be its pruner no more, since none could be made: those that were there before are."""
+    keep_private(model, ATTRIBUTE, earlier)

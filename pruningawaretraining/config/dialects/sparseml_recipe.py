@@ -118,7 +118,7 @@ def is_recipe(mapping: Mapping[str, Any]) -> bool:
 def _groups(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in mapping.items():
         if not isinstance(key, str):
-            raise ConfigError(f"config: the key {key!r} is a {type(key).__name__}. Allowed: texts")
+            raise ConfigError(f"config: the key {key!r} is not text ({type(key).__name__})")
         if key.endswith("modifiers") and isinstance(value, (list, Mapping)):
             yield prefix + key, value
         elif isinstance(value, Mapping) and (key.endswith("stage") or any(_names_modifiers(one) for one in value)):
