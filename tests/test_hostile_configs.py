@@ -120,7 +120,7 @@ def test_mappings_that_share_their_parts_are_refused_too(load: Any) -> None:
     check(caught, time.process_time() - started)
 
 
-@pytest.mark.parametrize("name", ["a bomb", "a megabyte of rules", "a megabyte in brackets", "a megabyte of anchors"])
+@pytest.mark.parametrize("name", ["a bomb", "a megabyte of rules"])
 def test_it_takes_little_memory(name: str, tmp_path: Path) -> None:
     text = bomb(12) + "\nrules: [{criterion: *a11}]" if name == "a bomb" else TEXTS[name][1]
     (tmp_path / "bomb.yaml").write_text(text)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, count_macs, load_pruned, save_pruned
+from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.models.calling import outputs_of
+from pruningawaretraining.optim import prune_param_groups
 
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8).sin()
 LABELS = torch.tensor([0, 1])
@@ -170,25 +172,97 @@ def _shared() -> nn.Module:
     return model
 
 
-def _parametrized() -> nn.Module:
-    spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), spectral, nn.ReLU(), nn.Linear(8, 10), nn.Linear(10, 2))
+def test_a_shared_weight_is_left_out_by_name() -> None:
+    with pytest.raises(ValueError, match="2: its weight is shared with another module"):
+        Pruning(_shared(), {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=torch.randn(4, 6))
 
 
-@pytest.mark.parametrize(
-    ("build", "left_out", "reason"),
-    [
-        (_shared, "2", "its weight is shared with another module"),
-        (_parametrized, "2", "its weight is parametrized"),
-    ],
-)
-def test_what_cannot_be_sliced_is_left_out_by_name(build: Callable[[], nn.Module], left_out: str, reason: str) -> None:
-    model, inputs = build(), torch.randn(4, 6)
-    if build is _shared:
-        with pytest.raises(ValueError, match=f"{left_out}: {reason}"):
-            Pruning(model, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=inputs)
-        return
-    pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=inputs)
-    assert reason in pruner.channel_pruner.found.skipped[left_out]
-    pruner.prune(epoch=0)
-    assert (model[2].out_features, model[4].out_features) == (8, 5)
+class HalvedLinear(nn.Linear):
+    """A layer that computes its weight of another tensor, by itself."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.twice = nn.Parameter(self.weight.detach() * 2)
+        del self.weight
+
+    def forward(self, x_BI: torch.Tensor) -> torch.Tensor:
+        self.weight = self.twice / 2
+        return super().forward(x_BI)
+
+
+def _torch_pruned(layer: nn.Module) -> nn.Module:
+    return nn.utils.prune.l1_unstructured(layer, "weight", 0.3)
+
+
+P = nn.utils.parametrizations
+COMPUTED: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
+    "weight_norm": (P.weight_norm, "torch.nn.utils.parametrize.remove_parametrizations"),
+    "spectral_norm": (P.spectral_norm, "torch.nn.utils.parametrize.remove_parametrizations"),
+    "orthogonal": (P.orthogonal, "torch.nn.utils.parametrize.remove_parametrizations"),
+    "old weight_norm": (nn.utils.weight_norm, "torch.nn.utils.remove_weight_norm"),
+    "old spectral_norm": (nn.utils.spectral_norm, "torch.nn.utils.remove_spectral_norm"),
+    "torch.nn.utils.prune": (_torch_pruned, "torch.nn.utils.prune.remove"),
+    "its own code": (
+        lambda layer: HalvedLinear(layer.in_features, layer.out_features),
+        "computed in every forward pass",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated in favor of:FutureWarning")
+@pytest.mark.parametrize("pattern", ["channel", "2:4", "unstructured"])
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_weight_that_is_computed_stays_and_its_reason_says_what_to_do(kind: str, pattern: str) -> None:
+    torch.manual_seed(0)
+    wrap, way = COMPUTED[kind]
+    inputs = torch.randn(4, 6)
+    layers = [nn.Linear(6, 8), nn.ReLU(), wrap(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 12), nn.Linear(12, 2)]
+    model = nn.Sequential(*layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    pruner = Pruning(
+        model,
+        {"rules": [{"pattern": pattern, "target": {"sparsity": 0.5}}]},
+        example_inputs=inputs,
+        optimizer=optimizer,
+    )
+    for epoch in range(2):
+        pruner.prune(model, epoch)
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+    assert bool(model(inputs).isfinite().all()) and model[2].weight.shape == (8, 8)
+    if pattern == "channel":
+        assert way in pruner.channel_pruner.found.skipped["2"] and model[4].out_features == 6
+    else:
+        assert float((model[4].weight == 0).float().mean()) > 0.3
+    alone = nn.Sequential(wrap(nn.Linear(6, 8)))
+    with pytest.raises(ModelError, match=f"0: its weight .*{way}"):
+        Pruning(alone, {"rules": [{"pattern": pattern, "target": {"sparsity": 0.5}}]}, example_inputs=inputs)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated in favor of:FutureWarning")
+@pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm"])
+def test_a_weight_that_is_computed_from_later_on_is_named(kind: str) -> None:
+    wrap, way = COMPUTED[kind]
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))
+    pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}, "end": 3}]}, example_inputs=torch.randn(4, 6))
+    pruner.prune(model, 0)
+    wrap(model[0])
+    with pytest.raises(ModelError, match=f"0.weight: .* is gone from the .*: its weight is parametrized; {way}"):
+        pruner.prune(model, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated in favor of:FutureWarning")
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal", "old weight_norm", "old spectral_norm"])
+def test_zeros_in_a_normalised_weight_are_refused(kind: str) -> None:
+    """A channel of zeros is divided by its norm: NaN."""
+    wrap, way = COMPUTED[kind]
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), wrap(nn.Linear(8, 8)))
+    matrices = [one for one in model[2].named_parameters() if one[1].dim() > 1]
+    name, parameter = max(matrices, key=lambda one: one[1].numel())
+    lasso = {"group_type": "Dim0Grouper", "prox_type": "ProxGroupLasso", "reg_lambda": 0.1}
+    for key in (f"2.{name}", ":.*"):
+        with pytest.raises(ConfigError, match=f"zeros in it would become NaN: its weight is parametrized; {way}"):
+            prune_param_groups(model, {key: lasso})
+    groups = prune_param_groups(model, {f"2.{name}": {"lr": 0.1}, "0.weight": lasso})
+    assert groups[0]["params"] == [parameter]

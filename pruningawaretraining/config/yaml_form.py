@@ -58,7 +58,7 @@ class ConfigLoader(_Events):  # type: ignore[misc]
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """As in SafeLoader; what comes by a merge (``<<``) may be given again, a key may not."""
-        node = super().compose_mapping_node(anchor)
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag == _MERGE:

@@ -18,6 +18,7 @@ from pruningawaretraining.engine.domain import Domain
 from pruningawaretraining.engine.engine import Engine
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.masks.masks import Masks
+from pruningawaretraining.models.computed_weights import why_computed
 from pruningawaretraining.models.fake_quant import is_converted
 
 logger = logging.getLogger(__name__)
@@ -99,14 +100,22 @@ def _check_fits(model: nn.Module, name: str, old: Tensor, new: Tensor | None) ->
     kind = type(model).__name__
     if new is None:
         raise ModelError(
-            f"{name}: the layer that was masked is gone from the {kind}. Allowed: make the Pruning once the model has "
-            "all its layers"
+            f"{name}: the layer that was masked is gone from the {kind}{_computed(model, name)}. Allowed: make the "
+            "Pruning once the model has all its layers"
         )
     if new.shape != old.shape:
         raise ModelError(
             f"{name}: it had the shape {tuple(old.shape)} when it was masked and now has {tuple(new.shape)}: the layer "
             "was exchanged. Allowed: make the Pruning once the model has all its layers"
         )
+
+
+def _computed(model: nn.Module, name: str) -> str:
+    """What has taken the place of a parameter, where that is known."""
+    owner, _, own = name.rpartition(".")
+    layer = dict(model.named_modules()).get(owner)
+    problem = "" if layer is None else why_computed(layer, own)
+    return f": {problem}" if problem else ""
 
 
 def _listed(names: list[str]) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.models.computed_weights import PARAMETRIZED
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.patterns.projections import (
     FUSED,
@@ -96,7 +97,7 @@ def _multihead(name: str, module: nn.MultiheadAttention) -> Attention | str:
     heads, width = module.num_heads, module.head_dim
     prefix = f"{name}." if name else ""
     if any(nn.utils.parametrize.is_parametrized(one) for one in (module, module.out_proj)):
-        return "its weight is parametrized"
+        return f"its weight is parametrized; {PARAMETRIZED} first makes it prunable"
     rows = spread(heads, width)
     parts: list[HeadTensor] = []
     for attribute, dim, heads_D, role in (
@@ -139,7 +140,7 @@ def _block(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> Atten
     if output is None:
         return "it has no output projection that is known by its name"
     if any(nn.utils.parametrize.is_parametrized(one.module) for one in [*known, output]):
-        return "its weight is parametrized"
+        return f"its weight is parametrized; {PARAMETRIZED} first makes it prunable"
     width = _head_dim(module, output.inputs)
     if not width or output.inputs % width:
         return f"{output.inputs} inputs of {output.name} and no number of heads that divides them"

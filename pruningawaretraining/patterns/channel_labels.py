@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.groups.products import Product
+from pruningawaretraining.models.computed_weights import why_computed
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.masked_norms import is_foreign_rms_norm
 from pruningawaretraining.patterns.attachments import Counts, Norms
@@ -96,9 +97,9 @@ def _layer_problem(space: Space, owners: Counter[int]) -> str:
     if any(is_converted(parameter) for parameter in module.parameters(recurse=False)):
         return "its weight is quantized already; prune before it is converted"
     if nn.utils.parametrize.is_parametrized(module):
-        return "its weight is parametrized; torch.nn.utils.parametrize.remove_parametrizations first makes it prunable"
-    if hasattr(module, "weight_g"):
-        return "its weight is parametrized; torch.nn.utils.remove_weight_norm first makes it prunable"
+        return why_computed(module, next(iter(module.parametrizations)))  # type: ignore[arg-type]
+    if problem := why_computed(module):
+        return problem
     if isinstance(module, Conv) and module.groups > 1:
         if space.side == "both" and module.in_channels != module.out_channels:
             return "a depthwise convolution with fewer outputs than inputs"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError, ModelError, unknown
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member, concat
+from pruningawaretraining.models.computed_weights import COMPUTED, why_computed
 from pruningawaretraining.patterns.selection import select
 
 logger = logging.getLogger(__name__)
@@ -85,15 +86,23 @@ def layer_weights(
         if name in chosen and _has_plain_weight(name, module):
             weights.setdefault(id(module.weight), _layer_weight(name, module))
     if not weights:
-        raise ModelError(_nothing_selected(type(model).__name__, len(found), layers, exclude, types))
+        computed = [f"{name}: {_why_not_plain(module)}" for name, module in found.items() if name in chosen]
+        raise ModelError(_nothing_selected(type(model).__name__, len(found), layers, exclude, types, computed))
     return list(weights.values())
 
 
 def _nothing_selected(
-    model: str, found: int, layers: Sequence[str] | None, exclude: Sequence[str], types: Sequence[str]
+    model: str,
+    found: int,
+    layers: Sequence[str] | None,
+    exclude: Sequence[str],
+    types: Sequence[str],
+    computed: Sequence[str],
 ) -> str:
     if not found:
         return f"layers: {model} has no convolution or linear layer"
+    if computed:
+        return f"layers: none of {model} has a weight of its own. {'; '.join(computed[:3])}"
     whole = f"the {found} convolutions and linear layers of {model}"
     given = f"exclude: {list(exclude)!r}, types: {list(types)!r}"
     if layers is None:
@@ -108,12 +117,16 @@ def _layer_weight(name: str, module: nn.Module) -> LayerWeight:
 
 
 def _has_plain_weight(name: str, module: nn.Module) -> bool:
-    if isinstance(module.weight, nn.UninitializedParameter):
+    if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
         raise ModelError(f"layers: {name!r} has no weight yet; run the model once before pruning it")
-    if isinstance(module.weight, nn.Parameter):
+    if isinstance(getattr(module, "weight", None), nn.Parameter):
         return True
-    logger.info("%s stays as it is: its weight is parametrized", name)
+    logger.info("%s stays as it is: %s", name, _why_not_plain(module))
     return False
+
+
+def _why_not_plain(module: nn.Module) -> str:
+    return why_computed(module) or f"its weight {COMPUTED}"
 
 
 def _check_types(model: nn.Module, types: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from torch import nn
 
 from pruningawaretraining.config.load import find_file, read_mapping
 from pruningawaretraining.errors import ConfigError, nearest
+from pruningawaretraining.models.computed_weights import why_normalised
 from pruningawaretraining.registry import canonical, lookup
 
 REGEX = ":"
@@ -160,11 +161,13 @@ def prune_param_groups(
         Every parameter is in one group, with its name in ``param_names``.
 
     Raises:
-        ConfigError: a key or value cannot be used, or a key matches no parameter.
+        ConfigError: a key or value cannot be used, a key matches no parameter, or one that is pruned is normalised by
+            its layer.
     """
     keys = read_config(config)
     names = _names(model)
     claimed = _claim(model, keys, names)
+    _check_weights(model, keys, claimed, names)
     groups = [_group(options, claimed[key], names) for key, options in keys.items() if claimed[key]]
     taken = {id(parameter) for group in groups for parameter in group["params"]}
     for group in groups:
@@ -200,6 +203,23 @@ def _claim(model: nn.Module, keys: Mapping[Key, Any], names: Mapping[int, list[s
         if key in unmatched:
             raise ConfigError(_no_match(key, [name for several in names.values() for name in several]))
     return claimed
+
+
+def _check_weights(
+    model: nn.Module,
+    keys: Mapping[Key, Mapping[str, Any]],
+    claimed: Mapping[Key, Sequence[nn.Parameter]],
+    names: Mapping[int, list[str]],
+) -> None:
+    """Refuse to make zeros where a layer divides by their norm.
+
+    Raises:
+        ConfigError: it names the parameter.
+    """
+    pruned = [one for key, options in keys.items() if "prox_type" in options for one in claimed[key]]
+    for name in (names[id(one)][0] for one in pruned):
+        if problem := why_normalised(model, name):
+            raise ConfigError(f"{name}: zeros in it would become NaN: {problem}")
 
 
 def _no_match(key: Key, names: Sequence[str]) -> str:
