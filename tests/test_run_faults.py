@@ -166,7 +166,8 @@ def test_a_second_signal_does_not_wait(tmp_path: Path, monkeypatch: pytest.Monke
         raise AssertionError("the step went on")
 
     at_step(2, twice, monkeypatch)
-    with pytest.raises(KeyboardInterrupt, match="--resume goes on from the last checkpoint"):
+    said = "no checkpoint has been written yet and nothing can be resumed: start again"
+    with pytest.raises(KeyboardInterrupt, match=said):
         run(tmp_path)
     assert not (tmp_path / record.CHECKPOINT).exists()
 

@@ -76,14 +76,18 @@ def _advising(folder: Path) -> Iterator[None]:
             if not str(error.filename or "").startswith(str(folder)):
                 raise
             text = f"{error.filename!r} cannot be written: {reason(error)}"
-        can = (folder / record.CHECKPOINT).is_file()
+        can = _can_go_on(folder)
         allowed = "a folder with room, and then --resume" if can else "a folder with room"
         raise UnwritableError(f"--out: {text}{'' if can else f'; {_going_on(folder)}'}. Allowed: {allowed}") from error
 
 
+def _can_go_on(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (record.CHECKPOINT, record.SUMMARY))
+
+
 def _going_on(folder: Path) -> str:
     """What can be done after a run was interrupted."""
-    if (folder / record.CHECKPOINT).is_file():
+    if _can_go_on(folder):
         return "--resume goes on from the last checkpoint"
     gone = "no checkpoint has been written yet" if folder.exists() else f"the folder {str(folder)!r} is gone"
     return f"{gone} and nothing can be resumed: start again"
