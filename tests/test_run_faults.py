@@ -308,7 +308,7 @@ def test_a_folder_that_is_deleted_meanwhile_is_one_line(tmp_path: Path, monkeypa
     done = pat("run", config, "--out", out)
     assert done.exit_code == 2
     assert done.stderr == (
-        f"error: --out: '{out}' has been deleted; the folder '{out}' is gone and nothing can be resumed: start again. "
+        f"error: --out: '{out}' has been deleted; its folder is not there and nothing can be resumed: start again. "
         "Allowed: a folder with room\n"
     )
     assert not out.exists()

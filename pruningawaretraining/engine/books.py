@@ -14,11 +14,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.config.computed_weights import why_computed
 from pruningawaretraining.engine.domain import Domain
 from pruningawaretraining.engine.engine import Engine
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.masks.masks import Masks
-from pruningawaretraining.models.computed_weights import why_computed
 from pruningawaretraining.models.fake_quant import is_converted
 
 logger = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,14 @@ def _advising(folder: Path) -> Iterator[None]:
 
 
 def _can_go_on(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (record.CHECKPOINT, record.SUMMARY))
+    return any(os.path.isfile(folder / name) for name in (record.CHECKPOINT, record.SUMMARY))
 
 
 def _going_on(folder: Path) -> str:
     """What can be done after a run was interrupted."""
     if _can_go_on(folder):
         return "--resume goes on from the last checkpoint"
-    gone = "no checkpoint has been written yet" if folder.exists() else f"the folder {str(folder)!r} is gone"
+    gone = "no checkpoint has been written yet" if os.path.isdir(folder) else "its folder is not there"
     return f"{gone} and nothing can be resumed: start again"
 
 

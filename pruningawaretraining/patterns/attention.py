@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.models.computed_weights import PARAMETRIZED
+from pruningawaretraining.config.computed_weights import PARAMETRIZED
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.patterns.projections import (
     FUSED,

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.config.computed_weights import why_computed
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.groups.products import Product
-from pruningawaretraining.models.computed_weights import why_computed
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.masked_norms import is_foreign_rms_norm
 from pruningawaretraining.patterns.attachments import Counts, Norms

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.config.computed_weights import COMPUTED, why_computed
 from pruningawaretraining.errors import ConfigError, ModelError, unknown
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member, concat
-from pruningawaretraining.models.computed_weights import COMPUTED, why_computed
 from pruningawaretraining.patterns.selection import select
 
 logger = logging.getLogger(__name__)

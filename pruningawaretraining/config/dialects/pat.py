@@ -24,9 +24,9 @@ from typing import Any
 
 from torch import nn
 
+from pruningawaretraining.config.computed_weights import why_normalised
 from pruningawaretraining.config.load import find_file, read_mapping
 from pruningawaretraining.errors import ConfigError, nearest
-from pruningawaretraining.models.computed_weights import why_normalised
 from pruningawaretraining.registry import canonical, lookup
 
 REGEX = ":"
