@@ -94,6 +94,7 @@ def leave_member(engine: Observing, one: ActiveRule, context: RemovalContext) ->
         context: knows whom to tell.
     """
     if one.state.holds:
+        one.complete()
         with engine.paused():
             context.member_done()
     one.state.holds, one.state.waiting = False, None

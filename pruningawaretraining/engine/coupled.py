@@ -156,7 +156,7 @@ class CoupledGroups:
         for one in self.rules:
             check_data(one, calibration)
 
-    def ready(self, one: CoupledRule, calibration: Calibration | None) -> bool:
+    def ready(self, one: CoupledRule, now: int, calibration: Calibration | None) -> bool:
         """Whether the rule's event can take place; events of epochs say why they cannot, those of steps wait."""
         return one.times.counts == "epoch" or one.feed.ready(calibration)
 

@@ -28,8 +28,8 @@ class Domain(Protocol):
     def rules(self) -> Sequence[Any]:
         """The rules, in order."""
 
-    def ready(self, one: Any, calibration: Calibration | None) -> bool:
-        """Whether the rule's event can take place now; else it waits for the first gradients."""
+    def ready(self, one: Any, now: int, calibration: Calibration | None) -> bool:
+        """Whether the rule's event at ``now`` can take place; else it waits for the first gradients."""
 
     def check(self, calibration: Calibration | None) -> None:
         """Refuse rules that the data given so far, or its absence, makes impossible."""

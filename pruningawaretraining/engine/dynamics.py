@@ -141,9 +141,10 @@ def go_back(one: ActiveRule, masks: Masks, optimizers: Iterable[torch.optim.Opti
         logger.warning("%s.dynamic: no weights to go back to: step %d has not been seen", one.key, one.dynamic.to)
 
 
-def heard(one: WeightRule) -> bool:
+def heard(one: WeightRule, now: int) -> bool:
     """Whether an event has the gradients of masked weights that its dynamic looks at."""
-    return not one.dynamic.listens or one.state.event == 0 or one.gradient_G is not None
+    with calling("dynamic", one.dynamic, "true or false"):
+        return one.gradient_G is not None or not one.dynamic.hears(one.state.event, one.is_last(now))
 
 
 def check_final(one: ActiveRule) -> None:

@@ -89,7 +89,7 @@ class Engine(Observing):
             domain.check(calibration)
         self.calibration = calibration
         self.follow_phases()
-        self._fire_waiting()
+        self.fire_waiting()
 
     def at_init(self) -> list[str]:
         """Let rules that begin with the pruner have their one event."""
@@ -133,17 +133,18 @@ class Engine(Observing):
         """Whether it matters for any event which of these is the number of real steps."""
         return any(one.asks(steps, last) for one in self.rules)
 
-    def _fire_waiting(self) -> list[str]:
+    def fire_waiting(self, hears: bool = True) -> list[str]:
+        """Let events that wait take place; ``hears``: whether gradients of masked weights may still come."""
         lines: list[str] = []
         for domain in self.domains:
             for number in range(len(domain.rules)):
                 if (now := domain.rules[number].state.waiting) is not None:
-                    lines += self._fire(domain, domain.rules[number], now)
+                    lines += self._fire(domain, domain.rules[number], now, hears)
         return lines
 
-    def _fire(self, domain: Domain, one: ActiveRule, now: int) -> list[str]:
+    def _fire(self, domain: Domain, one: ActiveRule, now: int, hears: bool = True) -> list[str]:
         domain.check(self.calibration)
-        if not domain.ready(one, self.calibration):
+        if not (domain.ready(one, now, self.calibration) if hears else one.feed.ready(self.calibration)):
             one.await_gradients(now)
             return []
         context = self._context()
@@ -238,7 +239,7 @@ class Engine(Observing):
         if not self._observed:
             observe(self.rules, scale)
             self._observed = True
-        return self._fire_waiting()
+        return self.fire_waiting()
 
     def shrink(self, fresh: Tensor | int, rates: Callable[[], Mapping[int, Tensor | float]]) -> None:
         """Weights have moved: regularisers that act on them do so.

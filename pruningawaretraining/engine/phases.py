@@ -6,12 +6,13 @@ Shape suffixes: ``_G`` groups of one rule, ``_S`` its sets.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.config.schema import Rule
+from pruningawaretraining.engine.rule import ActiveRule
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.patterns.selection import select, spared
@@ -76,3 +77,25 @@ def tell_of_whole_epochs(key: str, times: Timeline) -> None:
             "Give pruner.on_train_begin(dataloader), or steps_per_epoch",
             key,
         )
+
+
+def warn_of_idle(rules: Iterable[ActiveRule]) -> None:
+    """Warn of rules that never had an event; most often the loop counts epochs where they count steps, or none."""
+    calls = {"epoch": "prune(model, epoch) counts epochs", "step": "the optimizer's steps are counted"}
+    for one in rules:
+        began = one.state.event > 0 or one.state.waiting is not None
+        if one.rule.aims and one.rule.mode == "prune" and not began and one.works:
+            logger.warning(
+                "%s: it never pruned: its first event is in %s %d (%s)",
+                *(one.key, one.times.counts, one.times.first, calls[one.times.counts]),
+            )
+
+
+def warn_of_waiting(rules: Iterable[ActiveRule]) -> None:
+    """Warn of events that waited for gradients to the end of a training."""
+    for one in rules:
+        if one.state.waiting is not None and one.works:
+            logger.warning(
+                "%s: its event in %s %d waited for gradients, and none came: nothing is pruned",
+                *(one.key, one.times.counts, one.state.waiting),
+            )

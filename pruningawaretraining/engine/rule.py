@@ -5,9 +5,7 @@ Shape suffixes: ``_G`` groups of the rule.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,8 +21,6 @@ from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.masks.dynamics import Dynamic, Event
 from pruningawaretraining.registry import build
 from pruningawaretraining.schedules import Timeline, check_schedule
-
-logger = logging.getLogger(__name__)
 
 PHASES = ("regularize", "prune", "finetune", "done")
 WORKING = ("regularize", "prune")
@@ -148,8 +144,17 @@ class ActiveRule:
 
     @property
     def phase(self) -> str:
-        """Where it stands, of :data:`PHASES`: a member that holds is fine-tuned."""
-        return "finetune" if self.state.holds else self.state.phase
+        """Where it stands, of :data:`PHASES`: a member that holds is fine-tuned, once all of its masks are in force."""
+        known = "finetune" if self.state.holds else self.state.phase
+        return "prune" if self.pending and known == "finetune" else known
+
+    @property
+    def pending(self) -> bool:
+        """Whether masks of an event are still to come into force."""
+        return self.next_G is not None
+
+    def complete(self) -> None:
+        """Put masks in force that a dynamic is on the way to."""
 
     @property
     def held(self) -> str:
@@ -193,7 +198,8 @@ class ActiveRule:
     def due(self, now: int) -> bool:
         """Whether an epoch or step has an event: at start and every ``every`` from there on, once each."""
         aimless = self.rule.mode == "prune" and not self.rule.aims
-        if not self.works or aimless or self.state.waiting is not None:
+        waits = self.state.waiting is not None and not self.state.waiting < now == self.times.last
+        if not self.works or aimless or waits:  # the last event takes the place of one that waits
             return False
         return self.times.is_event(now) and (self.state.last is None or now > self.state.last)
 
@@ -237,7 +243,8 @@ class ActiveRule:
             number: how many events there were before it.
         """
         last, progress = self.is_last(now), self.times.progress(now)
-        return Event(grouping, keep_G, scores_G, number, last, progress, sparsity, self.gradient_G)
+        elapsed = (now - self.times.first) / max(1, self.times.last - self.times.first)
+        return Event(grouping, keep_G, scores_G, number, last, progress, sparsity, self.gradient_G, min(elapsed, 1.0))
 
     @property
     def listens(self) -> bool:
@@ -284,14 +291,3 @@ def check_finite(key: str, grouping: Grouping) -> None:
     for (name, weight), total in zip(weights.items(), together.tolist(), strict=True):
         if not math.isfinite(total) and not bool(torch.isfinite(weight).all()):  # large weights only add up to infinity
             raise ModelError(f"{key}: {name} is not finite: the training has diverged, and nothing is pruned")
-
-
-def warn_of_idle(rules: Iterable[ActiveRule]) -> None:
-    """Warn of rules that never had an event; most often the loop counts epochs where they count steps, or none."""
-    calls = {"epoch": "prune(model, epoch) counts epochs", "step": "the optimizer's steps are counted"}
-    for one in rules:
-        if one.rule.aims and one.rule.mode == "prune" and one.state.event == 0 and one.works:
-            logger.warning(
-                "%s: it never pruned: its first event is in %s %d (%s)",
-                *(one.key, one.times.counts, one.times.first, calls[one.times.counts]),
-            )

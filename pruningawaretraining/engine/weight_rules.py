@@ -44,6 +44,17 @@ class WeightRule(ActiveRule):
         return 1.0 - sum(self.masks.kept_by_set) / self.grouping.size if self.grouping.size else 0.0
 
     @property
+    def pending(self) -> bool:
+        """Whether masks of an event are still to come into force: in parts, or once groups have faded."""
+        return super().pending or self.masks.next_G is not None
+
+    def complete(self) -> None:
+        """Mask what is fading."""
+        if self.masks.next_G is not None:
+            next_G, self.masks.next_G = self.masks.next_G, None
+            self.masks.set(next_G)
+
+    @property
     def listens(self) -> bool:
         """Whether its dynamic looks at gradients of masked weights."""
         return self.dynamic.listens

@@ -99,9 +99,9 @@ class WeightGroups:
         """The masks of every rule."""
         return [one.masks for one in self.rules]
 
-    def ready(self, one: WeightRule, calibration: Calibration | None) -> bool:
+    def ready(self, one: WeightRule, now: int, calibration: Calibration | None) -> bool:
         """Whether the rule's event can take place; it waits for the first gradients where it needs them."""
-        return one.rule.mode != "prune" or (one.feed.ready(calibration) and heard(one))
+        return one.rule.mode != "prune" or (one.feed.ready(calibration) and heard(one, now))
 
     def check(self, calibration: Calibration | None) -> None:
         """Refuse rules of second order whose masks are not final, once there is data for them.

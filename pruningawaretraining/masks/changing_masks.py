@@ -33,7 +33,7 @@ class Regrow(Dynamic):
         by: which weights come back: those of the largest "gradient", or "random" ones.
         fraction: of the weights that are left, exchanged at the first events; it falls to 0 by a cosine.
         layers: sparsity of each layer: "erk" leaves thin layers denser, "uniform" gives all the same, "criterion"
-            leaves it to the rule's allocation at the first event.
+            leaves it to the rule's allocation, at the first event and wherever the schedule asks for more.
         seed: of the random choice.
     """
 
@@ -54,17 +54,27 @@ class Regrow(Dynamic):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not known. Allowed: {', '.join(allowed)}")
 
+    def hears(self, number: int, last: bool) -> bool:
+        """The first event only drops, and so does the last: the fraction has fallen to 0 by then."""
+        return self.by == "gradient" and number > 0 and not last
+
     def choose(self, event: Event, pick: Callable[[], Tensor]) -> Tensor:
-        """Drop and grow in every layer; the first event only drops."""
+        """Drop and grow in every layer; the first event only drops, and so does one whose gradients never came."""
         if event.number == 0:
             if self.layers == "criterion":
                 return pick()
             return top_of_sets(event.scores_G, event.grouping, self._kept(event))
-        fraction = self.fraction / 2 * (1 + math.cos(math.pi * event.progress))
+        heard = event.gradient_G is not None or not self.hears(event.number, event.last)
+        fraction = self.fraction / 2 * (1 + math.cos(math.pi * event.elapsed)) if heard else 0.0
         keep_G = event.keep_G.clone()
         grown_G = self._growth(event).to(keep_G.device)
         before = kept_by_set(event)
-        after = before if self.layers == "criterion" else self._kept(event)
+        if self.layers != "criterion":
+            after = self._kept(event)
+        elif round((1 - event.sparsity) * event.grouping.size) < sum(before):  # the schedule asks for more
+            after = counts_of(pick(), [one.size for one in event.grouping.sets])
+        else:
+            after = before
         for one, left, count in zip(event.grouping.sets, before, after, strict=True):
             mine = slice(one.start, one.stop)
             keep_G[mine] = exchanged(event.keep_G[mine], event.scores_G[mine], grown_G[mine], left, count, fraction)

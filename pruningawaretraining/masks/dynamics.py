@@ -33,7 +33,9 @@ class Event:
         last: whether it is the last of the schedule.
         progress: how far the schedule has come, 1 at the last event.
         sparsity: what the schedule asks for.
-        gradient_G: sums of squared gradients of the groups, where the dynamic asks for them.
+        gradient_G: sums of squared gradients of the groups, where the dynamic asks for them; None where the training
+            ended before there were any.
+        elapsed: fraction of the time from the rule's first event to its last that is over.
     """
 
     grouping: Grouping
@@ -44,6 +46,7 @@ class Event:
     progress: float
     sparsity: float
     gradient_G: Tensor | None = None
+    elapsed: float = 0.0
 
 
 class Held(Protocol):
@@ -110,6 +113,15 @@ class Dynamic:
     def defers(self, masks: Held, keep_G: Tensor) -> bool:
         """Whether the masks of an event are put in force later, by :meth:`stepped`."""
         return False
+
+    def hears(self, number: int, last: bool) -> bool:
+        """Whether an event waits for the gradients of masked weights, in the step after it.
+
+        Args:
+            number: how many events there have been.
+            last: whether it is the last of the schedule, which no further step may follow.
+        """
+        return self.listens and number > 0
 
     def stepped(self, masks: Held) -> None:
         """A step has moved the weights; its dense values are still in the parameters."""

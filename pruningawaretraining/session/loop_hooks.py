@@ -105,7 +105,10 @@ class LoopHooks(Bound):
         self._session.epochs.called = value
 
     def on_train_end(self) -> None:
-        """After the last epoch: nothing prunes or regularises any more; masks stay."""
+        """After the last epoch: nothing prunes or regularises any more; masks stay.
+
+        Masks that are still to come are put in force: of events that wait for gradients, and of groups that fade.
+        """
         self._settle()
         self._session.end()
         tell_of_masked(self._session)
@@ -159,7 +162,7 @@ class LoopHooks(Bound):
         Args:
             model: the model given at construction (or its wrapper).
             epoch: counted from 0; an epoch fires at most once. It may be left out where the rules have no schedule.
-            log: a logger or a function of one line; told what happened.
+            log: a logger or a function of one line; told what happened, and of events that wait for a later step.
 
         Returns:
             "removed", "masked", or None where nothing has happened. After a removal the best checkpoint so far is of

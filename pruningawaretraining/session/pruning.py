@@ -44,7 +44,7 @@ from pruningawaretraining.session.forgotten import Shapes, shapes_of, tell_of_te
 from pruningawaretraining.session.gathering import copy_whole
 from pruningawaretraining.session.loop_hooks import Log, LoopHooks
 from pruningawaretraining.session.members import Member
-from pruningawaretraining.session.reporting import Macs, description_of, tell_of_copies, tell_of_masked
+from pruningawaretraining.session.reporting import Macs, description_of, tell_of_copies, tell_of_fading, tell_of_masked
 from pruningawaretraining.session.results import Results
 from pruningawaretraining.session.resume import load_session, session_state
 from pruningawaretraining.session.session import Session
@@ -158,6 +158,7 @@ class Pruning(LoopHooks, Companions, Connections, Results):
     def _describe_for_file(self) -> dict[str, Any]:
         described = self.describe()
         tell_of_masked(self._session)
+        tell_of_fading(self._session)
         return described
 
     def _after_removal(self) -> None:

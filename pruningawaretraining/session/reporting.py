@@ -154,6 +154,17 @@ def tell_of_masked(session: Session) -> None:
         logger.warning("%s", not_removed(masked))
 
 
+def tell_of_fading(session: Session) -> None:
+    """Warn of rules that have had their last event, and whose masks are not all in force."""
+    for one in session.engine.rules:
+        if one.pending and one.state.phase == "finetune":
+            logger.warning(
+                "%s: the masks of its last event are not all in force yet: sparsity %.4f so far. on_train_end() puts "
+                "them in force",
+                *(one.key, sparsity_of(session)),
+            )
+
+
 def description_of(session: Session) -> dict[str, Any]:
     """Everything that ``save_pruned`` writes beside the tensors: phase, sparsity, MACs, parameters and widths."""
     if not session.engine.domains:
@@ -161,7 +172,7 @@ def description_of(session: Session) -> dict[str, Any]:
     report = report_of(session)
     sizes = {name: int(size) for name, (size, _) in ((session.record or {}).get("groups") or {}).items()}
     rules = [(one.key, one.rule) for one in (*session.rules.coupled, *session.rules.weights)]
-    over = [one.key for one in session.engine.rules if one.state.phase == "finetune"]
+    over = [one.key for one in session.engine.rules if one.state.phase == "finetune" and not one.pending]
     met = {key: key not in session.unmet for key in over}
     return {
         "phase": report.phase,

@@ -18,7 +18,6 @@ from pruningawaretraining.distributed.fsdp import any_sharded, check_plan, resha
 from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.engine import Engine
-from pruningawaretraining.engine.rule import warn_of_idle
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.calling import beside
 from pruningawaretraining.models.exported_graph import ExportedGraph
@@ -235,10 +234,10 @@ class Session(StepEvents):
                 check_missing(self.engine.rules)
             else:
                 warn_of_late(self.engine.rules, epoch)
-            before, lines = self._live(), list[str]()
+            before, lines, self.told = self._live(), list[str](), self.told if target is None else target
             try:
                 lines = self.engine.prune(epoch or 0)
-                self.tell(lines, target)
+                self.tell(lines)
             finally:
                 self._after_events(bool(lines), before)
             return "removed" if self._live() < before else "masked" if lines else None
@@ -273,11 +272,13 @@ class Session(StepEvents):
     def end(self) -> None:
         """Nothing prunes or regularises any more; masks stay."""
         if not self.ended:
-            warn_of_idle(self.engine.rules)
+            changes = self.take_waiting()
             warn_of_missed(self.engine.rules)
+            self.engine.finish()
             if any(one.state.holds for one in self.engine.rules):
                 self._given.member_done()
-            self.engine.finish()
+            if changes:
+                self.changed()
         self.ended = True
 
     def follow_shards(self) -> None:

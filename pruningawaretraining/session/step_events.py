@@ -12,9 +12,10 @@ from pruningawaretraining.config.origin import in_users_words
 from pruningawaretraining.config.schema import PruningConfig
 from pruningawaretraining.engine.books import WriteWatch
 from pruningawaretraining.engine.engine import Engine
+from pruningawaretraining.engine.phases import warn_of_idle, warn_of_waiting
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.penalties import Regularizer
-from pruningawaretraining.models.calling import in_backward
+from pruningawaretraining.models.calling import in_backward, outside_inference
 from pruningawaretraining.session.averages import Averages
 from pruningawaretraining.session.epoch_counter import EpochCounter
 from pruningawaretraining.session.optimizer_hooks import Steps
@@ -35,6 +36,7 @@ class StepEvents(ABC):
     def __init__(self, config: PruningConfig) -> None:
         self.config, self.epochs = config, EpochCounter(config.origin.counts_epochs)
         self._penalties: list[tuple[Regularizer, Tensor]] = []
+        self.told: Any = None  # what the loop has given prune to be told of events
         self.writes = WriteWatch()
 
     @property
@@ -118,10 +120,24 @@ class StepEvents(ABC):
         epoch = self.epochs.epoch(self.steps.count, known, self.engine)
         return [] if epoch is None else self.engine.prune(epoch)
 
-    def tell(self, lines: list[str], target: Any = None) -> None:
-        """Log what has happened, and hand it to a logger or a function of one line."""
+    def take_waiting(self) -> bool:
+        """A training ends: events that wait for gradients of masked weights take place without them.
+
+        Returns:
+            Whether there were some, or masks are still to come into force.
+        """
+        pending = any(one.pending for one in self.engine.rules)
+        with outside_inference(), in_users_words(self.config.origin):
+            lines = self.engine.fire_waiting(hears=False) if self.acts else []
+        self.tell(lines)
+        warn_of_waiting(self.engine.rules)
+        warn_of_idle(self.engine.rules)
+        return pending or bool(lines)
+
+    def tell(self, lines: list[str]) -> None:
+        """Log what has happened, and hand it to the logger or function that the loop has given."""
         for line in lines:
-            tell_once(logger, target, line)
+            tell_once(logger, self.told, line)
         if lines:
             self.begun = True
 
