@@ -27,11 +27,13 @@ SLACK = 1e-9
 class Regrow(Dynamic):
     """At every event after the first, the lowest weights go and as many others come back, from 0.
 
-    By gradient: Evci et al. 2020, RigL. At random: Mocanu et al. 2018, SET.
+    By gradient: Evci et al. 2020, RigL. At random: Mocanu et al. 2018, SET. Those that have just gone may come back
+    themselves, as there: weights grow among all but those that have stayed.
 
     Args:
         by: which weights come back: those of the largest "gradient", or "random" ones.
-        fraction: of the weights that are left, exchanged at the first events; it falls to 0 by a cosine.
+        fraction: alpha in the paper: alpha / 2 (1 + cos(pi t / T)) of the weights that are left are exchanged at time t
+            after the rule's first event, T being the time of its last one.
         layers: sparsity of each layer: "erk" leaves thin layers denser, "uniform" gives all the same, "criterion"
             leaves it to the rule's allocation, at the first event and wherever the schedule asks for more.
         seed: of the random choice.
@@ -104,22 +106,22 @@ def kept_by_set(event: Event) -> list[int]:
 def exchanged(keep_N: Tensor, scores_N: Tensor, grown_N: Tensor, left: int, count: int, fraction: float) -> Tensor:
     """The mask of one set after an exchange.
 
+    As in RigL, weights grow among all that are masked once the lowest have gone, so that one that has just gone may
+    come back; it keeps its value then, others begin at 0.
+
     Args:
         keep_N: its mask before.
         scores_N: importance; the lowest of those that are kept go.
-        grown_N: the highest of those that are masked come back.
+        grown_N: the highest of those that are masked then come back.
         left: how many are kept before.
         count: how many are kept afterwards.
-        fraction: of these, how many are exchanged (rounded down); all that are masked, if there are fewer.
+        fraction: of these, how many are exchanged, rounded down.
     """
-    masked = len(keep_N) - left
-    stay = min(left, count) - min(int(fraction * count + SLACK), masked)
-    survivors = torch.topk(torch.where(keep_N, scores_N, -torch.inf), max(stay, 0), sorted=False).indices
-    grown = torch.topk(
-        torch.where(keep_N, -torch.inf, grown_N), min(count - max(stay, 0), masked), sorted=False
-    ).indices
-    next_N = torch.zeros_like(keep_N)
-    return next_N.index_fill_(0, survivors, True).index_fill_(0, grown, True)
+    stay = max(min(left, count) - int(fraction * count + SLACK), 0)
+    survivors = torch.topk(torch.where(keep_N, scores_N, -torch.inf), stay, sorted=False).indices
+    next_N = torch.zeros_like(keep_N).index_fill_(0, survivors, True)
+    grown = torch.topk(torch.where(next_N, -torch.inf, grown_N), count - stay, sorted=False).indices
+    return next_N.index_fill_(0, grown, True)
 
 
 def shapes_of(grouping: Grouping) -> list[tuple[int, ...]]:

@@ -19,26 +19,20 @@ from pruningawaretraining.distributed.fsdp import local_of, part_of, whole_of
 from pruningawaretraining.errors import CheckpointError, ConfigError
 
 
-def check_optimizer(dynamic: str, optimizer: torch.optim.Optimizer | None, closure: bool) -> None:
+def check_optimizer(dynamic: str, optimizer: torch.optim.Optimizer | None) -> None:
     """Refuse steps in which masked weights cannot train on.
 
     Args:
         dynamic: its name.
         optimizer: what is about to step; None for one without step hooks.
-        closure: whether it evaluates the model inside its step.
 
     Raises:
-        ConfigError: it names the dynamic and the optimizer.
+        ConfigError: it names the dynamic.
     """
     if optimizer is None:
         raise ConfigError(
             f"dynamic: {dynamic} trains masked weights in the optimizer's step, and this optimizer has no step hooks. "
             "Allowed: a torch.optim.Optimizer, or dynamic: frozen"
-        )
-    if closure:
-        raise ConfigError(
-            f"dynamic: {dynamic} trains masked weights in the optimizer's step, and {type(optimizer).__name__} "
-            "evaluates the model inside it (a closure). Allowed: an optimizer without a closure, or dynamic: frozen"
         )
 
 

@@ -50,10 +50,8 @@ class Masks:
     Attributes:
         passing: whether gradients of masked weights pass, as these train on or their gradients are asked for.
         choose: gives masks by the weights that there are now, for dynamics that change them between events.
-        steps: optimizer steps so far.
-        names: id of each parameter -> its name.
-        next_G: masks that a dynamic is on the way to.
-        snapshot: of the weights that a dynamic goes back to.
+        steps, names: optimizer steps so far; id of each parameter -> its name.
+        next_G, snapshot: masks that a dynamic is on the way to; the weights that one goes back to.
         watched: a few parameters with masked entries.
     """
 
@@ -161,9 +159,7 @@ class Masks:
 
     def on(self, grouping: Grouping) -> Masks:
         """The same masks on the same groups of other tensors, whose slots are consecutive."""
-        other = Masks(grouping, dynamic=self.dynamic, followers=self.followers)
-        hand_on(self, other)
-        return other
+        return hand_on(self, Masks(grouping, dynamic=self.dynamic, followers=self.followers))
 
     # --- dense values -------------------------------------------------------------------------------------------
 
@@ -194,8 +190,9 @@ class Masks:
             if self.store is not None and not was_open:
                 self.apply()
 
-    def before_step(self, optimizer: torch.optim.Optimizer | None, closure: bool) -> None:
-        """An optimizer is about to step: masked weights that live on get their dense values, and their decay.
+    def before_step(self, optimizer: torch.optim.Optimizer | None, ready: bool = True) -> None:
+        """An optimizer is about to step: masked weights that live on get their dense values, and their decay once the
+        gradients are ``ready``; it is None without step hooks.
 
         Raises:
             ConfigError: see :func:`~pruningawaretraining.masks.dense_store.check_optimizer`.
@@ -203,9 +200,9 @@ class Masks:
         if self.snapshot is not None and optimizer is not None:
             self.snapshot.before_step(optimizer, self.steps)
         if self.store is not None:
-            check_optimizer(type(self.dynamic).__name__, optimizer, closure)
+            check_optimizer(type(self.dynamic).__name__, optimizer)
             self._open()
-            if self.dynamic.decay and optimizer is not None:
+            if ready and self.dynamic.decay and optimizer is not None:
                 self.store.pull(self.dynamic.decay, optimizer)
 
     def settle_for_good(self) -> None:
@@ -219,6 +216,8 @@ class Masks:
     def after_step(self, only: Ids | None = None) -> None:
         """Weights have moved, of the parameters with these ids or any: mask them, and let the dynamic act."""
         self.steps += 1
+        if self.snapshot is not None:
+            self.snapshot.after_step(self.steps)
         try:
             with calling("dynamic", self.dynamic, "nothing"):
                 self.dynamic.stepped(self)
@@ -285,8 +284,8 @@ class Masks:
         }
 
 
-def hand_on(masks: Masks, other: Masks) -> None:
-    """Let masks of the same groups of other tensors go on where some are; these are cleared."""
+def hand_on(masks: Masks, other: Masks) -> Masks:
+    """Let masks of the same groups of other tensors go on where some are; these are cleared, the others returned."""
     keep_G, active = masks.keep_G, masks.active
     aside = None if masks.store is None else masks.store.packed(masks.names)
     other.steps, other.passing, other.choose = masks.steps, masks.passing, masks.choose
@@ -298,3 +297,4 @@ def hand_on(masks: Masks, other: Masks) -> None:
         other.store = None
     elif other.store is not None and aside is not None:
         other.store.load(aside, other.names)
+    return other

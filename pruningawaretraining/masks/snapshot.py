@@ -15,6 +15,9 @@ from pruningawaretraining.masks.dynamics import Dynamic
 class Snapshot:
     """Weights, buffers and optimizer state of a model as they were before one step.
 
+    An optimizer steps when the model has been run, and norms have moved on: buffers are kept when the step before it is
+    over, or from the start, and again whenever a state is loaded in between.
+
     Args:
         model: the model.
         at: optimizer steps before the one at which it is taken.
@@ -23,6 +26,10 @@ class Snapshot:
     def __init__(self, model: nn.Module, at: int) -> None:
         self.model, self.at = model, at
         self.tensors: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._comes = at == 0  # whether its step is the next one
+        self._handle = model.register_load_state_dict_post_hook(self._loaded)
+        self._keep_buffers()
         self.optimizer: dict[str, dict[str, Any]] = {}  # name of a parameter -> its state
 
     @classmethod
@@ -39,11 +46,27 @@ class Snapshot:
         """
         if self.tensors or steps != self.at:
             return
-        self.tensors = {name: value.detach().clone() for name, value in _tensors_of(self.model)}
+        self.tensors = {name: value.detach().clone() for name, value in _tensors_of(self.model)} | self._buffers
+        self._comes, self._buffers = False, {}
+        self._handle.remove()
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for parameter, state in optimizer.state.items():
             if id(parameter) in names:
                 self.optimizer[names[id(parameter)]] = {key: _copied(value) for key, value in state.items()}
+
+    def after_step(self, steps: int) -> None:
+        """Keep the buffers, if the next step is its own; ``steps`` counts those so far."""
+        if steps == self.at and not self.tensors:
+            self._comes = True
+            self._keep_buffers()
+
+    def _loaded(self, *_: Any) -> None:
+        """A state has been loaded into the model."""
+        self._keep_buffers()
+
+    def _keep_buffers(self) -> None:
+        if self._comes:
+            self._buffers = {name: value.detach().clone() for name, value in self.model.named_buffers()}
 
     @torch.no_grad()
     def restore(self, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
@@ -77,7 +100,12 @@ class Snapshot:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data."""
-        return {"tensors": {**self.tensors}, "optimizer": {name: {**one} for name, one in self.optimizer.items()}}
+        buffers = {"buffers": {**self._buffers}} if self._comes else {}
+        return {
+            "tensors": {**self.tensors},
+            **buffers,
+            "optimizer": {name: {**one} for name, one in self.optimizer.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what :meth:`state_dict` gave.
@@ -89,6 +117,10 @@ class Snapshot:
         for name in state["tensors"]:
             if name not in now:
                 raise CheckpointError(f"state: the weights to rewind to have {name!r}, and the model has not")
+        self._buffers = dict(state.get("buffers", {}))
+        self._comes = "buffers" in state
+        if state["tensors"]:
+            self._handle.remove()
         self.tensors = {name: value.to(now[name].device) for name, value in state["tensors"].items()}
         self.optimizer = {name: dict(one) for name, one in state["optimizer"].items()}
 

@@ -181,7 +181,7 @@ class Steps:
         listener = self._listener()
         assert listener is not None
         for one in listener.masks:
-            one.before_step(None, False)
+            one.before_step(None)
         self._by_hand = False
         self._rounds += 1
         self.fresh = 1
@@ -199,26 +199,33 @@ class Steps:
                 self._start()
         self._round.add(id(optimizer))
         closure, replace = closure_in(args, kwargs)
-        self._open(optimizer, closure is not None)
+        self._open(optimizer, closure is None)
         if closure is None:
             if not self._by_hand:
                 self._deal_with(optimizer)
             return None
 
         def evaluate() -> Any:
-            """Each evaluation makes new gradients, possibly at other weights."""
+            """Each evaluation makes new gradients, possibly at other weights; the model is masked in it."""
+            self._mask()
             loss = closure()
             self._start()
+            self._open(optimizer, True)
             self._done, self._all_done = self._done - _parameters_of(optimizer), False
             self._deal_with(optimizer)
             return loss
 
         return replace(evaluate)
 
-    def _open(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
+    def _open(self, optimizer: torch.optim.Optimizer, ready: bool) -> None:
         listener = self._listener()
         for one in () if listener is None else listener.masks:
-            one.before_step(optimizer, closure)
+            one.before_step(optimizer, ready)
+
+    def _mask(self) -> None:
+        listener = self._listener()
+        for one in () if listener is None else listener.masks:
+            one.apply()
 
     def _start(self) -> None:
         listener = self._listener()
