@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from torch import nn
 
 from pruningawaretraining import registry
+from pruningawaretraining.costs.latency import meter
 from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.runtimes import timing as latency
 from pruningawaretraining.runtimes.exporters import export_graph
@@ -51,8 +55,8 @@ def test_the_median_is_of_the_runs() -> None:
 def test_runs_take_turns() -> None:
     order: list[str] = []
     runs = [lambda: order.append("A"), lambda: order.append("B")]
-    times = latency.time_in_turns(runs, repeats=3, warmup=1)
-    assert "".join(order) == "ABABABAB" and [len(taken) for taken in times] == [3, 3]
+    times = latency.time_in_turns(runs, latency.Pace(turns=3, within=2), MadeUpClock())
+    assert "".join(order) == "AABB" * 3 and [len(taken) for taken in times] == [3, 3]
 
 
 def test_comparison_of_an_onnx_file_and_a_module(tmp_path: Path) -> None:
@@ -112,10 +116,80 @@ def test_intervals_hold_the_truth_nineteen_times_in_twenty(turns: int) -> None:
     assert 0.94 <= held / 1000 <= 0.99
 
 
+def test_a_neighbour_that_preempts_moves_no_ratio() -> None:
+    """One run in four is interrupted for many times as long as it takes."""
+    draw = random.Random(2)
+
+    def preempted(ms: float) -> list[float]:
+        return [
+            ms * draw.uniform(1.0, 1.02) + (draw.uniform(1.0, 10.0) if draw.random() < 0.25 else 0) for _ in range(9973)
+        ]
+
+    for _ in range(20):
+        clock = MadeUpClock()
+        found = latency.ratio_in_turns(clock.run(preempted(1.0)), clock.run(preempted(0.29)), clock)
+        assert found.value == pytest.approx(0.29, rel=0.01) and not found.is_noisy
+        assert found.low == pytest.approx(0.29, rel=0.015) and found.high == pytest.approx(0.29, rel=0.015)
+
+
+def test_the_first_run_after_another_model_does_not_count() -> None:
+    clock = MadeUpClock()
+    cold = [3.0, *[1.0] * 9]  # every turn has ten runs
+    times = latency.time_in_turns([clock.run(cold), clock.run([0.2])], latency.Pace(6, 10), clock)
+    assert times[0] == pytest.approx([1.0] * 6) and times[1] == pytest.approx([0.2] * 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByMadeUpClock:
+    """A runtime whose runs take made-up times: 4 ms of a module with a bias, else 1 ms; each fifth is preempted."""
+
+    clock: MadeUpClock
+
+    @contextlib.contextmanager
+    def prepare(self, model: Any, example_inputs: Any, threads: int) -> Iterator[Callable[[], None]]:
+        ms = 1.0 if model.bias is None else 4.0
+        yield self.clock.run([ms] * 4 + [ms + 7.0])
+
+
+def test_a_comparison_and_an_event_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = MadeUpClock()
+    monkeypatch.setattr(latency, "clock_of", lambda *_: clock)
+    monkeypatch.setattr(meter, "clock_of", lambda *_: clock)
+    pair = {"dense": (nn.Linear(2, 2), INPUT), "pruned": (nn.Linear(2, 2, bias=False), INPUT)}
+    found = compare_latency(pair, ByMadeUpClock(clock), repeats=20)  # type: ignore[arg-type]
+    measured = meter.RuntimeMeter("torch")
+    measured.runtime = ByMadeUpClock(clock)
+    event, anchors = measured.ratio(pair["dense"], pair["pruned"]), measured.milliseconds(pair)
+    assert (found.ratios["pruned"], event.value) == pytest.approx((0.25, 0.25))
+    assert (*found.intervals["pruned"], event.low, event.high) == pytest.approx((0.25,) * 4)
+    assert (found.latencies["dense"].median_ms, anchors["dense"]) == pytest.approx((4.0, 4.0))
+    assert (found.latencies["dense"].runs, event.is_noisy) == (20, False)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "threads", "expected"),
+    [
+        ("torch", 1, time.thread_time),
+        ("torch_compile", 1, time.thread_time),
+        ("onnxruntime", 1, time.thread_time),
+        ("onnxruntime", 2, time.perf_counter),
+        ("torch", 2, time.perf_counter),
+        ({"type": "torch", "device": "cuda:0"}, 1, time.perf_counter),
+        ("cuda", 1, time.perf_counter),
+        ("tensorrt", 1, time.perf_counter),
+    ],
+)
+def test_the_thread_counts_its_own_time_where_all_work_is_on_it(runtime: Any, threads: int, expected: Any) -> None:
+    built = registry.build("runtime", runtime)
+    assert latency.clock_of(built, threads, [model(), "file.onnx"]) is expected
+    if runtime != "onnxruntime":
+        assert latency.clock_of(built, threads, [nn.Linear(2, 2, device="meta")]) is time.perf_counter
+
+
 def test_a_noisy_machine_is_measured_longer_and_said_to_be_noisy() -> None:
     clock = MadeUpClock()
     quiet = latency.ratio_in_turns(clock.run([20.0, 21.0]), clock.run([10.0, 10.5]), clock)
-    assert not quiet.is_noisy and quiet.value == pytest.approx(0.5) and quiet.turns == 50
+    assert not quiet.is_noisy and quiet.value == pytest.approx(0.5) and quiet.turns == 25
     draw = random.Random(1)
     wild = [10.0 * draw.uniform(0.5, 3.0) for _ in range(997)]
     noisy = latency.ratio_in_turns(clock.run([20.0]), clock.run(wild), clock)
@@ -125,8 +199,11 @@ def test_a_noisy_machine_is_measured_longer_and_said_to_be_noisy() -> None:
 
 def test_turns_are_as_many_as_time_allows() -> None:
     clock = MadeUpClock()
-    counts = [latency.enough_turns([clock.run([ms])], clock) for ms in (1.0, 30.0, 900.0)]
-    assert counts == [latency.MOST, 50, latency.FEWEST]
+    paces = [latency.pace_of([clock.run([ms])], clock) for ms in (1.0, 6.0, 29.0, 900.0)]
+    counted = [(one.turns, one.within) for one in paces]
+    assert counted == [(latency.MOST, 10), (83, 3), (25, 2), (latency.FEWEST, 2)]
+    both = latency.pace_of([clock.run([6.0]), clock.run([1.0])], clock)
+    assert (both.turns, both.within) == (71, 3)  # the faster one runs as often in a turn
 
 
 def test_the_least_of_a_layer_is_of_enough_runs() -> None:

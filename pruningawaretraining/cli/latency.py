@@ -38,7 +38,7 @@ def latency(
     runtime: Annotated[str, typer.Option(help="onnxruntime, torch, torch_compile, cuda or tensorrt.")] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
     batch: Annotated[int, typer.Option(help="Rows of the example inputs.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each model; the median counts.")] = 50,
+    repeats: Annotated[int, typer.Option(help="Turns of each model, a few runs each; the median counts.")] = 50,
     out: Rows = None,
     plot: Plot = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the library's log.")] = False,

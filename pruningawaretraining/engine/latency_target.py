@@ -31,7 +31,7 @@ ANCHORS = (0.5, 0.25)  # widths of the copies that are measured at first, beside
 ROUNDED = 8
 NOISY = (
     "latency: %.4g ms measured, with 95%% confidence %.4g to %.4g ms: the machine is too noisy to promise milliseconds "
-    "(runs of the dense model spread by %.0f%%). The masks are chosen by the tables, which predict %.4g ms. Allowed: "
+    "(turns of the dense model spread by %.0f%%). The masks are chosen by the tables, which predict %.4g ms. Allowed: "
     "a quiet machine, or a target of MACs"
 )
 
@@ -46,7 +46,7 @@ class LatencyReached:
         dense_ms: what the dense model took.
         budget_ms: the target, or None where the event had none yet.
         low_ms, high_ms: the 95% confidence interval of ``measured_ms``.
-        spread: of the dense model's runs, from the 10th to the 90th percentile, as a fraction of their median.
+        spread: of the dense model's turns, from the 10th to the 90th percentile, as a fraction of their median.
         is_noisy: whether that interval is too wide for the measurement to decide anything.
     """
 

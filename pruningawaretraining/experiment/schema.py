@@ -134,7 +134,7 @@ class LatencyConfig(Strict):
     runtime: str = Field("onnxruntime", description="'onnxruntime' or 'torch'.")
     threads: Count = Field(1, description="Threads of the runtime.")
     batch: Count = Field(1, description="Images in a batch.")
-    repeats: Count = Field(100, description="Timed runs of each model; the median counts.")
+    repeats: Count = Field(100, description="Turns of each model, a few runs each; the median counts.")
     warmup: Seed = Field(10, description="Runs before the clock starts.")
 
     @field_validator("runtime")

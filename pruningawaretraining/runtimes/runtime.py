@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,11 @@ _ON_CPU = "onnxruntime, torch, torch_compile"
 
 
 class Runtime(Protocol):
-    """Interface of registered runtimes: frozen dataclasses with the runtime's options."""
+    """Interface of registered runtimes: frozen dataclasses with the runtime's options.
+
+    One that does all work on the calling thread, when it is given one thread and the CPU, may say so by a class
+    attribute ``on_calling_thread = True``: the thread's own time is then counted.
+    """
 
     def prepare(self, model: Model, example_inputs: Any, threads: int) -> AbstractContextManager[Run]:
         """A context in which the function it gives runs the model once on the example inputs, and waits for it."""
@@ -50,6 +54,7 @@ class OnnxRuntime:
         exporter: "dynamo", "torchscript", or "auto", PyTorch's own choice; for modules.
     """
 
+    on_calling_thread: ClassVar[bool] = True
     exporter: str = AUTO
 
     def prepare(self, model: Model, example_inputs: Any, threads: int) -> AbstractContextManager[Run]:
@@ -66,6 +71,7 @@ class TorchEager:
         device: another device, e.g. "cuda:0"; the model is copied there.
     """
 
+    on_calling_thread: ClassVar[bool] = True
     device: str | None = None
 
     def prepare(self, model: Model, example_inputs: Any, threads: int) -> AbstractContextManager[Run]:
@@ -83,6 +89,7 @@ class TorchCompile:
         device: another device, e.g. "cuda:0"; the model is copied there.
     """
 
+    on_calling_thread: ClassVar[bool] = True
     mode: str = "default"
     device: str | None = None
 

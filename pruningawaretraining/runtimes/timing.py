@@ -1,8 +1,12 @@
 """Timing: of single layers, of whole models, and of several in turns. Every latency of the library is measured here.
 
-Several models are timed in turns (A B A B ...), so that a change of the machine's speed during the measurement hits all
-of them alike, and compared turn by turn: a ratio is the median over the turns, and its interval holds the true median
-with 95% confidence. Where that interval is wide, the machine is too noisy to promise milliseconds, and that is said.
+Several models are timed in turns, so that a change of the machine's speed during the measurement hits all of them
+alike. In a turn each model runs several times in a row (its caches are warm, as in use), and the 10th percentile of
+these runs is its time: disturbances only make runs longer. Models are compared turn by turn: a ratio is the median over
+the turns, and its interval holds the true median with 95% confidence. Where that interval is wide, the machine is too
+noisy to promise milliseconds, and that is said.
+
+The clock counts the time that the calling thread ran, where all work is done on it; else the time that went by.
 """
 
 from __future__ import annotations
@@ -12,9 +16,12 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import nn
 
 from pruningawaretraining import registry
 from pruningawaretraining.errors import ConfigError
@@ -24,18 +31,21 @@ __all__ = [
     "Latency",
     "LatencyComparison",
     "Model",
+    "Pace",
     "Ratio",
     "Run",
     "Runtime",
+    "clock_of",
     "compare_latency",
     "decile",
-    "enough_turns",
     "is_wide",
     "least_ms",
     "measure_latency",
+    "pace_of",
     "ratio_in_turns",
     "ratio_of",
     "time_in_turns",
+    "timed_ms",
 ]
 
 Clock = Callable[[], float]
@@ -43,6 +53,8 @@ LEAST_RUNS, MOST_RUNS, LAYER_MS = 3, 20, 4.0
 """Of a single layer: runs, and the time that is spent on it."""
 FEWEST, MOST, SPENT_MS = 15, 100, 1500.0
 """Of whole models: turns, and the time that is spent on them."""
+LEAST_WITHIN, MOST_WITHIN, WITHIN_MS = 2, 10, 20.0
+"""Of one model in one turn: runs, and the time that is spent on them."""
 AGAIN = 3
 """Measurements in all before a ratio is called noisy."""
 NOISY = 0.03
@@ -52,13 +64,13 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall-clock time of one forward pass.
+    """Time of one forward pass.
 
     Attributes:
-        median_ms: median over the timed runs, milliseconds.
-        p10: 10th percentile, milliseconds.
-        p90: 90th percentile, milliseconds.
-        runs: number of timed runs.
+        median_ms: median over the turns, milliseconds; the time of a turn is the 10th percentile of the runs in it.
+        p10: 10th percentile over the turns, milliseconds.
+        p90: 90th percentile over the turns, milliseconds.
+        runs: number of turns.
         runtime: name of the runtime.
         threads: threads that the runtime was given.
     """
@@ -76,13 +88,26 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How a measurement is spread over time.
+
+    Attributes:
+        turns: how often every model has its turn.
+        within: runs of a model in one turn.
+    """
+
+    turns: int
+    within: int
+
+
+@dataclass(frozen=True)
 class Ratio:
     """The ratio of one model's time to another's, measured in turns.
 
     Attributes:
         value: median over the turns of one time divided by the other: 0.5 is twice as fast.
         low, high: its 95% confidence interval.
-        spread: from the 10th to the 90th percentile of the other model's times, as a fraction of their median.
+        spread: from the 10th to the 90th percentile of the other model's turns, as a fraction of their median.
         turns: number of turns.
     """
 
@@ -138,7 +163,7 @@ def measure_latency(
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         runtime: a registered runtime by name, e.g. "onnxruntime" or "torch", or as ``{"type": name, **options}``.
         threads: threads within an operator, at least 1.
-        repeats: timed runs, at least 1.
+        repeats: turns, at least 1; each of them is the 10th percentile of several runs.
         warmup: runs before the clock starts.
 
     Raises:
@@ -156,7 +181,7 @@ def compare_latency(
     warmup: int = 10,
     against: Mapping[str, str] | None = None,
 ) -> LatencyComparison:
-    """Time several models in turns: one run of each, again and again.
+    """Time several models in turns: a few runs of each, again and again.
 
     Args:
         models: ``{name: (model, example_inputs)}``.
@@ -171,7 +196,11 @@ def compare_latency(
     built: Runtime = registry.build("runtime", runtime)
     with contextlib.ExitStack() as stack:
         runs = [stack.enter_context(built.prepare(model, given, threads)) for model, given in models.values()]
-        taken = dict(zip(models, time_in_turns(runs, repeats, warmup), strict=True))
+        clock = clock_of(built, threads, [model for model, _ in models.values()])
+        for run in runs * warmup:
+            run()
+        pace = dataclasses.replace(pace_of(runs, clock), turns=repeats)
+        taken = dict(zip(models, time_in_turns(runs, pace, clock), strict=True))
     latencies = {key: _latency(times, name, threads) for key, times in taken.items()}
     first = next(iter(taken))
     found = {key: ratio_of(taken[(against or {}).get(key, first)], one) for key, one in taken.items()}
@@ -193,47 +222,68 @@ def _runtime_name(runtime: str | Mapping[str, Any] | Runtime) -> str:
     return registry.canonical("runtime", name, "runtime") if isinstance(name, str) else type(runtime).__name__
 
 
-def time_in_turns(
-    runs: Sequence[Run], repeats: int, warmup: int, clock: Clock = time.perf_counter
-) -> list[list[float]]:
-    """Milliseconds of every timed run, for each of the functions, by a clock that counts seconds."""
-    for _ in range(warmup):
-        for run in runs:
-            run()
+def clock_of(runtime: Runtime, threads: int, models: Iterable[Model] = ()) -> Clock:
+    """A clock in seconds: of the thread's own time where the runtime does all work on it, which other work on the
+    machine disturbs least; else the time that goes by.
+
+    Args:
+        runtime: it says so itself (``on_calling_thread``) for one thread and the CPU.
+        threads: that it is given.
+        models: that it runs, where they are.
+    """
+    device = getattr(runtime, "device", None)
+    devices = [torch.device(device)] if isinstance(device, str | torch.device) else []
+    devices += [one.device for model in models if isinstance(model, nn.Module) for one in model.parameters()]
+    alone = threads == 1 and getattr(runtime, "on_calling_thread", False)
+    return time.thread_time if alone and all(one.type == "cpu" for one in devices) else time.perf_counter
+
+
+def time_in_turns(runs: Sequence[Run], pace: Pace, clock: Clock) -> list[list[float]]:
+    """Milliseconds of every turn, for each of the functions: the 10th percentile of its runs in that turn."""
     times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats):
+    for _ in range(pace.turns):
         for run, taken in zip(runs, times, strict=True):
-            start = clock()
-            run()
-            taken.append((clock() - start) * 1e3)
+            taken.append(decile([timed_ms(run, clock) for _ in range(pace.within)]))
     return times
 
 
-def enough_turns(runs: Sequence[Run], clock: Clock = time.perf_counter) -> int:
-    """Warm up, and say how many turns :data:`SPENT_MS` is enough for, within bounds."""
-    turn = math.fsum(min(taken) for taken in time_in_turns(runs, 3, 2, clock))
-    return int(min(max(SPENT_MS / max(turn, 1e-3), FEWEST), MOST))
+def timed_ms(run: Callable[[], object], clock: Clock) -> float:
+    """Milliseconds of one run."""
+    start = clock()
+    run()
+    return (clock() - start) * 1e3
 
 
-def least_ms(run: Callable[[], Any], clock: Clock = time.perf_counter) -> float:
+def pace_of(runs: Sequence[Run], clock: Clock) -> Pace:
+    """Warm up, and say how many turns of how many runs :data:`SPENT_MS` is enough for, within bounds.
+
+    All functions run equally often in a turn, as the slowest: a percentile of more runs would be lower.
+    """
+    for run in runs * 2:
+        run()
+    least = [min(timed_ms(run, clock) for _ in range(3)) for run in runs]
+    within = min(max(round(WITHIN_MS / max(*least, 1e-3)), LEAST_WITHIN), MOST_WITHIN)
+    turn = math.fsum(least) * within
+    return Pace(int(min(max(SPENT_MS / max(turn, 1e-3), FEWEST), MOST)), within)
+
+
+def least_ms(run: Callable[[], object], clock: Clock) -> float:
     """Minimum over several runs of a layer: disturbances only make runs longer."""
     run()
     found: list[float] = []
     while len(found) < LEAST_RUNS or (math.fsum(found) < LAYER_MS and len(found) < MOST_RUNS):
-        start = clock()
-        run()
-        found.append((clock() - start) * 1e3)
+        found.append(timed_ms(run, clock))
     return min(found)
 
 
-def ratio_in_turns(reference: Run, other: Run, clock: Clock = time.perf_counter) -> Ratio:
+def ratio_in_turns(reference: Run, other: Run, clock: Clock) -> Ratio:
     """The time of ``other`` divided by that of ``reference``; measured longer, within limits, while it is uncertain."""
     runs = [reference, other]
-    turns = enough_turns(runs, clock)
+    pace = pace_of(runs, clock)
     times: list[list[float]] = [[], []]
     found = None
     for _ in range(AGAIN):
-        for taken, more in zip(times, time_in_turns(runs, turns, 0, clock), strict=True):
+        for taken, more in zip(times, time_in_turns(runs, pace, clock), strict=True):
             taken += more
         found = ratio_of(*times)
         if not found.is_noisy:

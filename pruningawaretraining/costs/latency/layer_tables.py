@@ -23,7 +23,7 @@ from pruningawaretraining.runtimes.runtime import Runtime
 
 FRACTIONS = (1.0, 0.75, 0.5, 0.25)
 BLOCK, SMALL_BLOCK, SMALL = 16, 8, 64
-VERSION = 2  # of how a table is measured: a change makes tables on disk count as absent
+VERSION = 3  # of how a table is measured: a change makes tables on disk count as absent
 
 
 @dataclass(frozen=True, eq=False)

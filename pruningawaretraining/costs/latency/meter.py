@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -34,19 +34,14 @@ from pruningawaretraining.runtimes.timing import (
     Clock,
     Ratio,
     Run,
-    decile,
-    enough_turns,
+    clock_of,
+    pace_of,
     ratio_in_turns,
     time_in_turns,
 )
 
 progress = logging.getLogger(f"{__name__}.progress")
 """Says how far a first measurement has come; its records have ``done``, ``total`` and ``what``, for a bar."""
-
-ONE_THREAD = ("onnxruntime", "torch", "torch_compile")
-"""Runtimes that stay on the calling thread when they are given one: the time that the processor spent is then that of
-the clock on a quiet machine, and other processes disturb it less."""
-
 
 Result = TypeVar("Result")
 
@@ -59,7 +54,7 @@ class Meter(Protocol):
         ...
 
     def milliseconds(self, models: Mapping[str, tuple[Model, Any]]) -> dict[str, float]:
-        """Milliseconds of whole models, measured in turns: the 10th percentile, which other processes disturb least."""
+        """Milliseconds of whole models, measured in turns."""
         ...
 
     def ratio(self, dense: tuple[Model, Any], copied: tuple[Model, Any]) -> Ratio:
@@ -164,8 +159,8 @@ class RuntimeMeter:
         """See :class:`Meter`."""
 
         def measured(runs: list[Run]) -> dict[str, float]:
-            times = time_in_turns(runs, enough_turns(runs, self.clock), 0, self.clock)
-            return {name: decile(taken) for name, taken in zip(models, times, strict=True)}
+            times = time_in_turns(runs, pace_of(runs, self.clock), self.clock)
+            return {name: statistics.median(taken) for name, taken in zip(models, times, strict=True)}
 
         return self._prepared(list(models.values()), measured)
 
@@ -186,14 +181,9 @@ class RuntimeMeter:
                 self.runtime = self._others.pop()
 
     @property
-    def on_processor(self) -> bool:
-        """Whether everything timed runs on the calling thread, so that CPU time can be used."""
-        return self.threads == 1 and self.name in ONE_THREAD and self._device is None
-
-    @property
     def clock(self) -> Clock:
-        """A clock in seconds: of processor time where that is possible."""
-        return time.process_time if self.on_processor else time.perf_counter
+        """A clock in seconds: see :func:`~pruningawaretraining.runtimes.timing.clock_of`."""
+        return clock_of(self.runtime, self.threads)
 
     def ready(self, model: nn.Module, example_inputs: Any) -> Model:
         """See :class:`Meter`. For onnxruntime, a file in a temporary folder that lives as long as the meter."""
