@@ -30,6 +30,7 @@ from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameter
 from pruningawaretraining.costs.memory import peak_activation_bytes
 from pruningawaretraining.engine.targets import Targets
 from pruningawaretraining.errors import ConfigError, TargetError
+from pruningawaretraining.experiment.models import DigitsResNet
 from pruningawaretraining.masks.pruned_copy import bare_copy, pruned_copy
 from pruningawaretraining.patterns.channel import Channel
 from pruningawaretraining.runtimes import timing
@@ -366,6 +367,41 @@ def test_what_is_left_of_a_latency_is_given_back(
     _, pruner = pruned({"latency": 0.6}, meter, allocation=allocation)
     reached = pruner.engine.rules[0].state.latencies[-1]
     assert 0.8 * reached["budget_ms"] <= reached["measured_ms"] <= 1.01 * reached["budget_ms"]
+
+
+def test_a_family_with_blocks_keeps_its_promise_from_below_too(
+    made_up: MadeUp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole blocks lose less importance than channels here, and would leave a tenth of the promise unused."""
+    torch.manual_seed(0)
+    model, labels = DigitsResNet(widths=[32, 48], blocks=3), torch.tensor([0, 1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    rule = {"pattern": ["channel", "depth"], "criterion": "taylor", "start": 0, "end": 3, "hold": 1}
+    target = {"latency": [0.7, 0.5]}
+    images = torch.randn(2, 1, 8, 8)
+    pruner = Pruning(model, {"rules": [{**rule, "target": target}]}, example_inputs=images, optimizer=optimizer)
+    with caplog.at_level("WARNING"):
+        for epoch in range(4):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            pruner.prune(model, epoch)
+    last = {event["budget_ms"]: event for event in pruner.engine.rules[0].state.latencies}
+    assert len(last) >= 2
+    for budget, event in last.items():
+        assert 0.97 * budget <= event["measured_ms"] <= 1.01 * budget, event
+    assert "undercut" not in caplog.text
+
+
+def test_an_undercut_promise_is_said_with_its_number(made_up: MadeUp, caplog: pytest.LogCaptureFixture) -> None:
+    """Steps of 16 channels are too coarse for the promise."""
+    with caplog.at_level("WARNING"):
+        _, pruner = pruned({"latency": 0.85}, made_up, multiple=16)
+    event = pruner.engine.rules[0].state.latencies[-1]
+    less = 100 * (1 - event["measured_ms"] / event["budget_ms"])
+    assert less > 3
+    wanted = f"rules[0].target.latency: the target is undercut: {event['measured_ms']:.4g} ms measured, "
+    assert wanted + f"{event['budget_ms']:.4g} ms asked for ({less:.1f}% less)" in caplog.text
 
 
 class Slow(MadeUp):

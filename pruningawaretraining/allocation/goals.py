@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pruningawaretraining.costs.widths import SetCost
 from pruningawaretraining.errors import TargetError
 
+UNUSED = 0.03
+"""Part of a promised latency that may be left when channels could still be given back."""
+
 
 @dataclass(frozen=True, eq=False)
 class Goal:

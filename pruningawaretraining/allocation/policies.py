@@ -64,6 +64,7 @@ class Task:
         goals: what must hold.
         costs: cost by name ("macs", "parameters", "latency"), for allocations that weigh one.
         at_least: fraction of the rule's groups that must go as well.
+        near_R: masks that were measured; the same blocks are out again, if that will do.
     """
 
     share: RuleView
@@ -73,6 +74,7 @@ class Task:
     goals: Sequence[Goal]
     costs: Callable[[str], SetCost]
     at_least: float = 0.0
+    near_R: Tensor | None = None
 
     def allocator(self, scope: str | None = None) -> Allocator:
         """The rule's groups ranked within a scope, by default its own."""
@@ -85,7 +87,7 @@ class Task:
         share, found = self.share, self.allocator()
         searched = Searched(found, self.scores_R, share.sets, share.groups_D, self.keep_D, self.set_ids_D)
         blocks = [n for n, one in zip(share.sets, share.grouping.sets, strict=True) if is_block(one)]
-        return StructureSearch(searched, blocks, share.inside) if blocks else WidthSearch(searched)
+        return StructureSearch(searched, blocks, share.inside, self.near_R) if blocks else WidthSearch(searched)
 
     def check(self) -> None:
         """Refuse a goal that is out of reach, whatever the allocation.

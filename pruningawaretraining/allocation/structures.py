@@ -5,7 +5,7 @@ Shape suffixes: ``_G`` groups of one rule, ``_S`` sets of the model, ``_D`` grou
 A block is a set of one group. Without it the sets inside it cost nothing and are not lost a second time: removing a
 block loses its own importance less what its insides have lost already. The descent by steps takes blocks as it takes
 widths. Then single blocks are put back or taken out in turn, with the widths of all others found anew, as long as less
-is lost.
+is lost. A promised latency comes first: of the choices those that use it up, and of these the one that loses least.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pruningawaretraining.allocation.goals import Goal
+from pruningawaretraining.allocation.goals import UNUSED, Goal
 from pruningawaretraining.allocation.knapsack import LEAST, Searched, WidthSearch
 from pruningawaretraining.allocation.ranking import SLACK
 from pruningawaretraining.costs.widths import SetCost
@@ -35,10 +35,14 @@ class StructureSearch(WidthSearch):
         searched: the rule, and the model's groups.
         blocks: numbers of the sets that are blocks.
         inside: number of a set that lies in a block -> that block's.
+        near_G: masks whose blocks are tried first, and taken where they use up what is promised.
     """
 
-    def __init__(self, searched: Searched, blocks: Sequence[int], inside: Mapping[int, int]) -> None:
+    def __init__(
+        self, searched: Searched, blocks: Sequence[int], inside: Mapping[int, int], near_G: Tensor | None = None
+    ) -> None:
         super().__init__(searched)
+        self.near_G = near_G
         allocator, scores_G = searched.allocator, searched.scores_G
         self.blocks = [one for one in blocks if self.most[one] > 0]  # others have gone before
         self.inner = {block: [one for one in self.sets if inside.get(one) == block] for block in self.blocks}
@@ -133,6 +137,10 @@ class StructureSearch(WidthSearch):
     def solve(self, goals: Sequence[Goal], driver: SetCost | None = None) -> Tensor:
         """See :class:`WidthSearch`."""
         self.check(goals)
+        if self.near_G is not None:
+            near_G = self._without(frozenset(self.gone(self._of_mask(self.near_G))), goals, driver)
+            if near_G is not None and self._unused(near_G, goals) == 0:
+                return near_G
         best_G = super().solve(goals, driver)
         best = self._of_mask(best_G)
         free = [one for one in self.blocks if one not in self.spared]
@@ -167,18 +175,34 @@ class StructureSearch(WidthSearch):
     def _better(
         self, best: Tensor, best_G: Tensor, out: frozenset[int], goals: Sequence[Goal], driver: SetCost | None
     ) -> tuple[Tensor, Tensor]:
-        """The masks with exactly these blocks out, if they lose less than the best so far."""
-        if len(out) > self.removable:
+        """The masks with exactly these blocks out, if they are better than the best so far."""
+        keep_G = self._without(out, goals, driver)
+        if keep_G is None:
             return best, best_G
+        kept_S = self._of_mask(keep_G)
+        less = self._unused(keep_G, goals) - self._unused(best_G, goals)
+        better = less < 0 or (less == 0 and self.loss(kept_S) < self.loss(best) - LEAST)
+        return (kept_S, keep_G) if better else (best, best_G)
+
+    def _without(self, out: frozenset[int], goals: Sequence[Goal], driver: SetCost | None) -> Tensor | None:
+        """The masks with exactly these blocks out; None where they cannot meet the goals."""
+        if len(out) > self.removable:
+            return None
         start_S, self.fixed = self.start_S, out
         self.start_S = start_S.clone()
         for block in out:
             self.take(self.start_S, block, 0)
         try:
-            keep_G = super().solve(goals, driver)
+            return super().solve(goals, driver)
         except TargetError:
-            return best, best_G
+            return None
         finally:
             self.start_S, self.fixed = start_S, None
-        kept_S = self._of_mask(keep_G)
-        return (kept_S, keep_G) if self.loss(kept_S) < self.loss(best) - LEAST else (best, best_G)
+
+    def _unused(self, keep_G: Tensor, goals: Sequence[Goal]) -> float:
+        """Part of a promised latency that these masks leave, 0 where they come near enough to one or none is promised.
+
+        Half of what may be left in the end, as a prediction is not a measurement.
+        """
+        used = [goal.cost(self._whole(keep_G)) / goal.budget for goal in goals if goal.cost.timed]
+        return max(0.0, 1 - UNUSED / 2 - max(used)) if used else 0.0
