@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from pruningawaretraining import Pruning, load_pruned, save_pruned
 from pruningawaretraining.allocation.uniform import uniform
 from pruningawaretraining.groups.grouping import Grouping, GroupSet
+from pruningawaretraining.models import hugging_face
 
 transformers = pytest.importorskip("transformers")
 TEXT = {"input_ids": torch.tensor([[1, 5, 7, 2, 9, 3], [4, 4, 8, 1, 0, 2]])}
@@ -99,6 +101,17 @@ def test_heads_with_a_size_of_their_own(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.allclose(logits_of(again, inputs), logits_of(model, inputs), atol=1e-5)
+
+
+def test_layers_that_went_are_no_matter_of_widths(caplog: Any) -> None:
+    """Under equal widths too the config cannot say which layers are there, and nobody is sent back to equal widths."""
+    model, _ = built("bert")
+    shorter = copy.deepcopy(model)
+    del shorter.bert.encoder.layer[1]
+    with caplog.at_level(logging.WARNING):
+        hugging_face.follow_configs(shorter)
+    (line,) = [one.getMessage() for one in caplog.records]
+    assert "(layers are gone)" in line and line.endswith("Use save_pruned(model, path)")
 
 
 def test_what_a_config_cannot_say_is_said(caplog: Any) -> None:

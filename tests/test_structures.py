@@ -33,6 +33,7 @@ from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.calling import outputs_of
 from pruningawaretraining.models.skipped_blocks import PassThrough
 from pruningawaretraining.patterns.structures import is_block, without_contents
+from pruningawaretraining.session.build import check_scored
 
 
 class Attending(nn.Module):
@@ -407,6 +408,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"pattern": ["channel", "heads", "layer"]}, r"pattern\[2\]: 'layer' is not known|'layer'"),
     "pattern": ({"pattern": ["channel", "2:4"]}, r"pattern\[1\]"),
     "twice": ({"pattern": ["channel", "channels"]}, r"pattern\[1\]: 'channels' is listed twice"),
+    "a solver": ({"criterion": "reconstruction"}, r"'reconstruction' does not score all .*Allowed: [a-z_, ]*taylor"),
+    "scope": ({"criterion": "taylor", "scope": "local"}, r"scope: 'local' has no effect where blocks.*Allowed: global"),
+    "experts": ({"pattern": ["channel", "expert"]}, r"pattern\[1\]: 'expert' is not ranked with .* no MACs"),
+    "moe": ({"pattern": ["moe", "depth"], "criterion": "taylor"}, r"pattern\[0\]: 'expert' is not ranked"),
+    "weights": ({"pattern": ["channel", "unstructured"]}, r"pattern\[1\]: 'unstructured' is not ranked"),
+    "a typo": ({"pattern": ["channel", "dept"]}, r"pattern\[1\]: 'dept' is not known; did you mean 'depth'"),
     "none": ({"pattern": []}, r"pattern: \[\] names no structure"),
 }
 
@@ -417,6 +424,22 @@ def test_what_does_not_compare_is_refused_when_the_config_is_read(name: str) -> 
     with pytest.raises(ConfigError, match=message) as caught:
         load_config({"rules": [{"pattern": TOGETHER, "target": {"macs": 0.5}, **changes}]})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("structures", [["channel", "head"], ["channel", "head", "depth"], ["head", "depth"]])
+def test_every_criterion_that_a_refusal_allows_is_taken(structures: list[str]) -> None:
+    """The list of what is allowed holds for this list of structures, and no other criterion is taken by its name."""
+    rule = {"pattern": structures, "target": {"macs": 0.5}}
+    with pytest.raises(ConfigError, match="'magnitude' is not a change of the loss") as caught:
+        load_config({"rules": [rule]})
+    allowed = str(caught.value).rpartition("Allowed: ")[2].split(", ")
+    for name in registry.names("criterion"):
+        if name in allowed:
+            made = load_config({"rules": [{**rule, "criterion": name}]}).rules[0]
+            check_scored(registry.build("pattern", made.pattern), registry.build("criterion", name), made)
+        else:
+            with pytest.raises(ConfigError):
+                load_config({"rules": [{**rule, "criterion": name}]})
 
 
 def test_a_list_is_short_for_options() -> None:

@@ -9,6 +9,10 @@ from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.registry import build, canonical, lookup, names
 
 STRUCTURES = ("channel", "head", "depth")
+WHY_ALONE = {
+    "expert": "a token takes as many experts whatever their number, so that they save parameters and no MACs, and "
+    "channels of stacked experts are not found; give experts a rule of their own"
+}
 
 
 def one_pattern(structures: Sequence[Any]) -> str | dict[str, Any]:
@@ -21,7 +25,7 @@ def one_pattern(structures: Sequence[Any]) -> str | dict[str, Any]:
     for number, one in enumerate(structures):
         name = canonical("pattern", one, f"pattern[{number}]") if isinstance(one, str) else one
         if not isinstance(name, str) or name not in STRUCTURES:
-            raise ConfigError(unknown(f"pattern[{number}]", str(one), STRUCTURES))
+            raise ConfigError(_not_ranked(f"pattern[{number}]", name))
         if name in found:
             raise ConfigError(f"pattern[{number}]: {one!r} is listed twice. Allowed: each structure once")
         found.append(name)
@@ -34,6 +38,14 @@ def one_pattern(structures: Sequence[Any]) -> str | dict[str, Any]:
     return {"type": "head", "depth": True}
 
 
+def _not_ranked(key: str, name: Any) -> str:
+    """The message for an entry that is none of the structures; a pattern that is known is not mistaken for another."""
+    if not isinstance(name, str) or name not in names("pattern"):
+        return unknown(key, str(name), STRUCTURES)
+    reason = WHY_ALONE.get(name, "it prunes inside layers, and what that saves does not compare")
+    return f"{key}: {name!r} is not ranked with other structures: {reason}. Allowed: {', '.join(STRUCTURES)}"
+
+
 def check_comparable(criterion: str | Mapping[str, Any], pattern: Any) -> None:
     """Refuse a criterion whose scores of channels, heads and blocks cannot be compared.
 
@@ -44,12 +56,16 @@ def check_comparable(criterion: str | Mapping[str, Any], pattern: Any) -> None:
     Raises:
         ConfigError: it names criteria that can.
     """
-    made = build("criterion", criterion, "criterion")
-    fitting = [name for name in names("criterion") if in_loss_units(lookup("criterion", name))]
+    made, kinds = build("criterion", criterion, "criterion"), _kinds(pattern)
+    fitting = [name for name in names("criterion") if _fits(lookup("criterion", name), kinds)]
     if not in_loss_units(made):
         raise ConfigError(
             f"criterion: {criterion!r} is not a change of the loss, so that scores of the structures of {pattern!r} do "
             f"not compare: their weights differ in number and size. Allowed: {', '.join(fitting)}"
+        )
+    if not kinds <= _scored(made):
+        raise ConfigError(
+            f"criterion: {criterion!r} does not score all structures of {pattern!r}. Allowed: {', '.join(fitting)}"
         )
     if getattr(made, "reduction", "sum") != "sum":
         raise ConfigError(
@@ -60,6 +76,24 @@ def check_comparable(criterion: str | Mapping[str, Any], pattern: Any) -> None:
 def in_loss_units(criterion: Any) -> bool:
     """Whether a criterion, or its class, declares that its scores are changes of the loss."""
     return bool(getattr(getattr(criterion, "needs", None), "loss", False))
+
+
+def _kinds(pattern: Any) -> set[str]:
+    """The kinds of groups that are ranked together, as criteria know them."""
+    listed = isinstance(pattern, (list, tuple))
+    blocks = "depth" in [canonical("pattern", one, "pattern") for one in pattern] if listed else with_blocks(pattern)
+    return {"channel", "block"} if blocks else {"channel"}
+
+
+def _scored(criterion: Any) -> set[str]:
+    """The kinds of groups that a criterion, or its class, scores."""
+    return set(getattr(getattr(criterion, "needs", None), "kinds", ()))
+
+
+def _fits(criterion: Any, kinds: set[str]) -> bool:
+    """Whether a criterion's class can be named alone for these kinds of groups."""
+    adds_up = getattr(criterion, "reduction", "sum") == "sum"
+    return in_loss_units(criterion) and kinds <= _scored(criterion) and adds_up
 
 
 def with_blocks(pattern: Any) -> bool:
@@ -88,6 +122,11 @@ def check_structures(rule: Any) -> None:
     if rule.dynamic != "frozen":
         raise ConfigError(
             f"dynamic: {rule.dynamic!r} would restore channels in removed blocks. Allowed with blocks: frozen"
+        )
+    if rule.scope != "global":
+        raise ConfigError(
+            f"scope: {rule.scope!r} has no effect where blocks, heads and channels compete for one budget. "
+            "Allowed: global"
         )
     if rule.allocation in ("ranking", "uniform"):
         raise ConfigError(

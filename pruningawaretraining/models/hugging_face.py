@@ -23,8 +23,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 Path = tuple[str, ...]
 CANNOT = (
     "%s: its config cannot say the new sizes (%s): save_pretrained would write files that from_pretrained cannot load. "
-    "Use save_pruned(model, path), or a rule with widths: uniform"
+    "Use save_pruned(model, path)%s"
 )
+GONE = "layers are gone"
 
 
 def follow_configs(model: nn.Module) -> None:
@@ -32,7 +33,8 @@ def follow_configs(model: nn.Module) -> None:
     for module in _outermost(model):
         reason = follow_config(module)
         if reason:
-            logger.warning(CANNOT, type(module).__name__, reason)
+            hint = "" if reason == GONE else ", or a rule with widths: uniform"  # widths say nothing of layers
+            logger.warning(CANNOT, type(module).__name__, reason, hint)
 
 
 def follow_config(model: nn.Module) -> str:
@@ -53,7 +55,7 @@ def follow_config(model: nn.Module) -> str:
     if dense is None or dense == wanted:
         return ""
     if dense.keys() != wanted.keys():
-        return "layers are gone"
+        return GONE
     pairs = {
         (before, after)
         for name, shape in wanted.items()
