@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from experiment_fixture import tiny
+from rich.console import Console
 from safetensors.torch import load_file
 
 from pruningawaretraining import count_macs, load_pruned
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.experiment import record
+from pruningawaretraining.experiment import finish, record
 from pruningawaretraining.experiment.run import run_experiment
 from pruningawaretraining.experiment.runner import Runner
 from pruningawaretraining.experiment.schema import load_experiment
-from pruningawaretraining.report.family import figures, rows
+from pruningawaretraining.report.family import family_table, figures, rows, setting_text
 from pruningawaretraining.report.html import render_report
 from pruningawaretraining.report.run import Run, load_run
+from pruningawaretraining.runtimes.timing import Latency, LatencyComparison
 
 NAMES = ["0.75", "0.55"]
 RULE = {"start": 0, "end": 3, "hold": 2, "target": {"macs": [0.75, 0.55]}}
@@ -95,6 +99,57 @@ def test_costs_are_shown_with_their_share_of_the_dense_model() -> None:
     assert rows({"dense": dense}) == [] and figures({"dense": dense}) == []
 
 
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ({"macs": [0.75, 0.55]}, {"runtime": "torch", "batch": 4, "threads": 1}),
+        ({"latency": [0.7, 0.5], "batch": 16}, {"runtime": "onnxruntime", "batch": 16, "threads": 1}),
+        ({"latency_ms": [8, 5], "runtime": "eager", "threads": 2}, {"runtime": "torch", "batch": 1, "threads": 2}),
+        ({"latency": [0.7, 0.5], "batch": None}, {"runtime": "onnxruntime", "batch": 4, "threads": 1}),
+    ],
+)
+def test_members_are_measured_where_their_latency_was_promised(
+    target: dict[str, Any], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = {**RULE, "target": target}
+    config = load_experiment(family(pruning={"rules": [rule]}, latency={"runtime": "torch", "batch": 4}))
+    asked: list[Any] = []
+
+    def compared(models: Any, runtime: Any, threads: int, *_: Any) -> LatencyComparison:
+        asked.append((list(models), {len(images) for _, images in models.values()}, runtime["type"], threads))
+        latencies = {name: Latency(2.0 - n, 1.0, 3.0, 5, "torch", 1) for n, name in enumerate(models)}
+        return LatencyComparison(latencies, {"dense": 1.0, "0.70": 0.52}, {"dense": (1.0, 1.0), "0.70": (0.51, 0.53)})
+
+    monkeypatch.setattr(finish, "compare_latency", compared)
+    trained: Any = SimpleNamespace(
+        config=config, device=torch.device("cpu"), fresh_model=lambda: None, images=lambda count: torch.zeros(count, 1)
+    )
+    found = finish._family_latencies(trained, {"0.70": torch.nn.Identity()})
+    assert asked == [(["dense", "0.70"], {expected["batch"]}, expected["runtime"], expected["threads"])]
+    assert found["0.70"] == {
+        "latency_ms": 1.0, "dense_latency_ms": 2.0, "ratio": 0.52, "interval": [0.51, 0.53], "measured_on": expected
+    }  # fmt: skip
+
+
+def test_what_was_promised_stands_beside_what_was_measured() -> None:
+    """The dense model's time on the page is that of the same turns, and a ratio is the one of its interval."""
+    dense = {"accuracy": 0.9, "macs": 200, "bytes": 1000, "latency_ms": 0.1}
+    timed: dict[str, Any] = {"latency_ms": 0.8, "dense_latency_ms": 1.2, "ratio": 0.701, "interval": [0.698, 0.706]}
+    timed["measured_on"] = {"runtime": "onnxruntime", "batch": 16, "threads": 1}
+    costs = {"accuracy": 0.8, "macs": 100, "bytes": 600, "file": "a"}
+    summary = {"dense": dense, "family": [{"name": "0.70", "target": {"latency": 0.7}, **costs, **timed}]}
+    first, member = rows(summary)
+    assert (first["latency_ms"], first["promised"], first["interval"]) == ("1.2 ms", "–", "–")
+    assert (member["latency_ms"], member["interval"]) == ("0.8 ms (70.1%)", "69.8 to 70.6%")
+    assert member["promised"] == "70.0%" and setting_text(summary) == "latency: onnxruntime, batch 16, 1 thread"
+    written = io.StringIO()
+    Console(width=80, file=written).print(family_table(summary))
+    title = "family (latency: onnxruntime, batch 16, 1 thread)"
+    assert all(part in written.getvalue() for part in (title, "dense", "0.8 ms (70.1%)", "69.8 to 70.6%", "70.0%"))
+    timeless = {"dense": dense, "family": [{"name": "0.70", "target": {"macs": 0.7}, **costs}]}
+    assert setting_text(timeless) == "" and rows(timeless)[1]["promised"] == "–"
+
+
 class Killed(BaseException):
     """The end of a process."""
 
@@ -127,7 +182,8 @@ def test_resumed_equals_uninterrupted(
         expected, found = load_file(finished / name), load_file(tmp_path / name)
         assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
     before = json.loads((finished / record.SUMMARY).read_text())["family"]
-    timeless = [[{**row, "latency_ms": 0} for row in one] for one in (before, summary["family"])]
+    times = ("latency_ms", "dense_latency_ms", "ratio", "interval")
+    timeless = [[{**row, **dict.fromkeys(times, 0)} for row in one] for one in (before, summary["family"])]
     assert timeless[0] == timeless[1]
 
 

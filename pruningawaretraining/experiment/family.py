@@ -16,6 +16,8 @@ from pruningawaretraining.experiment.train import Learner
 from pruningawaretraining.experiment.verify import OnnxModel, difference, scores
 from pruningawaretraining.export.onnx import export_onnx
 from pruningawaretraining.models.calling import evaluating
+from pruningawaretraining.registry import canonical
+from pruningawaretraining.runtimes.timing import LatencyComparison
 from pruningawaretraining.session.members import Member
 
 Row = Mapping[str, Any]
@@ -66,7 +68,7 @@ def family_rows(
     rows: Iterable[Row],
     folder: Path,
     models: Mapping[str, nn.Module],
-    latencies: Mapping[str, float],
+    latencies: Mapping[str, Row],
     spec: OnnxConfig | None,
     images: Tensor,
 ) -> list[dict[str, Any]]:
@@ -76,7 +78,7 @@ def family_rows(
         rows: what the run remembers of its members.
         folder: of the run.
         models: its members, by name.
-        latencies: median milliseconds by name, as measured in turns with the dense model; empty if not measured.
+        latencies: by name what :func:`family_latencies` gives; empty if not measured.
         spec: how members are exported; None: they are not.
         images: for the comparison.
     """
@@ -86,11 +88,43 @@ def family_rows(
             "macs": count_macs(models[row["name"]], images[:1]),
             "parameters": sum(parameter.numel() for parameter in models[row["name"]].parameters()),
             "bytes": (folder / row["file"]).stat().st_size,
-            "latency_ms": latencies.get(row["name"]),
+            **latencies.get(row["name"], {"latency_ms": None}),
             **_exported(folder, row["name"], models[row["name"]], spec, images),
         }
         for row in rows
     ]
+
+
+def setting_of(config: ExperimentConfig) -> dict[str, Any]:
+    """Where the latency of a family's members is measured: where it was promised; else as the run measures latency."""
+    spec = config.latency
+    found = {"runtime": spec.runtime, "batch": spec.batch, "threads": spec.threads} if spec is not None else {}
+    for rule in config.pruning.rules:
+        target = rule.target
+        if rule.enabled and (target.latency is not None or target.latency_ms is not None):
+            batch = found.get("batch") if target.batch is None else target.batch
+            return {"runtime": canonical("runtime", target.runtime), "batch": batch, "threads": target.threads}
+    return found
+
+
+def family_latencies(found: LatencyComparison, setting: Row, names: Iterable[str]) -> dict[str, Row]:
+    """What the lines of a family's members say of latency.
+
+    Args:
+        found: their times, measured in turns with "dense".
+        setting: see :func:`setting_of`.
+        names: of the members.
+    """
+    return {
+        name: {
+            "latency_ms": found.latencies[name].median_ms,
+            "dense_latency_ms": found.latencies["dense"].median_ms,
+            "ratio": found.ratios[name],
+            "interval": list(found.intervals[name]),
+            "measured_on": dict(setting),
+        }
+        for name in names
+    }
 
 
 def _exported(folder: Path, name: str, model: nn.Module, spec: OnnxConfig | None, images: Tensor) -> dict[str, Any]:

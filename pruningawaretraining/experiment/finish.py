@@ -22,14 +22,14 @@ from pruningawaretraining.experiment import record
 from pruningawaretraining.experiment.build import build_model
 from pruningawaretraining.experiment.data import DataSet, Pipeline
 from pruningawaretraining.experiment.display import Display
-from pruningawaretraining.experiment.family import family_rows, load_members
+from pruningawaretraining.experiment.family import family_latencies, family_rows, load_members, setting_of
 from pruningawaretraining.experiment.schema import ExperimentConfig
 from pruningawaretraining.experiment.verify import OnnxModel, accuracy_of, difference, scores
 from pruningawaretraining.export.onnx import export_onnx
 from pruningawaretraining.files import write_atomically
 from pruningawaretraining.report.html import write_report
 from pruningawaretraining.runtimes.runtime import on_device
-from pruningawaretraining.runtimes.timing import compare_latency
+from pruningawaretraining.runtimes.timing import LatencyComparison, compare_latency
 from pruningawaretraining.session.pruning import Pruning
 from pruningawaretraining.version import __version__
 
@@ -109,13 +109,15 @@ def finish(trained: Trained, display: Display) -> dict[str, Any]:
     if trained.config.onnx is not None:
         with display.step("exporting to ONNX and checking it in onnxruntime"):
             verification.update(_exported(trained, reloaded, after, images))
-    latency, medians, members = None, dict[str, float](), load_members(trained.members, folder, trained.fresh_model)
+    latency, members = None, load_members(trained.members, folder, trained.fresh_model)
+    times: dict[str, Mapping[str, Any]] = {}
     if trained.config.latency is not None:
         with display.step("measuring latency, dense and pruned in turns"):
-            latency, medians = _latency(trained, reloaded, members)
+            latency = _latency(trained, reloaded)
+            times = _family_latencies(trained, members) if members else {}
     summary = _summary(trained, reloaded, pruning, verification, latency)
     with display.step("exporting the family") if members else contextlib.nullcontext():
-        summary["family"] = family_rows(trained.members, folder, members, medians, trained.config.onnx, images)
+        summary["family"] = family_rows(trained.members, folder, members, times, trained.config.onnx, images)
     written = {one[key] for one in summary["family"] for key in ("file", "onnx") if one[key]}
     summary["files"] = sorted({*summary["files"], *written})
     summary["seconds"] = trained.before + time.perf_counter() - started
@@ -147,24 +149,37 @@ def _exported(trained: Trained, model: nn.Module, expected: Tensor, images: Tens
     return found
 
 
-def _latency(
-    trained: Trained, model: nn.Module, members: Mapping[str, nn.Module]
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """The latency of dense and pruned model for the report, and the medians of a family's members, all in turns."""
+def _latency(trained: Trained, model: nn.Module) -> dict[str, Any]:
+    """The latency of dense and pruned model for the report, in turns."""
     spec = trained.config.latency
     assert spec is not None
-    images = trained.images(spec.batch)
-    runtime = on_device({"type": spec.runtime}, trained.device)
-    if spec.runtime == "onnxruntime" and trained.config.onnx is not None:
-        runtime["exporter"] = trained.config.onnx.exporter
-    models = {"dense": trained.fresh_model(), "pruned": model, **members}
-    timed = {name: (one, images) for name, one in models.items()}
-    found = compare_latency(timed, runtime, spec.threads, spec.repeats, spec.warmup)
-    common = {"runtime": spec.runtime, "threads": spec.threads, "batch": len(images), "ratio": found.ratios["pruned"]}
+    setting = {"runtime": spec.runtime, "threads": spec.threads, "batch": spec.batch}
+    found, rows = _timed(trained, {"pruned": model}, setting)
+    common = {**setting, "batch": rows, "ratio": found.ratios["pruned"]}
     common["interval"] = list(found.intervals["pruned"])
     measured = {name: found.latencies[name].to_dict() for name in ("dense", "pruned")}
-    medians = {name: found.latencies[name].median_ms for name in members}
-    return {**common, **measured, "events": _latency_events(trained.pruner)}, medians
+    return {**common, **measured, "events": _latency_events(trained.pruner)}
+
+
+def _family_latencies(trained: Trained, members: Mapping[str, nn.Module]) -> dict[str, Mapping[str, Any]]:
+    """The latency of a family's members where it was promised, in turns with the dense model."""
+    setting = setting_of(trained.config)
+    found, rows = _timed(trained, members, setting)
+    return family_latencies(found, {**setting, "batch": rows}, members)
+
+
+def _timed(
+    trained: Trained, models: Mapping[str, nn.Module], setting: Mapping[str, Any]
+) -> tuple[LatencyComparison, int]:
+    """Time models in turns with the dense one, and say on how many images at once."""
+    spec = trained.config.latency
+    assert spec is not None
+    images = trained.images(setting["batch"])
+    runtime = on_device({"type": setting["runtime"]}, trained.device)
+    if setting["runtime"] == "onnxruntime" and trained.config.onnx is not None:
+        runtime["exporter"] = trained.config.onnx.exporter
+    timed = {name: (one, images) for name, one in {"dense": trained.fresh_model(), **models}.items()}
+    return compare_latency(timed, runtime, setting["threads"], spec.repeats, spec.warmup), len(images)
 
 
 def _latency_events(pruner: Pruning) -> list[dict[str, Any]]:

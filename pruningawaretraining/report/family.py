@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -26,7 +26,18 @@ def lines(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The dense model and every member; nothing without a family."""
     members = summary.get("family") or []
     dense = {"name": "dense", "file": "dense.safetensors", "onnx": None, **(summary.get("dense") or {})}
+    if members and "dense_latency_ms" in members[0]:  # measured where the members were
+        dense["latency_ms"] = members[0]["dense_latency_ms"]
     return [dense, *members] if members else []
+
+
+def setting_text(summary: Mapping[str, Any]) -> str:
+    """Where latency was measured: "latency: onnxruntime, batch 16, 1 thread"; nothing without a measurement."""
+    setting = next((one["measured_on"] for one in lines(summary) if one.get("measured_on")), None)
+    if setting is None:
+        return ""
+    threads = setting["threads"]
+    return f"latency: {setting['runtime']}, batch {setting['batch']}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -37,10 +48,31 @@ def rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
             "name": str(one["name"]),
             "accuracy": percent(one.get("accuracy"), 2),
             **{key: _cost(one.get(key), found[0].get(key), text) for key, _, text in COSTS},
+            **_latency(one),
+            "promised": _promised(one.get("target") or {}),
+            "interval": _interval(one.get("interval")),
             "files": ", ".join(str(one[key]) for key in ("file", "onnx") if one.get(key)),
         }
         for one in found
     ]
+
+
+def _latency(one: Mapping[str, Any]) -> dict[str, str]:
+    """A member's latency with its ratio to the dense model's, which is taken turn by turn."""
+    if one.get("latency_ms") is None or one.get("ratio") is None:
+        return {}
+    return {"latency_ms": f"{milliseconds(one['latency_ms'])} ({percent(one['ratio'])})"}
+
+
+def _promised(target: Mapping[str, float]) -> str:
+    """The latency that a member was made for."""
+    promises = [percent(target["latency"])] if "latency" in target else []
+    promises += [milliseconds(target["latency_ms"])] if "latency_ms" in target else []
+    return " and ".join(promises) or "–"
+
+
+def _interval(found: Sequence[float] | None) -> str:
+    return f"{100 * found[0]:.1f} to {percent(found[1])}" if found else "–"
 
 
 def _cost(value: float | None, dense: float | None, text: Format) -> str:
@@ -92,10 +124,18 @@ def _wide(values: list[float], most: float = float("inf")) -> tuple[float, float
 
 def family_table(summary: Mapping[str, Any]) -> Table:
     """The family for the terminal."""
-    table = Table(title="family", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    found, where = rows(summary), setting_text(summary)
+    promised = any(one["promised"] != "–" for one in found)
+    title = f"family ({where})" if where else "family"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     table.add_column("")
     for heading in ("accuracy", *(heading.lower() if heading != "MACs" else heading for _, heading, _ in COSTS)):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows(summary):
-        table.add_row(row["name"], row["accuracy"], *(row[key] for key, _, _ in COSTS))
+    if promised:
+        table.add_column("asked", justify="right", no_wrap=True)
+    for row in found:
+        if row["interval"] != "–":
+            row["latency_ms"] += "\n" + row["interval"]
+        cells = [row["name"], row["accuracy"], *(row[key] for key, _, _ in COSTS)]
+        table.add_row(*cells, *([row["promised"]] if promised else []))
     return table

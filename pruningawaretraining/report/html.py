@@ -76,6 +76,7 @@ def page(run: Run) -> dict[str, Any]:
         "rows": tables.compared_rows(summary),
         "verdict": _verdict(links),
         "family": family.rows(summary),
+        "family_setting": family.setting_text(summary),
         "family_figures": family.figures(summary),
         "recovery": recovery.rows(summary),
         "phases": [_phase(phase, found) for phase in run.phases],
