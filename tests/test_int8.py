@@ -32,13 +32,14 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second, self.head = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE), nn.Linear(SIZE, CLASSES)
+        self.relu = nn.ReLU()
         with torch.no_grad():
             self.first.weight[0], self.first.bias[0] = 0.0, 0.0
             self.first.weight[0, 0] = filter_
             self.second.weight[:, 0] = column
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.first(x).relu()).relu())
+        return self.head(self.relu(self.second(self.first(x).relu())))
 
 
 def data(count: int = 8) -> list[tuple[Tensor, Tensor]]:
@@ -116,6 +117,30 @@ def test_layers_go_by_the_names_of_the_models_modules(tmp_path: Path) -> None:
     assert result.layer_errors["token"] > 0 and whole.excluded == ()
 
 
+def test_a_container_leaves_the_layers_in_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    batches = [torch.randn(4, 2, 3, 3) for _ in range(2)]
+    common: dict[str, Any] = {"calibration": batches, "exporter": "torchscript"}
+    named = Int8(exclude=["stages.1", "stages"])
+    result = export_onnx(Nested().eval(), batches[0], tmp_path / "m.onnx", precision=named, **common)
+    assert result.excluded == ("stages.1", "stages.0.0") and quantized_weights(tmp_path / "m.onnx") == 1
+    assert "nothing of the file is in 8 bits" not in caplog.text
+    with pytest.raises(ConfigError, match="exclude: 4 layers, and the model has 3. Allowed: fewer"):
+        export_onnx(Nested().eval(), batches[0], tmp_path / "n.onnx", precision=Int8(exclude=4), **common)
+    assert not (tmp_path / "n.onnx").exists()
+    everything = Int8(exclude=["stages", "token"])
+    export_onnx(Nested().eval(), batches[0], tmp_path / "m.onnx", precision=everything, **common)
+    assert "exclude: 3 of 3 layers stay in float32, so nothing of the file is in 8 bits" in caplog.text
+
+
+def test_labels_that_are_no_decisions_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As one-hot rows, whole numbers: accuracy was left out in silence."""
+    batches = [(one, nn.functional.one_hot(label, CLASSES)) for one, label in data(1)]
+    common: dict[str, Any] = {"calibration": batches, "exporter": "torchscript"}
+    result = export_onnx(Net().eval(), torch.randn(2, SIZE), tmp_path / "m.onnx", precision="int8", **common)
+    assert result.agreement.accuracy is None
+    assert "labels of shape (32, 8) are not one for each decision, of shape (32,): no accuracy" in caplog.text
+
+
 def test_outputs_without_classes_have_no_agreement(tmp_path: Path) -> None:
     batches = [torch.randn(4, 6) for _ in range(2)]
     for model in (nn.Linear(6, 1), nn.Sequential(nn.Linear(6, 5), nn.Unflatten(1, (5, 1, 1, 1)))):
@@ -141,7 +166,13 @@ def test_data_checks_float16_too(tmp_path: Path) -> None:
         ({"precision": {"type": "int8", "exclude": -1}}, ConfigError, "exclude: -1 is not allowed"),
         ({"precision": {"type": "int8", "agreement": 1.5}}, ConfigError, "agreement: 1.5 is not allowed"),
         ({"precision": {"type": "int8", "exclude": ["secnd"]}}, ConfigError, "did you mean 'second'"),
+        ({"precision": {"type": "int8", "exclude": ["relu"]}}, ConfigError, "'relu' is not known. Allowed: first, "),
         ({"precision": "int8", "calibration": []}, ConfigError, "needs data"),
+        (
+            {"precision": "int8", "calibration": [data(1)[0], (torch.randn(32, SIZE), torch.zeros(31).long())]},
+            ModelError,
+            r"calibration\[1\]: 31 labels of 32 rows. Expected: one for each",
+        ),
         (
             {"precision": "int8", "calibration": [torch.full((2, SIZE), torch.nan)]},
             ModelError,

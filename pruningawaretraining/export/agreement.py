@@ -5,6 +5,7 @@ Shape suffixes: ``_B`` rows of a batch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,13 @@ from pruningawaretraining.models.trees import tensors_of
 from pruningawaretraining.runtimes.flat_model import FlatGraph
 from pruningawaretraining.runtimes.ort import open_session
 
+logger = logging.getLogger(__name__)
+
 LABELS = ("labels", "label", "targets", "target", "y")
+NO_LABELS = (
+    "calibration: labels of shape %s are not one for each decision, of shape %s: no accuracy is measured. Allowed: "
+    "whole numbers, one for each"
+)
 MOST_ROWS = 512
 """Rows of the data that are looked at."""
 CLASSES = {2: -1, 3: -1, 4: 1}
@@ -75,7 +82,9 @@ def agreement(
         file_B, model_B = (one.argmax(dim) for one in outputs)
         rows, seen = rows + len(tensors[0]), seen + file_B.numel()
         same += int((file_B == model_B).sum())
-        labelled = labelled and given is not None and given.shape == file_B.shape
+        if labelled and given is not None and given.shape != file_B.shape:
+            logger.warning(NO_LABELS, tuple(given.shape), tuple(file_B.shape))
+            labelled = False
         if labelled and given is not None:
             right = [right[0] + int((file_B == given).sum()), right[1] + int((model_B == given).sum())]
     if not seen:

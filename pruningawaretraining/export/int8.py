@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError, ModelError, unknown
 from pruningawaretraining.export.precision import Batches, Converted, saved
@@ -18,8 +19,11 @@ from pruningawaretraining.registry import register
 from pruningawaretraining.runtimes.flat_model import FlatGraph
 from pruningawaretraining.runtimes.ort import as_arrays, checked_run, open_session, require
 
+logger = logging.getLogger(__name__)
+
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 QDQ = ("QuantizeLinear", "DequantizeLinear")
+ALL_LEFT = "exclude: %d of %d layers stay in float32, so nothing of the file is in 8 bits. Allowed: fewer"
 SAMPLE = 1
 """Batches that the layers' errors are measured on."""
 
@@ -31,8 +35,9 @@ class Int8:
 
     Args:
         per_channel: weights have a scale for each output channel; else one for all.
-        exclude: layers that stay in float32, by the names of the model's modules or of the graph's nodes; or how many
-            of the worst, which takes one more quantization for every layer of the model.
+        exclude: layers that stay in float32, by the names of the model's modules (of one that holds others: all in it)
+            or of the graph's nodes; or how many of the worst, which takes one more quantization for every layer of the
+            model.
         agreement: below this a warning says how often the file agrees with the model on ``calibration``.
     """
 
@@ -69,16 +74,16 @@ class Int8:
                 if one.is_floating_point() and not bool(torch.isfinite(one).all()):
                     raise ModelError(f"calibration[{number}]: {name} has values that are not finite. Expected: finite")
         require("onnxruntime.quantization")
-        layers = [name for name, _ in next(graph.module.children()).named_modules() if name]
+        layers = _weighted(next(graph.module.children()))
         for name in [] if isinstance(self.exclude, int) else self.exclude:
-            if name not in layers and not name.startswith(("/", "node_")):
+            if not name.startswith(("/", "node_")) and not any(_lies_in(layer, name) for layer in layers):
                 raise ConfigError(unknown("exclude", name, layers, most=10))
 
     def convert(self, written: Path, graph: FlatGraph, batches: Batches) -> Converted:
         """See :class:`~pruningawaretraining.export.precision.Precision`.
 
         Raises:
-            ConfigError: a layer to exclude has no weights in the graph.
+            ConfigError: a layer to exclude has no weights in the graph, or more are to be excluded than there are.
         """
         prepared, target = written.with_name("prepared.onnx"), written.with_name("int8.onnx")
         whole = saved(require("onnx").load(str(written)), written.with_name("whole.onnx"))
@@ -88,10 +93,14 @@ class Int8:
         nodes = layer_nodes(require("onnx").load(str(prepared), load_external_data=False))
         errors: dict[str, float] = {}
         if isinstance(self.exclude, int):
+            if self.exclude > len(nodes):
+                raise ConfigError(f"exclude: {self.exclude} layers, and the model has {len(nodes)}. Allowed: fewer")
             errors = self._errors(prepared, graph, batches[:SAMPLE], nodes) if self.exclude else {}
             left = list(errors)[: self.exclude]
         else:
-            left = [_known(name, nodes) for name in self.exclude]
+            left = list(dict.fromkeys(layer for name in self.exclude for layer in _known(name, nodes)))
+        if left and len(left) == len(nodes):
+            logger.warning(ALL_LEFT, len(left), len(nodes))
         self._quantize(prepared, target, graph, batches, exclude=[nodes[name] for name in left])
         if left:
             _with_float_inputs(target, prepared, {nodes[name] for name in left})
@@ -181,14 +190,28 @@ def _layer(node: str, weight: str) -> str:
     return ".".join(names).removeprefix("model.")
 
 
-def _known(name: str, nodes: Mapping[str, str]) -> str:
-    """The layer of a name, which may be that of its node."""
-    if name in nodes:
-        return name
-    layer = next((layer for layer, node in nodes.items() if node == name), None)
-    if layer is None:
+def _weighted(model: nn.Module) -> list[str]:
+    """The modules that hold a weight of their own to multiply with."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name
+        and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        and any(one.ndim > 1 for one in module.parameters(recurse=False))
+    ]
+
+
+def _lies_in(layer: str, name: str) -> bool:
+    """Whether a layer is the module of that name, or in it."""
+    return layer == name or layer.startswith(f"{name}.")
+
+
+def _known(name: str, nodes: Mapping[str, str]) -> list[str]:
+    """The layers of a name, which may be that of a module around them, or of a node."""
+    found = [layer for layer, node in nodes.items() if _lies_in(layer, name) or node == name]
+    if not found:
         raise ConfigError(unknown("exclude", name, nodes, most=10))
-    return layer
+    return found
 
 
 def _outputs(path: Path, graph: FlatGraph, batches: Batches) -> list[Any]:

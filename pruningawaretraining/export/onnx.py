@@ -126,7 +126,12 @@ class _Data:
         """The user's calibration data, on the CPU; a batch that does not fit is named."""
         moved = [move(one, torch.device("cpu")) for one in calibration]
         batches = [batch_of(graph, example_inputs, one, f"calibration[{number}]") for number, one in enumerate(moved)]
-        return cls(batches, [labels_of(graph, one) for one in moved])
+        labels = [labels_of(graph, one) for one in moved]
+        for number, (batch, given) in enumerate(zip(batches, labels, strict=True)):
+            rows = len(batch[0]) if batch[0].ndim else None
+            if given is not None and rows is not None and len(given) != rows:
+                raise ModelError(f"calibration[{number}]: {len(given)} labels of {rows} rows. Expected: one for each")
+        return cls(batches, labels)
 
 
 @dataclass(frozen=True)
