@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.allocation.goals import UNUSED
 from pruningawaretraining.costs.latency.layer_shapes import layer_shapes
 from pruningawaretraining.costs.latency.meter import Meter
 from pruningawaretraining.costs.latency.model import LatencyCost
@@ -33,6 +34,15 @@ NOISY = (
     "latency: %.4g ms measured, with 95%% confidence %.4g to %.4g ms: the machine is too noisy to promise milliseconds "
     "(turns of the dense model spread by %.0f%%). The masks are chosen by the tables, which predict %.4g ms. Allowed: "
     "a quiet machine, or a target of MACs"
+)
+
+UNDERCUT = (
+    "%s: the target is undercut: %.4g ms measured, %.4g ms asked for (%.1f%% less). No other choice of groups that "
+    "was tried comes closer. Allowed: another target, or a pattern and a multiple of finer steps"
+)
+MISSED = (
+    "%s: the target is missed: %.4g ms measured, %.4g ms asked for. Other work on the machine disturbs measurements: "
+    "compare once more with pat latency, or lower the target"
 )
 
 
@@ -142,3 +152,22 @@ def _signature(model: nn.Module, inputs: Any) -> str:
     given = [(list(one.shape), str(one.dtype)) for one in tensors_of(inputs)]
     text = json.dumps([str(model), shapes, given])
     return f"{type(model).__name__} {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def say_undercut(key: str, reached: LatencyReached) -> None:
+    """Warn of a model that is much faster than was asked for: channels may have gone that could have stayed."""
+    assert reached.budget_ms is not None
+    unused = 1 - reached.measured_ms / reached.budget_ms
+    if unused > UNUSED:
+        logger.warning(UNDERCUT, key, reached.measured_ms, reached.budget_ms, 100 * unused)
+
+
+def say_missed(key: str, reached: LatencyReached, why: str = "") -> None:
+    """Warn of a model that is slower than was asked for.
+
+    Args:
+        key: of the target.
+        reached: the measurement.
+        why: what follows the message, if anything.
+    """
+    logger.warning(MISSED + "%s", key, reached.measured_ms, reached.budget_ms, why)

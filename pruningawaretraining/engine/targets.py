@@ -8,7 +8,6 @@ and corrected by measuring, at every event, a copy of the model from which the m
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,7 +26,7 @@ from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_laye
 from pruningawaretraining.costs.memory import MemoryCost, memory_cost
 from pruningawaretraining.costs.weighted import LayerCost, weighted
 from pruningawaretraining.costs.widths import LinearBySets, SetCost
-from pruningawaretraining.engine.latency_target import LatencyReached, LatencyTarget
+from pruningawaretraining.engine.latency_target import LatencyReached, LatencyTarget, say_missed, say_undercut
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.masks.pruned_copy import pruned_copy
 from pruningawaretraining.models.calling import ForwardFn, device_of
@@ -36,18 +35,8 @@ from pruningawaretraining.patterns.structures import modules_of_blocks
 from pruningawaretraining.registry import lookup
 from pruningawaretraining.schedules import sparsity_at
 
-logger = logging.getLogger(__name__)
-
 TOLERANCE = 0.01  # a latency target holds when it is measured within this fraction
 ROUNDS = 4  # of allocating and measuring until it does
-UNDERCUT = (
-    "%s: the target is undercut: %.4g ms measured, %.4g ms asked for (%.1f%% less). No other choice of groups that "
-    "was tried comes closer. Allowed: another target, or a pattern and a multiple of finer steps"
-)
-MISSED = (
-    "%s: the target is missed: %.4g ms measured, %.4g ms asked for. Other work on the machine disturbs measurements: "
-    "compare once more with pat latency, or lower the target"
-)
 
 
 class Targets:
@@ -280,9 +269,9 @@ class Targets:
                 break
             keep_R = again_R
         if best is not None:
-            _say_undercut(timed, best[1])
+            say_undercut(timed.key, best[1])
             return best[0], met, best[1]
-        logger.warning(MISSED + "%s", timed.key, reached.measured_ms, timed.budget, missed)
+        say_missed(timed.key, reached, missed)
         return keep_R, met, reached
 
     def _by_sparsity(
@@ -297,13 +286,6 @@ class Targets:
         if any(goal.cost(whole) > goal.budget for goal in task.goals):
             return keep_R, False
         return allocate(task), True
-
-
-def _say_undercut(timed: Goal, reached: LatencyReached) -> None:
-    """Warn of a member that is much faster than promised: channels may have gone that could have stayed."""
-    unused = 1 - reached.measured_ms / timed.budget
-    if unused > UNUSED:
-        logger.warning(UNDERCUT, timed.key, reached.measured_ms, timed.budget, 100 * unused)
 
 
 def _runtime_meter(target: Target, model: nn.Module) -> Meter:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from pruningawaretraining.runtimes.exporter_choice import AUTO
 
 Model = nn.Module | str | Path
 Run = Callable[[], None]
+Clock = Callable[[], float]
 
 FOLLOWING = ("torch", "torch_compile")
 """Runtimes that run a model on the device where it is."""
@@ -173,6 +175,28 @@ def on_device(spec: Mapping[str, Any], device: torch.device | None) -> dict[str,
     name = registry.canonical("runtime", spec["type"], "runtime")
     follows = name in FOLLOWING and device is not None and device.type != "cpu"
     return {**({"device": str(device)} if follows else {}), **spec}
+
+
+def clock_of(runtime: Runtime, threads: int, models: Iterable[Model] = ()) -> Clock:
+    """A clock in seconds: of the thread's own time where the runtime does all work on it, which other work on the
+    machine disturbs least; else the time that goes by.
+
+    Args:
+        runtime: it says so itself (``on_calling_thread``) for one thread and the CPU.
+        threads: that it is given.
+        models: that it runs, where they are.
+    """
+    device = getattr(runtime, "device", None)
+    devices = [torch.device(device)] if isinstance(device, str | torch.device) else []
+    devices += [one.device for model in models if isinstance(model, nn.Module) for one in model.parameters()]
+    alone = threads == 1 and getattr(runtime, "on_calling_thread", False)
+    return time.thread_time if alone and all(one.type == "cpu" for one in devices) else time.perf_counter
+
+
+def name_of_runtime(runtime: str | Mapping[str, Any] | Runtime) -> str:
+    """The registered name, or that of the class of one that is not registered."""
+    name = runtime.get("type") if isinstance(runtime, Mapping) else runtime
+    return registry.canonical("runtime", name, "runtime") if isinstance(name, str) else type(runtime).__name__
 
 
 def device_name(device: torch.device) -> str:

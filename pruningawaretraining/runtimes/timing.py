@@ -15,19 +15,16 @@ import contextlib
 import dataclasses
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
 from pruningawaretraining import registry
 from pruningawaretraining.errors import ConfigError
-from pruningawaretraining.runtimes.runtime import Model, Run, Runtime
+from pruningawaretraining.runtimes.runtime import Clock, Model, Run, Runtime, clock_of, name_of_runtime
 
 __all__ = [
+    "Clock",
     "Latency",
     "LatencyComparison",
     "Model",
@@ -48,7 +45,6 @@ __all__ = [
     "timed_ms",
 ]
 
-Clock = Callable[[], float]
 LEAST_RUNS, MOST_RUNS, LAYER_MS = 3, 20, 4.0
 """Of a single layer: runs, and the time that is spent on it."""
 FEWEST, MOST, SPENT_MS = 15, 100, 1500.0
@@ -192,7 +188,7 @@ def compare_latency(
         ConfigError, ModelError: as in :func:`measure_latency`; ConfigError too without a model.
     """
     _check_numbers(models, threads=threads, repeats=repeats, warmup=warmup)
-    name = _runtime_name(runtime)
+    name = name_of_runtime(runtime)
     built: Runtime = registry.build("runtime", runtime)
     with contextlib.ExitStack() as stack:
         runs = [stack.enter_context(built.prepare(model, given, threads)) for model, given in models.values()]
@@ -215,27 +211,6 @@ def _check_numbers(models: Mapping[str, Any], **numbers: int) -> None:
         least = 0 if key == "warmup" else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{key}: {value!r} is not a whole number of at least {least}")
-
-
-def _runtime_name(runtime: str | Mapping[str, Any] | Runtime) -> str:
-    name = runtime.get("type") if isinstance(runtime, Mapping) else runtime
-    return registry.canonical("runtime", name, "runtime") if isinstance(name, str) else type(runtime).__name__
-
-
-def clock_of(runtime: Runtime, threads: int, models: Iterable[Model] = ()) -> Clock:
-    """A clock in seconds: of the thread's own time where the runtime does all work on it, which other work on the
-    machine disturbs least; else the time that goes by.
-
-    Args:
-        runtime: it says so itself (``on_calling_thread``) for one thread and the CPU.
-        threads: that it is given.
-        models: that it runs, where they are.
-    """
-    device = getattr(runtime, "device", None)
-    devices = [torch.device(device)] if isinstance(device, str | torch.device) else []
-    devices += [one.device for model in models if isinstance(model, nn.Module) for one in model.parameters()]
-    alone = threads == 1 and getattr(runtime, "on_calling_thread", False)
-    return time.thread_time if alone and all(one.type == "cpu" for one in devices) else time.perf_counter
 
 
 def time_in_turns(runs: Sequence[Run], pace: Pace, clock: Clock) -> list[list[float]]:
