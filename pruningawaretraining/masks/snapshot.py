@@ -28,7 +28,8 @@ class Snapshot:
         self.tensors: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         self._comes = at == 0  # whether its step is the next one
-        self._handle = model.register_load_state_dict_post_hook(self._loaded)
+        register: Any = model.register_load_state_dict_post_hook
+        self._handle = register(self._loaded)
         self._keep_buffers()
         self.optimizer: dict[str, dict[str, Any]] = {}  # name of a parameter -> its state
 

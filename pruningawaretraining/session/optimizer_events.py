@@ -12,7 +12,10 @@ from torch import Tensor
 class HasApply(Protocol):
     """Masks, as far as a step knows them."""
 
-    def before_step(self, optimizer: torch.optim.Optimizer | None, closure: bool) -> None:
+    def apply(self) -> None:
+        """Zero what is masked."""
+
+    def before_step(self, optimizer: torch.optim.Optimizer | None, ready: bool = True) -> None:
         """An optimizer is about to step; None for one that has stepped without hooks."""
 
     def after_step(self, only: set[int] | None = None) -> None:
