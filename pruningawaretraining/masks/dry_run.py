@@ -25,6 +25,7 @@ from pruningawaretraining.masks.confined import failing_inside
 from pruningawaretraining.masks.culprits import failing_module, problem_of, sets_within
 from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.masks.shape_copy import ShapeCopy, shape_copy
+from pruningawaretraining.masks.telling import NOTHING_TOLD, outputs_depend
 from pruningawaretraining.masks.temporary import temporarily_masked
 from pruningawaretraining.masks.unprunable import warn_of_rest
 from pruningawaretraining.models.calling import ForwardFn, outputs_of
@@ -46,11 +47,6 @@ MISREAD = (
     "the code computes from its width, such as a scale"
 )
 LATE = "the first process did not find its coupled channels within trace_limit"
-NOTHING_TOLD = (
-    "%s: its outputs on random inputs like the example are constant or random, so that a removal can be checked by the "
-    "shapes of outputs alone. Pass example_inputs= that reach every output, or a forward_fn that returns more of them"
-)
-
 Left = Callable[[int, int], int]
 """(number of a set, its size) -> how many of its groups stay."""
 
@@ -143,7 +139,10 @@ class _Rehearsal:
         if all(one.is_meta for one in removed.tensors):
             return ""
         with temporarily_masked(self.model, self.found, keep_G):
-            verdict = self.comparison.verdict(self.comparison.outputs(), removed)
+            masked = self.comparison.outputs()
+            verdict = self.comparison.verdict(masked, removed)
+            if verdict.informative and not verdict.difference:
+                self.told &= outputs_depend(self.comparison, self.model, self.found, keep_G, masked)
         self.told &= verdict.informative
         return MISREAD if verdict.difference else ""
 
