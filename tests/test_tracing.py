@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,27 @@ def test_recurrent_layers_lose_states(kind: type[nn.RNNBase]) -> None:
     pruner.prune(epoch=0)
     assert (model.rnn.input_size, model.rnn.hidden_size, model.after.out_features) == (6, 4, 5)
     assert model.rnn.weight_hh_l0.shape[1] == 4 and model(torch.randn(3, 7, 6)).shape == (3, 7, 2)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_recurrent_cells_lose_states(kind: type[nn.RNNCellBase], zeros: bool) -> None:
+    class Stepped(Stacked):
+        def forward(self, x: Tensor) -> Tensor:
+            states = x.new_zeros(x.shape[0], self.rnn.hidden_size) if zeros else None
+            states = (states, states) if zeros and isinstance(self.rnn, nn.LSTMCell) else states
+            for step in self.before(x).unbind(1):
+                states = self.rnn(step, states)
+            return self.last(self.after(states[0] if isinstance(states, tuple) else states).relu())
+
+    def made(width: int, states: int, **_: Any) -> nn.RNNCellBase:
+        return kind(width, states)
+
+    model, inputs = Stepped(made).eval(), torch.randn(2, 5, 6)
+    pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}, "scope": "local"}]}, example_inputs=inputs)
+    pruner.prune(epoch=0)
+    assert (model.rnn.input_size, model.rnn.hidden_size, model.after.out_features) == (6, 4, 5)
+    assert model.rnn.weight_hh.shape[1] == 4 and model(torch.randn(3, 7, 6)).shape == (3, 2)
 
 
 def test_a_search_that_takes_too_long_leaves_the_rest_out_by_name() -> None:
