@@ -148,6 +148,51 @@ def test_recurrent_cells_lose_states(kind: type[nn.RNNCellBase], zeros: bool) ->
     assert model.rnn.weight_hh.shape[1] == 4 and model(torch.randn(3, 7, 6)).shape == (3, 2)
 
 
+class Experts(nn.Module):
+    """The hidden channels of its experts are made and read by raw parameters alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate, self.head = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 5)
+        self.first, self.second = nn.Parameter(torch.randn(4, 16, 24)), nn.Parameter(torch.randn(4, 24, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        hidden = torch.einsum("bd,edh->beh", x, self.first).relu()
+        return self.head(torch.einsum("beh,ehd,be->bd", hidden, self.second, self.gate(x).softmax(-1)))
+
+
+def test_products_of_raw_parameters_that_stay_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    pruner = Pruning(Experts(), {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=torch.randn(6, 8))
+    reason = pruner.channel_pruner.found.skipped["first"]
+    line = Experts.forward.__code__.co_firstlineno + 3
+    assert "only raw parameters hold its channels (dimension 2 of first, dimension 1 of second)" in reason
+    assert f"in the model's own code (test_tracing.py, line {line})" in reason
+    assert f"first: {reason}" in caplog.text
+    assert [one["source"] for one in pruner.describe_sets()] == ["stem"]
+
+
+class Windows(nn.Module):
+    """An attention whose output projection has a name that is not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.last, self.head = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(len(x), -1, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.head(x + self.last(y.transpose(1, 2).reshape(x.shape)))
+
+
+def test_heads_are_advised_only_where_they_are_known() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 16), Windows())
+    pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=torch.randn(2, 5, 6))
+    reason = pruner.channel_pruner.found.skipped["2.qkv"]
+    assert "(its heads are not known either: it has no output projection that is known by its name)" in reason
+    assert "prune it by heads" not in reason
+
+
 def test_a_search_that_takes_too_long_leaves_the_rest_out_by_name() -> None:
     model = torchvision.models.densenet121().eval()
     with pytest.raises(ModelError, match=r"not done within 1e-09 s \(trace_limit\)"):

@@ -88,7 +88,7 @@ def _made_by_none(
     dependencies: DependencyMap, blocked: Mapping[int, str], producers: Mapping[int, Any]
 ) -> dict[str, str]:
     """Raw weights that products outside of layers sum over, and whose channels no layer makes or reads: the reason."""
-    summed = {int(number) for one in dependencies.works for part in one.inputs for number in part}
+    summed = {int(number): one.where for one in dependencies.works for part in one.inputs for number in part}
     held: dict[tuple[str, ...], str] = {}
     places: dict[int, list[tuple[Space, str]]] = {}
     for space, components in zip(dependencies.spaces, dependencies.components, strict=True):
@@ -99,7 +99,8 @@ def _made_by_none(
     for number, found in places.items():
         if len(found) > 1 and all(where for _, where in found):
             names = tuple(f"{where} of {space.name}" for space, where in found)
-            reason = f"only raw parameters hold its channels ({', '.join(names)}), and no layer makes them"
+            held_by = f"only raw parameters hold its channels ({', '.join(names)}), and no layer makes them"
+            reason = f"{held_by}: they are summed over {summed[number]}"
             held.setdefault((found[0][0].name, *names), blocked.get(number, reason))
     return {key[0]: reason for key, reason in held.items()}
 

@@ -152,6 +152,7 @@ class Builder:
                 one.macs,
                 tuple(self.numbers[slots] for slots in one.outputs),
                 tuple(self.numbers[slots] for slots in one.inputs),
+                one.where,
             )
             for one in self.follower.works
         )

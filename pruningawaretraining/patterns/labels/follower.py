@@ -111,7 +111,7 @@ class Call:
             inside = tuple(one.reshape(-1) for one in lines if one.shape[summed] > 1)
             outside = tuple(one.reshape(-1) for one in lines if one.shape[summed] == 1)
             macs = int(formula(*args, **kwargs, out_val=self.out)) // 2
-            self.follower.works.append(Work(self.follower.stack[-1], macs, outside, inside))
+            self.follower.works.append(Work(self.follower.stack[-1], macs, outside, inside, self.follower.where()))
 
     def virtual(self, shape: Sequence[int], dims: Sequence[int]) -> list[Array]:
         """Fresh slots for dimensions whose sizes the code computes."""
