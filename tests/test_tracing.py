@@ -193,6 +193,37 @@ def test_heads_are_advised_only_where_they_are_known() -> None:
     assert "prune it by heads" not in reason
 
 
+class NonLocal(nn.Module):
+    """Attention over positions whose views state the width by an attribute, as it is often copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inter_channels, self.stem = 8, nn.Conv2d(3, 16, 3, padding=1)
+        self.theta, self.phi, self.g = (nn.Conv2d(16, 8, 1) for _ in range(3))
+        self.w, self.head = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        theta, phi, g = (one(x).view(len(x), self.inter_channels, -1) for one in (self.theta, self.phi, self.g))
+        y = (theta.transpose(1, 2) @ phi).softmax(-1) @ g.transpose(1, 2)
+        y = y.transpose(1, 2).reshape(len(x), self.inter_channels, *x.shape[2:])
+        return self.head(x + self.w(y))
+
+
+def test_an_attribute_that_views_state_widths_with_follows() -> None:
+    torch.manual_seed(0)
+    model, inputs = NonLocal().eval(), torch.randn(2, 3, 8, 8)
+    pruner = Pruning(
+        model, {"rules": [{"target": {"sparsity": 0.5}, "scope": "local", "end": 1}]}, example_inputs=inputs
+    )
+    assert {one["source"]: one["size"] for one in pruner.describe_sets()} == {"stem": 16, "theta": 8}
+    pruner.prune(model, 0)
+    masked = model(inputs)
+    pruner.remove()
+    assert (model.inter_channels, model.g.out_channels, model.theta.out_channels) == (6, 6, 6)
+    assert torch.allclose(model(inputs), masked, atol=1e-5)
+
+
 def test_a_search_that_takes_too_long_leaves_the_rest_out_by_name() -> None:
     model = torchvision.models.densenet121().eval()
     with pytest.raises(ModelError, match=r"not done within 1e-09 s \(trace_limit\)"):

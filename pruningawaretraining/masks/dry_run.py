@@ -12,14 +12,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.distributed.collectives import agreed, rank, world_size
 from pruningawaretraining.errors import ModelError
+from pruningawaretraining.masks.agreed_groups import found_by_all
 from pruningawaretraining.masks.bisection import working
 from pruningawaretraining.masks.confined import failing_inside
 from pruningawaretraining.masks.culprits import failing_module, problem_of, sets_within
@@ -34,7 +35,6 @@ from pruningawaretraining.models.fake_quant import resting
 from pruningawaretraining.models.probes import perturbed
 from pruningawaretraining.patterns.channel import find_channels
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
-from pruningawaretraining.patterns.channel_labels import producer_names
 from pruningawaretraining.patterns.coupling import TRACE_LIMIT
 from pruningawaretraining.patterns.depth import find_blocks
 from pruningawaretraining.patterns.expert import is_of_experts
@@ -46,7 +46,6 @@ MISREAD = (
     "removed, some of it would leave another model than masked: an operation that is not understood, or a number that "
     "the code computes from its width, such as a scale"
 )
-LATE = "the first process did not find its coupled channels within trace_limit"
 Left = Callable[[int, int], int]
 """(number of a set, its size) -> how many of its groups stay."""
 
@@ -198,13 +197,21 @@ def removable_channels(
         ModelError: the inputs are rejected, or nothing can be removed.
     """
 
-    def find(limit: float) -> ChannelGroups:
-        return find_channels(model, inputs, chosen, forward_fn, units, limit, own)
+    def tried(stated: bool) -> tuple[ChannelGroups, _Rehearsal, list[int]]:
+        def find(limit: float) -> ChannelGroups:
+            return find_channels(model, inputs, chosen, forward_fn, units, limit, own, stated)
 
-    found = _found_by_all(model, limit, find)
-    rehearsal = _Rehearsal(model, found, inputs, forward_fn, multiples or {})
-    with perturbed(model):
-        able = rehearsal.able()
+        found = found_by_all(model, limit, find)
+        rehearsal = _Rehearsal(model, found, inputs, forward_fn, multiples or {})
+        with perturbed(model):
+            return found, rehearsal, rehearsal.able()
+
+    found, rehearsal, able = tried(stated=False)
+    if len(able) < len(found.grouping.sets):  # perhaps with the attributes that code states widths with
+        with suppress(ModelError):
+            other = tried(stated=True)
+            if _groups(other[0], other[2]) > _groups(found, able):
+                found, rehearsal, able = other
     if not rehearsal.told:
         logger.warning(NOTHING_TOLD, type(model).__name__)
     if len(able) == len(found.grouping.sets):
@@ -221,22 +228,8 @@ def removable_channels(
     return left
 
 
-def _found_by_all(model: nn.Module, limit: float, find: Callable[[float], ChannelGroups]) -> ChannelGroups:
-    """The first process's findings within its time limit; the others follow it, since clocks differ."""
-    if world_size() == 1:
-        return find(limit)
-    names, found, problem = producer_names(model), None, None
-    try:
-        found = find(limit if rank() == 0 else math.inf)
-    except ModelError as error:
-        problem = error
-    mine = {one.name for one in found.grouping.sets} if found is not None else set()
-    (first,) = agreed(torch.tensor([name in mine for name in names]))
-    if found is None:
-        raise ModelError(str(problem)) from problem
-    missing = {name for name, there in zip(names, first.tolist(), strict=True) if not there}
-    late = {number: LATE for number, one in enumerate(found.grouping.sets) if one.name in missing}
-    return found.without(late) if late else found
+def _groups(found: ChannelGroups, able: Sequence[int]) -> int:
+    return sum(found.grouping.sets[number].size for number in able)
 
 
 def removable_blocks(

@@ -18,6 +18,7 @@ from pruningawaretraining.patterns.labels.flow import Flow
 from pruningawaretraining.patterns.labels.follower import Follower, followed
 from pruningawaretraining.patterns.labels.idle import follow_idle
 from pruningawaretraining.patterns.labels.slots import Slots
+from pruningawaretraining.patterns.labels.stated import tie_stated
 from pruningawaretraining.patterns.training_parts import mode_to_trace
 
 OUTPUT = "an output of the model"
@@ -25,7 +26,7 @@ HEADS = "multi-head attention (prune it by heads)"
 
 
 def trace(
-    model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None, limit: float = TRACE_LIMIT
+    model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None, limit: float = TRACE_LIMIT, stated: bool = False
 ) -> DependencyMap:
     """Run a model once and find its coupled channels.
 
@@ -36,17 +37,20 @@ def trace(
         inputs: example inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
         forward_fn: see :func:`pruningawaretraining.models.calling.call`.
         limit: seconds that it may take; channels that are not followed to their end by then are blocked.
+        stated: let attributes follow that views state widths with; see :mod:`~.stated`.
 
     Raises:
         ModelError: the model rejects the inputs.
     """
     slots = Slots()
     layers = {name for name, one in model.named_modules() if is_layer(one)}
-    follower = Follower(slots, tensors_by_name(model), Deadline(limit), layers)
+    follower = Follower(slots, tensors_by_name(model), Deadline(limit), layers, stated)
     _follow(model, inputs, forward_fn, follower)
     follow_idle(model, inputs, follower, lambda other: _follow(model, other, forward_fn, follower))
     _lock_attention(model, slots)
     _tie_recurrent(model, slots)
+    if stated:
+        tie_stated(model, follower)
     return Builder(model, follower).result()
 
 
