@@ -71,7 +71,7 @@ def test_blocks_that_fail_by_themselves_are_found_in_one_pass() -> None:
         assert {one.name for one in found.grouping.sets} == {f"mlp.{number}.0" for number in range(depth)}
         assert all("does not run" in found.skipped[f"attention.{number}"] for number in range(depth))
         passes.append(model.passes)
-    assert passes[0] == passes[1] <= 9
+    assert passes[0] == passes[1] <= 10
 
 
 class Pair(nn.Module):

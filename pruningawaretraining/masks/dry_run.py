@@ -207,7 +207,7 @@ def removable_channels(
             return found, rehearsal, rehearsal.able()
 
     found, rehearsal, able = tried(stated=False)
-    if len(able) < len(found.grouping.sets):  # perhaps with the attributes that code states widths with
+    if _may_state(found, rehearsal.reasons):  # perhaps it runs if attributes follow that code states widths with
         with suppress(ModelError):
             other = tried(stated=True)
             if _groups(other[0], other[2]) > _groups(found, able):
@@ -226,6 +226,12 @@ def removable_channels(
         raise ModelError(f"model: {type(model).__name__} has no prunable channel group. {shown}")
     warn_of_rest(model, left, inputs, forward_fn, chosen)
     return left
+
+
+def _may_state(found: ChannelGroups, reasons: Mapping[int, str]) -> bool:
+    """Whether the model does not run without some channels (heads are numbers of their own)."""
+    sets = found.grouping.sets
+    return any(reason != MISREAD and not is_of_heads(sets[number]) for number, reason in reasons.items())
 
 
 def _groups(found: ChannelGroups, able: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,8 @@ def known_of(hook: object) -> Tensor | None:
 
 def saved_hooks(module: nn.Module) -> list[tuple[int, KeptHook]]:
     """The hooks of a module that came with a file, by their keys."""
-    return [(key, hook) for key, hook in module._forward_hooks.items() if getattr(hook, "saved", False)]
+    hooks: dict[int, Any] = module._forward_hooks
+    return [(key, hook) for key, hook in hooks.items() if getattr(hook, "saved", False)]
 
 
 @contextmanager
