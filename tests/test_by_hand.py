@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,11 @@ def test_weights_by_a_fraction_of_each_layer(pattern: str) -> None:
         ({"sparsity_per_layer": {"first": 0.5}, "target": {"macs": 0.5}}, "leave out target.macs"),
         ({"sparsity_per_layer": {"stem": 0.5, "second": 0.25}}, "'second' and 'stem' are coupled by 'stem'"),
         ({"sparsity_per_layer": {"head": 0.5}}, "sparsity_per_layer: 'head' is not known"),
+        (
+            {"sparsity_per_layer": {"first": 0.5}, "max_sparsity": 0.25},
+            r"first: 0.5 does not go with max_sparsity: 0.25",
+        ),
+        ({"sparsity_per_layer": {"first": 0.1}, "min_sparsity": 0.2}, r"first: 0.1 does not go with min_sparsity: 0.2"),
     ],
 )
 def test_what_is_refused(rule: dict[str, Any], message: str) -> None:
@@ -141,3 +147,61 @@ def test_fractions_and_counts_do_not_go_together() -> None:
         pruner_of(net(), keep_per_layer=5, sparsity_per_layer={"first": 0.5})
     with pytest.raises(ConfigError, match="keep_per_layer: it stands for a target. Allowed: leave out target.sparsity"):
         pruner_of(net(), keep_per_layer=5, target={"sparsity": 0.5})
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [np.array([1, 3]), [np.int64(1), np.int32(3)], torch.tensor([1, 3]), (1, torch.tensor(3)), range(1, 4, 2)],
+)
+def test_numbers_of_channels_may_come_from_anywhere(numbers: Any) -> None:
+    model = net()
+    expected = model.first.weight.detach()[[0, 2, *range(4, 12)]]
+    pruner_of(model, target={"sparsity": 0.5}, start=9).remove_channels({"first": numbers})
+    assert torch.equal(model.first.weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (1, r"channels.first: 1 is not allowed. Allowed: a list of numbers, 0 to 11"),
+        ("01", r"channels.first: '01' is not allowed. Allowed: a list of numbers"),
+        (torch.tensor(1), r"channels.first: tensor\(1\) is not allowed"),
+        (torch.ones(12, dtype=torch.bool), r"channels.first: True is not allowed. Allowed: 0 to 11"),
+        ([1.0], r"channels.first: 1.0 is not allowed. Allowed: 0 to 11"),
+    ],
+)
+def test_what_is_no_number_of_a_channel_is_refused(numbers: Any, message: str) -> None:
+    model = net()
+    with pytest.raises(ConfigError, match=message):
+        pruner_of(model, target={"sparsity": 0.5}, start=9).remove_channels({"first": numbers})
+    assert model.first.out_channels == 12
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.before, self.rnn, self.after = nn.Linear(6, 12), kind(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, states = self.before(x).relu(), None
+        if isinstance(self.rnn, nn.RNNBase):
+            return self.after(self.rnn(x)[0])
+        for step in x:
+            states = self.rnn(step, states)
+        return self.after(states[0] if isinstance(states, tuple) else states)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_layers_have_one_name_everywhere(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 6)
+    model = Recurrent(kind)
+    Pruning(model, {"rules": [{"sparsity_per_layer": {"rnn": 0.5}}]}, example_inputs=x).prune()
+    assert (model.rnn.input_size, model.rnn.hidden_size, model.after.in_features) == (12, 4, 4)
+    model = Recurrent(kind)
+    pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}, "start": 9}]}, example_inputs=x)
+    dense = model.after.weight.detach().clone()
+    pruner.remove_channels({"rnn": [0, 3]})
+    assert model.rnn.hidden_size == 6 and torch.equal(model.after.weight, dense[:, [1, 2, 4, 5, 6, 7]])
+    pruner.remove_channels({"before": [5]})
+    assert model.rnn.input_size == 11 and model(x).shape[-1] == 3

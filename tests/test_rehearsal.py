@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from pruningawaretraining import Pruning
 from pruningawaretraining.errors import ModelError
-from pruningawaretraining.masks import dry_run
+from pruningawaretraining.masks import agreed_groups, dry_run
 from pruningawaretraining.masks.culprits import failing_module
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 
@@ -156,7 +156,7 @@ def test_processes_leave_out_what_the_first_did_not_find_in_time(number: int, mo
     """The first has a limit and finds "trunk" alone; the others have none, and follow it."""
     model, inputs, limits = Auxiliary(), torch.randn(4, 6), []
     found = dry_run.find_channels
-    sent = torch.tensor([name == "trunk" for name in dry_run.producer_names(model)])
+    sent = torch.tensor([name == "trunk" for name in agreed_groups.producer_names(model)])
 
     def agreed(mine: Tensor) -> tuple[Tensor]:
         return (mine if number == 0 else sent,)
@@ -166,9 +166,9 @@ def test_processes_leave_out_what_the_first_did_not_find_in_time(number: int, mo
         groups = found(*args[:5], 60.0, *args[6:])
         return groups if number else groups.without({1: "too late"})
 
-    monkeypatch.setattr(dry_run, "world_size", lambda: 2)
-    monkeypatch.setattr(dry_run, "rank", lambda: number)
-    monkeypatch.setattr(dry_run, "agreed", agreed)
+    monkeypatch.setattr(agreed_groups, "world_size", lambda: 2)
+    monkeypatch.setattr(agreed_groups, "rank", lambda: number)
+    monkeypatch.setattr(agreed_groups, "agreed", agreed)
     monkeypatch.setattr(dry_run, "find_channels", found_by)
     pruner = Pruning(model, {**CONFIG, "trace_limit": 5}, example_inputs=inputs)
     assert set(pruner.masks) == {"trunk"}
@@ -210,7 +210,7 @@ def test_sets_that_fail_alone_are_found_where_the_model_fails(values: bool) -> N
     """Whether the model runs on the meta device or not."""
     model = Stated(values)
     before = copy.deepcopy(model.state_dict())
-    found = dry_run.find_channels(model, torch.randn(2, 5), set(dry_run.producer_names(model)))
+    found = dry_run.find_channels(model, torch.randn(2, 5), set(agreed_groups.producer_names(model)))
     rehearsal = dry_run._Rehearsal(model, found, torch.randn(2, 5), None, {})
     names = [one.name for one in found.grouping.sets]
     left = [names[number] for number in rehearsal.able()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,103 @@ def test_recurrent_layers_lose_states(kind: type[nn.RNNBase]) -> None:
     pruner.prune(epoch=0)
     assert (model.rnn.input_size, model.rnn.hidden_size, model.after.out_features) == (6, 4, 5)
     assert model.rnn.weight_hh_l0.shape[1] == 4 and model(torch.randn(3, 7, 6)).shape == (3, 7, 2)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_recurrent_cells_lose_states(kind: type[nn.RNNCellBase], zeros: bool) -> None:
+    class Stepped(Stacked):
+        def forward(self, x: Tensor) -> Tensor:
+            states = x.new_zeros(x.shape[0], self.rnn.hidden_size) if zeros else None
+            states = (states, states) if zeros and isinstance(self.rnn, nn.LSTMCell) else states
+            for step in self.before(x).unbind(1):
+                states = self.rnn(step, states)
+            return self.last(self.after(states[0] if isinstance(states, tuple) else states).relu())
+
+    def made(width: int, states: int, **_: Any) -> nn.RNNCellBase:
+        return kind(width, states)
+
+    model, inputs = Stepped(made).eval(), torch.randn(2, 5, 6)
+    pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}, "scope": "local"}]}, example_inputs=inputs)
+    pruner.prune(epoch=0)
+    assert (model.rnn.input_size, model.rnn.hidden_size, model.after.out_features) == (6, 4, 5)
+    assert model.rnn.weight_hh.shape[1] == 4 and model(torch.randn(3, 7, 6)).shape == (3, 2)
+
+
+class Experts(nn.Module):
+    """The hidden channels of its experts are made and read by raw parameters alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate, self.head = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 5)
+        self.first, self.second = nn.Parameter(torch.randn(4, 16, 24)), nn.Parameter(torch.randn(4, 24, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        hidden = torch.einsum("bd,edh->beh", x, self.first).relu()
+        return self.head(torch.einsum("beh,ehd,be->bd", hidden, self.second, self.gate(x).softmax(-1)))
+
+
+def test_products_of_raw_parameters_that_stay_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    pruner = Pruning(Experts(), {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=torch.randn(6, 8))
+    reason = pruner.channel_pruner.found.skipped["first"]
+    line = Experts.forward.__code__.co_firstlineno + 3
+    assert "only raw parameters hold its channels (dimension 2 of first, dimension 1 of second)" in reason
+    assert f"in the model's own code (test_tracing.py, line {line})" in reason
+    assert f"first: {reason}" in caplog.text
+    assert [one["source"] for one in pruner.describe_sets()] == ["stem"]
+
+
+class Windows(nn.Module):
+    """An attention whose output projection has a name that is not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.last, self.head = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(len(x), -1, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.head(x + self.last(y.transpose(1, 2).reshape(x.shape)))
+
+
+def test_heads_are_advised_only_where_they_are_known() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 16), Windows())
+    pruner = Pruning(model, {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=torch.randn(2, 5, 6))
+    reason = pruner.channel_pruner.found.skipped["2.qkv"]
+    assert "(its heads are not known either: it has no output projection that is known by its name)" in reason
+    assert "prune it by heads" not in reason
+
+
+class NonLocal(nn.Module):
+    """Attention over positions whose views state the width by an attribute, as it is often copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inter_channels, self.stem = 8, nn.Conv2d(3, 16, 3, padding=1)
+        self.theta, self.phi, self.g = (nn.Conv2d(16, 8, 1) for _ in range(3))
+        self.w, self.head = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        theta, phi, g = (one(x).view(len(x), self.inter_channels, -1) for one in (self.theta, self.phi, self.g))
+        y = (theta.transpose(1, 2) @ phi).softmax(-1) @ g.transpose(1, 2)
+        y = y.transpose(1, 2).reshape(len(x), self.inter_channels, *x.shape[2:])
+        return self.head(x + self.w(y))
+
+
+def test_an_attribute_that_views_state_widths_with_follows() -> None:
+    torch.manual_seed(0)
+    model, inputs = NonLocal().eval(), torch.randn(2, 3, 8, 8)
+    pruner = Pruning(
+        model, {"rules": [{"target": {"sparsity": 0.5}, "scope": "local", "end": 1}]}, example_inputs=inputs
+    )
+    assert {one["source"]: one["size"] for one in pruner.describe_sets()} == {"stem": 16, "theta": 8}
+    pruner.prune(model, 0)
+    masked = model(inputs)
+    pruner.remove()
+    assert (model.inter_channels, model.g.out_channels, model.theta.out_channels) == (6, 6, 6)
+    assert torch.allclose(model(inputs), masked, atol=1e-5)
 
 
 def test_a_search_that_takes_too_long_leaves_the_rest_out_by_name() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.errors import CheckpointError
+from pruningawaretraining.models.calling import evaluating
 
 Conv = nn.modules.conv._ConvNd
 MAY_GROW = ("num_key_value_groups", "n_rep")
@@ -41,14 +43,15 @@ def _numbers(value: Any) -> list[Any]:
 def disagreements(model: nn.Module) -> dict[str, str]:
     """Layers whose widths are not those of their tensors, each with what is wrong."""
     found = {}
-    for name, module in model.named_modules():
-        if any(map(nn.parameter.is_lazy, module._parameters.values())):
-            continue
-        for kinds, widths in WIDTHS:
-            if isinstance(module, kinds):
-                wrong = next((text for text, holds in widths(module) if not holds), None)
-                if wrong is not None:
-                    found[name] = wrong
+    with evaluating(model), torch.no_grad():  # a spectral norm takes a step when its weight is asked for in training
+        for name, module in model.named_modules():
+            if any(map(nn.parameter.is_lazy, module._parameters.values())):
+                continue
+            for kinds, widths in WIDTHS:
+                if isinstance(module, kinds):
+                    wrong = next((text for text, holds in widths(module) if not holds), None)
+                    if wrong is not None:
+                        found[name] = wrong
     return found
 
 

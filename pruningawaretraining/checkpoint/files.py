@@ -69,6 +69,10 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise ValueError(f"{attributes} are no widths")
         if not all(map(_is_number, description.setdefault("passed", {}).values())):
             raise ValueError(f"{description['passed']} are no blocks")
+        if not all(map(_is_mask, description.setdefault("masked", {}).values())):
+            raise ValueError(f"{description['masked']} are no masks")
+        if not all(isinstance(one, str) for one in description.setdefault("buffers", [])):
+            raise ValueError(f"{description['buffers']} are no names of buffers")
         description["record"].keys()
         check_record(description["record"])
     except BROKEN as error:
@@ -80,6 +84,14 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _is_name(value: Any) -> bool:
     """Whether a text may be the name of an attribute of a user's module."""
     return isinstance(value, str) and value.isidentifier() and not value.startswith("_")
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether a value of a description says which entries of a module are kept."""
+    size, kept = value["size"], value["kept"]
+    numbers = all(map(_is_number, (size, value["behind"], *kept))) and value["behind"] >= 0
+    inside = numbers and 0 < len(kept) <= size and all(0 <= one < size for one in kept)
+    return value["of"] in ("channels", "experts") and inside
 
 
 def _is_width(value: Any) -> bool:

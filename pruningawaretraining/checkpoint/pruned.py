@@ -27,7 +27,9 @@ from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.hugging_face import follow_configs
 from pruningawaretraining.models.module_widths import counted_widths, set_count
 from pruningawaretraining.models.pruned_attention import reads_fewer, with_fewer_heads
+from pruningawaretraining.models.saved_masks import masked_modules, put_masks
 from pruningawaretraining.models.skipped_blocks import PassThrough, pass_through, passed_blocks
+from pruningawaretraining.models.sliced_buffers import note_sliced, sliced_buffers
 from pruningawaretraining.models.surgery import Surgery, successor
 from pruningawaretraining.models.trial import Trial
 from pruningawaretraining.version import __version__
@@ -70,7 +72,8 @@ def save_pruned(model: nn.Module, path: str | Path, *, standalone: bool | Callab
     passed = passed_blocks(model)
     gone = tuple(f"{name}." for name in passed)
     state = {name: value for name, value in own_state(model).items() if not name.startswith(gone)}
-    tensors, aliases = _without_copies(state)
+    buffers = {name: one for name, one in sliced_buffers(model).items() if not name.startswith(gone)}
+    tensors, aliases = _without_copies({**state, **buffers})
     widths = {name: _widths(one) for name, one in model.named_modules() if not name.startswith(gone)}
     description = {
         "version": __version__,
@@ -79,6 +82,8 @@ def save_pruned(model: nn.Module, path: str | Path, *, standalone: bool | Callab
         "counted": {name: found for name, one in model.named_modules() if (found := counted_widths(one))},
         "aliases": aliases,
         "passed": passed,
+        "masked": {name: one for name, one in masked_modules(model).items() if not f"{name}.".startswith(gone)},
+        "buffers": sorted(buffers),
         "record": record,
     }
     metadata = {KEY: json.dumps(description), "format": "pt"}
@@ -145,11 +150,12 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
     surgery, trial, before = Surgery(), Trial(model), disagreements(model)
     try:
         _take_out_blocks(model, description["passed"], surgery)
-        _check_names(model, tensors)
+        _check_names(model, tensors, description["buffers"])
         _put_tensors(model, tensors, surgery)
         _put_widths(model, description["modules"], surgery)
         _put_counts(model, description["counted"], surgery)
         _check_whole(model, before, trial)
+        put_masks(model, description["masked"], surgery)
     except CheckpointError:
         surgery.undo()
         raise
@@ -186,8 +192,9 @@ def _take_out_blocks(model: nn.Module, passed: dict[str, int], surgery: Surgery)
             pass_through(model, modules[name], outputs, surgery)
 
 
-def _check_names(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _check_names(model: nn.Module, tensors: dict[str, Tensor], buffers: Collection[str]) -> None:
     wanted = {name: value for name, value in own_state(model).items() if isinstance(value, Tensor)}
+    wanted |= {name: value for name, value in model.named_buffers(remove_duplicate=False) if name in buffers}
     missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or unexpected:
         name = (missing or unexpected)[0]
@@ -224,6 +231,7 @@ def _put_tensors(model: nn.Module, tensors: dict[str, Tensor], surgery: Surgery)
                 surgery.set_attribute(module, attribute, made[id(old)])
             else:
                 surgery.set_attribute(module, attribute, new)
+                note_sliced(module, attribute, surgery)
 
 
 def _laid_out_like(old: Tensor, new: Tensor) -> Tensor:

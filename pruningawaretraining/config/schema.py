@@ -239,7 +239,7 @@ class Rule(Timed, Strict):
             raise ConfigError("layers: [] names no layer. Allowed: at least one, or leave the key out for all")
         if self.enabled and names("pattern"):
             check_supported(self, {option: type(self).model_fields[option].default for option in OPTIONS})
-        check_per_layer(self.sparsity_per_layer, self.keep_per_layer, self.target)
+        check_per_layer(self.sparsity_per_layer, self.keep_per_layer, self.target, self.min_sparsity, self.max_sparsity)
         check_family(self)
         check_structures(self)
         aimless = not self.aims and self.regularizer is None

@@ -165,8 +165,10 @@ class ExampleInputs(Strict):
         raise ValueError(f"{value!r} is not a shape. Allowed: [B, C, H, W], each at least 1, or a list of shapes")
 
 
-def check_per_layer(fractions: dict[str, float] | None, keep: int | None, target: Target) -> None:
-    """Refuse what is given for single layers beside a target, and a mapping without layers.
+def check_per_layer(
+    fractions: dict[str, float] | None, keep: int | None, target: Target, least: float, most: float
+) -> None:
+    """Refuse what is given for single layers beside a target, a mapping without layers, and fractions out of bounds.
 
     Raises:
         ConfigError: it names what to leave out.
@@ -179,3 +181,9 @@ def check_per_layer(fractions: dict[str, float] | None, keep: int | None, target
         raise ConfigError(f"{names[0]}: it stands for a target. Allowed: leave out {others[0]}")
     if fractions is not None and not fractions:
         raise ConfigError("sparsity_per_layer: {} names no layer. Allowed: {layer: fraction}")
+    for layer, fraction in (fractions or {}).items():
+        if not least <= fraction <= most:
+            bound = f"max_sparsity: {most}" if fraction > most else f"min_sparsity: {least}"
+            raise ConfigError(
+                f"sparsity_per_layer.{layer}: {fraction} does not go with {bound}. Allowed: {least} to {most}"
+            )

@@ -20,7 +20,7 @@ from pruningawaretraining.criteria.second_order import Calibration
 from pruningawaretraining.engine.dynamics import check_sharded_dynamic
 from pruningawaretraining.engine.rule import ActiveRule
 from pruningawaretraining.errors import ConfigError, unknown
-from pruningawaretraining.groups.grouping import Grouping, GroupSet
+from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.masks.dynamics import FROZEN, Dynamic
 from pruningawaretraining.schedules import PRESENT
 
@@ -141,6 +141,10 @@ def norms_of_sets(grouping: Grouping) -> dict[str, Tensor]:
     return {one.name: norms_G[one.start : one.stop] for one in grouping.sets}
 
 
+STATES = ("weight_hh_l0", "weight_hh")
+"""Weights of recurrent layers and cells with an input for each hidden channel."""
+
+
 def set_of_layer(grouping: Grouping) -> dict[str, str]:
     """Layer -> the set that its output channels belong to."""
     found: dict[str, str] = {}
@@ -148,6 +152,20 @@ def set_of_layer(grouping: Grouping) -> dict[str, str]:
         if member.slots is not None and bool((member.slots < grouping.size).any()):
             number = int(grouping.set_ids[int(member.slots.min())])
             found[member.name.removesuffix(".weight")] = grouping.sets[number].name
+    for layer, member in hidden_states(grouping).items():
+        assert member.slots is not None
+        found[layer] = grouping.sets[int(grouping.set_ids[int(member.slots.min())])].name
+    return found
+
+
+def hidden_states(grouping: Grouping) -> dict[str, Member]:
+    """Recurrent layer -> the tensor that reads its states, along these: the groups of its hidden channels."""
+    found: dict[str, Member] = {}
+    for member in grouping.members:
+        owner, _, attribute = member.name.rpartition(".")
+        reads = attribute in STATES and len(member.labels) == 2 and member.labels[1] is not None
+        if reads and member.slots is not None and bool((member.slots < grouping.size).any()):
+            found[owner] = member
     return found
 
 

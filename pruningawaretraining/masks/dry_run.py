@@ -12,19 +12,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.distributed.collectives import agreed, rank, world_size
 from pruningawaretraining.errors import ModelError
+from pruningawaretraining.masks.agreed_groups import found_by_all
 from pruningawaretraining.masks.bisection import working
 from pruningawaretraining.masks.confined import failing_inside
 from pruningawaretraining.masks.culprits import failing_module, problem_of, sets_within
 from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.masks.shape_copy import ShapeCopy, shape_copy
+from pruningawaretraining.masks.telling import NOTHING_TOLD, outputs_depend
 from pruningawaretraining.masks.temporary import temporarily_masked
 from pruningawaretraining.masks.unprunable import warn_of_rest
 from pruningawaretraining.models.calling import ForwardFn, outputs_of
@@ -33,7 +35,6 @@ from pruningawaretraining.models.fake_quant import resting
 from pruningawaretraining.models.probes import perturbed
 from pruningawaretraining.patterns.channel import find_channels
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
-from pruningawaretraining.patterns.channel_labels import producer_names
 from pruningawaretraining.patterns.coupling import TRACE_LIMIT
 from pruningawaretraining.patterns.depth import find_blocks
 from pruningawaretraining.patterns.expert import is_of_experts
@@ -45,12 +46,6 @@ MISREAD = (
     "removed, some of it would leave another model than masked: an operation that is not understood, or a number that "
     "the code computes from its width, such as a scale"
 )
-LATE = "the first process did not find its coupled channels within trace_limit"
-NOTHING_TOLD = (
-    "%s: its outputs on random inputs like the example are constant or random, so that a removal can be checked by the "
-    "shapes of outputs alone. Pass example_inputs= that reach every output, or a forward_fn that returns more of them"
-)
-
 Left = Callable[[int, int], int]
 """(number of a set, its size) -> how many of its groups stay."""
 
@@ -143,7 +138,10 @@ class _Rehearsal:
         if all(one.is_meta for one in removed.tensors):
             return ""
         with temporarily_masked(self.model, self.found, keep_G):
-            verdict = self.comparison.verdict(self.comparison.outputs(), removed)
+            masked = self.comparison.outputs()
+            verdict = self.comparison.verdict(masked, removed)
+            if verdict.informative and not verdict.difference:
+                self.told &= outputs_depend(self.comparison, self.model, self.found, keep_G, masked)
         self.told &= verdict.informative
         return MISREAD if verdict.difference else ""
 
@@ -199,13 +197,21 @@ def removable_channels(
         ModelError: the inputs are rejected, or nothing can be removed.
     """
 
-    def find(limit: float) -> ChannelGroups:
-        return find_channels(model, inputs, chosen, forward_fn, units, limit, own)
+    def tried(stated: bool) -> tuple[ChannelGroups, _Rehearsal, list[int]]:
+        def find(limit: float) -> ChannelGroups:
+            return find_channels(model, inputs, chosen, forward_fn, units, limit, own, stated)
 
-    found = _found_by_all(model, limit, find)
-    rehearsal = _Rehearsal(model, found, inputs, forward_fn, multiples or {})
-    with perturbed(model):
-        able = rehearsal.able()
+        found = found_by_all(model, limit, find)
+        rehearsal = _Rehearsal(model, found, inputs, forward_fn, multiples or {})
+        with perturbed(model):
+            return found, rehearsal, rehearsal.able()
+
+    found, rehearsal, able = tried(stated=False)
+    if _may_state(found, rehearsal.reasons):  # perhaps it runs if attributes follow that code states widths with
+        with suppress(ModelError):
+            other = tried(stated=True)
+            if _groups(other[0], other[2]) > _groups(found, able):
+                found, rehearsal, able = other
     if not rehearsal.told:
         logger.warning(NOTHING_TOLD, type(model).__name__)
     if len(able) == len(found.grouping.sets):
@@ -222,22 +228,14 @@ def removable_channels(
     return left
 
 
-def _found_by_all(model: nn.Module, limit: float, find: Callable[[float], ChannelGroups]) -> ChannelGroups:
-    """The first process's findings within its time limit; the others follow it, since clocks differ."""
-    if world_size() == 1:
-        return find(limit)
-    names, found, problem = producer_names(model), None, None
-    try:
-        found = find(limit if rank() == 0 else math.inf)
-    except ModelError as error:
-        problem = error
-    mine = {one.name for one in found.grouping.sets} if found is not None else set()
-    (first,) = agreed(torch.tensor([name in mine for name in names]))
-    if found is None:
-        raise ModelError(str(problem)) from problem
-    missing = {name for name, there in zip(names, first.tolist(), strict=True) if not there}
-    late = {number: LATE for number, one in enumerate(found.grouping.sets) if one.name in missing}
-    return found.without(late) if late else found
+def _may_state(found: ChannelGroups, reasons: Mapping[int, str]) -> bool:
+    """Whether the model does not run without some channels (heads are numbers of their own)."""
+    sets = found.grouping.sets
+    return any(reason != MISREAD and not is_of_heads(sets[number]) for number, reason in reasons.items())
+
+
+def _groups(found: ChannelGroups, able: Sequence[int]) -> int:
+    return sum(found.grouping.sets[number].size for number in able)
 
 
 def removable_blocks(

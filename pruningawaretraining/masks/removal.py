@@ -20,6 +20,7 @@ from pruningawaretraining.models.exported_graph import ExportedGraph
 from pruningawaretraining.models.fake_quant import follow_weights
 from pruningawaretraining.models.masked_norms import set_norm_width
 from pruningawaretraining.models.optimizer_state import Exchanged, follow, mark_replaced
+from pruningawaretraining.models.sliced_buffers import note_sliced
 from pruningawaretraining.models.surgery import Keep, Surgery, slice_tensor, successor
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.projections import is_transposed_linear
@@ -131,6 +132,7 @@ def _slice_module(model: nn.Module, kept: dict[str, Keep], surgery: Surgery) -> 
         new_tensors.append((owner, attribute, new))
     for owner, attribute, new in new_tensors:
         surgery.set_attribute(owner, attribute, new)
+        note_sliced(owner, attribute, surgery)
     touched = {id(owner): owner for owner, _, _ in new_tensors}
     for owner in touched.values():
         _update_widths(owner, surgery)
@@ -155,6 +157,9 @@ def _update_widths(module: nn.Module, surgery: Surgery) -> None:
     elif isinstance(module, nn.RNNBase):
         for attribute, first in (("input_size", "weight_ih_l0"), ("hidden_size", "weight_hh_l0")):
             surgery.set_attribute(module, attribute, module.get_parameter(first).shape[1])
+    elif isinstance(module, nn.RNNCellBase):
+        surgery.set_attribute(module, "input_size", module.weight_ih.shape[1])
+        surgery.set_attribute(module, "hidden_size", module.weight_hh.shape[1])
     elif isinstance(module, nn.PReLU):
         surgery.set_attribute(module, "num_parameters", module.weight.shape[0])
     else:

@@ -38,15 +38,20 @@ def warn_of_rest(
     """
     pruned = {one.name.removesuffix(".weight") for one in found.grouping.of_role("out").members}
     pruned |= {one.name for one in found.grouping.sets}
+    raw = {name for name, _ in model.named_parameters()}
     stay = {
         name: reason
         for name, reason in found.skipped.items()
-        if name in chosen and name not in pruned and OUTPUT not in reason and "not selected" not in reason
+        if (name in chosen or name in raw)
+        and name not in pruned
+        and OUTPUT not in reason
+        and "not selected" not in reason
     }
     if not stay:
         return
     whole = _outermost([name for name in stay if not any(_is_in(one, name) for one in pruned)])
     counts = macs_per_layer(model, inputs, forward_fn)
+    counts |= _of_raw([name for name in whole if name in raw], counts)
     share = sum(counts.get(name, 0) for name in whole) / max(counts[""], 1)
     if share < LEAST:
         return
@@ -55,6 +60,17 @@ def warn_of_rest(
     shown = "; ".join(f"{names}: {reason}" for reason, names in reasons[:SHOWN])
     more = "; and others (pat inspect shows all)" if len(reasons) > SHOWN else ""
     logger.warning("layers with %.0f%% of the MACs keep all their channels. %s%s", 100 * share, shown, more)
+
+
+def _of_raw(names: Collection[str], counts: Mapping[str, int]) -> dict[str, int]:
+    """MACs in the code of the modules that own raw parameters, with one parameter of each."""
+    found: dict[str, int] = {}
+    for owner, name in {one.rpartition(".")[0]: one for one in names}.items():
+        prefix = f"{owner}." if owner else ""
+        inside = [one for one in counts if one and one != owner and one.startswith(prefix)]
+        direct = [one for one in inside if "." not in one.removeprefix(prefix)]
+        found[name] = max(0, counts.get(owner, 0) - sum(counts[one] for one in direct))
+    return found
 
 
 def _is_in(name: str, module: str) -> bool:

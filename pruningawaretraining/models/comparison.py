@@ -178,6 +178,12 @@ class Comparison:
             )
         return Verdict(worst, informative)
 
+    @staticmethod
+    def moved(before: Outputs, after: Outputs) -> bool:
+        """Whether any output changed by more than rounding in float64 does."""
+        gaps = (gap_of(one, other) for one, other in zip(before.tensors, after.tensors, strict=True))
+        return any(gap > EXACT * scale for gap, scale in gaps)
+
     def _movement(self) -> list[tuple[float, float]]:
         """Movement of each output by rounding, and between seeds."""
         with self._settings():

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruningawaretraining.models.surgery import Surgery
+
 
 class KeptNorm:
     """Forward hook: a norm whose statistics are those of the kept channels, and whose output is 0 elsewhere.
@@ -22,7 +24,11 @@ class KeptNorm:
 
     Attributes:
         keep_C: for each channel, 1 if it is kept, else 0; changed in place.
+        saved, behind: see :class:`pruningawaretraining.models.kept_hooks.KeptHook`.
     """
+
+    saved = False
+    behind = 0
 
     def __init__(self, channels: int, device: torch.device) -> None:
         self.keep_C = torch.ones(channels, device=device)
@@ -30,6 +36,14 @@ class KeptNorm:
     def take(self, keep_C: Tensor, device: torch.device) -> None:
         """Take new masks, in place."""
         self.keep_C.copy_(keep_C)
+
+    def known(self) -> Tensor | None:
+        """Which channels are kept, on the CPU; None before it was told."""
+        return self.keep_C.detach().cpu() > 0
+
+    def narrow(self, keep_C: Tensor, surgery: Surgery) -> None:
+        """Know of these channels alone."""
+        surgery.set_attribute(self, "keep_C", self.keep_C[keep_C.to(self.keep_C.device)])
 
     def __call__(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The output in place of the module's own."""

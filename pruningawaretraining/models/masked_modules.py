@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from pruningawaretraining.models.kept_norm import KeptNorm
 from pruningawaretraining.models.module_widths import narrowed, widths_of
+from pruningawaretraining.models.surgery import Surgery
 
 _MAKERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
 _BARRED = (
     nn.modules.batchnorm._NormBase,
     nn.modules.dropout._DropoutNd,
     nn.RNNBase,
+    nn.RNNCellBase,
     nn.MultiheadAttention,
     nn.Embedding,
     nn.Sequential,
@@ -76,6 +78,21 @@ class KeptModule(KeptNorm):
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         super().__init__(1, device)
         self.keep_C = KeptChannels()
+
+    @property
+    def behind(self) -> int:  # type: ignore[override]
+        return -int(self.keep_C.axis) - 1
+
+    def known(self) -> Tensor | None:
+        """Which channels are kept; None before it was told."""
+        found: Tensor | None = self.keep_C.keep_C
+        return found
+
+    def narrow(self, keep_C: Tensor, surgery: Surgery) -> None:
+        """Know of these channels alone."""
+        left = KeptChannels()
+        left.copy_(self.keep_C.keep_C[keep_C].reshape(-1, *[1] * self.behind))
+        surgery.set_attribute(self, "keep_C", left)
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         keep: KeptChannels = self.keep_C

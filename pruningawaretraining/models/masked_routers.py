@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.models.compiling import forget_compiled
 from pruningawaretraining.models.kept_hooks import KeptHooks
+from pruningawaretraining.models.surgery import Surgery
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts")
 """Attributes that count experts."""
@@ -33,6 +34,9 @@ class KeptExperts:
         experts: how many there are.
     """
 
+    saved = False
+    behind = 0
+
     def __init__(self, experts: int) -> None:
         self.experts = experts
         self.kept_K = torch.arange(experts)
@@ -40,6 +44,20 @@ class KeptExperts:
     def take(self, keep_E: Tensor, device: torch.device) -> None:
         """Take new masks."""
         self.kept_K = torch.nonzero(keep_E).flatten().to(device)
+
+    def known(self) -> Tensor | None:
+        """Which experts are kept, on the CPU."""
+        keep_E = torch.zeros(self.experts, dtype=torch.bool)
+        keep_E[self.kept_K.cpu()] = True
+        return keep_E
+
+    def narrow(self, keep_E: Tensor, surgery: Surgery) -> None:
+        """Know of these experts alone."""
+        known_E = self.known()
+        assert known_E is not None
+        left_E = known_E[keep_E]
+        surgery.set_attribute(self, "experts", len(left_E))
+        surgery.set_attribute(self, "kept_K", torch.nonzero(left_E).flatten().to(self.kept_K.device))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output in place of the module's own."""
@@ -80,9 +98,9 @@ class KeptExperts:
             return tensor
         return tensor.index_select(0, self.kept_K)
 
-    def __reduce__(self) -> tuple[type[KeptExperts], tuple[int]]:
-        """A copy or a saved model keeps one that does nothing."""
-        return KeptExperts, (self.experts,)
+    def __reduce__(self) -> Any:
+        """A copy or a pickled model keeps one that does nothing, unless it came with a file."""
+        return KeptExperts, (self.experts,), vars(self) if self.saved else None
 
 
 class RouterHooks(KeptHooks[KeptExperts]):
@@ -103,7 +121,11 @@ class RouterHooks(KeptHooks[KeptExperts]):
     def hooked(self, name: str, keep_N: Tensor, device: torch.device) -> tuple[KeptExperts, RemovableHandle]:
         """Give the router of a block its hook."""
         hook = KeptExperts(len(keep_N))
-        return hook, self.model.get_submodule(self.routers[name]).register_forward_hook(hook, with_kwargs=True)
+        return hook, self.module_of(name).register_forward_hook(hook, with_kwargs=True)
+
+    def module_of(self, name: str) -> nn.Module:
+        """The router of a block."""
+        return self.model.get_submodule(self.routers[name])
 
     def mask(self, keep_G: Tensor, device: torch.device) -> None:
         """Take new masks (on the CPU)."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pruningawaretraining.groups.attachment import Attachment, MaskHooks
+from pruningawaretraining.models.kept_hooks import narrow_saved
 from pruningawaretraining.models.masked_norms import NormHooks, kept_norm_of, set_norm_width
 from pruningawaretraining.models.module_widths import set_count
 from pruningawaretraining.models.surgery import Surgery
@@ -21,9 +22,10 @@ class Norms(Attachment):
         return NormHooks(model, self.kept)
 
     def remove(self, model: nn.Module, keep_G: Tensor, surgery: Surgery) -> tuple[nn.Parameter, ...]:
-        """Narrow norms without tensors, which slicing does not reach."""
+        """Narrow norms without tensors, which slicing does not reach, and what a file says of masked channels."""
         for name, keep_C in self.kept(keep_G).items():
             module = model.get_submodule(name)
+            narrow_saved(module, keep_C, surgery)
             if getattr(module, "weight", None) is None:
                 set_norm_width(module, int(keep_C.sum()), surgery)
         return ()

@@ -174,6 +174,7 @@ def find_channels(
     units: Mapping[str, str] | None = None,
     limit: float = TRACE_LIMIT,
     own: Sequence[ChannelGroups] = (),
+    stated: bool = False,
 ) -> ChannelGroups:
     """Trace a model and group its channels and heads.
 
@@ -185,6 +186,7 @@ def find_channels(
             :class:`pruningawaretraining.patterns.head.Head`.
         limit: seconds that the search for coupled channels may take; what is not finished then is left out.
         own: groups that patterns have found themselves, see :func:`own_groups`.
+        stated: see :func:`pruningawaretraining.patterns.labels.trace.trace`.
 
     Raises:
         ModelError: the inputs are rejected, or nothing can be pruned.
@@ -193,7 +195,7 @@ def find_channels(
     found = ChannelGroups(Grouping("channel", (), ()))
     if chosen - units.keys() or not (units or own):
         with resting(model):
-            dependencies = trace(model, inputs, forward_fn, limit)
+            dependencies = trace(model, inputs, forward_fn, limit, stated)
         found = channel_groups(model, dependencies, chosen)
     if units:
         found = found.beside(find_heads(model, units))

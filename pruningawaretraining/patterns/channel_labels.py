@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from pruningawaretraining.groups.products import Product
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.masked_norms import is_foreign_rms_norm
 from pruningawaretraining.patterns.attachments import Counts, Norms
+from pruningawaretraining.patterns.attention import attention_blocks
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.coupling import DependencyMap, Indices, Space, WorkOf
 from pruningawaretraining.patterns.projections import is_transposed_linear
@@ -21,10 +24,13 @@ from pruningawaretraining.patterns.projections import is_transposed_linear
 Conv = nn.modules.conv._ConvNd
 Norm = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
+BY_HEADS = "(prune it by heads)"
+"""How reasons end that advise it."""
+
 
 def is_producer(module: object) -> bool:
     """Whether a layer makes channels: convolutions, linear and recurrent layers."""
-    return isinstance(module, (Conv, nn.Linear, nn.RNNBase)) or (
+    return isinstance(module, (Conv, nn.Linear, nn.RNNBase, nn.RNNCellBase)) or (
         isinstance(module, nn.Module) and is_transposed_linear(module)
     )
 
@@ -55,8 +61,48 @@ def channel_groups(model: nn.Module, dependencies: DependencyMap, chosen: set[st
                 skipped.setdefault(name, reason if name in chosen or component in blocked else "not selected")
         else:
             members.setdefault(tuple(sorted(spaces)), []).append(component)
+    skipped = {**_advised(model, skipped), **_made_by_none(dependencies, blocked, producers)}
     runs = sorted(members.items(), key=lambda run: min(order[dependencies.spaces[index].name] for index in run[0]))
     return _label(model, dependencies, [(key, parts) for key, parts in runs if len(parts) > 1], order, skipped)
+
+
+def _advised(model: nn.Module, skipped: dict[str, str]) -> dict[str, str]:
+    """Reasons whose advice is to prune by heads, without it where no heads are known."""
+    if not any(BY_HEADS in reason for reason in skipped.values()):
+        return skipped
+    found, unread = attention_blocks(model)
+    known = {layer for one in found for layer in one.layers}
+    return {
+        name: reason if name in known else reason.replace(BY_HEADS, f"({_no_heads(name, unread)})")
+        for name, reason in skipped.items()
+    }
+
+
+def _no_heads(layer: str, unread: Mapping[str, str]) -> str:
+    """Why a layer cannot be pruned by heads."""
+    around = next((name for name in unread if layer == name or layer.startswith(f"{name}." if name else "")), None)
+    return "its heads are not known either" + ("" if around is None else f": {unread[around]}")
+
+
+def _made_by_none(
+    dependencies: DependencyMap, blocked: Mapping[int, str], producers: Mapping[int, Any]
+) -> dict[str, str]:
+    """Raw weights that products outside of layers sum over, and whose channels no layer makes or reads: the reason."""
+    summed = {int(number): one.where for one in dependencies.works for part in one.inputs for number in part}
+    held: dict[tuple[str, ...], str] = {}
+    places: dict[int, list[tuple[Space, str]]] = {}
+    for space, components in zip(dependencies.spaces, dependencies.components, strict=True):
+        for number in np.unique(components).tolist():
+            if number in summed and number not in producers:
+                is_raw = isinstance(space.owner, nn.Parameter) and space.owner.dim() > 1
+                places.setdefault(number, []).append((space, f"dimension {space.dim}" if is_raw else ""))
+    for number, found in places.items():
+        if len(found) > 1 and all(where for _, where in found):
+            names = tuple(f"{where} of {space.name}" for space, where in found)
+            held_by = f"only raw parameters hold its channels ({', '.join(names)}), and no layer makes them"
+            reason = f"{held_by}: they are summed over {summed[number]}"
+            held.setdefault((found[0][0].name, *names), blocked.get(number, reason))
+    return {key[0]: reason for key, reason in held.items()}
 
 
 def _not_chosen(names: list[str], chosen: set[str]) -> str:
@@ -204,7 +250,7 @@ def _members(space: Space, groups: Tensor, total: int) -> list[Member]:
         return [Member.along(space.name, owner, space.dim, groups, total, role)]
     assert owner is not None
     transposed = is_transposed_linear(owner) or (isinstance(owner, Conv) and owner.transposed)
-    if isinstance(owner, nn.RNNBase):
+    if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)):
         return []  # its weights are raw parameters
     if is_producer(owner) and space.side == "in":
         return _input_members(space, owner, groups, total, transposed)

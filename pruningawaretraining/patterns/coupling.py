@@ -64,12 +64,14 @@ class WorkOf:
         layer: the module.
         macs: how many there are.
         outputs, inputs: the components of each dimension that stays, and of each that is summed over.
+        where: the layer and line, for messages.
     """
 
     layer: str
     macs: int
     outputs: tuple[Indices, ...]
     inputs: tuple[Indices, ...]
+    where: str = ""
 
 
 @dataclass(frozen=True, eq=False)

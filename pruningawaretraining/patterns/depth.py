@@ -27,7 +27,7 @@ from pruningawaretraining.models.skipped_blocks import BlockHooks, remove_blocks
 from pruningawaretraining.models.surgery import Surgery
 from pruningawaretraining.patterns.block_names import candidates
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
-from pruningawaretraining.patterns.selection import select
+from pruningawaretraining.patterns.selection import none_chosen, select
 from pruningawaretraining.registry import register
 
 SIGNATURE = "blocks"
@@ -53,10 +53,7 @@ class Depth:
         chosen = select(model, layers, names, f"{prefix}layers")
         chosen -= select(model, list(exclude), names, f"{prefix}exclude")
         if names and not chosen:
-            raise ConfigError(
-                f"{prefix}layers: {layers!r} selects no block (exclude: {list(exclude)!r}). Allowed: "
-                f"{', '.join(sorted(names)[:8])}"
-            )
+            raise none_chosen(model, layers, exclude, key, "block", names)
         return chosen
 
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:

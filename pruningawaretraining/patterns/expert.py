@@ -20,11 +20,12 @@ from pruningawaretraining.config.options import EXPERTS, Support
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.attachment import Attachment
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
+from pruningawaretraining.models.kept_hooks import narrow_saved
 from pruningawaretraining.models.masked_routers import COUNTS, RouterHooks
 from pruningawaretraining.models.module_widths import set_count
 from pruningawaretraining.models.surgery import Surgery
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
-from pruningawaretraining.patterns.selection import select
+from pruningawaretraining.patterns.selection import none_chosen, select
 from pruningawaretraining.registry import register
 
 SIGNATURE = "experts"
@@ -54,12 +55,9 @@ class Expert:
         spared = select(model, list(exclude), names, f"{prefix}exclude")
         chosen = {one.name for one in blocks if wanted & set(one.names) and not spared & set(one.names)}
         if not chosen:
+            error = none_chosen(model, layers, exclude, key, "block of experts", [one.name for one in blocks])
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(unread.items())[:4])
-            shown = ", ".join(one.name for one in blocks[:8])
-            raise ConfigError(
-                f"{prefix}layers: {layers!r} selects no block of experts (exclude: {list(exclude)!r}). "
-                + (f"Allowed: {shown}" if shown else reasons or f"The {type(model).__name__} has none that is known")
-            )
+            raise ConfigError(f"{error}. {reasons}") if reasons and not blocks else error
         return chosen
 
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
@@ -203,6 +201,7 @@ class Experts(Attachment):
     def remove(self, model: nn.Module, keep_G: Tensor, surgery: Surgery) -> tuple[nn.Parameter, ...]:
         """Let attributes of the blocks count what is left; those around them do where all blocks have equally many."""
         for name, keep_E in self.kept(keep_G).items():
+            narrow_saved(model.get_submodule(self.routers[name]), keep_E, surgery)
             for module in model.get_submodule(name).modules():
                 _count(module, int(keep_E.sum()), surgery, only=len(keep_E))
         left = {one.experts for one in expert_blocks(model)[0]}

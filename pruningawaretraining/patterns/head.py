@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.config.options import COUPLED, Support
-from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.attachment import Attachment, OwnCost
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.models.pruned_attention import Kept, reads_fewer, shrink_heads
@@ -26,7 +25,7 @@ from pruningawaretraining.patterns.attention import Attention, attention_blocks,
 from pruningawaretraining.patterns.block_names import chosen_blocks
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.projections import HeadTensor
-from pruningawaretraining.patterns.selection import select
+from pruningawaretraining.patterns.selection import none_chosen, select
 from pruningawaretraining.registry import lookup, register
 
 Unit = Callable[[Attention], tuple[int, Callable[[HeadTensor], Tensor | None]]]
@@ -87,12 +86,8 @@ class Head:
         """
         chosen = chosen_heads(model, layers, exclude, key)
         if not chosen:
-            blocks = ", ".join(one.name for one in attention_blocks(model)[0][:8])
-            where = f"{key}." if key else ""
-            raise ConfigError(
-                f"{where}layers: {layers!r} selects no attention block (exclude: {list(exclude)!r}). "
-                + (f"Allowed: {blocks}" if blocks else f"The {type(model).__name__} has none that is known")
-            )
+            blocks = [one.name for one in attention_blocks(model)[0]]
+            raise none_chosen(model, layers, exclude, key, "attention block", blocks)
         return chosen | chosen_blocks(model, layers, exclude, key) if self.depth else chosen
 
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:

@@ -108,6 +108,26 @@ FORMS: dict[str, Callable[..., set[str]]] = {"re:": _whole, "in:": _within, "par
 """How an entry begins -> which layers its regular expression chooses."""
 
 
+def none_chosen(
+    model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str], key: str, what: str, there: Iterable[str]
+) -> ConfigError:
+    """The error of a rule that selects nothing.
+
+    Args:
+        model, layers, exclude, key: of the rule.
+        what: is selected, in the singular.
+        there: names of what the model has of it.
+    """
+    prefix, names = f"{key}." if key else "", sorted(there)
+    if not names:
+        return ConfigError(f"{prefix}pattern: the {type(model).__name__} has no {what} that is known")
+    shown = f"Allowed: {', '.join(names[:8])}"
+    if layers is None:
+        return ConfigError(f"{prefix}exclude: {list(exclude)!r} leaves no {what}. {shown}")
+    without = f" without {list(exclude)!r}" if exclude else ""
+    return ConfigError(f"{prefix}layers: {list(layers)!r}{without} selects no {what}. {shown}")
+
+
 def spared(model: nn.Module, entries: Sequence[str] | None, layers: Iterable[str]) -> list[str]:
     """Parameters that ``param:`` entries match beside the weights of some layers: of norms, embeddings, and biases."""
     forms = [entry.removeprefix(OPTIONAL) for entry in entries or ()]

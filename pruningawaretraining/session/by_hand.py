@@ -5,12 +5,14 @@ Shape suffixes: ``_G`` groups that are still there, ``_O`` output channels of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pruningawaretraining.engine.coupled import CoupledGroups
+from pruningawaretraining.engine.coupled_rules import hidden_states
 from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.groups.grouping import Member
 
@@ -28,27 +30,46 @@ def keep_without(coupled: CoupledGroups, channels: Mapping[str, Sequence[int]]) 
     Raises:
         ConfigError: a layer or channel that cannot be removed; nothing has changed.
     """
-    members = {one.name.removesuffix(".weight"): one for one in coupled.found.grouping.of_role("out").members}
+    grouping = coupled.found.grouping
+    members = {one.name.removesuffix(".weight"): one for one in grouping.of_role("out").members}
+    members |= hidden_states(grouping)
     keep_G = coupled.keep_D[coupled.live_D].clone()
     for layer, numbers in channels.items():
         if layer not in members:
             reason = coupled.found.skipped.get(layer)
             raise ConfigError(f"channels: {layer!r} stays: {reason}" if reason else unknown("channels", layer, members))
-        groups = _groups(layer, members[layer], numbers, coupled.found.grouping.size)
+        groups = _groups(layer, members[layer], _integers(layer, members[layer], numbers), grouping.size)
         keep_G[groups] = False
-    for one in coupled.found.grouping.sets:
+    for one in grouping.sets:
         left = int(keep_G[one.start : one.stop].sum())
         if left < one.least:
             raise ConfigError(f"channels: {left} would be left of {one.name!r}. Allowed: at least {one.least} stay")
     return keep_G
 
 
+def _integers(layer: str, member: Member, given: Any) -> list[int]:
+    """Numbers of channels as Python's, from a sequence, an array or a tensor.
+
+    Raises:
+        ConfigError: no sequence, or something in it that is no number of a channel.
+    """
+    assert member.slots is not None
+    last = len(member.slots) - 1
+    values = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Collection):
+        raise ConfigError(f"channels.{layer}: {given!r} is not allowed. Allowed: a list of numbers, 0 to {last}")
+    found = []
+    for value in values:
+        plain = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(plain, bool) or not isinstance(plain, int) or not 0 <= plain <= last:
+            raise ConfigError(f"channels.{layer}: {plain!r} is not allowed. Allowed: 0 to {last}")
+        found.append(plain)
+    return found
+
+
 def _groups(layer: str, member: Member, numbers: Sequence[int], outside: int) -> Tensor:
     assert member.slots is not None
     slots_O = member.slots.cpu()
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(slots_O):
-            raise ConfigError(f"channels.{layer}: {number!r} is not allowed. Allowed: 0 to {len(slots_O) - 1}")
     wanted_O = torch.zeros(len(slots_O), dtype=torch.bool)
     wanted_O[list(numbers)] = True
     if bool((slots_O[wanted_O] >= outside).any()):

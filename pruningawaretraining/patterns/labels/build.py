@@ -18,7 +18,7 @@ from pruningawaretraining.patterns.labels.slots import varying
 from pruningawaretraining.patterns.projections import is_transposed_linear
 
 Conv = nn.modules.conv._ConvNd
-Producer = (Conv, nn.Linear, nn.RNNBase, nn.Embedding)
+Producer = (Conv, nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.Embedding)
 Channelwise = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 UNREAD = "its outputs reach none of the model's on the example inputs"
@@ -83,8 +83,9 @@ class Builder:
             found = self._along(weight, 0, module.num_parameters, taken)
             if found is not None:
                 yield _space(module, name, "both", module.num_parameters), found
-        elif isinstance(module, nn.RNNBase):
-            owner = self.owners.get((f"{name}.weight_hh_l0" if name else "weight_hh_l0", 1))
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            states = "weight_hh_l0" if isinstance(module, nn.RNNBase) else "weight_hh"
+            owner = self.owners.get((f"{name}.{states}" if name else states, 1))
             if owner is not None:
                 yield _space(module, name, "out", module.hidden_size), self.numbers[owner.slots]
         elif isinstance(module, Channelwise):
@@ -151,6 +152,7 @@ class Builder:
                 one.macs,
                 tuple(self.numbers[slots] for slots in one.outputs),
                 tuple(self.numbers[slots] for slots in one.inputs),
+                one.where,
             )
             for one in self.follower.works
         )

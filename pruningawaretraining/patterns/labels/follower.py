@@ -111,7 +111,7 @@ class Call:
             inside = tuple(one.reshape(-1) for one in lines if one.shape[summed] > 1)
             outside = tuple(one.reshape(-1) for one in lines if one.shape[summed] == 1)
             macs = int(formula(*args, **kwargs, out_val=self.out)) // 2
-            self.follower.works.append(Work(self.follower.stack[-1], macs, outside, inside))
+            self.follower.works.append(Work(self.follower.stack[-1], macs, outside, inside, self.follower.where()))
 
     def virtual(self, shape: Sequence[int], dims: Sequence[int]) -> list[Array]:
         """Fresh slots for dimensions whose sizes the code computes."""
@@ -146,13 +146,19 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors: parameters and buffers by name.
         deadline: what is run later is not followed.
         layers: modules that sum products in the way that PyTorch's layers do.
+        stated: note the widths of all views, and not only of those that cut channels.
     """
 
     def __init__(
-        self, slots: Slots, tensors: Mapping[str, Tensor], deadline: Deadline, layers: Collection[str] = ()
+        self,
+        slots: Slots,
+        tensors: Mapping[str, Tensor],
+        deadline: Deadline,
+        layers: Collection[str] = (),
+        stated: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.slots, self.deadline, self.layers = slots, deadline, layers
+        self.slots, self.deadline, self.layers, self.stated = slots, deadline, layers, stated
         self.stack: list[str] = [""]
         self.mixings: list[Mixing] = []
         self.sizes: list[Size] = []

@@ -46,9 +46,11 @@ class Work:
         layer: the module in whose code they are.
         macs: how many there are.
         outputs, inputs: slots of each free dimension, and of each that is summed over.
+        where: the layer and line, for messages.
     """
 
     layer: str
     macs: int
     outputs: tuple[Array, ...]
     inputs: tuple[Array, ...]
+    where: str

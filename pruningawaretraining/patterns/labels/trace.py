@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining.models.calling import ForwardFn, beside, checked_call, spelled_out, tensors_of
+from pruningawaretraining.models.kept_hooks import without_saved
 from pruningawaretraining.patterns.attention import attention_blocks
 from pruningawaretraining.patterns.coupling import TRACE_LIMIT, Deadline, DependencyMap
 from pruningawaretraining.patterns.labels import arithmetic, pieces, products, views  # noqa: F401  (rules)
@@ -17,6 +18,7 @@ from pruningawaretraining.patterns.labels.flow import Flow
 from pruningawaretraining.patterns.labels.follower import Follower, followed
 from pruningawaretraining.patterns.labels.idle import follow_idle
 from pruningawaretraining.patterns.labels.slots import Slots
+from pruningawaretraining.patterns.labels.stated import tie_stated
 from pruningawaretraining.patterns.training_parts import mode_to_trace
 
 OUTPUT = "an output of the model"
@@ -24,7 +26,7 @@ HEADS = "multi-head attention (prune it by heads)"
 
 
 def trace(
-    model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None, limit: float = TRACE_LIMIT
+    model: nn.Module, inputs: Any, forward_fn: ForwardFn | None = None, limit: float = TRACE_LIMIT, stated: bool = False
 ) -> DependencyMap:
     """Run a model once and find its coupled channels.
 
@@ -35,17 +37,20 @@ def trace(
         inputs: example inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
         forward_fn: see :func:`pruningawaretraining.models.calling.call`.
         limit: seconds that it may take; channels that are not followed to their end by then are blocked.
+        stated: let attributes follow that views state widths with; see :mod:`~.stated`.
 
     Raises:
         ModelError: the model rejects the inputs.
     """
     slots = Slots()
     layers = {name for name, one in model.named_modules() if is_layer(one)}
-    follower = Follower(slots, tensors_by_name(model), Deadline(limit), layers)
+    follower = Follower(slots, tensors_by_name(model), Deadline(limit), layers, stated)
     _follow(model, inputs, forward_fn, follower)
     follow_idle(model, inputs, follower, lambda other: _follow(model, other, forward_fn, follower))
     _lock_attention(model, slots)
     _tie_recurrent(model, slots)
+    if stated:
+        tie_stated(model, follower)
     return Builder(model, follower).result()
 
 
@@ -61,7 +66,7 @@ def _follow(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None, followe
     follower.flow = Flow()
     for tensor in tensors_of(inputs):
         follower.put(tensor, ())
-    with spelled_out(model), torch.no_grad(), mode(model), followed(follower, model):
+    with spelled_out(model), without_saved(model), torch.no_grad(), mode(model), followed(follower, model):
         outputs = list(tensors_of(checked_call(model, inputs, forward_fn)))
     follower.returned |= follower.flow.sources(outputs, follower.tensors)
     if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in outputs):

@@ -79,6 +79,8 @@ def _reshape(call: Call) -> Results:
             last = varying(new)[-1]  # along the others as many stay
             call.follower.sized(new.shape[last], new.reshape(-1)[: new.shape[last]])
             call.follower.sized(array.size, array)
+        elif call.follower.stated and len(varying(new)) == 1:
+            call.follower.sized(new.size, new)
         found.append(new)
     return [found]
 
