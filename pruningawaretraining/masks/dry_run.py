@@ -214,17 +214,20 @@ def removable_channels(
                 found, rehearsal, able = other
     if not rehearsal.told:
         logger.warning(NOTHING_TOLD, type(model).__name__)
-    if len(able) == len(found.grouping.sets):
-        warn_of_rest(model, found, inputs, forward_fn, chosen)
-        return found
-    reasons = {number: _why(found, number, reason) for number, reason in sorted(rehearsal.reasons.items())}
+    left = found if len(able) == len(found.grouping.sets) else _without(model, found, rehearsal.reasons)
+    warn_of_rest(model, left, inputs, forward_fn, chosen)
+    return left
+
+
+def _without(model: nn.Module, found: ChannelGroups, why: Mapping[int, str]) -> ChannelGroups:
+    """The channels without the sets that stay; each is a warning with the reason."""
+    reasons = {number: _why(found, number, reason) for number, reason in sorted(why.items())}
     left = found.without(reasons)
     for number, reason in reasons.items():
         logger.warning("%s stays as it is: %s", found.grouping.sets[number].name, reason)
     if left.grouping.size == 0:
         shown = "; ".join(f"{name}: {reason}" for name, reason in list(left.skipped.items())[:4])
         raise ModelError(f"model: {type(model).__name__} has no prunable channel group. {shown}")
-    warn_of_rest(model, left, inputs, forward_fn, chosen)
     return left
 
 
