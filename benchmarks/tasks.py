@@ -86,7 +86,7 @@ def resnet18(options: argparse.Namespace) -> Task:
     """torchvision's ResNet-18 on CIFAR-10, trained from scratch."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10)
-    task, data = _images(options, model, structures=("channel", "depth"), rate=0.01)
+    task, data = _images(options, model, structures=("channel", "depth"), rate=1e-3)
     train(model, data["train"], options.dense, 0.05, 0)
     return task
 
