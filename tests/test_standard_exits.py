@@ -1,4 +1,4 @@
-"""What a removal leaves of a transformers model is loaded by from_pretrained alone, or a warning says that it is not."""
+"""A pruned transformers model is loaded by from_pretrained alone, or a warning says that it cannot be."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Tensor]]] = {
     "dinov2": ("Dinov2", "ForImageClassification", {**PIXELS, "mlp_ratio": 2}, IMAGE),
     "siglip": ("Siglip", "VisionModel", PIXELS, IMAGE),
     "gpt2": (
-        "GPT2", "LMHeadModel", {**WORDS, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 32, "n_inner": 64}, TEXT,
+        "GPT2", "LMHeadModel",
+        {**WORDS, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 32, "n_inner": 64}, TEXT,
     ),
     "opt": (
         "OPT", "ForCausalLM",

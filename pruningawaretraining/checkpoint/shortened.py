@@ -18,10 +18,11 @@ from pruningawaretraining.models.skipped_blocks import passed_blocks
 def shortened(model: nn.Module) -> nn.Module:
     """A copy of a pruned transformers model whose lists of layers are shortened and whose config says so.
 
-    A removal of whole layers (pattern ``depth``) leaves what hands on its input in their place, so that the other layers
-    keep their names, and no config can say that. The copy is an ordinary model of the class, built from a config with
-    fewer layers, which has the layers that are left under new numbers: ``shortened(model).save_pretrained(folder)`` writes
-    files that ``from_pretrained`` loads without this package, with the same outputs.
+    A removal of whole layers (pattern ``depth``) leaves what hands on its input in their place, so that the other
+    layers keep their names, and no config can say that. The copy is an ordinary model of the class, built from a config
+    with fewer layers, which has the layers that are left under new numbers, so that
+    ``shortened(model).save_pretrained(folder)`` writes files that ``from_pretrained`` loads without this package, with
+    the same outputs.
 
     Args:
         model: of transformers; wrappers are looked through. It is not changed, and the copy shares no memory with it.
@@ -37,8 +38,8 @@ def shortened(model: nn.Module) -> nn.Module:
     inner = unwrap(model)
     if not is_configured(inner):
         raise CheckpointError(
-            f"model: {type(inner).__name__} has no config that could say fewer layers. Allowed: a model of transformers; "
-            "save_pruned saves any other"
+            f"model: {type(inner).__name__} has no config that could say fewer layers. Allowed: a model of "
+            "transformers; save_pruned saves any other"
         )
     gone = removed_blocks(inner)
     masked = next((name for name in passed_blocks(inner) if name not in gone), None)

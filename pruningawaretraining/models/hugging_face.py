@@ -249,7 +249,7 @@ def _built(kind: type[nn.Module], config: Any) -> nn.Module | None:
     try:
         with torch.device("meta"):
             return kind(type(config).from_dict(config.to_dict()))
-    except Exception as error:  # sizes that do not go together, in whatever way the class or its config says so
+    except Exception as error:  # noqa: BLE001  (sizes that do not go together; configs have error classes of their own)
         logger.debug("%s with another config: %s", kind.__name__, error)
         return None
 

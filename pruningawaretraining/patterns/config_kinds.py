@@ -1,4 +1,4 @@
-"""Sets of groups whose size is one number in the config of a transformers model, which then have to stay equally wide."""
+"""Sets of groups whose size is one number in a transformers model's config, so that they have to stay equally wide."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Sizes = dict[str, set[tuple[str, int]]]
 def with_config_kinds(model: nn.Module, found: ChannelGroups) -> ChannelGroups:
     """The groups, whose sets know which number of the model's config says their size; see :class:`GroupSet`.
 
-    Each number that could be the size of a set is doubled in a copy of the config, and a model built from it without memory
-    shows which tensors follow.
+    Each number that could be the size of a set is doubled in a copy of the config, and a model built from it without
+    memory shows which tensors follow.
 
     Args:
         model: its models of transformers count; any other is without such a config.
