@@ -74,9 +74,14 @@ NOT_FOUND = {("mixtral", "mlp"), ("olmoe", "mlp"), ("olmoe", "heads")}
 """All that is selected is in stacked experts; OLMoE's norm of queries hinders heads."""
 FEW = {"macs": ("siglip", "t5", "t5_gated", "gpt2"), "all": ("bert", "vit", "llama", "t5_gated")}
 """What takes longer, with some of the families."""
+QUICK = ("bert", "gpt2", "llama", "t5_gated")
 CASES = [
-    (family, what) for what in RULES for family in FEW.get(what, FAMILIES) if (family, what) not in NOT_FOUND
-]  # fmt: skip
+    pytest.param(family, what, marks=[] if family in QUICK else [pytest.mark.slow])
+    for what in RULES
+    for family in FEW.get(what, FAMILIES)
+    if (family, what) not in NOT_FOUND
+]
+"""All together take minutes; those that are not quick are marked slow."""
 
 
 def built(family: str, **options: Any) -> nn.Module:

@@ -134,9 +134,9 @@ def _candidates(
     for values in itertools.islice(itertools.product(*(options for _, _, options, _ in found)), MOST):
         widths: Changes = {}
         layers: Changes = {}
-        for (path, before, _, counts), value in zip(found, values, strict=True):
+        for (path, before, _, of_layers), value in zip(found, values, strict=True):
             if value != before:
-                (layers if counts else widths)[path] = value
+                (layers if of_layers else widths)[path] = value
         if widths or layers:
             yield widths, layers
 
