@@ -16,6 +16,7 @@ from pruningawaretraining.version import __version__
 
 if TYPE_CHECKING:
     from pruningawaretraining.checkpoint.pruned import load_pruned, save_pruned
+    from pruningawaretraining.checkpoint.shortened import shortened
     from pruningawaretraining.checkpoint.state_dict import load_state_dict_pruned
     from pruningawaretraining.config import PruningConfig, load_config
     from pruningawaretraining.costs.macs import count_macs
@@ -40,6 +41,7 @@ _WHERE = {
     "load_state_dict_pruned": "checkpoint.state_dict",
     "measure_latency": "runtimes.timing",
     "save_pruned": "checkpoint.pruned",
+    "shortened": "checkpoint.shortened",
     "to_semi_structured": "export.semi_structured",
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "one_shot",
     "register",
     "save_pruned",
+    "shortened",
     "to_semi_structured",
 ]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, count_macs
+from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.patterns.expert import expert_blocks
 
 transformers = pytest.importorskip("transformers", "5.0", reason="experts are lists of layers before")
@@ -126,3 +127,20 @@ def test_beside_channels_and_heads() -> None:
     assert len(first.mlp.experts.down_proj) < 6 and first.mlp.shared_expert.gate_proj.out_features < 16
     assert first.self_attn.o_proj.in_features < dense.model.layers[0].self_attn.o_proj.in_features
     assert pruner.macs.kept == count_macs(model, TEXT)
+
+
+def test_a_router_with_groups_of_experts_is_refused_by_name() -> None:
+    """DeepSeek-V3 reshapes to groups of equal size; with one group alone it is as any other."""
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    small = {**SMALL, **latent, "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 8}
+    for groups in (2, 1):
+        torch.manual_seed(0)
+        config = transformers.DeepseekV3Config(
+            **small, num_experts_per_tok=2, n_group=groups, topk_group=1, first_k_dense_replace=1
+        )
+        model = transformers.DeepseekV3ForCausalLM(config).eval()
+        if groups == 2:
+            with pytest.raises(ConfigError, match=r"layers\.1\.mlp: its router chooses among 2 groups of experts"):
+                pruner_of(model)
+        else:
+            assert pruner_of(model, end=0).prune(model, 0) == "removed" and sizes(model) == [4]

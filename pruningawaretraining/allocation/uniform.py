@@ -17,8 +17,9 @@ from pruningawaretraining.patterns.structures import is_block
 
 
 def kind_of(one: GroupSet) -> tuple[str, int, int]:
-    """Sets are of one kind if their names differ in numbers alone, and they have equally many groups of equal width."""
-    return re.sub(r"\d+", "#", one.name), one.size, one.width
+    """Sets are of one kind if they have one size in the model's config, or their names differ in numbers alone; and if
+    they have equally many groups of equal width."""
+    return one.kind or re.sub(r"\d+", "#", one.name), one.size, one.width
 
 
 def kinds_of(grouping: Grouping, keep_R: Tensor) -> list[list[int]]:

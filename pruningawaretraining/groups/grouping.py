@@ -117,6 +117,7 @@ class GroupSet:
         width: how many channels a group stands for (more than 1 where groups of a grouped convolution are tied).
         signature: sets with equal signatures have the same topology (isomorphic ranking).
         layers, least: names of the layers that belong to the set, the source first; how many groups always stay.
+        kind: sets of one kind have one size in the model's own config; "": their names tell.
     """
 
     name: str
@@ -126,6 +127,7 @@ class GroupSet:
     signature: str = ""
     layers: tuple[str, ...] = ()
     least: int = 1
+    kind: str = ""
 
     @property
     def size(self) -> int:

@@ -31,6 +31,8 @@ from pruningawaretraining.registry import register
 SIGNATURE = "experts"
 TOP_K = ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "moe_k")
 """Attributes of a router or a block that say how many experts a token takes."""
+ROUTER_GROUPS = ("n_group", "num_group", "num_groups", "num_expert_group")
+"""Attributes of a router or a block that say in how many groups of equal size it has its experts."""
 
 
 @register("pattern", "expert", "experts", "moe")
@@ -158,9 +160,12 @@ def _read(name: str, block: nn.Module, child: str, weights: nn.Module) -> Expert
     uneven = [one for one, tensor in _own(weights) if tensor.dim() == 0 or len(tensor) != experts]
     if uneven:
         return f"{child}.{uneven[0]} has no entry for each expert"
-    top_k = next((value for one in (router, block) if (value := _top_k(one)) is not None), None)
+    top_k = next((value for one in (router, block) if (value := _first(one, TOP_K)) is not None), None)
     if top_k is None:
         return f"how many experts a token takes is in none of the attributes {', '.join(TOP_K)}"
+    groups = next((value for one in (router, block) if (value := _first(one, ROUTER_GROUPS)) is not None), 1)
+    if groups > 1:
+        return f"its router chooses among {groups} groups of experts, which have to stay equally large"
     tensors = {f"{prefix}{child}.{one}": (tensor, _role(tensor, 3)) for one, tensor in _own(weights)}
     tensors |= {
         f"{prefix}{routers[0]}.{one}": (tensor, _role(tensor, 2))
@@ -179,8 +184,9 @@ def _role(tensor: Tensor, dims: int) -> str:
     return "buffer" if not isinstance(tensor, nn.Parameter) else "out" if tensor.dim() == dims else "bias"
 
 
-def _top_k(module: nn.Module) -> int | None:
-    values = [getattr(module, name, None) for name in TOP_K]
+def _first(module: nn.Module, attributes: Sequence[str]) -> int | None:
+    """The first of these attributes that is a positive number."""
+    values = [getattr(module, name, None) for name in attributes]
     return next((one for one in values if isinstance(one, int) and one > 0), None)
 
 

@@ -23,6 +23,7 @@ from pruningawaretraining.patterns.block_names import candidates
 from pruningawaretraining.patterns.channel import chosen_layers_of, head_units_of, own_groups
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.channel_labels import producer_names
+from pruningawaretraining.patterns.config_kinds import with_config_kinds
 from pruningawaretraining.patterns.coupling import TRACE_LIMIT
 from pruningawaretraining.patterns.depth import check_alone
 from pruningawaretraining.patterns.stacking import Claim, check_stacking
@@ -57,6 +58,11 @@ class BuiltRules:
 
     coupled: tuple[BuiltRule, ...] = ()
     weights: tuple[BuiltRule, ...] = ()
+
+    @property
+    def are_uniform(self) -> bool:
+        """Whether all rules of groups that can be removed keep equally many in layers of a kind."""
+        return bool(self.coupled) and all(one.rule.widths == "uniform" for one in self.coupled)
 
 
 def built_rules(config: PruningConfig) -> BuiltRules:
@@ -137,6 +143,8 @@ def build_coupled(
     """
     chosen = [(one, one.chosen(model)) for one in rules]
     found = find_removable(model, chosen, inputs, forward_fn, trace_limit)
+    if any(one.rule.widths == "uniform" for one, _ in chosen):
+        found = with_config_kinds(model, found)
     for name, reason in found.skipped.items():
         logger.info("%s stays as it is: %s", name, reason)
     parts = [(*one.parts, layers) for one, layers in chosen]

@@ -62,7 +62,7 @@ def load_session(session: Session, state: Mapping[str, Any], generators: bool = 
         if generators:
             set_rng_state(state["rng"])
     if removed:
-        follow_configs(session.model)
+        follow_configs(session.model, session.rules.are_uniform)
     session.steps.count, session.ended = steps, ended
     session.epochs.counted = counted
     session.begun = session.begun or steps > 0

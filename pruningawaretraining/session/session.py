@@ -178,7 +178,7 @@ class Session(StepEvents):
 
     def after_removal(self) -> None:
         """Update configs of transformers models; clear optimizers if ``reset_optimizer`` is set."""
-        follow_configs(self.model)
+        follow_configs(self.model, self.rules.are_uniform)
         if self.config.reset_optimizer:
             for optimizer in self.steps.optimizers:
                 clear_state(optimizer)
