@@ -134,9 +134,8 @@ class Rule(Timed, Strict):
     multiple: Count = Field(1, description="The number of groups kept in each set is a multiple of this.")
     widths: Literal["free", "uniform"] = Field(
         "free",
-        description="uniform: layers whose size is one number of a transformers config, or whose names differ in "
-        "numbers alone, keep equally many groups: of a sparsity the fewest that one of them would keep, else as "
-        "many as fit.",
+        description="uniform: layers of one size in a transformers config, or whose names differ in numbers alone, "
+        "keep equally many groups: of a sparsity the fewest that one of them would keep, else as many as fit.",
     )
     application: Literal["mask", "remove"] = Field(
         "mask", description="mask: zero until the target is met, then remove. remove: shrink the model at each event."

@@ -1,7 +1,6 @@
 """A grouping labels weights: it says which of them live or die together.
 
 Shape suffixes: ``_G`` groups, ``_W`` the shape of a weight, ``_S`` slots (distinct label combinations of one member).
-
 All else composes with :meth:`Grouping.reduce` and :meth:`Grouping.expand`: a mask is ``w *= expand(keep)``.
 """
 
@@ -115,9 +114,8 @@ class GroupSet:
     Args:
         name, start, stop: the layer that stands for the set, whose groups are ``start .. stop - 1``.
         width: how many channels a group stands for (more than 1 where groups of a grouped convolution are tied).
-        signature: sets with equal signatures have the same topology (isomorphic ranking).
+        signature, kind: sets with equal ones have the same topology; have one size in the model's own config.
         layers, least: names of the layers that belong to the set, the source first; how many groups always stay.
-        kind: sets of one kind have one size in the model's own config; "": their names tell.
     """
 
     name: str

@@ -1,5 +1,4 @@
 """Configs of transformers models follow a removal, so that ``from_pretrained`` alone loads the pruned model.
-
 Nothing of transformers is imported: a model is one of its kind if it has ``save_pretrained`` and a ``config`` with
 ``to_dict``.
 """
@@ -9,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,10 +110,11 @@ def fit_of(model: nn.Module) -> Fit:
     for widths, layers in _candidates(config, pairs, {(size, len(kept)) for size, kept in lists}, _head_dim(dense)):
         layers |= _cut_lists(config, layers, lists)
         made = _built(type(model), changed(config, {**widths, **layers}))
-        if made is None or _shapes(made) != wanted or not _has_heads_of(made, model, short):
+        if made is None or _shapes(made) != wanted:
             continue
         other = _other_layers(dense, _built(type(model), changed(config, layers)), short, gone)
-        return Fit(widths, layers, other, gone=gone)
+        if other or _has_heads_of(made, model, short):
+            return Fit(widths, layers, other, gone=gone)
     uneven = len({old for old, _ in pairs}) < len(pairs)
     sizes = ", ".join(f"{old} became {_several(old, pairs)}" for old in sorted({one for one, _ in pairs}))
     return Fit(reason=sizes or "none that has fewer layers was found", uneven=uneven, gone=gone)
@@ -249,9 +250,15 @@ def _built(kind: type[nn.Module], config: Any) -> nn.Module | None:
     try:
         with torch.device("meta"):
             return kind(type(config).from_dict(config.to_dict()))
-    except Exception as error:  # noqa: BLE001  (sizes that do not go together; configs have error classes of their own)
+    except _refusals() as error:  # sizes that do not go together
         logger.debug("%s with another config: %s", kind.__name__, error)
         return None
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What a class raises for a config that it cannot build, and a config for values that do not go together."""
+    own = getattr(sys.modules.get("huggingface_hub.errors"), "StrictDataclassError", ValueError)
+    return (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, own)
 
 
 def _numbers(config: Any, above: Path = ()) -> Iterator[tuple[Path, int | None]]:
