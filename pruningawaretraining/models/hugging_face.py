@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from pruningawaretraining.models.config_sizes import Shapes, is_uneven, several
 from pruningawaretraining.models.short_lists import names_without, removed_blocks, shortened_lists
 
 logger = logging.getLogger(__name__)
 
 MOST = 256
 """Combinations of config values that are tried."""
-Shapes = Mapping[str, tuple[int, ...]]
 Path = tuple[str, ...]
 Changes = dict[Path, Any]
 CANNOT = (
@@ -115,8 +115,8 @@ def fit_of(model: nn.Module) -> Fit:
         other = _other_layers(dense, _built(type(model), changed(config, layers)), short, gone)
         if other or _has_heads_of(made, model, short):
             return Fit(widths, layers, other, gone=gone)
-    uneven = len({old for old, _ in pairs}) < len(pairs)
-    sizes = ", ".join(f"{old} became {_several(old, pairs)}" for old in sorted({one for one, _ in pairs}))
+    uneven = is_uneven(before, now)
+    sizes = ", ".join(f"{old} became {several(old, pairs)}" for old in sorted({one for one, _ in pairs}))
     return Fit(reason=sizes or "none that has fewer layers was found", uneven=uneven, gone=gone)
 
 
@@ -195,10 +195,6 @@ def _has_heads_of(made: nn.Module, model: nn.Module, short: Any) -> bool:
             if plain and key in other and other[key] != value:
                 return False
     return True
-
-
-def _several(before: int, pairs: set[tuple[int, int]]) -> str:
-    return " and ".join(str(after) for one, after in sorted(pairs) if one == before)
 
 
 def configured(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
