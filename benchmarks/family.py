@@ -26,7 +26,7 @@ from pruningawaretraining import load_pruned
 from pruningawaretraining.runtimes.timing import compare_latency
 
 FRACTIONS = (0.7, 0.5, 0.33)
-COMMAND = "python benchmarks/family.py --task resnet18 --data FOLDER"
+COMMAND = "python benchmarks/family.py --task resnet18 --data FOLDER --dense 10"
 
 
 def rows_of(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
