@@ -118,7 +118,7 @@ def main() -> None:
     rows = rows_of(TASKS[options.task](options), options)
     path = RESULTS / "structures.json"
     known = json.loads(path.read_text())["rows"] if path.is_file() else []
-    rows += [one for one in known if one["network"] != options.task]
+    rows += [one for one in known if one.get("network", options.task) != options.task]
     print(markdown(rows))
     note = (
         "Latency as a fraction of the dense model's: onnxruntime, batch 1, one thread, in turns; 95% confidence. "
