@@ -197,21 +197,23 @@ def removable_channels(
         ModelError: the inputs are rejected, or nothing can be removed.
     """
 
-    def tried(stated: bool) -> tuple[ChannelGroups, _Rehearsal, list[int]]:
-        def find(limit: float) -> ChannelGroups:
-            return find_channels(model, inputs, chosen, forward_fn, units, limit, own, stated)
+    def find(stated: bool) -> ChannelGroups:
+        return found_by_all(
+            model, limit, lambda left: find_channels(model, inputs, chosen, forward_fn, units, left, own, stated)
+        )
 
-        found = found_by_all(model, limit, find)
+    def rehearsed(found: ChannelGroups) -> tuple[ChannelGroups, _Rehearsal, list[int]]:
         rehearsal = _Rehearsal(model, found, inputs, forward_fn, multiples or {})
         with perturbed(model):
             return found, rehearsal, rehearsal.able()
 
-    found, rehearsal, able = tried(stated=False)
+    found, rehearsal, able = rehearsed(find(stated=False))
     if _may_state(found, rehearsal.reasons):  # perhaps it runs if attributes follow that code states widths with
         with suppress(ModelError):
-            other = tried(stated=True)
-            if _groups(other[0], other[2]) > _groups(found, able):
-                found, rehearsal, able = other
+            other = find(stated=True)
+            again = None if other.is_like(found) else rehearsed(other)
+            if again is not None and _groups(other, again[2]) > _groups(found, able):
+                found, rehearsal, able = again
     if not rehearsal.told:
         logger.warning(NOTHING_TOLD, type(model).__name__)
     left = found if len(able) == len(found.grouping.sets) else _without(model, found, rehearsal.reasons)

@@ -52,6 +52,11 @@ class ChannelGroups:
     skipped: dict[str, str] = field(default_factory=dict)
     attachments: tuple[Attachment, ...] = ()
 
+    def is_like(self, other: ChannelGroups) -> bool:
+        """Whether the sets are the same, and so are the parts of the model that depend on them."""
+        mine, theirs = ([(type(one), one.groups.keys()) for one in found.attachments] for found in (self, other))
+        return self.grouping.sets == other.grouping.sets and mine == theirs
+
     def restrict(self, model: nn.Module, keep_G: Tensor) -> ChannelGroups:
         """The groups that are left after the others have been removed from the model."""
         keep_G = keep_G.cpu()
