@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from dynamic_loops import fitted, network, step
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning
@@ -17,11 +18,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 PATTERNS = {"unstructured": "unstructured", "2:4": "2:4", "channel": "channel"}
 EPOCHS, STEPS = 4, 3
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
 
 
 def data() -> list[tuple[Tensor, Tensor]]:
@@ -53,11 +49,7 @@ def trained(name: str, pattern: str, closure: bool) -> tuple[list[Tensor], list[
                 loss.backward()
                 return loss
 
-            if closure:
-                optimizer.step(evaluate)  # type: ignore[arg-type]
-            else:
-                evaluate()
-                optimizer.step()
+            step(optimizer, evaluate, closure)
         pruner.prune(model, epoch)
     dense: list[Tensor] = []
     for masks in pruner.engine.masks:
@@ -77,28 +69,9 @@ def test_a_closure_changes_nothing(name: str, pattern: str) -> None:
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_lightning_trains_as_a_loop_of_ones_own(name: str) -> None:
-    lightning = pytest.importorskip("lightning")
-    from pruningawaretraining.integrations.lightning import PruningCallback
-
-    class Classifier(lightning.LightningModule):  # type: ignore[name-defined,misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = network()
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return OPTIMIZERS[name](self.parameters())
-
-    callback, module = PruningCallback(config(), part="model"), Classifier()
-    trainer = lightning.Trainer(
-        max_epochs=EPOCHS, callbacks=[callback], logger=False, enable_progress_bar=False, accelerator="cpu",
-        enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
-    trainer.fit(module, torch.utils.data.DataLoader(data(), batch_size=None))  # type: ignore[arg-type]
+    model, _ = fitted(config(), OPTIMIZERS[name], data(), EPOCHS)
     plain, _ = trained(name, "unstructured", closure=False)
-    found = list(module.model.parameters())
+    found = list(model.parameters())
     assert all(torch.equal(*both) for both in zip(plain[: len(found)], found, strict=True))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from dynamic_loops import fitted, network
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, load_pruned, save_pruned
@@ -34,11 +35,6 @@ TIMES: dict[str, dict[str, Any]] = {
     "every step": {"unit": "step", "start": 5, "end": 8},
 }
 EPOCHS, STEPS, SPARSITY = 4, 2, 0.6
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
 
 
 def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -117,28 +113,12 @@ def test_every_dynamic_is_tried() -> None:
 
 @pytest.mark.parametrize("dynamic", list(DYNAMICS))
 def test_the_target_is_met_at_the_end_of_lightning(dynamic: str) -> None:
-    lightning = pytest.importorskip("lightning")
-    from pruningawaretraining.integrations.lightning import PruningCallback
-
-    class Classifier(lightning.LightningModule):  # type: ignore[name-defined,misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = network()
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
-    data = [one for one, _ in zip(batches(), range(STEPS), strict=False)]
-    callback, module = PruningCallback(config(DYNAMICS[dynamic], **TIMES["epochs"]), part="model"), Classifier()
-    trainer = lightning.Trainer(
-        max_epochs=EPOCHS, callbacks=[callback], logger=False, enable_progress_bar=False, accelerator="cpu",
-        enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
-    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))  # type: ignore[arg-type]
-    assert zeros(module.model) >= SPARSITY - 2e-3
+    data = itertools.islice(batches(), STEPS)
+    chosen = config(DYNAMICS[dynamic], **TIMES["epochs"])
+    model, callback = fitted(
+        chosen, lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9), data, EPOCHS
+    )
+    assert zeros(model) >= SPARSITY - 2e-3
     assert callback.pruner.sparsity == pytest.approx(SPARSITY, abs=2e-3)
 
 

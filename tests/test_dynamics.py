@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from dynamic_loops import step as take_step
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning
@@ -198,11 +199,7 @@ def test_rewind_goes_back_to_the_buffers_of_a_step(to: int, resumed: int | None,
             loss.backward()
             return loss
 
-        if closure:
-            optimizer.step(evaluate)  # type: ignore[arg-type]
-        else:
-            evaluate()
-            optimizer.step()
+        take_step(optimizer, evaluate, closure)
     pruner.prune(model, 0)
     assert {name: value.tolist() for name, value in model.named_buffers()} == {
         name: value.tolist() for name, value in kept[to].items()
