@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, markdown, save
-from tasks import EVENTS, TASKS, Task, fit, parser_of, run, stretches_of
+from common import markdown, save
+from tasks import EVENTS, TASKS, Task, fit, interval_of, parser_of, rows_of_others, run, stretches_of, training_of
 from torch import nn
 
 from pruningawaretraining import load_pruned
@@ -51,7 +50,7 @@ def rows_of(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [
         {
             "network": options.task,
-            "training": f"{options.train} examples, {options.dense}+{EVENTS / 4:g}+{options.tune:g} epochs",
+            "training": training_of(options),
             "member": "dense, trained as long",
             "accuracy": f"{task.score(dense):.1%}",
             "of a run alone": "",
@@ -74,17 +73,12 @@ def rows_of(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
                 "CPU s": round(seconds) if name == f"{FRACTIONS[-1]:.2f}" else "",
                 "CPU s alone": round(costs[name]),
                 "promised": name,
-                "measured, onnxruntime": _share(timed["onnxruntime"], name),
-                "measured, torch": _share(timed["torch"], name),
+                "measured, onnxruntime": interval_of(timed["onnxruntime"], name),
+                "measured, torch": interval_of(timed["torch"], name),
                 "measured, ms": f"{timed['onnxruntime'].latencies[name].median_ms:.3g}",
             }
         )
     return rows
-
-
-def _share(timed: Any, name: str) -> str:
-    low, high = timed.intervals[name]
-    return f"{timed.ratios[name]:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main() -> None:
@@ -94,9 +88,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = rows_of(TASKS[options.task](options), options)
-    path = RESULTS / "family.json"
-    known = json.loads(path.read_text())["rows"] if path.is_file() else []
-    rows += [one for one in known if one["network"] != options.task]
+    rows += rows_of_others("family", options.task)
     print(markdown(rows))
     note = (
         "Promised and measured: latency as a fraction of the dense model's, batch 1, one thread, in turns; 95% "

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, markdown, save
-from tasks import EVENTS, TASKS, Task, fit, parser_of, run, stretches_of
+from common import markdown, save
+from tasks import TASKS, Task, fit, interval_of, parser_of, rows_of_others, run, stretches_of, training_of
 from torch import nn
 from torch.nn import functional
 
@@ -79,7 +78,7 @@ def rows_of(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
         try:
             ((_, one),) = run(task, pattern, target, 0, tune, folder)[0].items()
         except PruningError as error:
-            accuracies[name] = f"not reached: {error}"
+            accuracies[name] = ""
             print(name, error, flush=True)
             continue
         models[name] = (load_pruned(copy.deepcopy(task.dense), one["file"]).eval(), task.example)
@@ -89,21 +88,22 @@ def rows_of(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     fit(task, dense, None, stretches_of(task, 1, 0, tune)[1])
     timed = compare_latency(models, "onnxruntime", repeats=options.repeats)
     macs = count_macs(task.dense, task.example)
-    training = f"{options.train} examples, {options.dense}+{EVENTS / 4:g}+{options.tune:g} epochs"
-    rows = [{"network": options.task, "training": training, "pruned": "nothing, trained as long"}]
+    rows = [{"network": options.task, "training": training_of(options), "pruned": "nothing, trained as long"}]
     rows[0] |= {"measured latency": "1", "MACs": "1", "blocks gone": "0", "accuracy": f"{task.score(dense):.1%}"}
-    for name in [name for name in accuracies if name in models]:
-        low, high = timed.intervals[name]
+    for name, accuracy in accuracies.items():
+        if name not in models:
+            rows.append({"network": options.task, "training": "", "pruned": name, "measured latency": "not reached"})
+            continue
         model = models[name][0]
         rows.append(
             {
                 "network": options.task,
                 "training": "",
                 "pruned": name,
-                "measured latency": f"{timed.ratios[name]:.3f} ({low:.3f} to {high:.3f})",
+                "measured latency": interval_of(timed, name),
                 "MACs": f"{count_macs(model, task.example) / macs:.3f}",
                 "blocks gone": str(sum(isinstance(each, PassThrough) for each in model.modules())),
-                "accuracy": accuracies[name],
+                "accuracy": accuracy,
             }
         )
     return rows
@@ -116,9 +116,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = rows_of(TASKS[options.task](options), options)
-    path = RESULTS / "structures.json"
-    known = json.loads(path.read_text())["rows"] if path.is_file() else []
-    rows += [one for one in known if one.get("network", options.task) != options.task]
+    rows += rows_of_others("structures", options.task)
     print(markdown(rows))
     note = (
         "Latency as a fraction of the dense model's: onnxruntime, batch 1, one thread, in turns; 95% confidence. "

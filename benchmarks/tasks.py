@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +18,14 @@ from typing import Any
 
 import torch
 import torchvision
+from common import RESULTS
 from latency_target import accuracy, cifar, train
 from one_shot_cifar import load_module
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pruningawaretraining import Pruning
+from pruningawaretraining.runtimes.timing import LatencyComparison
 from pruningawaretraining.session.members import Member
 
 BATCH, EVENTS = 32, 12  # of a batch; events of a run, a quarter of an epoch apart
@@ -223,6 +226,24 @@ def run(
 
     pruner.on_member, pruner.best_begins_anew = finished, True
     return found, fit(task, model, pruner, stretches)
+
+
+def rows_of_others(name: str, network: str) -> list[dict[str, Any]]:
+    """The rows of a saved result that are of other networks."""
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return [one for one in known if one.get("network", network) != network]
+
+
+def interval_of(timed: LatencyComparison, name: str) -> str:
+    """A measured ratio with its 95% interval."""
+    low, high = timed.intervals[name]
+    return f"{timed.ratios[name]:.3f} ({low:.3f} to {high:.3f})"
+
+
+def training_of(options: argparse.Namespace) -> str:
+    """What a row says of the training."""
+    return f"{options.train} examples, {options.dense}+{EVENTS / 4:g}+{options.tune:g} epochs"
 
 
 def parser_of(description: str, **defaults: Any) -> argparse.ArgumentParser:
