@@ -42,17 +42,16 @@ def _numbers(value: Any) -> list[Any]:
 
 def disagreements(model: nn.Module) -> dict[str, str]:
     """Layers whose widths are not those of their tensors, each with what is wrong."""
-    found = {}
     with evaluating(model), torch.no_grad():  # a spectral norm takes a step when its weight is asked for in training
-        for name, module in model.named_modules():
-            if any(map(nn.parameter.is_lazy, module._parameters.values())):
-                continue
-            for kinds, widths in WIDTHS:
-                if isinstance(module, kinds):
-                    wrong = next((text for text, holds in widths(module) if not holds), None)
-                    if wrong is not None:
-                        found[name] = wrong
-    return found
+        return {name: wrong for name, module in model.named_modules() if (wrong := _disagreement(module)) is not None}
+
+
+def _disagreement(module: Any) -> str | None:
+    """What is wrong with the widths of one layer."""
+    if any(map(nn.parameter.is_lazy, module._parameters.values())):
+        return None
+    facts = (fact for kinds, widths in WIDTHS if isinstance(module, kinds) for fact in widths(module))
+    return next((text for text, holds in facts if not holds), None)
 
 
 Facts = Iterator[tuple[str, bool]]

@@ -149,13 +149,19 @@ def set_of_layer(grouping: Grouping) -> dict[str, str]:
     """Layer -> the set that its output channels belong to."""
     found: dict[str, str] = {}
     for member in grouping.of_role("out").members:
-        if member.slots is not None and bool((member.slots < grouping.size).any()):
-            number = int(grouping.set_ids[int(member.slots.min())])
+        if (number := _set_number(grouping, member)) is not None:
             found[member.name.removesuffix(".weight")] = grouping.sets[number].name
     for layer, member in hidden_states(grouping).items():
-        assert member.slots is not None
-        found[layer] = grouping.sets[int(grouping.set_ids[int(member.slots.min())])].name
+        if (number := _set_number(grouping, member)) is not None:
+            found[layer] = grouping.sets[number].name
     return found
+
+
+def _set_number(grouping: Grouping, member: Member) -> int | None:
+    """The set of the first group that a tensor has entries of; None if it has entries of none."""
+    if member.slots is None or not bool((member.slots < grouping.size).any()):
+        return None
+    return int(grouping.set_ids[int(member.slots.min())])
 
 
 def hidden_states(grouping: Grouping) -> dict[str, Member]:
@@ -164,7 +170,7 @@ def hidden_states(grouping: Grouping) -> dict[str, Member]:
     for member in grouping.members:
         owner, _, attribute = member.name.rpartition(".")
         reads = attribute in STATES and len(member.labels) == 2 and member.labels[1] is not None
-        if reads and member.slots is not None and bool((member.slots < grouping.size).any()):
+        if reads and _set_number(grouping, member) is not None:
             found[owner] = member
     return found
 

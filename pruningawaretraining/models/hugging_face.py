@@ -1,4 +1,5 @@
 """Configs of transformers models follow a removal, so that ``from_pretrained`` alone loads the pruned model.
+
 Nothing of transformers is imported: a model is one of its kind if it has ``save_pretrained`` and a ``config`` with
 ``to_dict``.
 """

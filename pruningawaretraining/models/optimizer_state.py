@@ -79,10 +79,7 @@ def _mark(old: Tensor, replaced: tuple[nn.Parameter | None, Keep], surgery: Surg
 
 def latest(parameter: Tensor) -> Tensor | None:
     """Return the parameter that is in the model after all removals, or None if it went with its block."""
-    current: Tensor | None = parameter
-    while current is not None and hasattr(current, _REPLACED):
-        current = getattr(current, _REPLACED)[0]
-    return current
+    return left_of(parameter)[0]
 
 
 def left_of(parameter: Tensor) -> tuple[Tensor | None, Keep]:

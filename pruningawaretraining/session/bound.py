@@ -84,7 +84,7 @@ class Bound:
     def _follow_on(self) -> None:
         """Channels have gone: tell the other pruners of the model, and outdated wrappers."""
         remind_of_rewrap(self._session.model)
-        for other in others_of(self._session.model, self):  # type: ignore[arg-type]
+        for other in others_of(self._session.model, self):
             other.follow_other()
 
     def _check_same(self, model: nn.Module | None) -> None:

@@ -71,7 +71,7 @@ class Companions(Bound):
     def _follow_forgotten(self) -> None:
         """Let averages follow that the training loop has and the pruner was not given."""
         model = self._session.model
-        for other in others_of(model, self):  # type: ignore[arg-type]
+        for other in others_of(model, self):
             if strange := [one for one in other.followers if one not in self.followers]:
                 self.attach_ema(strange)
         found = forgotten_averages(model, self._session.followers)

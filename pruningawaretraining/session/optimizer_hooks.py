@@ -8,6 +8,7 @@ that the gradients have then. This module finds those moments through the optimi
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.models.optimizer_state import catch_up, check_fits, latest
-from pruningawaretraining.session.optimizer_events import OptimizerEvents
+from pruningawaretraining.session.optimizer_events import HasApply, OptimizerEvents
 from pruningawaretraining.session.step_arguments import Arguments, closure_in
 
 _WATCHED: weakref.WeakSet[Steps] = weakref.WeakSet()
@@ -207,7 +208,8 @@ class Steps:
 
         def evaluate() -> Any:
             """Each evaluation makes new gradients, possibly at other weights; the model is masked in it."""
-            self._mask()
+            for one in self._masks:
+                one.apply()
             loss = closure()
             self._start()
             self._open(optimizer, True)
@@ -218,14 +220,13 @@ class Steps:
         return replace(evaluate)
 
     def _open(self, optimizer: torch.optim.Optimizer, ready: bool) -> None:
-        listener = self._listener()
-        for one in () if listener is None else listener.masks:
+        for one in self._masks:
             one.before_step(optimizer, ready)
 
-    def _mask(self) -> None:
+    @property
+    def _masks(self) -> Sequence[HasApply]:
         listener = self._listener()
-        for one in () if listener is None else listener.masks:
-            one.apply()
+        return () if listener is None else listener.masks
 
     def _start(self) -> None:
         listener = self._listener()

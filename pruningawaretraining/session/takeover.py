@@ -61,7 +61,7 @@ def take_over(model: nn.Module, pruner: AtWork) -> list[weakref.ref[AtWork]]:
     return known
 
 
-def others_of(model: nn.Module, pruner: AtWork) -> list[AtWork]:
+def others_of(model: nn.Module, pruner: object) -> list[AtWork]:
     """The pruners of a model beside this one, of those that are still alive."""
     known = [one() for one in private_of(model, ATTRIBUTE) or ()]
     return [one for one in known if one is not None and one is not pruner]
