@@ -30,7 +30,7 @@ def check_extent(values: Any) -> None:
 
 
 def too_large() -> str:
-    """What is said of a config beyond the limits."""
+    """The message for a config beyond the limits."""
     return (
         f"it is too large, with aliases expanded. Allowed: {MOST_VALUES:,} values of {MOST_CHARACTERS:,} characters "
         "in all"

@@ -39,7 +39,7 @@ def one_pattern(structures: Sequence[Any]) -> str | dict[str, Any]:
 
 
 def _not_ranked(key: str, name: Any) -> str:
-    """The message for an entry that is none of the structures; a pattern that is known is not mistaken for another."""
+    """The message for an entry that cannot be ranked with the structures; a known pattern gets its own reason."""
     if not isinstance(name, str) or name not in names("pattern"):
         return unknown(key, str(name), STRUCTURES)
     reason = WHY_ALONE.get(name, "it prunes inside layers, and what that saves does not compare")

@@ -52,7 +52,7 @@ def _without_kinds(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
 
 
 def _value_at(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """The place of the outermost value that may be of several kinds; if there is none, the whole place."""
+    """The place of the outermost value that may be of several kinds, or the whole place without one."""
     return next((loc[:number] for number in range(1, len(loc)) if _is_kind(loc[number])), loc)
 
 

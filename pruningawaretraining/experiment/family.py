@@ -108,7 +108,7 @@ def setting_of(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def family_latencies(found: LatencyComparison, setting: Row, names: Iterable[str]) -> dict[str, Row]:
-    """What the lines of a family's members say of latency.
+    """Latency entries for the lines of a family's members.
 
     Args:
         found: their times, measured in turns with "dense".

@@ -114,7 +114,7 @@ class GroupSet:
     Args:
         name, start, stop: the layer that stands for the set, whose groups are ``start .. stop - 1``.
         width: how many channels a group stands for (more than 1 where groups of a grouped convolution are tied).
-        signature, kind: sets with equal ones have the same topology; have one size in the model's own config.
+        signature, kind: equal for sets of one topology, and for sets whose size is one number of the config.
         layers, least: names of the layers that belong to the set, the source first; how many groups always stay.
     """
 

@@ -131,7 +131,7 @@ class PruningCallback:
         self._attached.begin()
 
     def on_train_epoch_end(self, trainer: Any) -> None:
-        """Prune, before the epoch is validated and saved; the best fitness of another architecture is none."""
+        """Prune before the epoch is validated and saved; a removal resets the best fitness, as the model is another."""
         pruner = self.pruner
         if pruner.prune(None, trainer.epoch) == "removed":
             rewrap_in_place(trainer.model)

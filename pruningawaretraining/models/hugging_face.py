@@ -38,7 +38,7 @@ NO_SHORTER = "save_pruned(model, path): the config cannot leave these layers out
 
 @dataclass(frozen=True)
 class Fit:
-    """What a config would have to say for a model of its class to have the shapes of a pruned one.
+    """Changes of a config that give a model of its class the shapes of a pruned one.
 
     Args:
         widths, layers: path in the config -> new value, of sizes, and of what counts layers or lists them.
@@ -236,7 +236,7 @@ def is_configured(module: nn.Module) -> bool:
 
 
 def _shapes(model: nn.Module) -> Shapes:
-    """Name -> shape of parameters and buffers; a pruner's state that travels in the state dict is none of them."""
+    """Name -> shape of parameters and buffers, without a pruner's state that travels in the state dict."""
     named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     own = {name for name, _ in itertools.chain(*named)}
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name in own}
@@ -253,7 +253,7 @@ def _built(kind: type[nn.Module], config: Any) -> nn.Module | None:
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What a class raises for a config that it cannot build, and a config for values that do not go together."""
+    """Errors that a class raises for a config it cannot build, and a config for values that do not fit together."""
     own = getattr(sys.modules.get("huggingface_hub.errors"), "StrictDataclassError", ValueError)
     return (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, own)
 

@@ -31,7 +31,7 @@ Write = tuple[Tensor, int]
 
 
 def module_in(given: Any) -> nn.Module | None:
-    """The module that is an average, or is in one that is no module itself; None where there is none."""
+    """The module that is an average, or that a wrapper of an average holds; None if there is none."""
     return next(iter(held_by(given)), None)
 
 

@@ -48,7 +48,7 @@ def keep_without(coupled: CoupledGroups, channels: Mapping[str, Sequence[int]]) 
 
 
 def _integers(layer: str, member: Member, given: Any) -> list[int]:
-    """Numbers of channels as Python's, from a sequence, an array or a tensor.
+    """Channel numbers as Python integers, from a sequence, an array or a tensor.
 
     Raises:
         ConfigError: no sequence, or something in it that is no number of a channel.

@@ -157,8 +157,8 @@ def _pattern(one: WeightRule) -> Any:
 
 
 def _origins(rules: Iterable[WeightRule], finished: Collection[str], known: Mapping[str, Any]) -> dict[str, str]:
-    """Key of a rule -> that of the file's rule which it goes on from: the one of its name or position if it has its
-    pattern, else the only one that has, where that is no other rule's.
+    """Key of each rule -> key of the file's rule that it continues: the one of its name or position if that has the
+    same pattern; else the only one with that pattern that no other rule continues.
 
     Args:
         rules: of the loaded model.

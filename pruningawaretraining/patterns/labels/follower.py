@@ -96,7 +96,7 @@ class Call:
         return found
 
     def work(self, met: Sequence[Array], summed: int) -> None:
-        """Note the products of an operation that is no layer's own.
+        """Note the products that an operation computes outside of PyTorch's layers.
 
         Args:
             met: slots of what was multiplied, the dimension that is summed over included.
