@@ -551,3 +551,20 @@ def test_an_event_leaves_the_hooks_of_criteria_where_they_are(pattern: str) -> N
         name: list(module._forward_hooks) + list(module._forward_pre_hooks) for name, module in model.named_modules()
     }
     assert after == hooks, "a compiled model would be compiled again"
+
+
+@pytest.mark.parametrize("pattern", ["slice", "4x1", "2x3", "2:4", "unstructured"])
+def test_masks_of_whole_weights_keep_what_is_in_no_group(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 rows and 9 columns are no multiple of any block; memory that is not written is taken to be 0."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(9, 11, 3) if pattern == "slice" else nn.Linear(9, 11)
+    pruner = Pruning(nn.Sequential(model), rules({"pattern": pattern, "target": {"sparsity": 0.5}}))
+    pruner.prune()
+    (masks,) = pruner.engine.masks
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", torch.zeros_like)
+        ((weight, keep_W),) = masks._writer.factors()
+    assert weight is model.weight and bool((weight == 0).any())
+    assert torch.equal(keep_W.bool(), weight != 0)
+    ((_, expected),) = masks.grouping.expand(masks.keep_G.float(), outside=1.0)
+    assert torch.equal(keep_W.bool(), expected.expand_as(weight).bool())

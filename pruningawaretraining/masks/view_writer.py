@@ -74,10 +74,10 @@ class ViewWriter:
     def factors(self) -> Iterator[tuple[Tensor, Tensor]]:
         """See :class:`~pruningawaretraining.masks.masks.Writer`; one mask of a whole weight at a time is held."""
         for index, (member, _) in enumerate(self._drops):
-            keep_W = torch.empty_like(local_of(member.parameter), dtype=torch.bool)
+            keep_W = torch.ones_like(local_of(member.parameter), dtype=torch.bool)  # so are entries in no group
             part = is_sharded(member.parameter)
             if (fold := fold_of(local_member(member) if part else member)) is None:
-                self._fill(index, keep_W.fill_(True), part)
+                self._fill(index, keep_W, part)
             else:  # much faster than filling through a mask
                 fold.view(keep_W).copy_((~self._drop_on(index, keep_W.device)).view(fold.spread_shape))
             yield member.parameter, keep_W
