@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining import Pruning
 from pruningawaretraining.engine.rule import check_finite
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.groups.lowest import drop_lowest
-from pruningawaretraining.masks.averages import cleared
+from pruningawaretraining.groups.reductions import count_nan
+from pruningawaretraining.masks.restoring import restored
 from pruningawaretraining.patterns.block import Unstructured
 
 INF, NAN = float("inf"), float("nan")
@@ -52,16 +55,6 @@ def test_weights_are_finite_or_named_whatever_they_add_up_to(
         check_finite("rules[0]", grouping)
 
 
-class Writer:
-    """Holds these masks."""
-
-    def __init__(self, masks: list[tuple[Tensor, Tensor]]) -> None:
-        self.masks = masks
-
-    def factors(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.masks)
-
-
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_masked_weights_that_are_not_zero_are_cleared_and_counted(dtype: torch.dtype) -> None:
     first = nn.Parameter(torch.tensor([[1.0, 0.0, -0.0], [NAN, INF, 2.0]]))
@@ -72,13 +65,44 @@ def test_masked_weights_that_are_not_zero_are_cleared_and_counted(dtype: torch.d
         (third, torch.tensor([[1, 0]])),  # of columns
         (third, torch.tensor([[1], [0]])),  # of rows
     ]
-    names = {id(first): "first", id(second): "second", id(third): "third"}
-    found = cleared(Writer([(parameter, keep.to(dtype)) for parameter, keep in masks]), names)
-    assert found == {"first": 2, "third": 3}  # the 6 is in a masked row and in a masked column
+
+    def factors() -> Iterator[tuple[Tensor, Tensor]]:
+        return ((parameter, keep.to(dtype)) for parameter, keep in masks)
+
+    assert restored(factors) == {id(first): 2, id(third): 3}  # the 6 is in a masked row and in a masked column
     assert first.tolist() == [[1, 0, 0], [0, 0, 2]]
     assert second.tolist() == [0, 5] and third.tolist() == [[4, 0], [0, 0]]
-    assert cleared(Writer([(parameter, keep.to(dtype)) for parameter, keep in masks]), names) == {}
-    assert cleared(Writer([]), names) == {}
+    assert restored(factors) == {}
+    assert restored(lambda: []) == {}
+
+
+@pytest.mark.parametrize("pattern", ["slice", "4x1", "1x4", "2x3", "2:4", "unstructured"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # with a compiled pass where it fits, and without
+def test_what_is_not_zero_any_more_is_counted_exactly(pattern: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 19, 3), nn.Conv2d(19, 18, 3, padding=1)).to(dtype)
+    pruner = Pruning(model, {"rules": [{"pattern": pattern, "target": {"sparsity": 0.5}}]})
+    pruner.prune()
+    (masks,) = pruner.engine.masks
+    assert masks.restore() == {}
+    expected = {}
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            before = weight.detach().clone()
+            with torch.no_grad():
+                weight.masked_fill_(torch.rand_like(weight) < 0.3, NAN if name == "0.weight" else 7.0)
+            expected[name] = int(((before == 0) & (weight != 0)).sum())
+    assert masks.restore() == expected and all(expected.values())
+    assert masks.restore() == {} and bool((masks.grouping.members[0].parameter == 0).any())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1.0, 2.0, 3.0], [INF, -INF, 1.0], [INF, INF, 0.0], [3e38, 3e38, -3e38], [NAN, 1.0, NAN], [NAN, INF, -INF]],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_nan_is_counted_beside_anything(values: list[float], dtype: torch.dtype) -> None:
+    assert count_nan(torch.tensor(values, dtype=dtype)) == sum(map(math.isnan, values))
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 6, 7])

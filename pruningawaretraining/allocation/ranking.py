@@ -18,6 +18,7 @@ from torch import Tensor
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.errors import TargetError
 from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.reductions import count_nan
 from pruningawaretraining.patterns.structures import is_block
 from pruningawaretraining.registry import lookup, register
 
@@ -106,7 +107,7 @@ class Allocator:
         removed_G: Tensor | None = None,
     ) -> None:
         scores_G = scores_G.detach().cpu().double()
-        if scores_G.shape != (grouping.size,) or bool(torch.isnan(scores_G).any()):
+        if scores_G.shape != (grouping.size,) or count_nan(scores_G):
             raise ValueError(f"scores: need {grouping.size} numbers without NaN, got shape {tuple(scores_G.shape)}")
         self.grouping, self.limits = grouping, limits
         self.sizes_S = grouping.set_sizes

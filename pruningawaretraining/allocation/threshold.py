@@ -21,6 +21,7 @@ from torch import Tensor
 from pruningawaretraining.allocation.ranking import SLACK, Limits
 from pruningawaretraining.groups import lowest
 from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.reductions import count_nan
 from pruningawaretraining.groups.views import slot_maxima
 from pruningawaretraining.registry import lookup
 
@@ -95,7 +96,7 @@ def _prepared(scores_G: Tensor, sizes_S: Sequence[int], removed_G: Tensor | None
         raise ValueError(f"scores: need {sum(sizes_S)} numbers, got shape {tuple(scores_G.shape)}")
     finite = torch.finfo(scores_G.dtype)
     values_G = scores_G.clamp(finite.min, finite.max)
-    if bool(torch.isnan(values_G).any()):
+    if count_nan(values_G):
         raise ValueError("scores: they contain NaN; the weights or gradients are not finite")
     if removed_G is not None:
         values_G.masked_fill_(removed_G.to(values_G.device), -math.inf)

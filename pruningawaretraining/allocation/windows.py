@@ -107,9 +107,11 @@ def _candidates(
     finite = torch.finfo(scores_G.dtype)
     for member, dim in zip(grouping.members, dims, strict=True):
         mine = slice(member.offset, member.offset + member.n_slots)
-        values = scores_G[mine].clamp(finite.min, finite.max)
+        values = scores_G[mine]
         if removed_G is not None:
-            values.masked_fill_(removed_G[mine].to(values.device), -math.inf)
+            values = values.clamp(finite.min, finite.max).masked_fill_(removed_G[mine].to(values.device), -math.inf)
+        elif not (lowest.on_host(values) and math.isfinite(float(values.sum()))):  # a copy costs as much as the rest
+            values = values.clamp(finite.min, finite.max)
         in_windows = _in_windows(values, member, dim, of, -math.inf)  # padding counts as removed
         yield in_windows, _lowest_in_rows(in_windows, drop)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.reductions import count_nan
 from pruningawaretraining.registry import calling, check_returned, lookup, name_of, names
 
 
@@ -165,7 +166,7 @@ def checked_scores(criterion: Any, scores_G: Any, size: int, nan: bool = True) -
     good = good and not scores_G.is_complex() and scores_G.dtype is not torch.bool
     check_returned(good, "criterion", criterion, scores_G, expected)
     found: Tensor = scores_G.detach()
-    missing = int(torch.isnan(found).count_nonzero()) if nan else 0
+    missing = count_nan(found) if nan else 0
     check_returned(not missing, "criterion", criterion, found, expected, f"NaN for {missing} of {size} groups")
     return found if found.is_floating_point() else found.double()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from pruningawaretraining.criteria.base import Needs, Statistics
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.groups.grouping import Grouping
-from pruningawaretraining.groups.reductions import device_of, members_per_set, reduce_sum
+from pruningawaretraining.groups.reductions import device_of, is_of_single_weights, members_per_set, reduce_sum
 from pruningawaretraining.registry import lookup, register
 
 logger = logging.getLogger(__name__)
@@ -32,10 +32,22 @@ def power_sums(grouping: Grouping, p: float) -> Tensor:
         values_W = values_W.float()
         return values_W.square() if p == 2 else values_W.abs().pow(p)
 
+    if is_of_single_weights(weights):
+        return _powers(weights, p)
     if device_of(weights).type == "cpu" or any(member.slots is not None for member in weights.members):
         return weights.reduce_of(power)
     # by views: adding by an index is slow there, and rounds in another order each time
     return reduce_sum(weights, lambda member: power(member.parameter.detach()))
+
+
+def _powers(weights: Grouping, p: float) -> Tensor:
+    """``|w|^p`` of each weight where every one is a group, written where it belongs: memory costs more than sums."""
+    out_G = torch.empty(weights.size, device=device_of(weights))
+    for member in weights.members:
+        values_W = member.parameter.detach().float()
+        mine_W = out_G[member.offset : member.offset + member.n_slots].view(values_W.shape)
+        torch.mul(values_W, values_W, out=mine_W) if p == 2 else torch.abs(values_W, out=mine_W).pow_(p)
+    return out_G
 
 
 def magnitude_scores(grouping: Grouping, p: float) -> Tensor:

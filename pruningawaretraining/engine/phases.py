@@ -62,7 +62,7 @@ def tell_what_stays(model: nn.Module, key: str, rule: Rule, grouping: Grouping) 
 def tell_of_nothing(key: str, rule: Rule, keep_G: Tensor, last: bool) -> None:
     """Warn that a sparsity is less than one of the rule's groups, where its last event prunes nothing."""
     sparsity = rule.target.last_sparsity
-    if last and rule.mode == "prune" and sparsity and bool(keep_G.all()):
+    if last and rule.mode == "prune" and sparsity and int(keep_G.count_nonzero()) == keep_G.numel():
         logger.warning(
             "%s: nothing is pruned: target.sparsity %g of %d groups is less than one, or limits keep them all",
             *(key, sparsity, keep_G.numel()),

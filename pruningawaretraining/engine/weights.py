@@ -149,7 +149,8 @@ class WeightGroups:
     def scores(self, one: WeightRule, statistics: Statistics) -> Tensor:
         """Scores of the rule's groups."""
         scores_G = scores_of(one.criterion, one.grouping, statistics)
-        return scores_G.to(one.masks.keep_G.device, copy=True)  # what is gathered goes on changing
+        later = one.parts > 1  # then they are kept, while what is gathered goes on changing
+        return scores_G.to(one.masks.keep_G.device, copy=later)
 
     def _allocated(self, one: WeightRule, scores_G: Tensor, statistics: Statistics, asked: Asked) -> Tensor:
         """The masks that an event asks for; what is masked stays so, and layers that it is not about are left alone."""

@@ -231,10 +231,10 @@ class Grouping:
 
     def reduce_of(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``reduce`` of a function of each member's tensor, evaluated once for each distinct tensor."""
-        known: dict[int, Tensor] = {}
-        for member in self.members:
-            if id(member.parameter) not in known:
-                known[id(member.parameter)] = function(member.parameter.detach())
+        distinct = {id(member.parameter): member.parameter for member in self.members}
+        if len(distinct) == len(self.members):  # the values of one at a time are held
+            return self.reduce(function(member.parameter.detach()) for member in self.members)
+        known = {number: function(parameter.detach()) for number, parameter in distinct.items()}
         return self.reduce(known[id(member.parameter)] for member in self.members)
 
     def gathered(self) -> Grouping:

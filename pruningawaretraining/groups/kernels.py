@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Kernel = Callable[..., None]
+Kernel = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Kernels:
         add_square_sums: ``(w_ON, sums_O, sums_N)``: add the squares to the sums along both dimensions.
         add_scaled: ``(g_ON, w_ON, factor_O, factor_N)``: ``g += w * (factor_O + factor_N)``.
         shrink_rows: ``(source_ON, target_ON, threshold_O)``: shorten every row by a threshold, to 0 at least.
-        clear_chosen: ``(w_PRQ, chosen_PQ)``: set the chosen entries (uint8, 1 = chosen) to 0 at every R.
+        clear_chosen: ``(w_PRQ, chosen_PQ)``: set the chosen entries (uint8) to 0 at every R; returns how many were not.
         find_lowest: ``(values_NM, count, found_NM)``: True for the lowest of every row, the first among equals.
     """
 
@@ -100,14 +100,19 @@ def _add_scaled(g_ON: Any, w_ON: Any, factor_O: Any, factor_N: Any) -> None:
                 g_ON[o, n] += w_ON[o, n] * factor_N[n]
 
 
-def _clear_chosen(w_PRQ: Any, chosen_PQ: Any) -> None:
-    """Clear chosen entries; rows whose chosen entries are 0 already are only read."""
+def _clear_chosen(w_PRQ: Any, chosen_PQ: Any) -> int:
+    """Clear chosen entries; what is 0 already is only read."""
+    count = 0
     for p in range(w_PRQ.shape[0]):
         chosen = chosen_PQ[p]
         if w_PRQ.shape[2] == 1:
             if chosen[0]:
+                strays = 0
                 for r in range(w_PRQ.shape[1]):
+                    strays += w_PRQ[p, r, 0] != 0
+                for r in range(w_PRQ.shape[1] * min(strays, 1)):
                     w_PRQ[p, r, 0] = 0
+                count += strays
             continue
         for r in range(w_PRQ.shape[1]):
             row, found = w_PRQ[p, r], chosen[0] & 0
@@ -116,8 +121,10 @@ def _clear_chosen(w_PRQ: Any, chosen_PQ: Any) -> None:
                     found |= chosen[q]
             if found:
                 for q in range(len(row)):
+                    count += chosen[q] * (row[q] != 0)
                     if chosen[q]:
                         row[q] = 0
+    return count
 
 
 def _find_lowest(values_NM: Any, count: int, found_NM: Any) -> None:
@@ -179,8 +186,8 @@ def kernels() -> Kernels | None:
 
     matrix, vector = numba.float32[:, ::1], numba.float32[::1]
 
-    def compiled(function: Kernel, *arguments: Any) -> Kernel:
-        made: Kernel = numba.njit([numba.void(*arguments)], fastmath={"reassoc", "contract"}, nogil=True, cache=True)(
+    def compiled(function: Kernel, *arguments: Any, returns: Any = numba.void) -> Kernel:
+        made: Kernel = numba.njit([returns(*arguments)], fastmath={"reassoc", "contract"}, nogil=True, cache=True)(
             function
         )
         return made
@@ -189,7 +196,7 @@ def kernels() -> Kernels | None:
         compiled(_add_square_sums, matrix, vector, vector),
         compiled(_add_scaled, matrix, matrix, vector, vector),
         compiled(_shrink_rows, matrix, matrix, vector),
-        compiled(_clear_chosen, numba.float32[:, :, ::1], numba.uint8[:, ::1]),
+        compiled(_clear_chosen, numba.float32[:, :, ::1], numba.uint8[:, ::1], returns=numba.int64),
         compiled(_find_lowest, matrix, numba.int64, numba.boolean[:, ::1]),
     )
 

@@ -30,6 +30,22 @@ def device_of(grouping: Grouping) -> torch.device:
     return grouping.members[0].parameter.device if grouping.members else torch.device("cpu")
 
 
+def is_of_single_weights(grouping: Grouping) -> bool:
+    """Whether every entry of the members is a group of its own, in their order, and all of them lie on one device."""
+    end = 0
+    for one in grouping.members:
+        if one.slots is not None or one.offset != end or one.sizes != one.parameter.shape or not all(one.identity):
+            return False
+        end += one.n_slots
+    weights = [one.parameter for one in grouping.members]
+    return end == grouping.size and len({one.device for one in weights}) == 1 and not any(map(is_sharded, weights))
+
+
+def count_nan(values_G: Tensor) -> int:
+    """How many values are NaN; waits for the device. They are looked at one by one only where their sum is NaN."""
+    return int(torch.isnan(values_G).count_nonzero()) if math.isnan(float(values_G.sum())) else 0
+
+
 @register("reduction", "sum")
 def reduce_sum(grouping: Grouping, values: Values, dtype: torch.dtype = torch.float32) -> Tensor:
     """The sum over a group's weights."""

@@ -9,7 +9,7 @@ them so. They are applied at every event, and whenever the model's weights are l
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -140,31 +140,3 @@ class Averages:
             for one in hooks:
                 one.release()
         self._hooks.clear()
-
-
-@torch.no_grad()
-def cleared(writer: HasFactors, names: Mapping[int, str]) -> dict[str, int]:
-    """Set masked weights to 0 whatever they hold; return name -> how many were not 0.
-
-    Args:
-        writer: holds the masked entries.
-        names: id of each parameter -> its name.
-    """
-    counts = [_strays(parameter, keep_W) for parameter, keep_W in writer.factors()]
-    if not counts:
-        return {}
-    strays = torch.stack([one.to(counts[0].device) for one in counts]).cpu().tolist()  # the host waits once
-    found: dict[str, int] = {}
-    for (parameter, keep_W), count in zip(writer.factors(), strays, strict=True) if any(strays) else ():
-        if count:
-            weight_W = local_of(parameter.detach())
-            weight_W.masked_fill_((keep_W == 0).to(weight_W.device), 0.0)
-            name = names[id(parameter)]
-            found[name] = found.get(name, 0) + int(count)
-    return found
-
-
-def _strays(parameter: Tensor, keep_W: Tensor) -> Tensor:
-    """How many masked weights are not 0."""
-    weight_W = local_of(parameter.detach())
-    return (weight_W != 0).gt(keep_W.bool().to(weight_W.device)).count_nonzero()

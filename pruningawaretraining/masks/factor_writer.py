@@ -13,6 +13,7 @@ from torch.autograd import Variable
 
 from pruningawaretraining.distributed.fsdp import local_of, part_of
 from pruningawaretraining.groups.grouping import Grouping, Member
+from pruningawaretraining.masks.restoring import restored
 
 SPELLED = 1 << 22
 """Off the CPU the masks of a parameter with at most so many elements become one factor of its shape, and a few launches
@@ -159,6 +160,10 @@ class FactorWriter:
     def clear_weights(self, only: set[int] | None = None) -> None:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""
         self._factors.multiply(only)
+
+    def restore(self) -> dict[int, int]:
+        """See :class:`~pruningawaretraining.masks.masks.Writer`."""
+        return restored(self.factors)
 
     def clear_gradients(self, only: set[int] | None = None) -> None:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""

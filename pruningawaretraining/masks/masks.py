@@ -22,7 +22,7 @@ from pruningawaretraining.criteria.base import checked_masks
 from pruningawaretraining.groups.attachment import MaskHooks
 from pruningawaretraining.groups.grouping import Grouping
 from pruningawaretraining.groups.lowest import counts_of
-from pruningawaretraining.masks.averages import Averages, cleared
+from pruningawaretraining.masks.averages import Averages
 from pruningawaretraining.masks.dense_store import DenseStore, check_optimizer
 from pruningawaretraining.masks.dynamics import FROZEN, Dynamic
 from pruningawaretraining.masks.factor_writer import FactorWriter
@@ -238,9 +238,9 @@ class Masks:
         """Set masked weights to 0, in averages too; return the names of tensors where they were not -> how many."""
         if not self.active:
             return {}
-        found = cleared(self._writer, self.names)
+        found = self._writer.restore()
         self.averages.apply()
-        return found
+        return {self.names[number]: count for number, count in found.items()}
 
     @torch.no_grad()
     def apply_to_gradients(self, only: Ids | None = None) -> None:

@@ -26,6 +26,9 @@ class Writer(Protocol):
     def clear_weights(self, only: Ids | None = None) -> None:
         """Set masked weights to exactly 0: of the parameters with these ids, or of all."""
 
+    def restore(self) -> dict[int, int]:
+        """Set masked weights to 0; return id of each parameter -> how many were not 0, where any was."""
+
     def clear_gradients(self, only: Ids | None = None) -> None:
         """Set the gradients of masked weights to 0: of the parameters with these ids, or of all."""
 

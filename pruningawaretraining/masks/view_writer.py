@@ -15,6 +15,7 @@ from pruningawaretraining.groups import kernels as fused
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.reductions import device_of
 from pruningawaretraining.groups.views import Fold, fold_of, slot_counts, slots_of
+from pruningawaretraining.masks.restoring import restored
 
 
 class ViewWriter:
@@ -57,6 +58,20 @@ class ViewWriter:
             if only is None or id(member.parameter) in only:
                 self._fill(index, member.parameter)
 
+    def restore(self) -> dict[int, int]:
+        """See :class:`~pruningawaretraining.masks.masks.Writer`."""
+        folds = [None if is_sharded(member.parameter) else fold_of(member) for member, _ in self._drops]
+        if not all(
+            fold is not None and compiled(fold, member.parameter.detach(), drop_S)
+            for fold, (member, drop_S) in zip(folds, self._drops, strict=True)
+        ):
+            return restored(self.factors)
+        found: dict[int, int] = {}
+        for index, (member, _) in enumerate(self._drops):
+            if count := self._fill(index, member.parameter):
+                found[id(member.parameter)] = found.get(id(member.parameter), 0) + count
+        return found
+
     def clear_gradients(self, only: set[int] | None = None) -> None:
         """See :class:`~pruningawaretraining.masks.masks.Writer`."""
         for index, (member, _) in enumerate(self._drops):
@@ -86,8 +101,10 @@ class ViewWriter:
         if parameter.grad is not None and parameter.grad.layout is torch.strided:
             self._fill(index, parameter.grad)
 
-    def _fill(self, index: int, values_W: Tensor, part: bool = False) -> None:
+    def _fill(self, index: int, values_W: Tensor, part: bool = False) -> int:
         """Write 0 over the masked entries; the masks follow a model that has been moved to another device.
+
+        Returns: see :func:`clear_slots`.
 
         Args:
             index: of the member.
@@ -96,12 +113,12 @@ class ViewWriter:
         member, drop_S = self._drops[index][0], self._drop_on(index, values_W.device)
         here = local_member(member) if part or is_sharded(values_W) else member
         if (fold := fold_of(here)) is not None:
-            clear_slots(fold, local_of(values_W), drop_S)
-            return
+            return clear_slots(fold, local_of(values_W), drop_S)
         known = self._entries.get((index, here is member))
         if known is None or known.device != values_W.device:
             known = self._entries[index, here is member] = here.spread(drop_S, outside=0.0).bool()
         local_of(values_W).masked_fill_(known, 0.0)
+        return 0
 
     def _drop_on(self, index: int, device: torch.device) -> Tensor:
         member, drop_S = self._drops[index]
@@ -125,16 +142,24 @@ class ViewWriter:
         return total
 
 
-def clear_slots(fold: Fold, values_W: Tensor, drop_S: Tensor) -> None:
-    """Write 0 in place over every entry of the chosen slots (bool): in one compiled pass where it fits."""
-    view_F, flat = fold.view(values_W), fold.flat
-    kernels = fused.kernels() if flat is not None and drop_S.is_contiguous() and fused.fits(view_F) else None
-    if kernels is None or flat is None:
+def compiled(fold: Fold, values_W: Tensor, drop_S: Tensor) -> fused.Kernels | None:
+    """The compiled passes, where one can clear the chosen slots."""
+    fits = fold.flat is not None and drop_S.is_contiguous() and fused.fits(fold.view(values_W))
+    return fused.kernels() if fits else None
+
+
+def clear_slots(fold: Fold, values_W: Tensor, drop_S: Tensor) -> int:
+    """Write 0 in place over every entry of the chosen slots (bool): in one compiled pass where it fits.
+
+    Returns: how many were not 0 before, by a compiled pass; else 0, as to count takes longer.
+    """
+    kernels, view_F = compiled(fold, values_W, drop_S), fold.view(values_W)
+    if kernels is None or fold.flat is None:
         view_F.masked_fill_(drop_S.view(fold.spread_shape), 0.0)
-        return
-    across, inside, along = flat
+        return 0
+    across, inside, along = fold.flat
     drop_PQ = drop_S.view(torch.uint8).view(across, along)
-    kernels.clear_chosen(view_F.view(across, inside, along).numpy(), drop_PQ.numpy())
+    return int(kernels.clear_chosen(view_F.view(across, inside, along).numpy(), drop_PQ.numpy()))
 
 
 def kept_of_members(grouping: Grouping, keep_G: Tensor, kept_by_set: list[int]) -> list[int]:
