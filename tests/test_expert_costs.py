@@ -11,6 +11,8 @@ from moe import LooseBlock, MoeBlock
 from torch import nn
 
 from pruningawaretraining import Pruning, count_macs
+from pruningawaretraining.costs.macs import macs_per_layer
+from pruningawaretraining.costs.weighted import weighted
 from pruningawaretraining.engine.latency_target import _anchors
 from pruningawaretraining.masks.pruned_copy import pruned_copy
 
@@ -53,3 +55,18 @@ def test_copies_that_are_measured_keep_as_many_experts_as_a_token_takes() -> Non
     sets = [one for one in coupled.dense_sets if one.name.startswith("blocks")]
     kept = {int(keep_D[one.start : one.stop].sum()) for keep_D in _anchors(coupled.found) for one in sets}
     assert kept == {2, 3}
+
+
+def test_a_list_of_layers_has_no_macs_of_its_own() -> None:
+    """Costs are asked about what computes: a list is never called, and what it holds is not of the module around it."""
+    model, x = moe.built()
+    per_layer = macs_per_layer(model, x)
+    seen: dict[str, float] = {}
+
+    def cost(name: str, module: nn.Module, macs: float) -> float:
+        seen[name] = macs
+        return 2 * macs
+
+    costs = weighted(model, per_layer, cost)
+    assert "blocks" not in seen and "" not in seen and all(macs >= 0 for macs in seen.values())
+    assert costs[""] == 2 * count_macs(model, x) and costs["blocks.0"] == 2 * per_layer["blocks.0"]

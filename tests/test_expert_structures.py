@@ -17,7 +17,7 @@ from law_checks import check_masked_channels
 from test_structures import FACTOR, decided, every_mask, lost, random_scores
 from torch import Tensor, nn
 
-from pruningawaretraining import Pruning, count_macs, load_pruned, save_pruned
+from pruningawaretraining import Pruning, count_macs, load_pruned, register, registry, save_pruned
 from pruningawaretraining.config import load_config
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.errors import ConfigError, TargetError
@@ -39,6 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4},
     "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "Qwen2Moe": {**INNER, "shared_expert_intermediate_size": 6},
+    "eager Mixtral": {"num_local_experts": 4},
 }
 
 
@@ -67,6 +68,7 @@ NETS: dict[str, list[str]] = {
     "Mixtral": ["head", "expert", "depth"],
     "Olmoe": ["expert", "depth"],
     "Qwen2Moe": ALL,
+    "eager Mixtral": ["channel", "expert", "depth"],
     "mixed": ["channel", "expert"],
     "stack": ALL,
 }
@@ -81,8 +83,11 @@ def built(net: str, **options: Any) -> tuple[nn.Module, Any]:
     if net == "stack":
         return Stack(), x
     transformers = pytest.importorskip("transformers", "5.0", reason="experts are lists of layers before")
-    config = getattr(transformers, f"{net}Config")(**{**SMALL, **FAMILIES[net], **options})
-    model: nn.Module = getattr(transformers, f"{net}ForCausalLM")(config).eval()
+    kind = net.removeprefix("eager ")
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **FAMILIES[net], **options})
+    model: Any = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    if kind != net:
+        model.set_experts_implementation("eager")  # a loop over experts, through which channels can be followed
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
@@ -124,6 +129,7 @@ def test_the_sets_of_each_net() -> None:
     assert found["Mixtral"] == [*heads, *experts, *layers]
     assert found["Olmoe"] == [*experts, *layers]
     assert found["Qwen2Moe"] == [*shared, *heads, *experts, *layers]
+    assert found["eager Mixtral"] == [("model.layers.0.self_attn.o_proj", 16, 1), *experts, *layers]
     assert found["mixed"] == [("embed", 6, 1), ("blocks.0", 4, 2), ("blocks.1", 4, 2)]
     both = [("blocks.0.experts", 4, 2), ("blocks.1.experts", 4, 2), ("blocks.0", 1, 1), ("blocks.1", 1, 1)]
     assert found["stack"] == [("embed", 6, 1), *both]
@@ -276,6 +282,22 @@ def test_masked_equals_removed_and_costs_are_those_of_the_removed_model(net: str
     assert {left.sets[n].size for n in experts_of(left)} - {0} == counted
 
 
+def test_by_hand_after_a_block_is_gone() -> None:
+    """What is left of the removed block's experts, none, is no reason to refuse others."""
+    model, x = built("stack")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    pruner, _ = pruner_of("stack", optimizer, model, pattern=["expert", "depth"], target={"parameters": 0.45})
+    model(x).square().mean().backward()
+    optimizer.step()
+    pruner.prune(model, 0)
+    (left,) = (n for n, one in enumerate(model.blocks) if not isinstance(one, PassThrough))
+    assert len(model.blocks[left].experts.down_proj) == 3
+    with pytest.raises(ConfigError, match=f"channels: 1 would be left of 'blocks.{left}.experts'. Allowed: at least 2"):
+        pruner.remove_channels({f"blocks.{left}.gate": [0, 1]})
+    pruner.remove_channels({f"blocks.{left}.gate": [0]})
+    assert len(model.blocks[left].experts.down_proj) == 2
+
+
 def test_counts_of_the_model_follow_the_blocks_that_are_left() -> None:
     """A removed block still has its experts while the others are counted."""
     coupled = groups_of("Mixtral")
@@ -355,6 +377,39 @@ def test_a_family_with_experts_in_the_list() -> None:
     loop.pruner.on_train_end()
     assert [name for name, _ in seen] == ["0.80", "0.60"]
     assert all(float(name) - 0.15 < kept <= float(name) for name, kept in seen)
+
+
+def test_another_rule_beside_experts_and_heads() -> None:
+    """Without blocks a list is a rule as any other."""
+    model, x = built("Qwen2Moe")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rules = [
+        {"pattern": ["head", "expert"], "criterion": "taylor", "target": {"parameters": 0.8}},
+        {"layers": ["re:.*shared_expert.(gate|up)_proj"], "scope": "local", "target": {"sparsity": 0.5}},
+    ]
+    pruner = Pruning(model, {"rules": rules}, example_inputs=x, optimizer=optimizer)
+    dense = parameters(model)
+    model(**x, labels=x["input_ids"]).loss.backward()
+    optimizer.step()
+    assert pruner.prune(model, 0) == "removed"
+    assert parameters(model) <= 0.8 * dense and pruner.macs.kept == count_macs(model, x)
+    assert [one.mlp.shared_expert.gate_proj.out_features for one in model.model.layers] == [3, 3]
+
+
+def test_a_registered_cost_beside_parameters() -> None:
+    """It follows the MACs of its layers, so that experts hardly count in it."""
+    register("cost", "twice")(lambda name, module, macs: 2.0 * macs)
+    try:
+        loop, dense = (
+            Loop("Mixtral", pattern=["head", "expert"], target={"parameters": 0.7, "twice": 0.9}),
+            built("Mixtral"),
+        )
+        for epoch in range(5):
+            loop.epoch(epoch)
+        assert parameters(loop.model) <= 0.7 * parameters(dense[0])
+        assert count_macs(loop.model, TEXT) <= 0.9 * count_macs(*dense)
+    finally:
+        del registry._ENTRIES["cost"]["twice"]
 
 
 @pytest.mark.parametrize("net", ["Mixtral", "Olmoe"])

@@ -9,7 +9,7 @@ from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.registry import build, canonical, lookup, names
 
 STRUCTURES = ("channel", "head", "expert", "depth")
-OPTIONS = {"heads": "head", "experts": "expert", "depth": "depth"}
+ADDED = {"heads": "head", "experts": "expert", "depth": "depth"}
 """Option of a pattern -> the structure that it adds."""
 KINDS = {"channel": "channel", "head": "channel", "expert": "expert", "depth": "block"}
 """Structure -> what criteria know its groups as."""
@@ -36,8 +36,8 @@ def one_pattern(structures: Sequence[Any]) -> str | dict[str, Any]:
     if len(found) == 1:
         return found[0]
     own = next(one for one in STRUCTURES if one in found)
-    always = OPTIONS.keys() - {"experts"} if own == "channel" else ()
-    options = {key: one in found for key, one in OPTIONS.items() if key in always or one in found and one != own}
+    always = ADDED.keys() - {"experts"} if own == "channel" else ()
+    options = {key: one in found for key, one in ADDED.items() if key in always or one in found and one != own}
     return {"type": own, **options}
 
 
@@ -55,7 +55,7 @@ def structures_of(pattern: Any) -> frozenset[str]:
         return frozenset(canonical("pattern", one, "pattern") for one in pattern)
     if not isinstance(pattern, Mapping):
         return frozenset()
-    more = (one for key, one in OPTIONS.items() if pattern.get(key))
+    more = (one for key, one in ADDED.items() if pattern.get(key))
     return frozenset((canonical("pattern", str(pattern.get("type")), "pattern"), *more))
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pruningawaretraining.costs.own import own_macs
 from pruningawaretraining.groups.attachment import OwnCost
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.products import Product
@@ -242,13 +243,6 @@ def _counted(products: Sequence[Product], per_layer: Mapping[str, float]) -> lis
     for one in products:
         sums[one.layer] = sums.get(one.layer, 0) + one.macs
     return [one for one in products if sums[one.layer] <= own_macs(one.layer, per_layer)]
-
-
-def own_macs(name: str, per_layer: Mapping[str, float]) -> float:
-    """The MACs of a module without those of its children."""
-    prefix = f"{name}." if name else ""
-    children = (one for one in per_layer if one.startswith(prefix) and one and "." not in one[len(prefix) :])
-    return per_layer.get(name, 0) - sum(per_layer[one] for one in children)
 
 
 def parameters_cost(grouping: Grouping, model: nn.Module) -> LinearCost:
