@@ -27,7 +27,7 @@ from pruningawaretraining.criteria.base import Needs, Statistics
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.experiment.models import DigitsResNet
-from pruningawaretraining.groups.grouping import Grouping
+from pruningawaretraining.groups.grouping import Grouping, GroupSet
 from pruningawaretraining.masks.masks import Masks
 from pruningawaretraining.masks.removal import remove
 from pruningawaretraining.models.calling import outputs_of
@@ -104,15 +104,15 @@ def lost(coupled: CoupledGroups, keep_D: Tensor, scores_D: Tensor) -> float:
 
 
 def every_mask(coupled: CoupledGroups, multiple: int = 1, most: float = 1.0) -> Iterator[Tensor]:
-    """All keep masks that limits allow: at least one group of every set that is there, and one block."""
+    """All keep masks that limits allow: of every set that is there as many groups as always stay, and one block."""
     sets, inside = coupled.dense_sets, coupled.rules[0].inside
     blocks = [n for n, one in enumerate(sets) if is_block(one)]
     for stays in itertools.product((False, True), repeat=len(blocks)):
         out = {n for n, there in zip(blocks, stays, strict=True) if not there}
-        if len(out) > min(int(most * len(blocks) + 1e-9), len(blocks) - 1):
+        if out and len(out) > min(int(most * len(blocks) + 1e-9), len(blocks) - 1):
             continue
         free = [n for n in range(len(sets)) if n not in blocks and inside.get(n) not in out]
-        for choice in itertools.product(*(_subsets(sets[n].size, multiple, most) for n in free)):
+        for choice in itertools.product(*(_subsets(sets[n], multiple, most) for n in free)):
             keep_D = torch.zeros(sets[-1].stop, dtype=torch.bool)
             for n in set(blocks) - out:
                 keep_D[sets[n].start] = True
@@ -121,11 +121,11 @@ def every_mask(coupled: CoupledGroups, multiple: int = 1, most: float = 1.0) -> 
             yield keep_D
 
 
-def _subsets(size: int, multiple: int, most: float) -> list[tuple[bool, ...]]:
-    able = []
+def _subsets(one: GroupSet, multiple: int, most: float) -> list[tuple[bool, ...]]:
+    able, size = [], one.size
     for kept in itertools.product((False, True), repeat=size):
         count = sum(kept)
-        if count and 1 - count / size <= most + 1e-9 and (count % multiple == 0 or count == size):
+        if count >= one.least and 1 - count / size <= most + 1e-9 and (count % multiple == 0 or count == size):
             able.append(kept)
     return able
 
@@ -410,8 +410,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "twice": ({"pattern": ["channel", "channels"]}, r"pattern\[1\]: 'channels' is listed twice"),
     "a solver": ({"criterion": "reconstruction"}, r"'reconstruction' does not score all .*Allowed: [a-z_, ]*taylor"),
     "scope": ({"criterion": "taylor", "scope": "local"}, r"scope: 'local' has no effect where blocks.*Allowed: global"),
-    "experts": ({"pattern": ["channel", "expert"]}, r"pattern\[1\]: 'expert' is not ranked with .* no MACs"),
-    "moe": ({"pattern": ["moe", "depth"], "criterion": "taylor"}, r"pattern\[0\]: 'expert' is not ranked"),
     "weights": ({"pattern": ["channel", "unstructured"]}, r"pattern\[1\]: 'unstructured' is not ranked"),
     "a typo": ({"pattern": ["channel", "dept"]}, r"pattern\[1\]: 'dept' is not known; did you mean 'depth'"),
     "none": ({"pattern": []}, r"pattern: \[\] names no structure"),
@@ -426,7 +424,10 @@ def test_what_does_not_compare_is_refused_when_the_config_is_read(name: str) -> 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("structures", [["channel", "head"], ["channel", "head", "depth"], ["head", "depth"]])
+LISTS = [["channel", "head"], ["channel", "head", "depth"], ["head", "depth"], ["expert", "depth"], ["head", "expert"]]
+
+
+@pytest.mark.parametrize("structures", LISTS)
 def test_every_criterion_that_a_refusal_allows_is_taken(structures: list[str]) -> None:
     """The list of what is allowed holds for this list of structures, and no other criterion is taken by its name."""
     rule = {"pattern": structures, "target": {"macs": 0.5}}
@@ -450,6 +451,10 @@ def test_a_list_is_short_for_options() -> None:
     assert pattern(["channel", "head", "depth"]) == {"type": "channel", "heads": True, "depth": True}
     assert pattern(["depth", "heads"]) == {"type": "head", "depth": True}
     assert pattern(["channels"]) == "channel"
+    assert pattern(["moe", "head"]) == {"type": "head", "experts": True}
+    assert pattern(["depth", "expert"]) == {"type": "expert", "depth": True}
+    whole = {"type": "channel", "heads": True, "experts": True, "depth": True}
+    assert pattern(["expert", "depth", "channel", "head"]) == whole
     assert load_config(load_config({"rules": [{"pattern": TOGETHER, "criterion": "taylor", "target": {"macs": 0.5}}]}))
 
 

@@ -17,7 +17,7 @@ from pruningawaretraining.allocation.knapsack import Searched, WidthSearch
 from pruningawaretraining.allocation.ranking import Allocator, limits_of
 from pruningawaretraining.allocation.structures import StructureSearch
 from pruningawaretraining.config.schema import Rule
-from pruningawaretraining.config.structures import with_blocks
+from pruningawaretraining.config.structures import compete
 from pruningawaretraining.costs.widths import KeptGroups, SetCost
 from pruningawaretraining.criteria.base import needs_of
 from pruningawaretraining.errors import ConfigError, TargetError
@@ -96,7 +96,7 @@ class Task:
             TargetError: the message names it, and what is reachable.
         """
         timed = any(one.cost.timed for one in self.goals)
-        if has_blocks(self.share.rule) or (self.share.rule.allocation not in RANKED and timed):
+        if compete(self.share.rule.pattern) or (self.share.rule.allocation not in RANKED and timed):
             self.search().check(self.goals)
             return
         allocator = self.allocator(RANKED.get(self.share.rule.allocation or "ranking"))
@@ -160,11 +160,6 @@ RANKED = {"ranking": None, "uniform": "local"}
 """Allocations that go by ranks, with the scope that they need; ``final_sparsity`` is for them."""
 
 
-def has_blocks(rule: Rule) -> bool:
-    """Whether residual blocks compete with the channels and heads in them."""
-    return with_blocks(rule.pattern)
-
-
 def allocation_of(rule: Rule) -> str:
     """The allocation of a rule whose target is about costs.
 
@@ -177,7 +172,7 @@ def allocation_of(rule: Rule) -> str:
     if target.latency is not None or target.latency_ms is not None:
         return "latency"
     named = rule.criterion if isinstance(rule.criterion, str) else rule.criterion["type"]
-    if not has_blocks(rule) and not needs_of(lookup("criterion", named)).adds_up:
+    if not compete(rule.pattern) and not needs_of(lookup("criterion", named)).adds_up:
         return "ranking"
     return "parameters" if target.macs is None and target.parameters is not None else "macs"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from pruningawaretraining.config.targets import COSTS, Target
@@ -55,7 +55,7 @@ TOGETHER = Support(
     | {f"target.{name}" for name in ("macs", "parameters", "peak_memory", "costs", "latency", "latency_ms")},
     frozenset({"gradients"}),
 )
-"""Blocks beside the channels and heads in them."""
+"""Blocks or experts beside channels and heads."""
 BLOCKS = Support("block", True, REMOVED - {"max_sparsity_from"}, frozenset({"gradients"}))
 EXPERTS = Support(
     "expert",
@@ -89,12 +89,11 @@ class RuleOptions(Protocol):
 
 def support_of(pattern: Any) -> Support:
     """Support declared by a pattern or its class; by default that of patterns inside layers."""
-    if getattr(pattern, "depth", False):
-        return TOGETHER
     found: Any = getattr(pattern, "support", WEIGHTS)
     check_declared(isinstance(found, Support), "pattern", name_of("pattern", pattern), "support", found, "a Support")
     declared: Support = found
-    return declared
+    together = any(getattr(pattern, name, False) for name in ("depth", "experts"))
+    return replace(TOGETHER, kind=declared.kind) if together else declared
 
 
 @checked_by("pattern")

@@ -58,8 +58,8 @@ class Rule(Timed, Strict):
     name: str | None = Field(None, description="Name for messages and reports; the position in the list when absent.")
     pattern: str | dict[str, Any] = Field(
         "channel",
-        description="What lives or dies together: a name, or {type: name, ...its options}; or a list of channel, head "
-        "and depth, which then compete in one ranking.",
+        description="What lives or dies together: a name, or {type: name, ...its options}; or a list of channel, head, "
+        "expert and depth, which then compete in one ranking.",
     )
     layers: list[str] | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""Several structures in one rule: ``pattern: [channel, head, depth]``, ranked together by the loss that they cost."""
+"""Several structures in one rule: ``pattern: [channel, head, expert, depth]``, ranked by the loss that they cost."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.registry import build, canonical, lookup, names
 
-STRUCTURES = ("channel", "head", "depth")
-WHY_ALONE = {
-    "expert": "a token takes as many experts whatever their number, so that they save parameters and no MACs, and "
-    "channels of stacked experts are not found; give experts a rule of their own"
-}
+STRUCTURES = ("channel", "head", "expert", "depth")
+ADDED = {"heads": "head", "experts": "expert", "depth": "depth"}
+"""Option of a pattern -> the structure that it adds."""
+KINDS = {"channel": "channel", "head": "channel", "expert": "expert", "depth": "block"}
+"""Structure -> what criteria know its groups as."""
+UNWEIGHED = ("latency", "latency_ms", "peak_memory")
+"""Targets that experts do not change in a way that can be predicted."""
 
 
 def one_pattern(structures: Sequence[Any]) -> str | dict[str, Any]:
@@ -33,17 +35,34 @@ def one_pattern(structures: Sequence[Any]) -> str | dict[str, Any]:
         raise ConfigError(f"pattern: [] names no structure. Allowed: {', '.join(STRUCTURES)}")
     if len(found) == 1:
         return found[0]
-    if "channel" in found:
-        return {"type": "channel", "heads": "head" in found, "depth": "depth" in found}
-    return {"type": "head", "depth": True}
+    own = next(one for one in STRUCTURES if one in found)
+    always = ADDED.keys() - {"experts"} if own == "channel" else ()
+    options = {key: one in found for key, one in ADDED.items() if key in always or one in found and one != own}
+    return {"type": own, **options}
 
 
 def _not_ranked(key: str, name: Any) -> str:
     """The message for an entry that cannot be ranked with the structures; a known pattern gets its own reason."""
     if not isinstance(name, str) or name not in names("pattern"):
         return unknown(key, str(name), STRUCTURES)
-    reason = WHY_ALONE.get(name, "it prunes inside layers, and what that saves does not compare")
+    reason = "it prunes inside layers, and what that saves does not compare"
     return f"{key}: {name!r} is not ranked with other structures: {reason}. Allowed: {', '.join(STRUCTURES)}"
+
+
+def structures_of(pattern: Any) -> frozenset[str]:
+    """The structures that a list, or a pattern of a config with options, names; none for a name alone."""
+    if isinstance(pattern, (list, tuple)):
+        return frozenset(canonical("pattern", one, "pattern") for one in pattern)
+    if not isinstance(pattern, Mapping):
+        return frozenset()
+    more = (one for key, one in ADDED.items() if pattern.get(key))
+    return frozenset((canonical("pattern", str(pattern.get("type")), "pattern"), *more))
+
+
+def compete(pattern: Any) -> bool:
+    """Whether a pattern of a config has residual blocks or experts beside other structures."""
+    structures = structures_of(pattern)
+    return len(structures) > 1 and not structures.isdisjoint(("expert", "depth"))
 
 
 def check_comparable(criterion: str | Mapping[str, Any], pattern: Any) -> None:
@@ -80,9 +99,7 @@ def in_loss_units(criterion: Any) -> bool:
 
 def _kinds(pattern: Any) -> set[str]:
     """The kinds of groups that are ranked together, as criteria know them."""
-    listed = isinstance(pattern, (list, tuple))
-    blocks = "depth" in [canonical("pattern", one, "pattern") for one in pattern] if listed else with_blocks(pattern)
-    return {"channel", "block"} if blocks else {"channel"}
+    return {KINDS[one] for one in structures_of(pattern) if one in KINDS}
 
 
 def _scored(criterion: Any) -> set[str]:
@@ -96,13 +113,8 @@ def _fits(criterion: Any, kinds: set[str]) -> bool:
     return in_loss_units(criterion) and kinds <= _scored(criterion) and adds_up
 
 
-def with_blocks(pattern: Any) -> bool:
-    """Whether a pattern of a config has residual blocks beside channels or heads."""
-    return isinstance(pattern, Mapping) and bool(pattern.get("depth"))
-
-
 def check_structures(rule: Any) -> None:
-    """Refuse options that mean nothing where whole blocks compete with what is in them.
+    """Refuse options that mean nothing where whole blocks or experts compete with other structures.
 
     Args:
         rule: of a config.
@@ -110,25 +122,50 @@ def check_structures(rule: Any) -> None:
     Raises:
         ConfigError: it names the option.
     """
-    if not with_blocks(rule.pattern) or not rule.enabled:
+    if not compete(rule.pattern) or not rule.enabled:
         return
+    experts = "expert" in structures_of(rule.pattern)
     check_comparable(rule.criterion, rule.pattern)
+    if experts:
+        _check_weighed(rule)
     if rule.target.sparsity is not None or rule.sparsity_per_layer or rule.keep_per_layer:
         key = "target.sparsity" if rule.target.sparsity is not None else "sparsity_per_layer, keep_per_layer"
         raise ConfigError(
-            f"{key}: a count of groups means nothing where blocks, heads and channels compete. Allowed: target.macs, "
-            "target.parameters, target.latency"
+            f"{key}: a count of groups means nothing where blocks, experts, heads and channels compete. Allowed: "
+            f"target.macs, target.parameters{'' if experts else ', target.latency'}"
         )
     if rule.dynamic != "frozen":
-        raise ConfigError(
-            f"dynamic: {rule.dynamic!r} would restore channels in removed blocks. Allowed with blocks: frozen"
-        )
+        why = "would restore channels in removed blocks. Allowed with blocks: frozen"
+        if "depth" not in structures_of(rule.pattern):
+            why = "needs gradients of what is masked, and masked experts get no token. Allowed with experts: frozen"
+        raise ConfigError(f"dynamic: {rule.dynamic!r} {why}")
     if rule.scope != "global":
         raise ConfigError(
-            f"scope: {rule.scope!r} has no effect where blocks, heads and channels compete for one budget. "
+            f"scope: {rule.scope!r} has no effect where blocks, experts, heads and channels compete for one budget. "
             "Allowed: global"
         )
     if rule.allocation in ("ranking", "uniform"):
         raise ConfigError(
-            f"allocation: {rule.allocation!r} does not weigh what a structure saves. Allowed: macs, parameters, latency"
+            f"allocation: {rule.allocation!r} does not weigh what a structure saves. Allowed: macs, parameters"
+            f"{'' if experts else ', latency'}"
+        )
+
+
+def _check_weighed(rule: Any) -> None:
+    """Refuse targets that say nothing of experts.
+
+    Raises:
+        ConfigError: it names the target.
+    """
+    found = next((name for name in UNWEIGHED if getattr(rule.target, name) is not None), None)
+    if found is not None:
+        raise ConfigError(
+            f"target.{found}: {getattr(rule.target, found)!r} cannot be weighed against experts: a token takes as many "
+            "whatever their number, and what they save is parameters. Allowed with experts: target.parameters, "
+            "target.macs, a registered cost"
+        )
+    if rule.allocation == "latency":
+        raise ConfigError(
+            "allocation: 'latency' cannot be weighed against experts: a token takes as many whatever their number. "
+            "Allowed with experts: macs, parameters"
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pruningawaretraining.costs.own import own_macs
 from pruningawaretraining.groups.attachment import OwnCost
 from pruningawaretraining.groups.grouping import Grouping, Member
 from pruningawaretraining.groups.products import Product
@@ -213,14 +214,17 @@ def macs_cost(grouping: Grouping, per_layer: Mapping[str, float], own: Iterable[
     weights = [member for member in grouping.of_role("out", "in").members if member.name.endswith(".weight")]
     bases = {member.name: float(per_layer.get(member.name.removesuffix(".weight"), 0)) for member in weights}
     outputs, inputs = _dimensions(weights)
-    own = list(own)
+    own, rows_of = list(own), dict(outputs)
     groups_of = {one.module: one.groups_N.cpu() for one in own if not one.inner}
     for name, groups_N in groups_of.items():
         bases[name] = float(own_macs(name, per_layer))
         outputs.append((name, groups_N))
     for number, one in enumerate(_counted(grouping.products, per_layer)):
-        name, own_N = f"{one.layer}@{number}", groups_of.get(one.layer)
+        name, weight, own_N = f"{one.layer}@{number}", f"{one.layer}.weight", groups_of.get(one.layer)
         out_N, in_N = (own_N if side is None else side for side in (one.out_N, one.in_N))
+        if out_N is None and weight in rows_of:  # a router, which has a row for each expert
+            out_N = rows_of[weight]
+            bases[weight] -= one.macs
         bases[name] = float(one.macs)
         outputs += [(name, out_N.cpu())] if out_N is not None else []
         inputs += [(name, in_N.cpu())] if in_N is not None else []
@@ -241,13 +245,6 @@ def _counted(products: Sequence[Product], per_layer: Mapping[str, float]) -> lis
     return [one for one in products if sums[one.layer] <= own_macs(one.layer, per_layer)]
 
 
-def own_macs(name: str, per_layer: Mapping[str, float]) -> float:
-    """The MACs of a module without those of its children."""
-    prefix = f"{name}." if name else ""
-    children = (one for one in per_layer if one.startswith(prefix) and one and "." not in one[len(prefix) :])
-    return per_layer.get(name, 0) - sum(per_layer[one] for one in children)
-
-
 def parameters_cost(grouping: Grouping, model: nn.Module) -> LinearCost:
     """The number of parameters of a model as a function of its channel masks."""
     learned = {name for name, _ in model.named_parameters()}
@@ -264,12 +261,17 @@ def _dimensions(members: Sequence[Member]) -> tuple[Dimensions, Dimensions]:
     """Output and input dimensions."""
     outputs: Dimensions = []
     inputs: Dimensions = []
-    seen: set[str] = set()
+    made: dict[str, int] = {}  # the dimension of its outputs
     for member in members:
         assert member.slots is not None
-        again = member.name in seen and member.role == "raw"  # channels in two dimensions
-        seen.add(member.name)
-        (inputs if member.role == "in" or again else outputs).append((member.name, member.slots.cpu()))
+        dim = next(index for index, label in enumerate(member.labels) if label is not None)
+        # groups in two dimensions: channels of a raw parameter, or the experts of one that reads channels
+        again = member.name in made and (member.role == "raw" or made[member.name] != dim)
+        if member.role == "in" or again:
+            inputs.append((member.name, member.slots.cpu()))
+        else:
+            outputs.append((member.name, member.slots.cpu()))
+            made.setdefault(member.name, dim)
     return outputs, inputs
 
 

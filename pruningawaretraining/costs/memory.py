@@ -138,8 +138,8 @@ def memory_cost(
     dense_T = torch.tensor(whole.bytes_T, dtype=torch.float64)
     bytes_TS = torch.zeros(len(dense_T), len(grouping.sets), dtype=torch.float64)
     for number, one in enumerate(grouping.sets):
-        gone = one.size // 2
-        if not gone:
+        gone = min(one.size // 2, one.size - one.least)
+        if gone <= 0:
             continue
         keep_G = torch.ones(grouping.size, dtype=torch.bool)
         keep_G[one.start : one.start + gone] = False

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from pruningawaretraining.costs.macs import own_macs
+from pruningawaretraining.costs.own import own_macs
 from pruningawaretraining.registry import calling, check_returned
 
 LayerCost = Callable[[str, nn.Module, float], float]

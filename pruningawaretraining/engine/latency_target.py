@@ -141,7 +141,7 @@ def _anchors(found: ChannelGroups) -> list[Tensor]:
         mixed = 0.2 + 0.8 * float(torch.rand(1, generator=generator))
         for keep_D, fraction in zip(keeps[1:], (*ANCHORS, mixed), strict=True):
             rounded = min(ROUNDED, max(one.size // 4, 1))
-            kept = max(round(one.size * fraction / rounded), 1) * rounded
+            kept = max(max(round(one.size * fraction / rounded), 1) * rounded, one.least)
             keep_D[one.start + min(kept, one.size) : one.stop] = False
     return keeps
 

@@ -23,6 +23,7 @@ from pruningawaretraining.patterns.block_names import candidates, chosen_blocks
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.channel_labels import channel_groups, producer_names
 from pruningawaretraining.patterns.coupling import TRACE_LIMIT
+from pruningawaretraining.patterns.expert import chosen_experts, expert_names
 from pruningawaretraining.patterns.head import attention_names, chosen_heads, find_heads, is_of_heads
 from pruningawaretraining.patterns.labels.trace import trace
 from pruningawaretraining.patterns.selection import select
@@ -86,12 +87,14 @@ class Channel:
 
     Args:
         heads: attention heads too, in the same ranking and towards the same target.
-        depth: whole residual blocks too; one that goes takes the channels and heads in it along.
+        experts: whole experts too.
+        depth: whole residual blocks too; one that goes takes the channels, heads and experts in it along.
     """
 
     support: ClassVar[Support] = COUPLED
 
     heads: bool = False
+    experts: bool = False
     depth: bool = False
 
     def build(
@@ -121,14 +124,16 @@ class Channel:
     def chosen(
         self, model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] = (), key: str = ""
     ) -> set[str]:
-        """The layers that a rule selects, attention blocks if heads are wanted, and residual blocks if depth is."""
+        """The layers that a rule selects, attention blocks if heads are wanted, and so on."""
         chosen = chosen_layers(model, layers, exclude, key)
         chosen |= chosen_heads(model, layers, exclude, key) if self.heads else set()
+        chosen |= chosen_experts(model, layers, exclude, key) if self.experts else set()
         return chosen | chosen_blocks(model, layers, exclude, key) if self.depth else chosen
 
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
         """Attention block -> its unit of pruning."""
         blocks = set(candidates(model)) - attention_names(model) if self.depth else set()
+        blocks |= expert_names(model) if self.experts else set()
         return dict.fromkeys(chosen - set(producer_names(model)) - blocks, "group")
 
 

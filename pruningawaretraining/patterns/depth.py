@@ -270,5 +270,5 @@ def check_alone(patterns: Sequence[tuple[str, Any]]) -> None:
     if other is not None:
         raise ConfigError(
             f"{found[0]}.pattern: 'depth' removes whole blocks, and {other} would prune in them. Allowed: one rule "
-            "with 'pattern: [channel, head, depth]'; or one after the other, each in a Pruning of its own"
+            "with 'pattern: [channel, head, expert, depth]'; or one after the other, each in a Pruning of its own"
         )

@@ -24,6 +24,7 @@ from pruningawaretraining.models.kept_hooks import narrow_saved
 from pruningawaretraining.models.masked_routers import COUNTS, RouterHooks
 from pruningawaretraining.models.module_widths import set_count
 from pruningawaretraining.models.surgery import Surgery
+from pruningawaretraining.patterns.block_names import chosen_blocks
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.selection import none_chosen, select
 from pruningawaretraining.registry import register
@@ -38,9 +39,15 @@ ROUTER_GROUPS = ("n_group", "num_group", "num_groups", "num_expert_group")
 @register("pattern", "expert", "experts", "moe")
 @dataclass(frozen=True)
 class Expert:
-    """Whole experts of mixture-of-experts blocks; they can be removed physically. As many stay as a token takes."""
+    """Whole experts of mixture-of-experts blocks; they can be removed physically. As many stay as a token takes.
+
+    Args:
+        depth: whole residual blocks too; one that goes takes the experts in it along.
+    """
 
     support: ClassVar[Support] = EXPERTS
+
+    depth: bool = False
 
     def chosen(
         self, model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] = (), key: str = ""
@@ -51,16 +58,12 @@ class Expert:
             ConfigError: a name that is not a module of the model, or no block is selected.
         """
         blocks, unread = expert_blocks(model)
-        prefix = f"{key}." if key else ""
-        names = {name for one in blocks for name in one.names} | set(unread)
-        wanted = select(model, layers, names, f"{prefix}layers")
-        spared = select(model, list(exclude), names, f"{prefix}exclude")
-        chosen = {one.name for one in blocks if wanted & set(one.names) and not spared & set(one.names)}
+        chosen = chosen_experts(model, layers, exclude, key)
         if not chosen:
             error = none_chosen(model, layers, exclude, key, "block of experts", [one.name for one in blocks])
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(unread.items())[:4])
             raise ConfigError(f"{error}. {reasons}") if reasons and not blocks else error
-        return chosen
+        return chosen | chosen_blocks(model, layers, exclude, key) if self.depth else chosen
 
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:
         """No heads are groups of their own."""
@@ -88,6 +91,28 @@ class Expert:
             start = stop
         routers = {one.name: one.router for one in blocks}
         return ChannelGroups(Grouping("expert", tuple(members), tuple(sets)), skipped, (Experts(groups, routers),))
+
+
+def chosen_experts(
+    model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] = (), key: str = ""
+) -> set[str]:
+    """The blocks whose experts a rule selects, and the modules with their weights.
+
+    Raises:
+        ConfigError: a name that is not a module of the model.
+    """
+    blocks, unread = expert_blocks(model)
+    prefix = f"{key}." if key else ""
+    names = {name for one in blocks for name in one.names} | set(unread)
+    wanted = select(model, layers, names, f"{prefix}layers")
+    spared = select(model, list(exclude), names, f"{prefix}exclude")
+    chosen = [one for one in blocks if wanted & set(one.names) and not spared & set(one.names)]
+    return {name for one in chosen for name in (one.name, one.weights)}
+
+
+def expert_names(model: nn.Module) -> set[str]:
+    """Names of the blocks of experts of a model, and of the modules with their weights."""
+    return {name for one in expert_blocks(model)[0] for name in (one.name, one.weights)}
 
 
 @dataclass(frozen=True)
@@ -207,6 +232,8 @@ class Experts(Attachment):
     def remove(self, model: nn.Module, keep_G: Tensor, surgery: Surgery) -> tuple[nn.Parameter, ...]:
         """Let attributes of the blocks count what is left; those around them do where all blocks have equally many."""
         for name, keep_E in self.kept(keep_G).items():
+            if not bool(keep_E.any()):  # gone with its residual block
+                continue
             narrow_saved(model.get_submodule(self.routers[name]), keep_E, surgery)
             for module in model.get_submodule(name).modules():
                 _count(module, int(keep_E.sum()), surgery, only=len(keep_E))

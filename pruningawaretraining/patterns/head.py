@@ -24,6 +24,7 @@ from pruningawaretraining.models.surgery import Surgery
 from pruningawaretraining.patterns.attention import Attention, attention_blocks, scaled_attributes
 from pruningawaretraining.patterns.block_names import chosen_blocks
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.patterns.expert import chosen_experts
 from pruningawaretraining.patterns.projections import HeadTensor
 from pruningawaretraining.patterns.selection import none_chosen, select
 from pruningawaretraining.registry import lookup, register
@@ -65,12 +66,14 @@ class Head:
     Args:
         unit: what goes together where query heads share keys and values: "group" (a key-value head with its query
             heads) or "query" (one query head of each).
-        depth: whole residual blocks too; one that goes takes the heads in it along.
+        experts: whole experts too, in the same ranking and towards the same target.
+        depth: whole residual blocks too; one that goes takes the heads and experts in it along.
     """
 
     support: ClassVar[Support] = COUPLED
 
     unit: str = "group"
+    experts: bool = False
     depth: bool = False
 
     def __post_init__(self) -> None:
@@ -88,6 +91,7 @@ class Head:
         if not chosen:
             blocks = [one.name for one in attention_blocks(model)[0]]
             raise none_chosen(model, layers, exclude, key, "attention block", blocks)
+        chosen |= chosen_experts(model, layers, exclude, key) if self.experts else set()
         return chosen | chosen_blocks(model, layers, exclude, key) if self.depth else chosen
 
     def head_units(self, model: nn.Module, chosen: set[str]) -> dict[str, str]:

@@ -1,10 +1,11 @@
-"""Residual blocks beside the channels and heads in them: one grouping of all, a set for each block.
+"""Residual blocks beside the channels, heads and experts in them: one grouping of all, a set for each block.
 
 Shape suffixes: ``_G`` groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
+from pruningawaretraining.patterns.expert import is_of_experts
 
 SIGNATURE = "block beside channels"
 
@@ -22,16 +24,27 @@ def is_block(one: GroupSet) -> bool:
 
 
 def together(channels: ChannelGroups, blocks: ChannelGroups) -> ChannelGroups:
-    """Channels and heads followed by residual blocks.
+    """Channels, heads and experts followed by residual blocks.
 
     Args:
-        channels: of a model, heads included.
+        channels: of a model, heads and experts included.
         blocks: of the same model, all in one set.
     """
     (one,) = blocks.grouping.sets
     sets = tuple(GroupSet(name, n, n + 1, 1, SIGNATURE, (name,)) for n, name in enumerate(one.layers))
     members = tuple(replace(member, role="block") for member in blocks.grouping.members)
-    return channels.beside(replace(blocks, grouping=Grouping("depth", members, sets)))
+    both = _named_apart(channels, one.layers).beside(replace(blocks, grouping=Grouping("depth", members, sets)))
+    first = len(channels.attachments)  # blocks are taken out first: what counts experts looks at those that are left
+    return replace(both, attachments=(*both.attachments[first:], *both.attachments[:first]))
+
+
+def _named_apart(found: ChannelGroups, blocks: Sequence[str]) -> ChannelGroups:
+    """The groups; experts of a block that is a residual block itself are called by the module with their weights."""
+    sets = tuple(
+        replace(one, name=one.layers[-1]) if one.name in blocks and is_of_experts(one) else one
+        for one in found.grouping.sets
+    )
+    return replace(found, grouping=replace(found.grouping, sets=sets, _cache={}))
 
 
 def blocks_of_sets(found: ChannelGroups) -> dict[int, int]:

@@ -16,7 +16,7 @@ from pruningawaretraining.criteria.base import check_kind
 from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.weight_rules import check_lifted
 from pruningawaretraining.engine.weights import WeightGroups
-from pruningawaretraining.errors import ModelError
+from pruningawaretraining.errors import ConfigError, ModelError
 from pruningawaretraining.masks.dry_run import removable_blocks, removable_channels
 from pruningawaretraining.models.calling import ForwardFn, from_shapes
 from pruningawaretraining.patterns.block_names import candidates
@@ -26,6 +26,7 @@ from pruningawaretraining.patterns.channel_labels import producer_names
 from pruningawaretraining.patterns.config_kinds import with_config_kinds
 from pruningawaretraining.patterns.coupling import TRACE_LIMIT
 from pruningawaretraining.patterns.depth import check_alone
+from pruningawaretraining.patterns.expert import Expert, expert_names
 from pruningawaretraining.patterns.stacking import Claim, check_stacking
 from pruningawaretraining.patterns.structures import together
 from pruningawaretraining.registry import build
@@ -97,8 +98,8 @@ def check_scored(pattern: Any, criterion: Any, rule: Rule, key: str = "criterion
     Raises:
         ConfigError: it names the criterion, and those that can.
     """
-    kind = support_of(pattern).kind
-    for one in (kind, "block") if getattr(pattern, "depth", False) else (kind,):
+    more = [kind for name, kind in (("experts", "expert"), ("depth", "block")) if getattr(pattern, name, False)]
+    for one in (support_of(pattern).kind, *more):
         check_kind(criterion, one, key, rule.criterion, rule.pattern)
 
 
@@ -205,14 +206,29 @@ def _channels(
     units: dict[str, str] = {}
     own: list[ChannelGroups] = []
     for one, layers in chosen:
-        mine = own_groups(one.pattern, model, layers)
+        mine, taken = _own_groups(one, model, layers)
         own += mine
-        union = union - layers if mine else union
+        union = union - taken
         units |= head_units_of(one.pattern, model, layers)
         if getattr(one.pattern, "depth", False):
             union = union - (set(candidates(model)) - units.keys())
     multiples = {name: one.rule.multiple for one, layers in chosen for name in layers}
     return removable_channels(model, inputs, union, forward_fn, multiples, units, trace_limit, own)
+
+
+def _own_groups(one: BuiltRule, model: nn.Module, layers: set[str]) -> tuple[list[ChannelGroups], set[str]]:
+    """The groups that a rule's pattern finds without a trace, experts beside other structures included; and the
+    modules that they are of."""
+    if not getattr(one.pattern, "experts", False):
+        mine = own_groups(one.pattern, model, layers)
+        return mine, layers if mine else set()
+    taken, experts = expert_names(model) & layers, Expert()
+    if not taken:
+        try:
+            experts.chosen(model, one.rule.layers, one.rule.exclude, one.key)
+        except ConfigError as error:
+            logger.warning("expert: %s", error)
+    return own_groups(experts, model, taken) if taken else [], taken
 
 
 def inputs_of(config: PruningConfig, model: nn.Module) -> Any:

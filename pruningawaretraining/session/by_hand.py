@@ -33,7 +33,8 @@ def keep_without(coupled: CoupledGroups, channels: Mapping[str, Sequence[int]]) 
     grouping = coupled.found.grouping
     members = {one.name.removesuffix(".weight"): one for one in grouping.of_role("out").members}
     members |= hidden_states(grouping)
-    keep_G = coupled.keep_D[coupled.live_D].clone()
+    before_G = coupled.keep_D[coupled.live_D]
+    keep_G = before_G.clone()
     for layer, numbers in channels.items():
         if layer not in members:
             reason = coupled.found.skipped.get(layer)
@@ -42,7 +43,7 @@ def keep_without(coupled: CoupledGroups, channels: Mapping[str, Sequence[int]]) 
         keep_G[groups] = False
     for one in grouping.sets:
         left = int(keep_G[one.start : one.stop].sum())
-        if left < one.least:
+        if left < min(one.least, int(before_G[one.start : one.stop].sum())):  # less may be left of a block that is gone
             raise ConfigError(f"channels: {left} would be left of {one.name!r}. Allowed: at least {one.least} stay")
     return keep_G
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pruningawaretraining.allocation.ranking import Allocator, limits_of
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import Rule
-from pruningawaretraining.config.structures import with_blocks
+from pruningawaretraining.config.structures import compete
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.criteria.second_order.channels import (
     compensate_readers,
@@ -153,10 +153,10 @@ def _checked(sparsities: Any, rule: Rule) -> list[float]:
         return [sparsity]
     if not isinstance(sparsities, Iterable) or isinstance(sparsities, str):
         raise ConfigError(f"sparsities: {sparsities!r} is not allowed. Allowed: a list of numbers in [0, 1]")
-    if with_blocks(rule.pattern):
+    if compete(rule.pattern):
         raise ConfigError(
-            "sparsities: a count of groups means nothing where blocks, heads and channels compete. Allowed: None, with "
-            "target.macs, target.parameters or target.latency in the rule"
+            "sparsities: a count of groups means nothing where blocks, experts, heads and channels compete. Allowed: "
+            "None, with target.macs, target.parameters or (without experts) target.latency in the rule"
         )
     sparsities = list(sparsities)
     if not sparsities:
