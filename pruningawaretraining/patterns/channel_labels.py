@@ -15,7 +15,7 @@ from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.groups.products import Product
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.masked_norms import is_foreign_rms_norm
-from pruningawaretraining.patterns.attachments import Counts, Norms
+from pruningawaretraining.patterns.attachments import Counts, Norms, Reductions
 from pruningawaretraining.patterns.attention import attention_blocks
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.coupling import DependencyMap, Indices, Space, WorkOf
@@ -190,7 +190,9 @@ def _label(
     products = tuple(_product(one, group_of, total) for one in dependencies.works)
     products = tuple(one for one in products if one.out_N is not None or one.in_N is not None)
     grouping = Grouping("channel", tuple(members), named, products=products)
-    return ChannelGroups(grouping, skipped, (Norms(norms), Counts(counted)))
+    reductions = {place: torch.from_numpy(group_of[parts]) for place, parts in dependencies.reductions.items()}
+    reductions = {place: groups for place, groups in reductions.items() if bool((groups < total).any())}
+    return ChannelGroups(grouping, skipped, (Norms(norms), Reductions(reductions), Counts(counted)))
 
 
 def _numbered(
@@ -199,6 +201,7 @@ def _numbered(
     """The sets, the group of each component (their number for those outside), and the number of groups."""
     total = sum(len(components) for _, components in runs)
     known = [*dependencies.components, *dependencies.norms.values(), *dependencies.widths.values()]
+    known += dependencies.reductions.values()
     known += [part for one in dependencies.works for part in (*one.outputs, *one.inputs)]
     highest = max((int(part.max()) for part in known if part.size), default=0)
     group_of = np.full(highest + 1, total, dtype=np.int64)
