@@ -267,7 +267,7 @@ def _dimensions(members: Sequence[Member]) -> tuple[Dimensions, Dimensions]:
     seen: set[str] = set()
     for member in members:
         assert member.slots is not None
-        again = member.name in seen and member.role == "raw"  # channels in two dimensions
+        again = member.name in seen and member.role in ("raw", "made", "read")  # channels in two dimensions
         seen.add(member.name)
         (inputs if member.role == "in" or again else outputs).append((member.name, member.slots.cpu()))
     return outputs, inputs
