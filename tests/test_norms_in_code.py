@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pruningawaretraining import Pruning, count_macs, load_pruned, save_pruned
+from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, save_pruned
 from pruningawaretraining.models.calling import outputs_of
 from pruningawaretraining.models.probes import perturbed
 
@@ -289,6 +289,37 @@ def test_attention_over_positions_is_exact() -> None:
     pruner.prune(model, 0)
     assert model.first.out_channels == 12 and model.look.in_channels == 2  # type: ignore[union-attr]
     assert _gap(seen["masked"], outputs_of(model, inputs)) <= 1e-5
+
+
+class Affine(nn.Module):
+    """Functional norms with weights of the block's own."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.head = _layer(False, 3, 24), _layer(False, 24, 16), _layer(False, 16, 4)
+        self.weight, self.bias, self.scale = (nn.Parameter(torch.randn(size)) for size in (24, 24, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = F.layer_norm(x, normalized_shape=x.shape[-1:], weight=self.weight, bias=self.bias)
+        x = self.second(x.relu())
+        return self.head(F.rms_norm(x, x.shape[-1:], self.scale).relu())
+
+
+def test_functional_norms_with_weights_are_exact(tmp_path: Path) -> None:
+    model, inputs = _built(Affine, standard, images=False), _inputs(False)
+    pruner = Pruning(model, _rule(), example_inputs=inputs)
+    assert _floor(pruner) <= 0.05
+    seen: dict[str, list[Tensor]] = {}
+    pruner.before_removal = lambda: seen.update(masked=outputs_of(model, inputs))
+    pruner.prune(model, 0)
+    assert len(model.weight) + len(model.scale) == 20  # type: ignore[arg-type]
+    assert _gap(seen["masked"], outputs_of(model, inputs)) <= 1e-5
+
+
+def test_a_masked_model_is_exported(tmp_path: Path) -> None:
+    model, _, inputs = _masked()
+    assert export_onnx(model, inputs, tmp_path / "m.onnx").max_abs_diff <= 1e-5
 
 
 class Twice(nn.Module):
