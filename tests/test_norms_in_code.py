@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pruningawaretraining import Pruning, count_macs, export_onnx, load_pruned, save_pruned
+from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.calling import outputs_of
 from pruningawaretraining.models.probes import perturbed
 
@@ -262,6 +264,47 @@ def test_a_failing_forward_pass_leaves_nothing_behind() -> None:
     assert torch.allclose(model(inputs), expected, atol=1e-5)
     while _modes_left():
         torch.overrides._pop_mode()  # type: ignore[attr-defined]
+
+
+class Checkpointed(nn.Module):
+    """Its code is computed again in the backward pass, where the module itself is not called."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.always, self.stem, self.block = always, _layer(True, 3, 16), Block(standard, True)
+        self.head = _layer(True, 16, 4)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return standard(self.stem(x), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        again = self.always or self.training
+        x = checkpoint(self.inner, x, use_reentrant=False) if again else self.inner(x)
+        return self.head(checkpoint(self.block, x, use_reentrant=False) if again else self.block(x))
+
+
+def test_code_that_is_computed_again_is_named_and_whole_modules_are_exact(caplog: pytest.LogCaptureFixture) -> None:
+    rule, inputs = _rule(0.4, end=4, schedule="linear"), _inputs(True)
+    model = Checkpointed(always=True)
+    pruner = Pruning(model, rule, example_inputs=inputs)
+    assert set(pruner.masks) == {"block.first"} and "stem: reaches a mean over channels in the model's" in caplog.text
+    pruner.prune(model, 0)
+    twin = Checkpointed(always=True)
+    twin.load_state_dict(model.state_dict())
+    other = Pruning(twin, rule, example_inputs=inputs)
+    other.prune(twin, 0)
+    other.remove()
+    for one in (model, twin):
+        one.train()
+        one(inputs).square().mean().backward()
+    assert model.stem.weight.grad is not None and twin.stem.weight.grad is not None
+    assert torch.allclose(model.stem.weight.grad, twin.stem.weight.grad, atol=1e-6)
+    model = Checkpointed(always=False).eval()
+    pruner = Pruning(model, rule, example_inputs=inputs)
+    pruner.prune(model, 0)
+    assert set(pruner.masks) == {"stem", "block.first"} and not bool(pruner.masks["stem"].all())
+    with pytest.raises(ModelError, match="is called by torch.utils.checkpoint inside a module"):
+        model.train()(inputs)
 
 
 # --- what is no norm ----------------------------------------------------------------------------------------------

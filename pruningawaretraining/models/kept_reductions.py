@@ -22,9 +22,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
+from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.kept_hooks import KeptHooks
-from pruningawaretraining.models.reduction_sites import NORMS, Site, reduced_by
+from pruningawaretraining.models.reduction_sites import NORMS, Site, is_computed_again, reduced_by
 from pruningawaretraining.models.surgery import Surgery
+
+AGAIN = (
+    "model: code that reduces over masked channels is called by torch.utils.checkpoint inside a module, and would run "
+    "again without the masks. Allowed: to checkpoint whole modules, or to give the norm a module of its own"
+)
 
 
 class KeptAt:
@@ -109,6 +115,8 @@ class _Mode(TorchFunctionMode):
             kept = self.owner.parts.get(Site(self.after, dim - x.dim()))
             if kept is None or not kept.masks(x, dim) or not self.runs():
                 continue
+            if not torch.compiler.is_compiling() and is_computed_again():
+                raise ModelError(AGAIN)
             if getattr(func, "__name__", "") in NORMS:
                 return _norm(func, args, kwargs, kept)
             args = (kept.of(args[0], dim), *args[1:])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
 
 NORMS = ("layer_norm", "rms_norm")
 _DIM_AT = {"norm": 2, "vector_norm": 2, "linalg_vector_norm": 2}
@@ -14,6 +18,20 @@ _PLAIN = ("mean", "sum", "var", "std", "var_mean", "std_mean", "amax", "amin", "
 REDUCTIONS = frozenset([*_PLAIN, "nansum", "nanmean", *_DIM_AT, *NORMS])
 MARK = ".:"
 """What separates a module's name from the site in it, in the name of a part; see :meth:`Site.of`."""
+
+
+_CALL, _AGAIN = nn.modules.module.__file__, torch.utils.checkpoint.__file__
+
+
+def is_computed_again() -> bool:
+    """Whether code runs in ``torch.utils.checkpoint`` called by the module's own code: there it runs once more in the
+    backward pass, where the module is not called."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _CALL:
+        if frame.f_code.co_filename == _AGAIN:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Site(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pruningawaretraining.models.reduction_sites import MARK, Site, reduced_by
+from pruningawaretraining.models.reduction_sites import MARK, Site, is_computed_again, reduced_by
 from pruningawaretraining.patterns.coupling import Indices
 from pruningawaretraining.patterns.labels.notes import Mixing
 from pruningawaretraining.patterns.labels.slots import Array, varying
@@ -87,6 +87,8 @@ class Calls(TorchFunctionMode):
         prefix = f"{layer}." if layer else ""
         if after and not after.startswith(prefix):
             return []  # a module that is known by another name here
+        if is_computed_again():
+            return []
         arrays = self.follower.get(x)
         notes = []
         for dim in dims:
