@@ -155,6 +155,29 @@ class PixelNorm(nn.Module):
         return x / (x.pow(2).mean(1, keepdim=True) + 1e-8).sqrt()
 
 
+class InCode(nn.Module):
+    """A block whose own code has the norm over the channels of its layer."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor], width: int = 32) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = norm, conv(width, width), conv(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.norm(self.first(x)).relu())
+
+
+def _standard(x: Tensor) -> Tensor:
+    return (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-6).sqrt()
+
+
+def _pixel(x: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(1, keepdim=True) + 1e-8).sqrt()
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)
+
+
 class ResponseNorm(nn.Module):
     """ConvNeXt V2's global response norm."""
 
@@ -250,6 +273,20 @@ class Experts(nn.Module):
         return self.head(x + torch.einsum("bteh,eho,bte->bto", hidden, self.second, share))
 
 
+class GatedExperts(Experts):
+    """The same with gates."""
+
+    def __init__(self, width: int = 32, hidden: int = 64, experts: int = 4) -> None:
+        super().__init__(width, hidden, experts)
+        self.gate = nn.Parameter(torch.randn(experts, width, hidden) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        share = self.router(x).softmax(-1)
+        hidden = torch.einsum("bti,eih->bteh", x, self.first) * F.silu(torch.einsum("bti,eih->bteh", x, self.gate))
+        return self.head(x + torch.einsum("bteh,eho,bte->bto", hidden, self.second, share))
+
+
 class ConvGru(nn.Module):
     """A convolutional recurrent cell, over four steps."""
 
@@ -325,6 +362,9 @@ KINDS: dict[str, Kind] = {
     "layer norm over channels by hand": (lambda: Between(ChannelNorm()), IMAGES, 0.02),
     "RMS norm by hand": (lambda: Between(Scaler()), IMAGES, 0.02),
     "pixel norm": (lambda: Between(PixelNorm()), IMAGES, 0.02),
+    "mean and variance in a block's code": (lambda: Between(InCode(_standard)), IMAGES, 0.05),
+    "RMS norm in a block's code": (lambda: Between(InCode(_root_mean_square)), IMAGES, 0.05),
+    "pixel norm in a block's code": (lambda: Between(InCode(_pixel)), IMAGES, 0.05),
     "global response norm": (lambda: Between(ResponseNorm()), IMAGES, 0.02),
     "F.layer_norm": (lambda: Between(FunctionalNorm()), IMAGES, 0.02),
     "F.group_norm": (lambda: Between(FunctionalGroupNorm()), IMAGES, 0.05),
@@ -334,6 +374,7 @@ KINDS: dict[str, Kind] = {
     "pixel shuffle": (lambda: Between(nn.PixelShuffle(2), 32, 8), IMAGES, 0.05),
     "channel shuffle by view": (lambda: Between(Shuffle()), IMAGES, 0.05),
     "mixture of experts by einsum": (Experts, TOKENS, 0.1),
+    "mixture of gated experts by einsum": (GatedExperts, TOKENS, 0.1),
     "ConvGRU": (ConvGru, FRAMES, 0.05),
     "ConvLSTM": (ConvLstm, FRAMES, 0.05),
     "nn.LSTM": (partial(Recurrent, nn.LSTM), TOKENS, 0.1),

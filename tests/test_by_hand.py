@@ -87,12 +87,27 @@ def test_weights_by_a_fraction_of_each_layer(pattern: str) -> None:
             {"sparsity_per_layer": {"first": 0.5}, "max_sparsity": 0.25},
             r"first: 0.5 does not go with max_sparsity: 0.25",
         ),
+        (
+            {"sparsity_per_layer": {"re:(first|second)": 0.5}, "max_sparsity_from": {"first": 0.25}},
+            r"rules\[0\].sparsity_per_layer: 0.5 of 'first' does not go with max_sparsity_from: 0.25",
+        ),
+        (
+            {"keep_per_layer": 6, "max_sparsity_from": {"first": 0.25}},
+            r"rules\[0\].keep_per_layer: 6 of 'first', without 0.5 of it, does not go with max_sparsity_from: 0.25",
+        ),
         ({"sparsity_per_layer": {"first": 0.1}, "min_sparsity": 0.2}, r"first: 0.1 does not go with min_sparsity: 0.2"),
     ],
 )
 def test_what_is_refused(rule: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         pruner_of(net(), **rule)
+
+
+def test_fractions_within_the_caps_of_a_file_hold() -> None:
+    model = net()
+    rule = {"sparsity_per_layer": {"first": 0.25}, "max_sparsity_from": {"first": 0.25, "stem": 0.0}}
+    pruner_of(model, **rule).prune(model, 0)
+    assert (model.first.out_channels, model.stem.out_channels) == (9, 8)
 
 
 def test_channels_chosen_by_hand_are_removed_with_what_is_coupled() -> None:

@@ -148,24 +148,23 @@ def test_recurrent_cells_lose_states(kind: type[nn.RNNCellBase], zeros: bool) ->
     assert model.rnn.weight_hh.shape[1] == 4 and model(torch.randn(3, 7, 6)).shape == (3, 2)
 
 
-class Experts(nn.Module):
-    """The hidden channels of its experts are made and read by raw parameters alone."""
+class Products(nn.Module):
+    """Channels along two dimensions of raw parameters, beside those of a layer: costs count two alone."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.gate, self.head = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 5)
-        self.first, self.second = nn.Parameter(torch.randn(4, 16, 24)), nn.Parameter(torch.randn(4, 24, 16))
+        self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 5)
+        self.first, self.second = nn.Parameter(torch.randn(16, 4, 24)), nn.Parameter(torch.randn(4, 24, 16))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        hidden = torch.einsum("bd,edh->beh", x, self.first).relu()
-        return self.head(torch.einsum("beh,ehd,be->bd", hidden, self.second, self.gate(x).softmax(-1)))
+        hidden = torch.einsum("bd,dnh->bnh", self.stem(x), self.first).relu()
+        return self.head(torch.einsum("bnh,nhd->bd", hidden, self.second))
 
 
 def test_products_of_raw_parameters_that_stay_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    pruner = Pruning(Experts(), {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=torch.randn(6, 8))
+    pruner = Pruning(Products(), {"rules": [{"target": {"sparsity": 0.5}}]}, example_inputs=torch.randn(6, 8))
     reason = pruner.channel_pruner.found.skipped["first"]
-    line = Experts.forward.__code__.co_firstlineno + 3
+    line = Products.forward.__code__.co_firstlineno + 2
     assert "only raw parameters hold its channels (dimension 2 of first, dimension 1 of second)" in reason
     assert f"in the model's own code (test_tracing.py, line {line})" in reason
     assert f"first: {reason}" in caplog.text

@@ -91,7 +91,7 @@ def _is_mask(value: Any) -> bool:
     size, kept = value["size"], value["kept"]
     numbers = all(map(_is_number, (size, value["behind"], *kept))) and value["behind"] >= 0
     inside = numbers and 0 < len(kept) <= size and all(0 <= one < size for one in kept)
-    return value["of"] in ("channels", "experts") and inside
+    return value["of"] in ("channels", "experts", "reductions") and inside
 
 
 def _is_width(value: Any) -> bool:

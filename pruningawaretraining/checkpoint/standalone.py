@@ -26,6 +26,7 @@ from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.files import BROKEN, place_of, reason, write_text
 from pruningawaretraining.models.calling import same_generators
 from pruningawaretraining.models.kept_norm import KeptNorm
+from pruningawaretraining.models.kept_reductions import ModuleReductions
 from pruningawaretraining.models.masked_routers import KeptExperts
 from pruningawaretraining.models.skipped_blocks import Bypass, PassThrough
 
@@ -86,9 +87,12 @@ def write_standalone(
     return write_text(path, text)
 
 
+_MASKED = (KeptNorm, KeptExperts, Bypass, ModuleReductions)
+
+
 def _check_removed(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if any(isinstance(hook, (KeptNorm, KeptExperts, Bypass)) for hook in module._forward_hooks.values()):
+        if any(isinstance(hook, _MASKED) for hook in module._forward_hooks.values()):
             raise CheckpointError(
                 f"standalone: {name!r} is masked, and not removed. Allowed: pruner.remove() before save_pruned"
             )

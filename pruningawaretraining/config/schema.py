@@ -129,7 +129,7 @@ class Rule(Timed, Strict):
     max_sparsity_from: str | dict[str, UnitInterval] | None = Field(
         None,
         description="Largest fraction of single sets, beside max_sparsity: a file that 'pat sensitivity' wrote "
-        "(relative to the config), or {layer: fraction}.",
+        "(relative to the config), or {layer: fraction}. sparsity_per_layer and keep_per_layer beyond it are refused.",
     )
     multiple: Count = Field(1, description="The number of groups kept in each set is a multiple of this.")
     widths: Literal["free", "uniform"] = Field(

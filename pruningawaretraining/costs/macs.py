@@ -266,7 +266,7 @@ def _dimensions(members: Sequence[Member]) -> tuple[Dimensions, Dimensions]:
         assert member.slots is not None
         dim = next(index for index, label in enumerate(member.labels) if label is not None)
         # groups in two dimensions: channels of a raw parameter, or the experts of one that reads channels
-        again = member.name in made and (member.role == "raw" or made[member.name] != dim)
+        again = member.name in made and (member.role in ("raw", "made", "read") or made[member.name] != dim)
         if member.role == "in" or again:
             inputs.append((member.name, member.slots.cpu()))
         else:

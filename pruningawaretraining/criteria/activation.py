@@ -21,7 +21,7 @@ from pruningawaretraining.registry import lookup, register
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ("out", "in", "element")
+WEIGHTS = ("out", "in", "made", "read", "element")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def _factors(grouping: Grouping, statistics: Statistics, key: str, who: object) 
     if not found:
         logger.warning("%s: no activation has been seen yet; weights are ranked by size", type(who).__name__)
         return {name: torch.ones(()) for name in names}
+    unheard = {member.name for member in grouping.members if member.role in ("made", "read")}  # by no layer's hook
+    found |= dict.fromkeys(unheard - found.keys(), torch.ones(()))
     missing = sorted(set(names) - set(found))
     if missing:
         logger.info("no activation ever reached %s; they are pruned first", ", ".join(missing))

@@ -41,7 +41,7 @@ class GeometricMedian:
 
     def score(self, grouping: Grouping, statistics: Statistics) -> Tensor:
         """See :class:`~pruningawaretraining.criteria.base.Criterion`."""
-        compared = grouping.of_role("out", "element")
+        compared = grouping.of_role("out", "made", "element")
         total_G1 = torch.zeros(grouping.size + 1, device=device_of(grouping))
         count_G1 = torch.zeros_like(total_G1)
         for member in compared.members:

@@ -21,7 +21,7 @@ from pruningawaretraining.registry import lookup, register
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ("out", "in", "norm", "element")
+WEIGHTS = ("out", "in", "norm", "made", "read", "element")
 
 
 def power_sums(grouping: Grouping, p: float) -> Tensor:

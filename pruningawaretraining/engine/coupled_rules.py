@@ -136,7 +136,7 @@ def started_from(one: CoupledRule, keep_D: Tensor, live_D: Tensor) -> Tensor:
 
 def norms_of_sets(grouping: Grouping) -> dict[str, Tensor]:
     """L2 norms of the groups by set, over output and input weights and norm weights, on the CPU."""
-    weights = grouping.of_role("out", "in", "norm", "block")
+    weights = grouping.of_role("out", "in", "norm", "made", "read", "block")
     norms_G = weights.reduce_of(lambda weight: weight.float().square()).sqrt().cpu()
     return {one.name: norms_G[one.start : one.stop] for one in grouping.sets}
 
@@ -148,7 +148,7 @@ STATES = ("weight_hh_l0", "weight_hh")
 def set_of_layer(grouping: Grouping) -> dict[str, str]:
     """Layer -> the set that its output channels belong to."""
     found: dict[str, str] = {}
-    for member in grouping.of_role("out").members:
+    for member in grouping.of_role("out", "made").members:
         if (number := _set_number(grouping, member)) is not None:
             found[member.name.removesuffix(".weight")] = grouping.sets[number].name
     for layer, member in hidden_states(grouping).items():

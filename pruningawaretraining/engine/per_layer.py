@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from pruningawaretraining.allocation.ranking import Limits
+from pruningawaretraining.allocation.ranking import Limits, limits_of
 from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.groups.grouping import Grouping
@@ -60,11 +60,28 @@ def fractions_by_rule(
     Args:
         rule: the rule.
         model, grouping, set_of, key: see :func:`fractions_of`.
+
+    Raises:
+        ConfigError: see there; or more than ``max_sparsity_from`` lets go.
     """
-    if rule.keep_per_layer is not None:
-        return without_all_but(grouping, rule.keep_per_layer)
-    given = rule.sparsity_per_layer
-    return None if given is None else fractions_of(model, grouping, set_of, given, key)
+    keep, given = rule.keep_per_layer, rule.sparsity_per_layer
+    if keep is not None:
+        found = without_all_but(grouping, keep)
+    elif given is not None:
+        found = fractions_of(model, grouping, set_of, given, key)
+    else:
+        return None
+    for one, fraction in zip(grouping.sets, found, strict=True):
+        most = limits_of(rule).caps.get(one.name, 1.0)
+        if fraction > most:
+            what = f"{fraction:g} of {one.name!r}"
+            if keep is not None:
+                what = f"{keep} of {one.name!r}, without {fraction:g} of it,"
+            where = f"{key}.{'sparsity_per_layer' if keep is None else 'keep_per_layer'}"
+            raise ConfigError(
+                f"{where}: {what} does not go with max_sparsity_from: {most:g}. Allowed: at most {most:g}"
+            )
+    return found
 
 
 def limited(limits: Limits, fractions: tuple[float, ...], part: float) -> Limits:

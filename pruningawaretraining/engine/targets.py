@@ -26,6 +26,7 @@ from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_laye
 from pruningawaretraining.costs.memory import MemoryCost, memory_cost
 from pruningawaretraining.costs.weighted import LayerCost, weighted
 from pruningawaretraining.costs.widths import LinearBySets, SetCost
+from pruningawaretraining.engine.aiming import Aim
 from pruningawaretraining.engine.latency_target import LatencyReached, LatencyTarget, say_missed, say_undercut
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.masks.pruned_copy import pruned_copy
@@ -35,8 +36,7 @@ from pruningawaretraining.patterns.structures import modules_of_blocks
 from pruningawaretraining.registry import lookup
 from pruningawaretraining.schedules import sparsity_at
 
-TOLERANCE = 0.01  # a latency target holds when it is measured within this fraction
-ROUNDS = 4  # of allocating and measuring until it does
+ROUNDS = 8  # of allocating and measuring until a latency target holds and is used
 
 
 class Targets:
@@ -246,26 +246,32 @@ class Targets:
         """
         share = task.share
         latency = self._latency_of(share)
+        aim, at = Aim(timed.budget), timed.budget / latency.cost.correction
         best: tuple[Tensor, LatencyReached] | None = None
+        known: dict[bytes, LatencyReached] = {}
         missed = ""
         for turn in range(rounds):
             whole = task.keep_D.clone()
             whole[share.groups_D] = keep_R
-            reached = latency.measure(whole, copied(whole), timed.budget)
+            same = keep_R.numpy().tobytes()
+            reached = known[same] = known.get(same) or latency.measure(whole, copied(whole), timed.budget)
             if not met or reached.is_noisy:
                 return keep_R, met, reached
-            if reached.measured_ms <= timed.budget * (1 + TOLERANCE):
+            if aim.note(at, reached.measured_ms):
                 best = max(best or (keep_R, reached), (keep_R, reached), key=lambda one: one[1].measured_ms)
                 if reached.measured_ms >= timed.budget * (1 - UNUSED):
                     break
-            if turn + 1 == rounds:
+            following = aim.next(timed.budget / latency.cost.correction)
+            if turn + 1 == rounds or following is None:
                 break
+            at = following
+            goals = [replace(timed, budget=at * latency.cost.correction) if one is timed else one for one in task.goals]
             try:
-                again_R = allocate(replace(task, near_R=keep_R))  # predictions of like masks err alike
+                again_R = allocate(replace(task, goals=goals, near_R=keep_R))  # predictions of like masks err alike
             except TargetError as error:  # training goes on with what is there: a measurement decides no run
                 missed = f": {error}"
                 break
-            if torch.equal(again_R, keep_R):
+            if torch.equal(again_R, keep_R) and not aim.bracketed:
                 break
             keep_R = again_R
         if best is not None:

@@ -18,7 +18,7 @@ from pruningawaretraining.distributed.fsdp import across, full_of, is_sharded, l
 from pruningawaretraining.groups.placed import placed
 from pruningawaretraining.groups.products import Product
 
-ROLES = ("out", "in", "norm", "bias", "raw", "element", "buffer", "block")
+ROLES = ("out", "in", "norm", "bias", "raw", "made", "read", "element", "buffer", "block")
 
 
 @dataclass(frozen=True, eq=False)

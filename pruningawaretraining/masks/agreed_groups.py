@@ -12,6 +12,7 @@ from pruningawaretraining.distributed.collectives import agreed, rank, world_siz
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.channel_labels import producer_names
+from pruningawaretraining.patterns.raw_products import raw_weights
 
 LATE = "the first process did not find its coupled channels within trace_limit"
 
@@ -20,7 +21,7 @@ def found_by_all(model: nn.Module, limit: float, find: Callable[[float], Channel
     """The first process's findings within its time limit; the others follow it, since clocks differ."""
     if world_size() == 1:
         return find(limit)
-    names, found, problem = producer_names(model), None, None
+    names, found, problem = [*producer_names(model), *raw_weights(model)], None, None
     try:
         found = find(limit if rank() == 0 else math.inf)
     except ModelError as error:

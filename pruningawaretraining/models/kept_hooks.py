@@ -110,9 +110,13 @@ class KeptHooks(Generic[Hook]):
         """The module behind a name that gets the hook."""
         return self.model.get_submodule(name)
 
+    def with_saved(self, name: str, keep_N: Tensor) -> Tensor:
+        """Masks, and those that came with a file."""
+        return _with_saved(self.module_of(name), keep_N)
+
     def mask(self, keep_G: Tensor, device: torch.device) -> None:
         """Take new masks (on the CPU); all modules get a hook once one needs it."""
-        keep_of = {name: _with_saved(self.module_of(name), keep_N) for name, keep_N in self.kept(keep_G).items()}
+        keep_of = {name: self.with_saved(name, keep_N) for name, keep_N in self.kept(keep_G).items()}
         if not self._hooks and not all(bool(keep_N.all()) for keep_N in keep_of.values()):
             for name, keep_N in keep_of.items():
                 self._hooks[name], handle = self.hooked(name, keep_N, device)

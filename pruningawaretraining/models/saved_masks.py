@@ -17,19 +17,21 @@ from torch import nn
 
 from pruningawaretraining.errors import CheckpointError
 from pruningawaretraining.models.kept_hooks import known_of, saved_hooks
+from pruningawaretraining.models.kept_reductions import drop_saved, put_saved, reductions_of
 from pruningawaretraining.models.masked_norms import kept_norm_of
 from pruningawaretraining.models.masked_routers import KeptExperts
+from pruningawaretraining.models.reduction_sites import Site
 from pruningawaretraining.models.surgery import Surgery
 
-CHANNELS, EXPERTS = "channels", "experts"
+CHANNELS, EXPERTS, REDUCED = "channels", "experts", "reductions"
 
 
 def masked_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Plain data of the modules that have to know which of their entries are masked, where any is.
 
     Returns:
-        Name of a module -> ``of``, what its entries are; ``size``, how many there are; ``kept``, the numbers of those
-        that are kept; ``behind``, how many dimensions come after them.
+        Name of a module, or of reductions in its code -> ``of``, what its entries are; ``size``, how many there are;
+        ``kept``, the numbers of those that are kept; ``behind``, how many dimensions come after them.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
@@ -45,6 +47,21 @@ def masked_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
                 "kept": torch.nonzero(keep_N).flatten().tolist(),
                 "behind": max(one.behind for one in hooks),
             }
+    return {**found, **_reduced(model)}
+
+
+def _reduced(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The same of reductions in the code of modules."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        for site in {site for hook in reductions_of(module) for site in hook.parts}:
+            parts = [hook.parts[site] for hook in reductions_of(module) if site in hook.parts]
+            known = [keep_N for one in parts if (keep_N := one.known()) is not None]
+            keep_N = torch.stack(known).all(0) if known else torch.ones(1, dtype=torch.bool)
+            if not bool(keep_N.all()):
+                kept = torch.nonzero(keep_N).flatten().tolist()
+                of = {"of": REDUCED, "size": len(keep_N), "kept": kept, "behind": parts[0].behind}
+                found[site.within(name)] = of
     return found
 
 
@@ -63,7 +80,9 @@ def put_masks(model: nn.Module, masked: Mapping[str, Mapping[str, Any]], surgery
     for module in modules.values():
         for key, _ in saved_hooks(module):
             surgery.drop_key(module._forward_hooks, key)
-    for name, one in masked.items():
+        drop_saved(module, surgery)
+    for part, one in masked.items():
+        name, site = Site.of(part) if one["of"] == REDUCED else (part, None)
         make = kept_norm_of(modules[name]) if name in modules else None
         if name not in modules or (one["of"] == CHANNELS and make is None):
             raise CheckpointError(f"model: {name!r} has no {one['of']} that could be masked; the file says it has")
@@ -72,6 +91,9 @@ def put_masks(model: nn.Module, masked: Mapping[str, Mapping[str, Any]], surgery
         device = tensors[0].device if tensors else torch.device("cpu")
         keep_N = torch.zeros(one["size"], dtype=torch.bool)
         keep_N[torch.tensor(one["kept"])] = True
+        if site is not None:
+            put_saved(module, site, keep_N, device, surgery)
+            continue
         hook: Any = KeptExperts(one["size"]) if make is None or one["of"] == EXPERTS else make(module, device)
         hook.take(keep_N.reshape(-1, *[1] * one["behind"]), device)
         hook.saved = True

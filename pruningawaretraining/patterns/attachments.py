@@ -1,4 +1,4 @@
-"""Attachments of coupled channels: norms over channels, and attributes that count them."""
+"""Attachments of coupled channels: norms over channels, reductions in code, and attributes that count channels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from pruningawaretraining.groups.attachment import Attachment, MaskHooks
 from pruningawaretraining.models.kept_hooks import narrow_saved
+from pruningawaretraining.models.kept_reductions import ReductionHooks, saved_at
 from pruningawaretraining.models.masked_norms import NormHooks, kept_norm_of, set_norm_width
 from pruningawaretraining.models.module_widths import set_count
+from pruningawaretraining.models.reduction_sites import Site
 from pruningawaretraining.models.surgery import Surgery
 
 
@@ -40,6 +42,37 @@ class Norms(Attachment):
                     "an exported graph that cannot be told. Allowed: remove the channels before the export, or "
                     "exclude the layers that it normalises"
                 )
+        return ""
+
+
+@dataclass(frozen=True, eq=False)
+class Reductions(Attachment):
+    """Means, norms and other reductions over channels in the code of modules: they run over the kept ones.
+
+    The name of a part says where: see :meth:`pruningawaretraining.models.reduction_sites.Site.within`.
+    """
+
+    def hooks(self, model: nn.Module) -> MaskHooks:
+        """See :class:`ReductionHooks`."""
+        return ReductionHooks(model, self.kept)
+
+    def remove(self, model: nn.Module, keep_G: Tensor, surgery: Surgery) -> tuple[nn.Parameter, ...]:
+        """Let the hooks that came with a file know that only these channels are left."""
+        for name, keep_N in self.kept(keep_G).items():
+            layer, site = Site.of(name)
+            for part in saved_at(model.get_submodule(layer), site):
+                part.narrow(keep_N, surgery)
+        return ()
+
+    def graph_problem(self, model: nn.Module) -> str:
+        """A reduction needs the hooks of its module."""
+        for name in self.groups:
+            layer = Site.of(name)[0]
+            return (
+                f"the code of {layer or 'the model'} reduces over channels, of which some may be masked, and in an "
+                "exported graph that cannot be told. Allowed: remove the channels before the export, or exclude the "
+                "layers that make them"
+            )
         return ""
 
 

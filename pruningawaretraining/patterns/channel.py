@@ -26,6 +26,7 @@ from pruningawaretraining.patterns.coupling import TRACE_LIMIT
 from pruningawaretraining.patterns.expert import chosen_experts, expert_names
 from pruningawaretraining.patterns.head import attention_names, chosen_heads, find_heads, is_of_heads
 from pruningawaretraining.patterns.labels.trace import trace
+from pruningawaretraining.patterns.raw_products import raw_weights
 from pruningawaretraining.patterns.selection import select
 from pruningawaretraining.registry import calling, check_returned, names, register
 
@@ -134,7 +135,7 @@ class Channel:
         """Attention block -> its unit of pruning."""
         blocks = set(candidates(model)) - attention_names(model) if self.depth else set()
         blocks |= expert_names(model) if self.experts else set()
-        return dict.fromkeys(chosen - set(producer_names(model)) - blocks, "group")
+        return dict.fromkeys(chosen - {*producer_names(model), *raw_weights(model)} - blocks, "group")
 
 
 def chosen_layers_of(
@@ -149,8 +150,8 @@ def chosen_layers_of(
     expected = "a set of names of layers"
     with calling("pattern", pattern, expected):
         found: Any = pattern.chosen(model, layers, exclude, key)
-    good = isinstance(found, (set, frozenset)) and found <= dict(model.named_modules()).keys()
-    check_returned(good, "pattern", pattern, found, expected)
+    named = {*dict(model.named_modules()), *raw_weights(model)}
+    check_returned(isinstance(found, (set, frozenset)) and found <= named, "pattern", pattern, found, expected)
     return set(found)
 
 
@@ -167,7 +168,7 @@ def chosen_layers(
     Raises:
         ConfigError: a name that is not a layer of the model.
     """
-    names, prefix = producer_names(model), f"{key}." if key else ""
+    names, prefix = [*producer_names(model), *raw_weights(model)], f"{key}." if key else ""
     return select(model, layers, names, f"{prefix}layers") - select(model, list(exclude), names, f"{prefix}exclude")
 
 

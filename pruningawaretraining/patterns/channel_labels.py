@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +14,12 @@ from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
 from pruningawaretraining.groups.products import Product
 from pruningawaretraining.models.fake_quant import is_converted
 from pruningawaretraining.models.masked_norms import is_foreign_rms_norm
-from pruningawaretraining.patterns.attachments import Counts, Norms
+from pruningawaretraining.patterns.attachments import Counts, Norms, Reductions
 from pruningawaretraining.patterns.attention import attention_blocks
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.coupling import DependencyMap, Indices, Space, WorkOf
 from pruningawaretraining.patterns.projections import is_transposed_linear
+from pruningawaretraining.patterns.raw_products import made_by_none, makers_in_code, raw_weights, roles_in_code
 
 Conv = nn.modules.conv._ConvNd
 Norm = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -49,8 +49,10 @@ def channel_groups(model: nn.Module, dependencies: DependencyMap, chosen: set[st
         chosen: names of the layers that may lose output channels.
     """
     blocked = {**dependencies.blocked, **_blocked_by_parameters(model, dependencies)}
-    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    raw = raw_weights(model)
+    order = {name: place for place, name in enumerate([*(name for name, _ in model.named_modules()), *raw])}
     producers = _producers_of_components(dependencies)
+    producers |= makers_in_code(dependencies, blocked, producers, raw)
     skipped: dict[str, str] = {}
     members: dict[tuple[int, ...], list[int]] = {}
     for component, spaces in producers.items():
@@ -61,7 +63,7 @@ def channel_groups(model: nn.Module, dependencies: DependencyMap, chosen: set[st
                 skipped.setdefault(name, reason if name in chosen or component in blocked else "not selected")
         else:
             members.setdefault(tuple(sorted(spaces)), []).append(component)
-    skipped = {**_advised(model, skipped), **_made_by_none(dependencies, blocked, producers)}
+    skipped = {**_advised(model, skipped), **made_by_none(dependencies, blocked, producers)}
     runs = sorted(members.items(), key=lambda run: min(order[dependencies.spaces[index].name] for index in run[0]))
     return _label(model, dependencies, [(key, parts) for key, parts in runs if len(parts) > 1], order, skipped)
 
@@ -82,27 +84,6 @@ def _no_heads(layer: str, unread: Mapping[str, str]) -> str:
     """Why a layer cannot be pruned by heads."""
     around = next((name for name in unread if layer == name or layer.startswith(f"{name}." if name else "")), None)
     return "its heads are not known either" + ("" if around is None else f": {unread[around]}")
-
-
-def _made_by_none(
-    dependencies: DependencyMap, blocked: Mapping[int, str], producers: Mapping[int, Any]
-) -> dict[str, str]:
-    """Raw weights that products outside of layers sum over, and whose channels no layer makes or reads: the reason."""
-    summed = {int(number): one.where for one in dependencies.works for part in one.inputs for number in part}
-    held: dict[tuple[str, ...], str] = {}
-    places: dict[int, list[tuple[Space, str]]] = {}
-    for space, components in zip(dependencies.spaces, dependencies.components, strict=True):
-        for number in np.unique(components).tolist():
-            if number in summed and number not in producers:
-                is_raw = isinstance(space.owner, nn.Parameter) and space.owner.dim() > 1
-                places.setdefault(number, []).append((space, f"dimension {space.dim}" if is_raw else ""))
-    for number, found in places.items():
-        if len(found) > 1 and all(where for _, where in found):
-            names = tuple(f"{where} of {space.name}" for space, where in found)
-            held_by = f"only raw parameters hold its channels ({', '.join(names)}), and no layer makes them"
-            reason = f"{held_by}: they are summed over {summed[number]}"
-            held.setdefault((found[0][0].name, *names), blocked.get(number, reason))
-    return {key[0]: reason for key, reason in held.items()}
 
 
 def _not_chosen(names: list[str], chosen: set[str]) -> str:
@@ -173,24 +154,27 @@ def _label(
     touched: list[list[str]] = [[] for _ in sets]
     topology: list[list[str]] = [[] for _ in sets]
     set_of = np.repeat(np.arange(len(sets)), [one.size for one in sets])
-    for space, components in zip(dependencies.spaces, dependencies.components, strict=True):
+    roles = roles_in_code(dependencies, [key for key, _ in runs], group_of, set_of)
+    for number, (space, components) in enumerate(zip(dependencies.spaces, dependencies.components, strict=True)):
         groups = group_of[components]
         if len(groups) == 0 or (groups == total).all():
             continue
-        members += _members(space, torch.from_numpy(groups), total)
+        members += _members(space, torch.from_numpy(groups), total, roles.get(number, ""))
         norm = _norm_of(space, modules)
         if norm is not None:
             norms.setdefault(norm, torch.from_numpy(groups))
-        for number in np.unique(set_of[groups[groups < total]]):
-            touched[number].append(space.name)
-            topology[number].append(f"{type(space.owner).__name__}:{space.side}")
+        for mine in np.unique(set_of[groups[groups < total]]):
+            touched[mine].append(space.name)
+            topology[mine].append(f"{type(space.owner).__name__}:{space.side}")
     named = tuple(_finish(one, touched[index], topology[index], order, model) for index, one in enumerate(sets))
     counted = {".".join(place): torch.from_numpy(group_of[parts]) for place, parts in dependencies.widths.items()}
     counted = {place: groups for place, groups in counted.items() if bool((groups < total).any())}
     products = tuple(_product(one, group_of, total) for one in dependencies.works)
     products = tuple(one for one in products if one.out_N is not None or one.in_N is not None)
     grouping = Grouping("channel", tuple(members), named, products=products)
-    return ChannelGroups(grouping, skipped, (Norms(norms), Counts(counted)))
+    reductions = {place: torch.from_numpy(group_of[parts]) for place, parts in dependencies.reductions.items()}
+    reductions = {place: groups for place, groups in reductions.items() if bool((groups < total).any())}
+    return ChannelGroups(grouping, skipped, (Norms(norms), Reductions(reductions), Counts(counted)))
 
 
 def _numbered(
@@ -199,13 +183,15 @@ def _numbered(
     """The sets, the group of each component (their number for those outside), and the number of groups."""
     total = sum(len(components) for _, components in runs)
     known = [*dependencies.components, *dependencies.norms.values(), *dependencies.widths.values()]
+    known += dependencies.reductions.values()
     known += [part for one in dependencies.works for part in (*one.outputs, *one.inputs)]
     highest = max((int(part.max()) for part in known if part.size), default=0)
     group_of = np.full(highest + 1, total, dtype=np.int64)
     sets: list[GroupSet] = []
     start = 0
     for key, parts in runs:
-        source = min(key, key=lambda index: order[dependencies.spaces[index].name])
+        names = {index: dependencies.spaces[index].name for index in key}
+        source = min(key, key=lambda index: (names[index] in {one.name for one in sets}, order[names[index]]))
         channels = dependencies.components[source]
         mine = channels[np.isin(channels, parts)]
         ordered = mine[np.sort(np.unique(mine, return_index=True)[1])]
@@ -242,11 +228,11 @@ def _finish(one: GroupSet, names: list[str], topology: list[str], order: dict[st
     return GroupSet(one.name, one.start, one.stop, one.width, "|".join(sorted(topology)), (one.name, *layers))
 
 
-def _members(space: Space, groups: Tensor, total: int) -> list[Member]:
-    """The tensors of a layer that its channel indices slice."""
+def _members(space: Space, groups: Tensor, total: int, role: str = "") -> list[Member]:
+    """The tensors of a layer that its channel indices slice; ``role`` of a raw weight, "" for any other."""
     owner = space.owner
     if isinstance(owner, Tensor):
-        role = "raw" if isinstance(owner, nn.Parameter) else "buffer"
+        role = role or ("raw" if isinstance(owner, nn.Parameter) else "buffer")
         return [Member.along(space.name, owner, space.dim, groups, total, role)]
     assert owner is not None
     transposed = is_transposed_linear(owner) or (isinstance(owner, Conv) and owner.transposed)

@@ -37,7 +37,10 @@ def with_config_kinds(model: nn.Module, found: ChannelGroups) -> ChannelGroups:
 def _kind(grouping: Grouping, one: GroupSet, sizes: Sizes) -> str:
     """The number that every weight follows that the set's own layer makes; "" if none or several do."""
     mine = {
-        place for member in grouping.members if member.role == "out" for place in _places(member, one, grouping.size)
+        place
+        for member in grouping.members
+        if member.role in ("out", "made")
+        for place in _places(member, one, grouping.size)
     }
     keys = [key for key, followers in sizes.items() if mine and mine <= followers]
     return keys[0] if len(keys) == 1 else ""

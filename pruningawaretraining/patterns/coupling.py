@@ -85,6 +85,8 @@ class DependencyMap:
         norms: module that mixes channels, such as a norm written by hand -> the component of each of its channels.
         widths: (module, attribute that counts channels) -> the component of each of them.
         works: products outside of convolutions and linear layers.
+        reductions: place of reductions in a module's code -> the component of each of the channels; see
+            :meth:`pruningawaretraining.models.reduction_sites.Site.within`.
     """
 
     spaces: tuple[Space, ...]
@@ -93,6 +95,7 @@ class DependencyMap:
     norms: dict[str, Indices] = field(default_factory=dict)
     widths: dict[tuple[str, str], Indices] = field(default_factory=dict)
     works: tuple[WorkOf, ...] = ()
+    reductions: dict[str, Indices] = field(default_factory=dict)
 
 
 class Deadline:

@@ -30,7 +30,7 @@ from pruningawaretraining.registry import register
 
 logger = logging.getLogger(__name__)
 
-PRODUCING = ("out", "norm", "bias", "raw", "element")
+PRODUCING = ("out", "norm", "bias", "raw", "made", "element")
 
 
 @dataclass(frozen=True, eq=False)

@@ -208,7 +208,8 @@ def _channels(
     for one, layers in chosen:
         mine, taken = _own_groups(one, model, layers)
         own += mine
-        union = union - taken
+        # costs are counted by outputs and inputs: a weight that loses experts keeps its hidden width
+        union = union - taken - {name for name in union if name.rpartition(".")[0] in taken}
         units |= head_units_of(one.pattern, model, layers)
         if getattr(one.pattern, "depth", False):
             union = union - (set(candidates(model)) - units.keys())

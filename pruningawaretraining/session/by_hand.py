@@ -31,7 +31,7 @@ def keep_without(coupled: CoupledGroups, channels: Mapping[str, Sequence[int]]) 
         ConfigError: a layer or channel that cannot be removed; nothing has changed.
     """
     grouping = coupled.found.grouping
-    members = {one.name.removesuffix(".weight"): one for one in grouping.of_role("out").members}
+    members = {one.name.removesuffix(".weight"): one for one in grouping.of_role("out", "made").members}
     members |= hidden_states(grouping)
     before_G = coupled.keep_D[coupled.live_D]
     keep_G = before_G.clone()

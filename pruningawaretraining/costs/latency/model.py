@@ -200,6 +200,11 @@ class LatencyCost:
         tables = [float(self._tables(*one).sum()) for one in widths]
         self.fitted = fit(numbers, tables, ms_A)
 
+    @property
+    def correction(self) -> float:
+        """The factor of every prediction that the last measured copy has left."""
+        return self.fitted.correction
+
     def correct(self, keep_G: Tensor, ms: float) -> None:
         """Correct the prediction for these masks to the measurement."""
         known = self.fitted

@@ -34,7 +34,7 @@ MAKE_UP_BATCHES = 16
 
 def readers(grouping: Grouping) -> Grouping:
     """The groups over the weights that read them; over all weights if none does."""
-    reading = grouping.of_role("in")
+    reading = grouping.of_role("in", "read")
     return reading if reading.members else grouping.without_role("buffer")
 
 

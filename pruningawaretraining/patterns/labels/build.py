@@ -14,6 +14,7 @@ from pruningawaretraining.models.module_widths import widths_of
 from pruningawaretraining.patterns.coupling import DependencyMap, Indices, Space, WorkOf
 from pruningawaretraining.patterns.labels.follower import Follower
 from pruningawaretraining.patterns.labels.notes import Mixing
+from pruningawaretraining.patterns.labels.sites import Sites
 from pruningawaretraining.patterns.labels.slots import varying
 from pruningawaretraining.patterns.projections import is_transposed_linear
 
@@ -50,9 +51,10 @@ class Builder:
             if (name, dim) not in taken:
                 spaces.append(_space(owner.tensor, name, "both", owner.tensor.shape[dim], dim))
                 parts.append(self.numbers[owner.slots])
-        blocked, norms = self._blocked()
+        blocked, norms, reductions = self._blocked()
         blocked = {**self._unread(spaces, parts), **blocked}
-        return DependencyMap(tuple(spaces), tuple(parts), blocked, norms, self._widths(norms), self._works())
+        widths = self._widths(norms)
+        return DependencyMap(tuple(spaces), tuple(parts), blocked, norms, widths, self._works(), reductions)
 
     def _along(self, name: str, dim: int, size: int, taken: set[tuple[str, int]]) -> Indices | None:
         """The components of a tensor's dimension; fresh ones for one of a single index."""
@@ -175,20 +177,38 @@ class Builder:
                     strange.add((one.layer, attribute))  # it counts two things, so perhaps neither
         return {place: components for place, components in found.items() if place not in strange}
 
-    def _blocked(self) -> tuple[dict[int, str], dict[str, Indices]]:
-        """Components that have to stay, and the modules that mix channels and can be told which of them are masked."""
+    def _blocked(self) -> tuple[dict[int, str], dict[str, Indices], dict[str, Indices]]:
+        """Components that have to stay, the modules that mix channels and can be told which of them are masked, and
+        the reductions in code that can be."""
         blocked: dict[int, str] = {}
         for lock in self.follower.slots.locks:
             for number in np.unique(self.numbers[lock.slots]):
                 blocked.setdefault(int(number), lock.reason)
-        norms: dict[str, Indices] = {}
-        for one in self.follower.mixings:
-            mixed = np.unique(self.numbers[one.slots])
-            channels = self._normalised(one, mixed)
-            if channels is None or not np.array_equal(norms.setdefault(one.layer, channels), channels):
-                for number in mixed:
+        norms, left = self._norms()
+        sites = Sites([one for one in self.follower.reductions if one.layer not in norms], self.numbers)
+        for one in left:
+            if one.layer in norms or not sites.take(one):
+                for number in np.unique(self.numbers[one.slots]):
                     blocked.setdefault(int(number), f"reaches {one.what} {one.where}")
-        return blocked, norms
+        return blocked, norms, sites.result()
+
+    def _norms(self) -> tuple[dict[str, Indices], list[Mixing]]:
+        """Modules that mix channels of their input alone, with these; and the mixings that are none of theirs."""
+        by_layer: dict[str, list[Mixing]] = {}
+        for one in self.follower.mixings:
+            by_layer.setdefault(one.layer, []).append(one)
+        norms: dict[str, Indices] = {}
+        left: list[Mixing] = []
+        for layer, mixings in by_layer.items():
+            found = [self._normalised(one, np.unique(self.numbers[one.slots])) for one in mixings]
+            first = next((one for one in found if one is not None), None)
+            others = [one for one, own in zip(mixings, found, strict=True) if own is None or not _equal(own, first)]
+            if others and all(one.site is not None for one in mixings):  # told apart by their sites
+                left += mixings
+            else:
+                left += others
+                norms.update({} if first is None else {layer: first})
+        return norms, left
 
     def _unread(self, spaces: list[Space], parts: list[Indices]) -> dict[int, str]:
         """Components of layers that ran, where nothing that the model returned is made of any of them."""
@@ -230,6 +250,10 @@ class Builder:
         return not any(
             np.isin(self.numbers[one.slots], mixed).any() for one in inside if one.name.startswith(f"{layer}.")
         )
+
+
+def _equal(one: Indices, other: Indices | None) -> bool:
+    return other is not None and np.array_equal(one, other)
 
 
 def _space(owner: Any, name: str, side: str, width: int, dim: int = -1) -> Space:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +28,7 @@ from pruningawaretraining.patterns.coupling import Deadline
 from pruningawaretraining.patterns.labels.flow import Flow
 from pruningawaretraining.patterns.labels.meeting import Operand, meet
 from pruningawaretraining.patterns.labels.notes import Mixing, Size, Work
+from pruningawaretraining.patterns.labels.sites import Calls, Reduced
 from pruningawaretraining.patterns.labels.slots import Array, Slots, varying
 
 INPUT = "an input of the model, or what is made of it, whose size is fixed"
@@ -160,12 +162,13 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.slots, self.deadline, self.layers, self.stated = slots, deadline, layers, stated
         self.stack: list[str] = [""]
+        self.called: list[str] = [""]
+        self.reductions, self.reducing = list[Reduced](), list[Reduced]()
         self.mixings: list[Mixing] = []
         self.sizes: list[Size] = []
         self.works: list[Work] = []
         self.entered: dict[str, list[list[Array]]] = {}
-        self.read: set[str] = set()
-        self.returned: set[str] = set()
+        self.read, self.returned = set[str](), set[str]()
         self.flow = Flow()
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         self._arrays: Any = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
@@ -202,7 +205,9 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def mix(self, array: Array, what: str) -> None:
         """Note an operation over channels."""
         if varying(array):
-            self.mixings.append(Mixing(self.stack[-1], array.reshape(-1), what, self.where()))
+            slots = array.reshape(-1)
+            same = (one.site for one in self.reducing if one.slots is not None and np.array_equal(one.slots, slots))
+            self.mixings.append(Mixing(self.stack[-1], slots, what, self.where(), next(same, None)))
 
     def sized(self, size: int, array: Array) -> None:
         """Note a width that the code states or computes."""
@@ -272,7 +277,7 @@ def followed(follower: Follower, model: nn.Module) -> Iterator[None]:
         handles.append(module.register_forward_pre_hook(partial(_enter, follower, name)))
         handles.append(module.register_forward_hook(partial(_leave, follower, name), always_call=True))
     try:
-        with follower:
+        with follower, Calls(follower):
             yield
     finally:
         for handle in handles:
@@ -281,6 +286,7 @@ def followed(follower: Follower, model: nn.Module) -> Iterator[None]:
 
 def _enter(follower: Follower, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
     follower.stack.append(name)
+    follower.called.append("")
     given = [one for one in inputs if isinstance(one, Tensor)]
     if given:
         follower.entered.setdefault(name, []).append(follower.get(given[0]))
@@ -289,4 +295,6 @@ def _enter(follower: Follower, name: str, module: nn.Module, inputs: tuple[Any, 
 def _leave(follower: Follower, name: str, *_: Any) -> None:
     if name in follower.stack:
         while follower.stack.pop() != name:
-            pass
+            follower.called.pop()
+        follower.called.pop()
+        follower.called[-1] = name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pruningawaretraining.models.reduction_sites import Site
 from pruningawaretraining.patterns.labels.slots import Array
 
 
@@ -15,12 +16,14 @@ class Mixing:
         layer: the module in whose code it is ("" for the model itself).
         slots: of the channels.
         what, where: the operation, and the layer and line, for messages.
+        site: which of the calls in the module's code it is; None if that is not known.
     """
 
     layer: str
     slots: Array
     what: str
     where: str
+    site: Site | None = None
 
 
 @dataclass(frozen=True, eq=False)

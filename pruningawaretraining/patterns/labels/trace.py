@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.models.calling import ForwardFn, beside, checked_call, spelled_out, tensors_of
 from pruningawaretraining.models.kept_hooks import without_saved
+from pruningawaretraining.models.kept_reductions import plain_reductions
 from pruningawaretraining.patterns.attention import attention_blocks
 from pruningawaretraining.patterns.coupling import TRACE_LIMIT, Deadline, DependencyMap
 from pruningawaretraining.patterns.labels import arithmetic, pieces, products, views  # noqa: F401  (rules)
@@ -66,7 +67,8 @@ def _follow(model: nn.Module, inputs: Any, forward_fn: ForwardFn | None, followe
     follower.flow = Flow()
     for tensor in tensors_of(inputs):
         follower.put(tensor, ())
-    with spelled_out(model), without_saved(model), torch.no_grad(), mode(model), followed(follower, model):
+    written = spelled_out(model), without_saved(model), plain_reductions(model)
+    with written[0], written[1], written[2], torch.no_grad(), mode(model), followed(follower, model):
         outputs = list(tensors_of(checked_call(model, inputs, forward_fn)))
     follower.returned |= follower.flow.sources(outputs, follower.tensors)
     if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in outputs):
