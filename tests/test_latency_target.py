@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ from pruningawaretraining.costs.latency.meter import RuntimeMeter
 from pruningawaretraining.costs.latency.model import Fit, LatencyCost, fit
 from pruningawaretraining.costs.macs import macs_cost, macs_per_layer, parameters_cost
 from pruningawaretraining.costs.memory import peak_activation_bytes
+from pruningawaretraining.engine.aiming import Aim
+from pruningawaretraining.engine.latency_target import LatencyReached
 from pruningawaretraining.engine.targets import Targets
 from pruningawaretraining.errors import ConfigError, TargetError
 from pruningawaretraining.experiment.models import DigitsResNet
@@ -369,6 +372,45 @@ def test_what_is_left_of_a_latency_is_given_back(
     assert 0.8 * reached["budget_ms"] <= reached["measured_ms"] <= 1.01 * reached["budget_ms"]
 
 
+class Bumpy(MadeUp):
+    """Copies take up to a fifth longer or shorter than predicted, one factor for some widths and another for others."""
+
+    def milliseconds(self, models: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+        found = super().milliseconds(models)
+        if "copy" in models:
+            widths = [one.weight.shape[0] for one in models["copy"][0].modules() if isinstance(one, nn.Conv2d)]
+            found["copy"] *= 1 + 0.2 * math.sin(sum(widths) / 9)
+        return found
+
+
+@pytest.mark.parametrize("keep", [0.8, 0.65, 0.5])
+def test_predictions_that_err_by_another_factor_each_time_are_gone_between(
+    keep: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = Bumpy()
+    monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
+    _, pruner = pruned({"latency": keep}, meter)
+    reached = pruner.engine.rules[0].state.latencies[-1]
+    assert 0.9 * reached["budget_ms"] <= reached["measured_ms"] <= 1.01 * reached["budget_ms"]
+
+
+def test_an_aim_goes_between_what_came_out_below_and_above() -> None:
+    aim = Aim(10.0, 10.0)
+
+    def then(measured: float) -> float | None:
+        aim.note(torch.ones(1), LatencyReached(0.0, measured, 20.0))
+        return aim.at
+
+    assert then(12.5) == 8.0, "one measurement says where"
+    assert then(7.0) == 9.0
+    assert then(10.05) == 9.5, "a hundredth more holds"
+    assert then(10.2) == 9.25
+    assert aim.is_used and aim.best is not None and aim.best[1].measured_ms == 10.05
+    assert then(9.0) == 9.25, "a worse one is no reason to begin there"
+    aim.at = 9.01
+    assert then(10.2) is None, "there is nothing in between"
+
+
 def test_a_family_with_blocks_keeps_its_promise_from_below_too(
     made_up: MadeUp, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -426,7 +468,7 @@ def test_a_missed_latency_is_said_with_both_numbers(
 
 
 def test_the_last_masks_are_those_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups are chosen anew three times, and not once more after the last measurement."""
+    """Groups are chosen anew seven times, and not once more after the last measurement."""
     chosen: list[int] = []
     meter = Slow()
     monkeypatch.setattr("pruningawaretraining.engine.targets._runtime_meter", lambda *_: meter)
@@ -439,7 +481,7 @@ def test_the_last_masks_are_those_that_were_measured(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("pruningawaretraining.engine.targets.lookup", lambda kind, name: allocate)
     _, pruner = pruned({"latency": 0.9}, meter)
-    assert len(chosen) == 4 and int((~pruner.channel_pruner.keep_D).sum()) == 4
+    assert len(chosen) == 8 and int((~pruner.channel_pruner.keep_D).sum()) == 8
 
 
 class Noisy(MadeUp):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruningawaretraining.allocation.goals import UNUSED, Goal
+from pruningawaretraining.allocation.goals import Goal
 from pruningawaretraining.allocation.policies import RANKED, RuleView, Task, allocation_of
 from pruningawaretraining.allocation.uniform import evened, uniform
 from pruningawaretraining.config.schema import Rule
@@ -26,9 +26,9 @@ from pruningawaretraining.costs.macs import LinearCost, macs_cost, macs_per_laye
 from pruningawaretraining.costs.memory import MemoryCost, memory_cost
 from pruningawaretraining.costs.weighted import LayerCost, weighted
 from pruningawaretraining.costs.widths import LinearBySets, SetCost
-from pruningawaretraining.engine.aiming import Aim
-from pruningawaretraining.engine.latency_target import LatencyReached, LatencyTarget, say_missed, say_undercut
-from pruningawaretraining.errors import ConfigError, TargetError
+from pruningawaretraining.engine.aiming import aimed
+from pruningawaretraining.engine.latency_target import LatencyReached, LatencyTarget
+from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.masks.pruned_copy import pruned_copy
 from pruningawaretraining.models.calling import ForwardFn, device_of
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
@@ -240,44 +240,21 @@ class Targets:
         copied: Callable[[Tensor], nn.Module],
         rounds: int,
     ) -> tuple[Tensor, bool, LatencyReached | None]:
-        """Measure the copy; at the last event choose again with the corrected prediction, until the budget is used.
+        """Measure the copy; at the last event choose again until the budget is used."""
+        latency = self._latency_of(task.share)
 
-        Of the masks that hold, those that use most of it are taken; where none does, the last, and that is said.
-        """
-        share = task.share
-        latency = self._latency_of(share)
-        aim, at = Aim(timed.budget), timed.budget / latency.cost.correction
-        best: tuple[Tensor, LatencyReached] | None = None
-        known: dict[bytes, LatencyReached] = {}
-        missed = ""
-        for turn in range(rounds):
+        def measure(keep_R: Tensor) -> LatencyReached:
             whole = task.keep_D.clone()
-            whole[share.groups_D] = keep_R
-            same = keep_R.numpy().tobytes()
-            reached = known[same] = known.get(same) or latency.measure(whole, copied(whole), timed.budget)
-            if not met or reached.is_noisy:
-                return keep_R, met, reached
-            if aim.note(at, reached.measured_ms):
-                best = max(best or (keep_R, reached), (keep_R, reached), key=lambda one: one[1].measured_ms)
-                if reached.measured_ms >= timed.budget * (1 - UNUSED):
-                    break
-            following = aim.next(timed.budget / latency.cost.correction)
-            if turn + 1 == rounds or following is None:
-                break
-            at = following
-            goals = [replace(timed, budget=at * latency.cost.correction) if one is timed else one for one in task.goals]
-            try:
-                again_R = allocate(replace(task, goals=goals, near_R=keep_R))  # predictions of like masks err alike
-            except TargetError as error:  # training goes on with what is there: a measurement decides no run
-                missed = f": {error}"
-                break
-            if torch.equal(again_R, keep_R) and not aim.bracketed:
-                break
-            keep_R = again_R
-        if best is not None:
-            say_undercut(timed.key, best[1])
-            return best[0], met, best[1]
-        say_missed(timed.key, reached, missed)
+            whole[task.share.groups_D] = keep_R
+            return latency.measure(whole, copied(whole), timed.budget)
+
+        def choose(budget: float, near_R: Tensor) -> Tensor:
+            goals = [replace(one, budget=budget) if one is timed else one for one in task.goals]
+            return allocate(replace(task, goals=goals, near_R=near_R))  # predictions of like masks err alike
+
+        if not met:
+            return keep_R, met, measure(keep_R)
+        keep_R, reached = aimed(latency.cost, timed, keep_R, measure, choose, rounds)
         return keep_R, met, reached
 
     def _by_sparsity(
