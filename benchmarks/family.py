@@ -18,14 +18,41 @@ from typing import Any
 
 import torch
 from common import markdown, save
-from tasks import EVENTS, TASKS, Task, fit, interval_of, parser_of, rows_of_others, run, stretches_of, training_of
+from tasks import (
+    COMPARISONS,
+    EVENTS,
+    TASKS,
+    Task,
+    Timed,
+    fit,
+    parser_of,
+    rows_known,
+    rows_of_others,
+    run,
+    stretches_of,
+    training_of,
+)
 from torch import nn
 
 from pruningawaretraining import load_pruned
-from pruningawaretraining.runtimes.timing import compare_latency
 
 FRACTIONS = (0.7, 0.5, 0.33)
+MEASURED = ("measured, onnxruntime", "measured, torch", "measured, ms")
 COMMAND = "python benchmarks/family.py --task resnet18 --data FOLDER --dense 10"
+
+
+def measured(task: Task, options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """What is measured of the dense model and of each member that was saved."""
+    models: dict[str, tuple[nn.Module, Any]] = {"dense": (task.dense, task.example)}
+    for fraction in FRACTIONS:
+        file = options.work / options.task / f"pruned-{fraction:.2f}.safetensors"
+        models[f"{fraction:.2f}"] = (load_pruned(copy.deepcopy(task.dense), file).eval(), task.example)
+    onnx, torch_ = (Timed(models, runtime, options) for runtime in ("onnxruntime", "torch"))
+    found = {}
+    for name in models:
+        ratios = ("1", "1") if name == "dense" else (onnx.ratio(name), torch_.ratio(name))
+        found[name] = dict(zip(MEASURED, (*ratios, onnx.milliseconds(name)), strict=True))
+    return found
 
 
 def rows_of(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -43,10 +70,7 @@ def rows_of(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
         print("alone", found, costs, flush=True)
     dense = copy.deepcopy(task.dense)
     control = fit(task, dense, None, stretches_of(task, 1, hold, tune)[1])
-    models: dict[str, tuple[nn.Module, Any]] = {"dense": (task.dense, task.example)}
-    for name, one in family.items():
-        models[name] = (load_pruned(copy.deepcopy(task.dense), one["file"]).eval(), task.example)
-    timed = {runtime: compare_latency(models, runtime, repeats=options.repeats) for runtime in ("onnxruntime", "torch")}
+    times = measured(task, options)
     rows = [
         {
             "network": options.task,
@@ -57,9 +81,7 @@ def rows_of(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
             "CPU s": round(control),
             "CPU s alone": "",
             "promised": "",
-            "measured, onnxruntime": "1",
-            "measured, torch": "1",
-            "measured, ms": f"{timed['onnxruntime'].latencies['dense'].median_ms:.3g}",
+            **times["dense"],
         }
     ]
     for name, one in family.items():
@@ -73,9 +95,7 @@ def rows_of(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
                 "CPU s": round(seconds) if name == f"{FRACTIONS[-1]:.2f}" else "",
                 "CPU s alone": round(costs[name]),
                 "promised": name,
-                "measured, onnxruntime": interval_of(timed["onnxruntime"], name),
-                "measured, torch": interval_of(timed["torch"], name),
-                "measured, ms": f"{timed['onnxruntime'].latencies[name].median_ms:.3g}",
+                **times[name],
             }
         )
     return rows
@@ -87,12 +107,18 @@ def main() -> None:
     parser.add_argument("--hold", type=float, default=1, help="epochs of fine-tuning for the first members")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = rows_of(TASKS[options.task](options), options)
+    task = TASKS[options.task](options)
+    if options.measure:
+        times = measured(task, options)
+        rows = [{**one, **times[one["promised"] or "dense"]} for one in rows_known("family", options.task)]
+    else:
+        rows = rows_of(task, options)
     rows += rows_of_others("family", options.task)
     print(markdown(rows))
     note = (
-        "Promised and measured: latency as a fraction of the dense model's, batch 1, one thread, in turns; 95% "
-        "confidence. The promise is for onnxruntime. Training: examples; epochs before pruning, of pruning and after "
+        "Promised and measured: latency as a fraction of the dense model's, batch 1, one thread, in turns: the median "
+        f"of {COMPARISONS} comparisons, the lowest and the highest. "
+        "The promise is for onnxruntime. Training: examples; epochs before pruning, of pruning and after "
         f"it. A run alone has {EVENTS} events a quarter of an epoch apart, the family as many, and {options.hold:g} "
         "more epochs for each of the first two members. One seed. CPU seconds are those of training and pruning."
     )

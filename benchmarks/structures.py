@@ -12,12 +12,25 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import markdown, save
-from tasks import TASKS, Task, fit, interval_of, parser_of, rows_of_others, run, stretches_of, training_of
+from tasks import (
+    COMPARISONS,
+    TASKS,
+    Task,
+    Timed,
+    fit,
+    parser_of,
+    rows_known,
+    rows_of_others,
+    run,
+    stretches_of,
+    training_of,
+)
 from torch import nn
 from torch.nn import functional
 
@@ -26,6 +39,7 @@ from pruningawaretraining.errors import PruningError
 from pruningawaretraining.models.skipped_blocks import PassThrough
 from pruningawaretraining.runtimes.timing import compare_latency
 
+DENSE = "nothing, trained as long"
 NAMES = {"channel": "channels", "head": "heads", "depth": "blocks"}
 COMMAND = "python benchmarks/structures.py --task resnet18 --data FOLDER --keep 0.6"
 
@@ -67,45 +81,55 @@ def ways(task: Task, options: argparse.Namespace) -> dict[str, tuple[Any, dict[s
     return found | {" and ".join(NAMES[one] for one in task.structures): (list(task.structures), target)}
 
 
+def folder_of(options: argparse.Namespace, way: str) -> Path:
+    """Where the model of a way lies."""
+    folder: Path = options.work / options.task / way.replace(" ", "_")
+    return folder
+
+
+def measured(task: Task, names: Iterable[str], options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """What is measured of the models that were saved."""
+    models: dict[str, Any] = {DENSE: (task.dense, task.example)}
+    for name in names:
+        for file in folder_of(options, name).glob("*.safetensors"):
+            models[name] = (load_pruned(copy.deepcopy(task.dense), file).eval(), task.example)
+    timed, macs = Timed(models, "onnxruntime", options), count_macs(task.dense, task.example)
+    return {
+        name: {
+            "measured latency": timed.ratio(name),
+            "MACs": f"{count_macs(model, task.example) / macs:.3f}",
+            "blocks gone": str(sum(isinstance(each, PassThrough) for each in model.modules())),
+        }
+        for name, (model, _) in models.items()
+        if name != DENSE
+    }
+
+
 def rows_of(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one network."""
     tune = int(options.tune * task.steps)
-    models: dict[str, Any] = {"dense": (task.dense, task.example)}
     accuracies: dict[str, str] = {}
     for name, (pattern, target) in ways(task, options).items():
-        folder = options.work / options.task / name.replace(" ", "_")
+        folder = folder_of(options, name)
         folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.safetensors"):
+            old.unlink()
         try:
             ((_, one),) = run(task, pattern, target, 0, tune, folder)[0].items()
         except PruningError as error:
             accuracies[name] = ""
             print(name, error, flush=True)
             continue
-        models[name] = (load_pruned(copy.deepcopy(task.dense), one["file"]).eval(), task.example)
         accuracies[name] = f"{one['accuracy']:.1%}"
         print(name, accuracies[name], flush=True)
     dense = copy.deepcopy(task.dense)
     fit(task, dense, None, stretches_of(task, 1, 0, tune)[1])
-    timed = compare_latency(models, "onnxruntime", repeats=options.repeats)
-    macs = count_macs(task.dense, task.example)
-    rows = [{"network": options.task, "training": training_of(options), "pruned": "nothing, trained as long"}]
+    rows = [{"network": options.task, "training": training_of(options), "pruned": DENSE}]
     rows[0] |= {"measured latency": "1", "MACs": "1", "blocks gone": "0", "accuracy": f"{task.score(dense):.1%}"}
+    times = measured(task, [name for name, accuracy in accuracies.items() if accuracy], options)
     for name, accuracy in accuracies.items():
-        if name not in models:
-            rows.append({"network": options.task, "training": "", "pruned": name, "measured latency": "not reached"})
-            continue
-        model = models[name][0]
-        rows.append(
-            {
-                "network": options.task,
-                "training": "",
-                "pruned": name,
-                "measured latency": interval_of(timed, name),
-                "MACs": f"{count_macs(model, task.example) / macs:.3f}",
-                "blocks gone": str(sum(isinstance(each, PassThrough) for each in model.modules())),
-                "accuracy": accuracy,
-            }
-        )
+        row = {"network": options.task, "training": "", "pruned": name}
+        rows.append({**row, **times.get(name, {"measured latency": "not reached"}), "accuracy": accuracy})
     return rows
 
 
@@ -115,11 +139,18 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.75, help="fraction of the latency")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = rows_of(TASKS[options.task](options), options)
+    task = TASKS[options.task](options)
+    if options.measure:
+        rows = rows_known("structures", options.task)
+        times = measured(task, [one["pruned"] for one in rows if one["accuracy"]], options)
+        rows = [{**one, **times.get(one["pruned"], {})} for one in rows]
+    else:
+        rows = rows_of(task, options)
     rows += rows_of_others("structures", options.task)
     print(markdown(rows))
     note = (
-        "Latency as a fraction of the dense model's: onnxruntime, batch 1, one thread, in turns; 95% confidence. "
+        "Latency as a fraction of the dense model's: onnxruntime, batch 1, one thread, in turns: the median of "
+        f"{COMPARISONS} comparisons, the lowest and the highest. "
         "Training: examples; epochs before pruning, of pruning and after it. Blocks alone have no latency target: as "
         "few go as meet it. Tested on the 10,000 test images, or on the 872 labelled texts. One seed: differences of a "
         "point or two are to be expected by chance alone."

@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pruningawaretraining import Pruning
-from pruningawaretraining.runtimes.timing import LatencyComparison
+from pruningawaretraining.runtimes.timing import compare_latency
 from pruningawaretraining.session.members import Member
 
 BATCH, EVENTS = 32, 12  # of a batch; events of a run, a quarter of an epoch apart
+COMPARISONS = 5  # of latencies
 
 
 @dataclass(frozen=True)
@@ -230,15 +232,41 @@ def run(
 
 def rows_of_others(name: str, network: str) -> list[dict[str, Any]]:
     """The rows of a saved result that are of other networks."""
+    return [one for one in _rows(name) if one.get("network", network) != network]
+
+
+def rows_known(name: str, network: str) -> list[dict[str, Any]]:
+    """The rows of a saved result that are of this network."""
+    return [one for one in _rows(name) if one.get("network") == network]
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
     path = RESULTS / f"{name}.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    return [one for one in known if one.get("network", network) != network]
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return rows
 
 
-def interval_of(timed: LatencyComparison, name: str) -> str:
-    """A measured ratio with its 95% interval."""
-    low, high = timed.intervals[name]
-    return f"{timed.ratios[name]:.3f} ({low:.3f} to {high:.3f})"
+class Timed:
+    """Comparisons of models, each in turns: what else runs on the hardware changes from one comparison to the next.
+
+    Args:
+        models: name -> model and inputs, the dense one first.
+        runtime: where they run.
+        options: of the command line.
+    """
+
+    def __init__(self, models: dict[str, Any], runtime: str, options: argparse.Namespace) -> None:
+        turns = max(options.repeats // COMPARISONS, 1)
+        self.found = [compare_latency(models, runtime, repeats=turns) for _ in range(COMPARISONS)]
+
+    def ratio(self, name: str) -> str:
+        """The median of the ratios, the lowest and the highest."""
+        ratios = sorted(one.ratios[name] for one in self.found)
+        return f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+
+    def milliseconds(self, name: str) -> str:
+        """The median of the medians."""
+        return f"{statistics.median(one.latencies[name].median_ms for one in self.found):.3g}"
 
 
 def training_of(options: argparse.Namespace) -> str:
@@ -258,6 +286,7 @@ def parser_of(description: str, **defaults: Any) -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=48, help="most tokens of a text")
     parser.add_argument("--dense", type=int, default=5, help="epochs before pruning")
     parser.add_argument("--tune", type=float, default=4, help="epochs after the last event")
-    parser.add_argument("--repeats", type=int, default=400, help="turns of the timing")
+    parser.add_argument("--repeats", type=int, default=500, help="turns of the timing, in five comparisons")
+    parser.add_argument("--measure", action="store_true", help="only time the models of --work again")
     parser.set_defaults(**defaults)
     return parser
