@@ -282,6 +282,7 @@ WAYS = (
         {**SINGLE, "schedule": "one_shot", "start": 0, "end": 30, "dynamic": "regrow"},
     ),
     _weights("w90_ste", "90% of the weights", "SR-STE, cubic in 5 epochs", {**GRADUAL, "dynamic": STE}),
+    _weights("w90_ste_taught", "90% of the weights", "... with distillation", {**GRADUAL, "dynamic": STE}, True),
     Way(
         "w90_pat",
         "90% of the weights",
