@@ -7,8 +7,10 @@ from typing import Any
 import moe
 import pytest
 import torch
+from test_expert_structures import built
 from torch import nn
 
+from pruningawaretraining import Pruning
 from pruningawaretraining.config import load_config
 from pruningawaretraining.config.plan import rule_lines
 from pruningawaretraining.criteria.second_order.gradients import Calibration
@@ -58,3 +60,31 @@ def test_a_plan_with_experts_predicts_no_latency() -> None:
         plan(model, rule, x, [("latency", 0.5)], calibration)
     alone = rule_of(load_config({"rules": [{"pattern": "moe", "target": {"parameters": 0.8}}]}))
     assert plan(model, alone, x, [("parameters", 0.8)]).latency_ms is None
+
+
+@pytest.mark.parametrize("pattern", ["expert", ["expert", "depth"]])
+def test_a_report_has_the_experts_of_routers_that_are_no_linear_layers(pattern: Any) -> None:
+    model, x = built("Mixtral")
+    rule = {**RULE, "pattern": pattern, "target": {"parameters": 0.7}}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    pruner = Pruning(model, {"rules": [rule]}, example_inputs=x, optimizer=optimizer)
+    names = [f"model.layers.{number}.mlp.experts" for number in range(2)]
+    dense = {row["name"]: row for row in pruner.report().layers}
+    assert [(dense[name]["dense_out"], dense[name]["kept_out"]) for name in names] == [(4, 4), (4, 4)]
+    model(**x, labels=x["input_ids"]).loss.backward()
+    optimizer.step()
+    pruner.prune(epoch=0)
+    report, modules = pruner.report(), dict(model.named_modules())
+    rows = {row["name"]: row for row in report.layers}
+    kept = {one["source"]: one["kept"] for one in report.groups}
+    for name in names:
+        assert rows[name]["kept_out"] == kept[name.removesuffix(".experts")]
+        experts = modules.get(name)
+        assert rows[name]["parameters"] == (0 if experts is None else sum(one.numel() for one in experts.parameters()))
+    assert any(rows[name]["kept_out"] < 4 for name in names)
+    assert sum(" → " in line for line in str(report).splitlines() if ".experts" in line) >= 1
+
+
+def test_a_cost_where_none_is_registered() -> None:
+    with pytest.raises(ConfigError, match=r"target.costs: 'flops' is not known. Allowed: a name under @register\('cost'"):
+        load_config({"rules": [{**RULE, "target": {"costs": {"flops": 0.5}}}]})
