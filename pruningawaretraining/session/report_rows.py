@@ -80,7 +80,13 @@ def _expert_rows(coupled: CoupledGroups, modules: Mapping[str, nn.Module]) -> li
         name = one.layers[-1]
         if is_of_experts(one) and name not in coupled.dense_widths:
             module = modules.get(name)  # None in a block that is gone
-            row = {"name": name, "type": coupled.dense_types[name], "set": one.name, "dense_in": None, "kept_in": None}
+            row: dict[str, Any] = {
+                "name": name,
+                "type": coupled.dense_types[name],
+                "set": one.name,
+                "dense_in": None,
+                "kept_in": None,
+            }
             row |= {"dense_out": one.size, "kept_out": int(kept[one.name].sum()), "dense_macs": None, "kept_macs": None}
             rows.append({**row, "parameters": 0 if module is None else sum(w.numel() for w in module.parameters())})
     return rows
