@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from pruningawaretraining.config.structures import listed
 from pruningawaretraining.config.targets import COSTS, Target
 from pruningawaretraining.errors import ConfigError, check_declared, nearest
 from pruningawaretraining.registry import build, checked_by, lookup, name_of, names, spelled
@@ -200,9 +201,8 @@ def _check_dynamic(rule: RuleOptions, removable: bool) -> None:
         fitting = [
             name for name in names("dynamic") if _goes(lookup("dynamic", name), "removable" if removable else "windows")
         ]
-        raise ConfigError(
-            f"dynamic: {rule.dynamic!r} is not supported by the pattern {rule.pattern!r}. Allowed: {', '.join(fitting)}"
-        )
+        refused = f"dynamic: {rule.dynamic!r} is not supported by the pattern {listed(rule.pattern)!r}"
+        raise ConfigError(f"{refused}. Allowed: {', '.join(fitting)}")
     for option, final in FINAL.items():
         if (not entry.nested or entry.rewinds) and getattr(rule, option) != final:
             raise ConfigError(
@@ -214,4 +214,5 @@ def _check_dynamic(rule: RuleOptions, removable: bool) -> None:
 def _refusal(rule: RuleOptions, option: str, value: Any, allowed: str) -> str:
     others = [one for one in names("pattern") if option in support_of(lookup("pattern", one)).options]
     with_others = f"; or a pattern that supports it: {', '.join(others)}" if others else ""
-    return f"{option}: {value!r} is not supported by the pattern {rule.pattern!r}. Allowed: {allowed}{with_others}"
+    refused = f"{option}: {value!r} is not supported by the pattern {listed(rule.pattern)!r}"
+    return f"{refused}. Allowed: {allowed}{with_others}"

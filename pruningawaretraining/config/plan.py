@@ -14,6 +14,7 @@ from pruningawaretraining.config.options import type_of
 from pruningawaretraining.config.rates import LearningRates
 from pruningawaretraining.config.recipe import load_recipe
 from pruningawaretraining.config.schema import PruningConfig, Rule
+from pruningawaretraining.config.structures import listed
 from pruningawaretraining.registry import lookup
 from pruningawaretraining.schedules import ROUNDING
 
@@ -178,7 +179,8 @@ def rule_lines(
         steps: optimizer steps of an epoch, where they are known.
         reached: tick of an event -> sparsity that it leaves in whole groups of a model; None where that is not known.
     """
-    lines = [f"rule {rule.name or f'rules[{number}]'}: {_spec(rule.pattern)} by {_spec(rule.criterion)}, {rule.scope}"]
+    what = f"{_spec(listed(rule.pattern))} by {_spec(rule.criterion)}, {rule.scope}"
+    lines = [f"rule {rule.name or f'rules[{number}]'}: {what}"]
     if not rule.enabled:
         return [f"{lines[0]}: off"]
     entries = "all" if rule.layers is None else ", ".join(rule.layers)
@@ -251,6 +253,8 @@ def _member_lines(rule: Rule, steps: int | None) -> list[str]:
 
 
 def _spec(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value)
     if not isinstance(value, Mapping):
         return str(value)
     options = ", ".join(f"{key} {inner}" for key, inner in value.items() if key != "type" and inner is not None)

@@ -59,6 +59,19 @@ def structures_of(pattern: Any) -> frozenset[str]:
     return frozenset((canonical("pattern", str(pattern.get("type")), "pattern"), *more))
 
 
+def listed(pattern: Any) -> Any:
+    """A pattern of several structures as the list that it stands for; any other as it is."""
+    if not isinstance(pattern, Mapping) or not any(pattern.get(key) for key in ADDED):
+        return pattern
+    structures = structures_of(pattern)
+    return [one for one in STRUCTURES if one in structures] if structures <= set(STRUCTURES) else pattern
+
+
+def has_experts(pattern: Any) -> bool:
+    """Whether experts are among the groups of a pattern of a config."""
+    return "expert" in structures_of([pattern] if isinstance(pattern, str) else pattern)
+
+
 def compete(pattern: Any) -> bool:
     """Whether a pattern of a config has residual blocks or experts beside other structures."""
     structures = structures_of(pattern)

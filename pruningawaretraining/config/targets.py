@@ -69,6 +69,8 @@ class Target(Strict):
             raise ConfigError("costs: {} names no cost. Allowed: a registered cost -> the fraction of it to keep")
         if isinstance(given, Mapping):
             for name in given:
+                if not names("cost"):
+                    raise ConfigError(f"costs: {name!r} is not known. Allowed: a name under @register('cost', name)")
                 canonical("cost", name, "costs")
             costs = {**given, **costs}
         return {**own, **more, **({"costs": costs} if costs else {})}

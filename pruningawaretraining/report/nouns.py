@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pruningawaretraining.config.structures import listed
 from pruningawaretraining.errors import ConfigError
 from pruningawaretraining.registry import canonical, spelled
 
@@ -102,15 +103,21 @@ def units_of(summary: Mapping[str, Any]) -> Units:
     enabled = [rule for rule in rules or [] if isinstance(rule, Mapping) and rule.get("enabled", True)]
     if not enabled:
         return Units()
-    patterns = dict.fromkeys(_pattern(rule.get("pattern") or "channel") for rule in enabled)
+    patterns = dict.fromkeys(one for rule in enabled for one in _patterns(rule.get("pattern") or "channel"))
     return Units(tuple(patterns), any(rule.get("regularizer") for rule in enabled))
 
 
-def _pattern(given: Any) -> str:
-    """The registered name of a rule's pattern."""
+def _patterns(given: Any) -> list[str]:
+    """The registered names of what a rule's pattern ranks."""
+    try:
+        many = listed(given)
+    except ConfigError:  # of another version
+        many = given
+    if isinstance(many, (list, tuple)):
+        return [str(one) for one in many]
     whole = given if isinstance(given, Mapping) else spelled("pattern", str(given)) or {"type": given}
     name = str(whole.get("type"))
     try:
-        return canonical("pattern", name)
+        return [canonical("pattern", name)]
     except ConfigError:  # of another version
-        return name
+        return [name]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import PruningConfig, Rule
+from pruningawaretraining.config.structures import has_experts
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.criteria.base import collector_of
 from pruningawaretraining.criteria.second_order.gradients import Calibration
@@ -29,6 +30,8 @@ from pruningawaretraining.session.scored_channels import ScoredChannels, scored_
 logger = logging.getLogger(__name__)
 SECONDS = 45.0
 """After so long no further copy is measured: what is predicted has to do."""
+UNWEIGHED = "no latency: a token takes as many experts whatever their number, so that none is predicted"
+"""The note of a rule with experts."""
 ROUNDS, QUICK_ROUNDS, QUICK_MS = 2, 4, 10.0
 """Of choosing and measuring for a latency; more where the dense model takes less than so long."""
 
@@ -76,7 +79,7 @@ class Planned:
         fraction: of the dense model's that is to be kept.
         sparsity: fraction of the groups that would go.
         macs, parameters: that would be kept.
-        latency: predicted, and measured if there was time; None where the runtime cannot run the model.
+        latency: predicted, and measured if there was time; None with experts, and where the runtime cannot run it.
         measured: whether the latency is measured.
         refused: why the target is out of reach; the rest is None then.
     """
@@ -97,7 +100,7 @@ class Plan:
 
     Attributes:
         rule: what was planned with: pattern and criterion.
-        macs, parameters, latency_ms: of the dense model; no latency where the runtime cannot run it.
+        macs, parameters, latency_ms: of the dense model; no latency with experts, and where the runtime cannot run it.
         sets: widths, dense and for each target.
         targets: what each comes to.
         note: what else is to be said.
@@ -166,9 +169,12 @@ def plan(
     if calibration is None and needs_data(rule):
         weights = [name for name in names("criterion") if collector_of(build("criterion", name, "criterion")) is None]
         raise ConfigError(f"--criterion: {rule.criterion!r} needs data. Allowed: --data, or {', '.join(weights)}")
+    experts = has_experts(rule.pattern)
+    if experts:
+        _check_weighed(wanted)
     goals = [_target(cost, fraction, options) for cost, fraction in wanted]
     scored = scored_channels(model, rule, inputs, calibration)
-    latency, note = _latency(scored, goals, options)
+    latency, note = (None, UNWEIGHED) if experts else _latency(scored, goals, options)
     watch = _Watch(started + options.seconds if options.measured else started)
     chosen = [_chosen(scored, latency, goal, watch) for goal in goals]
     rows = [_row(scored, cost, fraction, *one) for (cost, fraction), one in zip(wanted, chosen, strict=True)]
@@ -177,6 +183,20 @@ def plan(
     dense = (int(scored.macs.dense), int(scored.parameters.dense), None if latency is None else latency.dense_ms)
     used = {"pattern": rule.pattern, "criterion": rule.criterion, "allocation": rule.allocation}
     return Plan(used, *dense, sets, tuple(rows), note)
+
+
+def _check_weighed(wanted: Sequence[tuple[str, float]]) -> None:
+    """Refuse latencies for a rule with experts, as its own target would be.
+
+    Raises:
+        ConfigError: it names the option.
+    """
+    for cost, fraction in wanted:
+        if cost == "latency":
+            raise ConfigError(
+                f"--latency: {fraction:g} cannot be weighed against experts: a token takes as many whatever their "
+                "number, and what they save is parameters. Allowed with experts: --params, --macs"
+            )
 
 
 def _target(cost: str, fraction: float, options: PlanOptions) -> Target:

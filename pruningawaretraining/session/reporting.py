@@ -6,21 +6,18 @@ Shape suffixes: ``_G1`` groups and one more for "outside".
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pruningawaretraining.costs.macs import count_macs
-from pruningawaretraining.engine.coupled import CoupledGroups
 from pruningawaretraining.engine.nested import masked_weights
 from pruningawaretraining.models.copies import CopyWatch
 from pruningawaretraining.models.example_inputs import batch_of
-from pruningawaretraining.models.widths import conv_linear_widths
 from pruningawaretraining.report.summary import Report, not_removed
 from pruningawaretraining.session.continuing import channels_of, goals_of
+from pruningawaretraining.session.report_rows import layer_rows, plain_rows, set_rows
 from pruningawaretraining.session.session import Session
 from pruningawaretraining.session.variables import paths_to
 
@@ -103,7 +100,7 @@ def sets_of(session: Session) -> list[dict[str, Any]]:
     """See :meth:`pruningawaretraining.Pruning.describe_sets`."""
     _need_coupled(session)
     coupled, weights = session.engine.coupled, session.engine.weights
-    rows = [] if coupled is None else _set_rows(coupled)
+    rows = [] if coupled is None else set_rows(coupled)
     rows += [] if weights is None else weights.describe_sets()
     return [{"number": number, **row} for number, row in enumerate(rows, start=1)]
 
@@ -124,7 +121,7 @@ def report_of(session: Session) -> Report:
         sparsity=sparsity_of(session),
         macs={"dense": macs.dense, "kept": macs.kept, "fraction": macs.fraction},
         parameters={**counts, "fraction": kept_parameters / max(dense_parameters, 1)},
-        layers=_plain_rows(session.model, _plain_macs(session)) if coupled is None else _layer_rows(coupled),
+        layers=plain_rows(session.model, _plain_macs(session)) if coupled is None else layer_rows(coupled),
         groups=sets_of(session),
         batch=batch_of(session.inputs),
         masked=masked_of(session),
@@ -204,87 +201,3 @@ def tell_of_copies(copies: CopyWatch, session: Session) -> None:
 
 def _listed(averages: str) -> str:
     return f"[{averages}]" if ", " in averages else averages
-
-
-# --- rows -----------------------------------------------------------------------------------------------------------
-
-
-def _set_rows(coupled: CoupledGroups) -> list[dict[str, Any]]:
-    keep = coupled.keep_masks()
-    return [
-        {
-            "source": one.name,
-            "dependencies": list(one.layers[1:]),
-            "size": one.size * one.width,
-            "kept": int(keep[one.name].sum()) * one.width,
-        }
-        for one in coupled.dense_sets
-    ]
-
-
-def _plain_rows(model: nn.Module, macs: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Rows of the layers of a model whose widths stay; ``macs`` of its modules by name, those that are known."""
-    modules = dict(model.named_modules())
-    return [
-        {
-            "name": name,
-            "type": type(modules[name]).__name__,
-            "set": None,
-            "dense_out": outputs,
-            "kept_out": outputs,
-            "dense_in": inputs,
-            "kept_in": inputs,
-            "dense_macs": macs.get(name, 0),
-            "kept_macs": macs.get(name, 0),
-            "parameters": sum(parameter.numel() for parameter in modules[name].parameters(recurse=False)),
-        }
-        for name, (outputs, inputs) in conv_linear_widths(model).items()
-    ]
-
-
-def _layer_rows(coupled: CoupledGroups) -> list[dict[str, Any]]:
-    """Rows of the layers of a model that loses channels; those in blocks that are gone included."""
-    kept_macs = dict(zip(coupled.macs_cost.names, coupled.macs_cost.layers(coupled.keep_D).tolist(), strict=True))
-    modules, kept, sets = dict(coupled.model.named_modules()), kept_widths(coupled), coupled.set_of_layer
-    rows = []
-    for name, (dense_out, dense_in) in coupled.dense_widths.items():
-        module = modules.get(name)  # None in a block that is gone
-        kept_out, kept_in = kept[name]
-        dense_macs = coupled.dense_per_layer.get(name, 0)
-        rows.append(
-            {
-                "name": name,
-                "type": coupled.dense_types[name] if module is None else type(module).__name__,
-                "set": sets.get(name),
-                "dense_out": dense_out,
-                "kept_out": kept_out,
-                "dense_in": dense_in,
-                "kept_in": kept_in,
-                "dense_macs": dense_macs,
-                "kept_macs": round(kept_macs.get(name, dense_macs)),
-                "parameters": 0 if module is None else sum(one.numel() for one in module.parameters(recurse=False)),
-            }
-        )
-    return rows
-
-
-def kept_widths(coupled: CoupledGroups) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) that every convolution and linear layer keeps, masked channels not counted; 0 for layers in
-    blocks that are gone."""
-    widths = {**dict.fromkeys(coupled.dense_widths, (0, 0)), **conv_linear_widths(coupled.model)}
-    modules = dict(coupled.model.named_modules())
-    keep_G1 = torch.cat([coupled.keep_D[coupled.live_D], torch.ones(1, dtype=torch.bool)])
-    for member in coupled.found.grouping.of_role("out", "in").members:
-        name = member.name.removesuffix(".weight")
-        if name not in widths or member.slots is None:
-            continue
-        kept, groups = int(keep_G1[member.slots].sum()), getattr(modules[name], "groups", 1)
-        outputs, inputs = widths[name]
-        if member.role == "in":
-            widths[name] = (outputs, kept * groups)
-        elif groups == inputs > 1:  # depthwise
-            widths[name] = (kept, kept * inputs // outputs)
-        else:
-            widths[name] = (kept, inputs)
-    masked = coupled.found.taken_prefixes(keep_G1[:-1])
-    return {name: (0, 0) if name.startswith(masked) else pair for name, pair in widths.items()}
