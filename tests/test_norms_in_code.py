@@ -211,12 +211,17 @@ def test_masks_that_grow_are_followed_and_training_goes_on() -> None:
     assert model.layers[0].out_channels < 16  # type: ignore[union-attr]
 
 
-def test_the_compiled_model_computes_what_the_model_does() -> None:
-    model, pruner, inputs = _masked()
+@pytest.mark.parametrize("kind", [Net, Flat])
+def test_the_compiled_model_computes_what_the_model_does(kind: type[nn.Module]) -> None:
+    """Also where the norm is in the code of the outermost module that is compiled."""
+    model, pruner, inputs = _masked(kind)
     compiled = torch.compile(model, backend="eager")
     assert torch.allclose(compiled(inputs), model(inputs), atol=1e-6)
     pruner.prune(model, 2)
     assert torch.allclose(compiled(inputs), model(inputs), atol=1e-6)
+    model.compile(backend="eager", fullgraph=True)
+    expected = copy.deepcopy(model)._call_impl(inputs)
+    assert torch.allclose(model(inputs), expected, atol=1e-6)
     torch._dynamo.reset()
 
 

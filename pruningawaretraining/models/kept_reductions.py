@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_
 from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.errors import ModelError
+from pruningawaretraining.models.compiling import part_of_callers
 from pruningawaretraining.models.kept_hooks import KeptHooks
 from pruningawaretraining.models.reduction_sites import NORMS, Site, is_computed_again, reduced_by
 from pruningawaretraining.models.surgery import Surgery
@@ -171,10 +172,12 @@ class ModuleReductions:
             if handle.id in hooks:
                 hooks.move_to_end(handle.id)
 
+    @part_of_callers
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         frame = None if torch.compiler.is_compiling() else sys._getframe(1)
         _Mode(self, frame).__enter__()  # type: ignore[no-untyped-call]
 
+    @part_of_callers
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """After the module has run, or has failed."""
         top = _get_current_function_mode()  # type: ignore[no-untyped-call]
