@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from pruningawaretraining.errors import ModelError
 from pruningawaretraining.models.compiling import part_of_callers
 from pruningawaretraining.models.kept_hooks import KeptHooks
-from pruningawaretraining.models.reduction_sites import NORMS, Site, is_computed_again, reduced_by
+from pruningawaretraining.models.reduction_sites import NORMS, Site, is_computed_again, is_plain, reduced_by
 from pruningawaretraining.models.surgery import Surgery
 
 AGAIN = (
@@ -154,7 +154,7 @@ class ModuleReductions:
         ]
         self._inner: list[tuple[Any, RemovableHandle]] = []
         for name, inner in module.named_modules():
-            if inner is not module:
+            if inner is not module and not is_plain(inner):
                 self._handles.append(inner.register_forward_pre_hook(self._enter_inner))
                 handle = inner.register_forward_hook(partial(self._leave_inner, name), always_call=True)
                 self._inner.append((inner._forward_hooks, handle))
