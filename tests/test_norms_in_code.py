@@ -220,7 +220,7 @@ def test_the_compiled_model_computes_what_the_model_does(kind: type[nn.Module]) 
     pruner.prune(model, 2)
     assert torch.allclose(compiled(inputs), model(inputs), atol=1e-6)
     model.compile(backend="eager", fullgraph=True)
-    expected = copy.deepcopy(model)._call_impl(inputs)
+    expected = copy.deepcopy(model)._call_impl(inputs)  # type: ignore[no-untyped-call]
     assert torch.allclose(model(inputs), expected, atol=1e-6)
     torch._dynamo.reset()
 
