@@ -211,12 +211,17 @@ def test_masks_that_grow_are_followed_and_training_goes_on() -> None:
     assert model.layers[0].out_channels < 16  # type: ignore[union-attr]
 
 
-def test_the_compiled_model_computes_what_the_model_does() -> None:
-    model, pruner, inputs = _masked()
+@pytest.mark.parametrize("kind", [Net, Flat])
+def test_the_compiled_model_computes_what_the_model_does(kind: type[nn.Module]) -> None:
+    """Also where the norm is in the code of the outermost module that is compiled."""
+    model, pruner, inputs = _masked(kind)
     compiled = torch.compile(model, backend="eager")
     assert torch.allclose(compiled(inputs), model(inputs), atol=1e-6)
     pruner.prune(model, 2)
     assert torch.allclose(compiled(inputs), model(inputs), atol=1e-6)
+    model.compile(backend="eager", fullgraph=True)
+    expected = copy.deepcopy(model)._call_impl(inputs)  # type: ignore[no-untyped-call]
+    assert torch.allclose(model(inputs), expected, atol=1e-6)
     torch._dynamo.reset()
 
 
@@ -384,6 +389,44 @@ def test_two_sets_that_cannot_be_told_apart_keep_their_channels_by_name(caplog: 
     pruner = Pruning(model, _rule(), example_inputs=_inputs(True))
     assert set(pruner.masks) == {"0", "2"}
     assert "3.a, 3.b: reaches a mean over channels in 3 (test_norms_in_code.py" in caplog.text
+
+
+class PixelNorm(nn.Module):
+    """A norm without weights of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pixel(x, 1)
+
+
+class Generator(nn.Module):
+    """One pixel norm and one activation behind all layers, as GANs have them; in training some modules more run."""
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_layer(True, a, b) for a, b in zip((3, *widths), widths, strict=False))
+        self.act, self.norm, self.drop = nn.LeakyReLU(0.2), PixelNorm(), nn.Dropout(0.0)
+        self.head = _layer(True, widths[-1], 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.act(layer(x))
+            x = standard(self.norm(self.drop(x) if self.training else x), 1)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("widths", [(16, 16, 16), (16, 24, 12)])
+def test_a_norm_that_several_layers_share_is_exact_in_training_too(widths: tuple[int, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = Generator(widths), _inputs(True)
+    dense = copy.deepcopy(model)
+    pruner = Pruning(model, _rule(0.4, end=4, schedule="linear"), example_inputs=inputs)
+    assert _floor(pruner) <= 0.05
+    pruner.prune(model, 0)
+    masked = model.train()(inputs), model.eval()(inputs)
+    again = load_pruned(dense, save_pruned(model, tmp_path / "m.safetensors"))
+    assert torch.equal(again.eval()(inputs), masked[1])
+    pruner.remove()
+    assert _gap(list(masked), [model.train()(inputs), model.eval()(inputs)]) <= 1e-5
 
 
 class Width(nn.Module):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from types import CodeType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,24 @@ def _with_rests(dynamo: Any, codes: set[CodeType]) -> set[CodeType]:
         new = {rest for code in new if code in rests for rest in rests[code].values()} - found
         found |= new
     return found
+
+
+def part_of_callers(function: Hook) -> Hook:
+    """A decorator: dynamo reads a function where it compiles what calls it, and never compiles it alone.
+
+    Where a hook is called by code that dynamo does not compile as a whole (``nn.Module.__call__`` of the outermost
+    module), it would become a graph of its own, which cannot leave a function mode behind.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+    try:
+        if hasattr(frames, "skip_code"):  # PyTorch 2.6
+            frames.skip_code(function.__code__)
+        else:
+            strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+            frames.set_code_exec_strategy(function.__code__, strategy)
+    except (AttributeError, TypeError):  # another version of PyTorch
+        logger.debug("%s may be compiled alone", function.__qualname__)
+    return function
 
 
 def uncompiled() -> AbstractContextManager[object]:

@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_
 from torch.utils.hooks import RemovableHandle
 
 from pruningawaretraining.errors import ModelError
+from pruningawaretraining.models.compiling import part_of_callers
 from pruningawaretraining.models.kept_hooks import KeptHooks
-from pruningawaretraining.models.reduction_sites import NORMS, Site, is_computed_again, reduced_by
+from pruningawaretraining.models.reduction_sites import NORMS, Site, is_computed_again, is_plain, reduced_by
 from pruningawaretraining.models.surgery import Surgery
 
 AGAIN = (
@@ -153,7 +154,7 @@ class ModuleReductions:
         ]
         self._inner: list[tuple[Any, RemovableHandle]] = []
         for name, inner in module.named_modules():
-            if inner is not module:
+            if inner is not module and not is_plain(inner):
                 self._handles.append(inner.register_forward_pre_hook(self._enter_inner))
                 handle = inner.register_forward_hook(partial(self._leave_inner, name), always_call=True)
                 self._inner.append((inner._forward_hooks, handle))
@@ -171,10 +172,12 @@ class ModuleReductions:
             if handle.id in hooks:
                 hooks.move_to_end(handle.id)
 
+    @part_of_callers
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         frame = None if torch.compiler.is_compiling() else sys._getframe(1)
         _Mode(self, frame).__enter__()  # type: ignore[no-untyped-call]
 
+    @part_of_callers
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """After the module has run, or has failed."""
         top = _get_current_function_mode()  # type: ignore[no-untyped-call]

@@ -20,6 +20,7 @@ MARK = ".:"
 """What separates a module's name from the site in it, in the name of a part; see :meth:`Site.of`."""
 
 
+_ELEMENTWISE = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 _CALL, _AGAIN = nn.modules.module.__file__, torch.utils.checkpoint.__file__
 
 
@@ -27,18 +28,32 @@ def is_computed_again() -> bool:
     """Whether code runs in ``torch.utils.checkpoint`` called by the module's own code: there it runs once more in the
     backward pass, where the module is not called."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != _CALL:
+    while frame is not None:
         if frame.f_code.co_filename == _AGAIN:
             return True
+        if frame.f_code.co_filename == _CALL and not is_plain(frame.f_locals.get("self")):
+            return False
         frame = frame.f_back
     return False
+
+
+def is_plain(module: object) -> bool:
+    """Whether a module is no more than a function: what it calls is taken for its caller's code.
+
+    It has no weights and no modules inside, and is of a class of the user's own (a pixel norm that follows several
+    layers, a random depth) or one of PyTorch's activations and dropouts, which may run in training alone.
+    """
+    if not isinstance(module, nn.Module) or module._modules or module._parameters or module._buffers:
+        return False
+    bases = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    return all(one.__module__ in _ELEMENTWISE or not one.__module__.startswith("torch.nn.") for one in bases)
 
 
 class Site(NamedTuple):
     """Which reductions of a module's own code are meant.
 
     Args:
-        after: the module inside it that was called last before them ("" for none).
+        after: the module inside it that was called last before them ("" for none), plain ones aside.
         axis: the dimension that they reduce, counted from the end.
     """
 

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pruningawaretraining.models.reduction_sites import is_plain
 from pruningawaretraining.patterns.coupling import Deadline
 from pruningawaretraining.patterns.labels.flow import Flow
 from pruningawaretraining.patterns.labels.meeting import Operand, meet
@@ -206,7 +207,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note an operation over channels."""
         if varying(array):
             slots = array.reshape(-1)
-            same = (one.site for one in self.reducing if one.slots is not None and np.array_equal(one.slots, slots))
+            same = (one.place for one in self.reducing if one.slots is not None and np.array_equal(one.slots, slots))
             self.mixings.append(Mixing(self.stack[-1], slots, what, self.where(), next(same, None)))
 
     def sized(self, size: int, array: Array) -> None:
@@ -277,7 +278,7 @@ def followed(follower: Follower, model: nn.Module) -> Iterator[None]:
         handles.append(module.register_forward_pre_hook(partial(_enter, follower, name)))
         handles.append(module.register_forward_hook(partial(_leave, follower, name), always_call=True))
     try:
-        with follower, Calls(follower):
+        with follower, Calls(follower, model):
             yield
     finally:
         for handle in handles:
@@ -287,14 +288,13 @@ def followed(follower: Follower, model: nn.Module) -> Iterator[None]:
 def _enter(follower: Follower, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
     follower.stack.append(name)
     follower.called.append("")
-    given = [one for one in inputs if isinstance(one, Tensor)]
-    if given:
-        follower.entered.setdefault(name, []).append(follower.get(given[0]))
+    for one in [one for one in inputs if isinstance(one, Tensor)][:1]:
+        follower.entered.setdefault(name, []).append(follower.get(one))
 
 
-def _leave(follower: Follower, name: str, *_: Any) -> None:
+def _leave(follower: Follower, name: str, module: nn.Module, *_: Any) -> None:
     if name in follower.stack:
         while follower.stack.pop() != name:
             follower.called.pop()
         follower.called.pop()
-        follower.called[-1] = name
+        follower.called[-1] = follower.called[-1] if is_plain(module) else name

@@ -16,14 +16,14 @@ class Mixing:
         layer: the module in whose code it is ("" for the model itself).
         slots: of the channels.
         what, where: the operation, and the layer and line, for messages.
-        site: which of the calls in the module's code it is; None if that is not known.
+        site: in which module's code, and which of the calls there, it is; None if that is not known.
     """
 
     layer: str
     slots: Array
     what: str
     where: str
-    site: Site | None = None
+    site: tuple[str, Site] | None = None
 
 
 @dataclass(frozen=True, eq=False)

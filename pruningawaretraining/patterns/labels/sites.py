@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pruningawaretraining.models.reduction_sites import MARK, Site, is_computed_again, reduced_by
+from pruningawaretraining.models.reduction_sites import MARK, Site, is_computed_again, is_plain, reduced_by
 from pruningawaretraining.patterns.coupling import Indices
 from pruningawaretraining.patterns.labels.notes import Mixing
 from pruningawaretraining.patterns.labels.slots import Array, varying
@@ -25,7 +25,7 @@ class Reduced:
     """One dimension that a call in a module's code reduces.
 
     Args:
-        layer: the module.
+        layer: the module; see :func:`pruningawaretraining.models.reduction_sites.is_plain`.
         site: where in it.
         size: of the dimension.
         slots: its channels; None if it has none, or more than they alone tell apart.
@@ -35,6 +35,11 @@ class Reduced:
     site: Site
     size: int
     slots: Array | None
+
+    @property
+    def place(self) -> tuple[str, Site]:
+        """The module and the site."""
+        return self.layer, self.site
 
 
 class Following(Protocol):
@@ -61,11 +66,13 @@ class Calls(TorchFunctionMode):
 
     Args:
         follower: it.
+        model: what it follows.
     """
 
-    def __init__(self, follower: Following) -> None:
+    def __init__(self, follower: Following, model: nn.Module) -> None:
         super().__init__()
         self.follower = follower
+        self.plain = {name for name, module in model.named_modules() if name and is_plain(module)}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -83,7 +90,8 @@ class Calls(TorchFunctionMode):
             follower.reducing = []
 
     def _notes(self, x: Tensor, dims: Sequence[int]) -> list[Reduced]:
-        layer, after = self.follower.stack[-1], self.follower.called[-1]
+        running = zip(reversed(self.follower.stack), reversed(self.follower.called), strict=True)
+        layer, after = next(one for one in running if one[0] not in self.plain)
         prefix = f"{layer}." if layer else ""
         if after and not after.startswith(prefix):
             return []  # a module that is known by another name here
@@ -119,10 +127,11 @@ class Sites:
         """Accept a reduction that computes something else without some channels; whether that is possible."""
         if mixing.site is None:
             return False
-        channels = self.channels(mixing.layer, mixing.site)
+        layer, site = mixing.site
+        channels = self.channels(layer, site)
         if channels is None or not np.array_equal(channels, self.numbers[mixing.slots]):
             return False
-        self.accepted[mixing.site.within(mixing.layer)] = channels
+        self.accepted[site.within(layer)] = channels
         return True
 
     def channels(self, layer: str, site: Site) -> Indices | None:
