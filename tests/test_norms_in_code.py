@@ -391,6 +391,25 @@ def test_two_sets_that_cannot_be_told_apart_keep_their_channels_by_name(caplog: 
     assert "3.a, 3.b: reaches a mean over channels in 3 (test_norms_in_code.py" in caplog.text
 
 
+class Coincidence(nn.Module):
+    """Channels and rows are reduced along one dimension after one layer; an input may have as many rows as channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = _layer(True, 3, 16), _layer(True, 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = standard(self.first(x), 1).transpose(1, 2)
+        return self.second(standard(rows, 1).transpose(1, 2))
+
+
+def test_rows_that_may_be_as_many_as_channels_are_not_taken_for_them(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(_layer(True, 3, 16), nn.ReLU(), _layer(True, 16, 3), Coincidence())
+    pruner = Pruning(model, _rule(), example_inputs=_inputs(True))
+    assert set(pruner.masks) == {"0", "2"}
+    assert "3.first: reaches a " in caplog.text
+
+
 class PixelNorm(nn.Module):
     """A norm without weights of its own."""
 

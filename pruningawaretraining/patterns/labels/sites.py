@@ -27,13 +27,11 @@ class Reduced:
     Args:
         layer: the module; see :func:`pruningawaretraining.models.reduction_sites.is_plain`.
         site: where in it.
-        size: of the dimension.
         slots: its channels; None if it has none, or more than they alone tell apart.
     """
 
     layer: str
     site: Site
-    size: int
     slots: Array | None
 
     @property
@@ -103,7 +101,7 @@ class Calls(TorchFunctionMode):
             along = [one.reshape(-1) for one in arrays if dim in varying(one)]
             alone = len(along) == 1 and len(along[0]) == x.shape[dim] and len(np.unique(along[0])) == len(along[0])
             site = Site(after.removeprefix(prefix), dim - x.dim())
-            notes.append(Reduced(layer, site, x.shape[dim], along[0] if alone else None))
+            notes.append(Reduced(layer, site, along[0] if alone else None))
         return notes
 
 
@@ -140,7 +138,9 @@ class Sites:
         known = [one for one in notes if one.slots is not None]
         found = [self.numbers[one.slots] for one in known]
         alike = all(np.array_equal(one, found[0]) for one in found)
-        others = any(one.slots is None and one.size == len(found[0]) for one in notes) if found else True
+        others = (
+            len(known) < len(notes) or not found
+        )  # what is as long as the channels by chance could be taken for them
         return None if others or not alike else found[0]
 
     def result(self) -> dict[str, Indices]:
