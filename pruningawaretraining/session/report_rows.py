@@ -77,8 +77,7 @@ def _expert_rows(coupled: CoupledGroups, modules: Mapping[str, nn.Module]) -> li
     """Rows of the modules with the stacked weights of experts, which are no layers; their width is their number."""
     kept, rows = coupled.keep_masks(), []
     for one in coupled.dense_sets:
-        name = one.layers[-1]
-        if is_of_experts(one) and name not in coupled.dense_widths:
+        if is_of_experts(one) and (name := one.layers[-1]) not in coupled.dense_widths:
             module = modules.get(name)  # None in a block that is gone
             row: dict[str, Any] = {
                 "name": name,
