@@ -42,6 +42,8 @@ CASES: dict[str, dict[str, Any]] = {
     "regrow": {**UNSTRUCTURED, "start": 0, "end": 3, "dynamic": "regrow"},
     "alternate": {"pattern": "slice", "target": {"sparsity": 0.4}, "start": 0, "end": 2, "dynamic": "alternate"},
     "soft": {**UNSTRUCTURED, "dynamic": {"type": "soft", "steps": 2}, **SCHEDULE},
+    "rewind": {**UNSTRUCTURED, "dynamic": {"type": "rewind", "to": 1}, **SCHEDULE},
+    "rewind, channels": {**CHANNEL, "dynamic": {"type": "rewind", "to": 2}},
     "wanda": {**UNSTRUCTURED, "criterion": "wanda", **SCHEDULE},
 }  # fmt: skip
 

@@ -17,7 +17,6 @@ from pruningawaretraining.config.schema import Rule
 from pruningawaretraining.costs.macs import LinearCost
 from pruningawaretraining.criteria.base import measures
 from pruningawaretraining.criteria.second_order import Calibration
-from pruningawaretraining.engine.dynamics import check_sharded_dynamic
 from pruningawaretraining.engine.rule import ActiveRule
 from pruningawaretraining.errors import ConfigError, unknown
 from pruningawaretraining.groups.grouping import Grouping, GroupSet, Member
@@ -215,7 +214,6 @@ def check_sharded(one: CoupledRule, calibration: Calibration | None) -> None:
     Raises:
         ConfigError: it names the option.
     """
-    check_sharded_dynamic(one)
     if one.rule.application == "remove":
         raise ConfigError(f"{one.key}.application: 'remove' at every event cannot follow fully_shard. Allowed: mask")
     for name, values in one.given.target.lists.items():

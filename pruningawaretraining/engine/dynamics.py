@@ -165,19 +165,6 @@ def check_final(one: ActiveRule) -> None:
         )
 
 
-def check_sharded_dynamic(one: ActiveRule) -> None:
-    """Refuse dynamics that go back to whole weights, once ``fully_shard`` has spread them.
-
-    Raises:
-        ConfigError: it names the dynamic.
-    """
-    if one.dynamic.rewinds:
-        raise ConfigError(
-            f"{one.key}.dynamic: {one.rule.dynamic!r} goes back to whole weights, and fully_shard has spread them. "
-            "Allowed: another dynamic, or DistributedDataParallel"
-        )
-
-
 # --- state ----------------------------------------------------------------------------------------------------------
 
 

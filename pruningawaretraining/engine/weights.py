@@ -26,7 +26,6 @@ from pruningawaretraining.engine.context import RemovalContext
 from pruningawaretraining.engine.dynamics import (
     between_events,
     check_final,
-    check_sharded_dynamic,
     chosen,
     go_back,
     heard,
@@ -244,10 +243,9 @@ class WeightGroups:
         """Take the model's parameters as they are now, by their names: ``fully_shard`` has exchanged them.
 
         Raises:
-            ConfigError: a rule by second order with data of its own, or one that goes back to earlier weights.
+            ConfigError: a rule by second order with data of its own.
         """
         for one in self.rules:
-            check_sharded_dynamic(one)
             if calibration is not None and solves(one.criterion):
                 raise ConfigError(
                     f"{one.key}.criterion: {one.rule.criterion!r} compensates whole layers, and fully_shard has spread "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruningawaretraining.distributed.fsdp import full_of, is_sharded, local_of, part_of
 from pruningawaretraining.errors import CheckpointError, ModelError
 from pruningawaretraining.masks.dynamics import Dynamic
 
@@ -90,22 +91,26 @@ class Snapshot:
                 )
         for name, value in self.tensors.items():
             if name in now:
-                now[name].copy_(value)
+                _put(now[name], value)
         for optimizer in optimizers:
             for name, parameter in self.model.named_parameters():
                 if name in self.optimizer:
-                    optimizer.state[parameter] = {key: _copied(value) for key, value in self.optimizer[name].items()}
+                    state = self.optimizer[name]
+                    optimizer.state[parameter] = {key: _stored(value, parameter) for key, value in state.items()}
                 elif parameter in optimizer.state:
                     del optimizer.state[parameter]
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data."""
+        """Tensors and plain data; whole tensors, gathered where they are spread over processes (a collective)."""
         buffers = {"buffers": {**self._buffers}} if self._comes else {}
         return {
-            "tensors": {**self.tensors},
+            "tensors": {name: full_of(value) for name, value in self.tensors.items()},
             **buffers,
-            "optimizer": {name: {**one} for name, one in self.optimizer.items()},
+            "optimizer": {
+                name: {key: full_of(value) if isinstance(value, Tensor) else value for key, value in one.items()}
+                for name, one in self.optimizer.items()
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -132,3 +137,25 @@ def _tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _put(tensor: Tensor, value: Tensor) -> None:
+    """Write values into a tensor; of whole ones this process's part, where the tensor is spread over several."""
+    if is_sharded(tensor) and not is_sharded(value):
+        local_of(tensor).copy_(part_of(tensor, value))
+    else:
+        tensor.copy_(value)
+
+
+def _stored(value: Any, parameter: Tensor) -> Any:
+    """A copy of an entry of a parameter's state, spread over processes as the parameter is."""
+    if (
+        not isinstance(value, Tensor)
+        or is_sharded(value)
+        or not is_sharded(parameter)
+        or value.shape != parameter.shape
+    ):
+        return _copied(value)
+    spread = torch.zeros_like(parameter.detach(), dtype=value.dtype)
+    _put(spread, value)
+    return spread
