@@ -40,15 +40,15 @@ def makers_in_code(
     """
     made = {int(number) for one in dependencies.works for part in one.outputs for number in part}
     summed = {int(number) for one in dependencies.works for part in one.inputs for number in part}
+    inside = np.array(sorted((made & summed) - producers.keys() - blocked.keys()), dtype=np.int64)
     found: dict[int, list[int]] = {}
     free: dict[str, int] = {}
     for index, (space, components) in enumerate(zip(dependencies.spaces, dependencies.components, strict=True)):
-        numbers = np.unique(components).tolist()
+        numbers = np.unique(components)
         if isinstance(space.owner, nn.Parameter):
-            free[space.name] = free.get(space.name, 0) + any(number not in blocked for number in numbers)
-        for number in numbers:
-            if number in made & summed and number not in producers and number not in blocked:
-                found.setdefault(number, []).append(index)
+            free[space.name] = free.get(space.name, 0) + any(number not in blocked for number in numbers.tolist())
+        for number in numbers[np.isin(numbers, inside)].tolist():
+            found.setdefault(number, []).append(index)
     return {
         number: makers
         for number, indices in found.items()
