@@ -14,7 +14,15 @@ import moe
 import pytest
 import torch
 from law_checks import check_masked_channels
-from test_structures import FACTOR, decided, every_mask, lost, random_scores
+from test_structures import (
+    FACTOR,
+    assert_savings_are_exact,
+    decided,
+    every_mask,
+    given_back,
+    lost,
+    random_scores,
+)
 from torch import Tensor, nn
 
 from pruningawaretraining import Pruning, count_macs, load_pruned, register, registry, save_pruned
@@ -224,13 +232,9 @@ def test_nothing_can_be_given_back_and_floors_hold(net: str) -> None:
                 assert kept == 0  # it is gone with its block
                 continue
             assert is_block(one) or kept >= one.least
-            for group in (torch.nonzero(~keep_D[one.start : one.stop]).flatten() + one.start).tolist():
-                more_D = keep_D.index_fill(0, torch.tensor([group]), True)
-                if is_block(one):
-                    for inner in (n for n, block in inside.items() if block == number):
-                        more_D[sets[inner].start : sets[inner].stop] = True
-                assert linear(more_D) > budget, one.name
-                looked += 1
+        for one, more_D in given_back(coupled, keep_D):
+            assert linear(more_D) > budget, one.name
+            looked += 1
         assert looked
 
 
@@ -268,10 +272,7 @@ def test_masked_equals_removed_and_costs_are_those_of_the_removed_model(net: str
     masks.set(keep_D)
     masked = outputs_of(model, x)[0]
     masks.clear()
-    for linear in (coupled.macs_cost, coupled.parameters_cost):
-        for group in torch.nonzero(keep_D).flatten().tolist():
-            less_D = keep_D.index_fill(0, torch.tensor([group]), False)
-            assert float(linear.saving_G(keep_D)[group]) == pytest.approx(linear(keep_D) - linear(less_D))
+    assert_savings_are_exact(coupled, keep_D)
     remove(model, found, keep_D)
     assert float((dense - masked).abs().max()) > 1e-3
     assert float((outputs_of(model, x)[0] - masked).abs().max()) <= 1e-5 * max(float(masked.abs().max()), 1.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_kinds import floor_of, gap
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -130,17 +131,6 @@ def _built(kind: type[nn.Module], norm: Norm, images: bool) -> nn.Module:
         return copy.deepcopy(model)
 
 
-def _floor(pruner: Any) -> float:
-    grouping, cost = pruner.channel_pruner.found.grouping, pruner.channel_pruner.macs_cost
-    keep_G = torch.zeros(grouping.size, dtype=torch.bool)
-    keep_G[[one.start for one in grouping.sets]] = True
-    return float(cost(keep_G) / cost.dense)
-
-
-def _gap(one: list[Tensor], other: list[Tensor]) -> float:
-    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(one, other, strict=True))
-
-
 def _rule(sparsity: float = 0.5, end: int = 0, **more: Any) -> dict[str, Any]:
     return {"rules": [{"target": {"sparsity": sparsity}, "start": 0, "end": end, **more}]}
 
@@ -154,17 +144,17 @@ def test_a_norm_in_code_is_pruned_exactly_and_far_enough(
     model = _built(kind, NORMS[name], images)
     dense, inputs = copy.deepcopy(model), _inputs(images)
     pruner = Pruning(model, _rule(), example_inputs=inputs)
-    assert _floor(pruner) <= 0.05
+    assert floor_of(pruner) <= 0.05
     other = _inputs(images, batch=3, seed=5)
     seen: dict[str, list[Tensor]] = {}
     pruner.before_removal = lambda: seen.update(masked=outputs_of(model, other))
     pruner.prune(model, 0)
     assert pruner.channel_pruner.removed
     removed = outputs_of(model, other)
-    assert _gap(seen["masked"], removed) <= 1e-5
+    assert gap(seen["masked"], removed) <= 1e-5
     assert pruner.macs.kept == count_macs(model, inputs) < 0.6 * count_macs(dense, inputs)
     again = load_pruned(dense, save_pruned(model, tmp_path / "pruned.safetensors"))
-    assert _gap(removed, outputs_of(again, other)) == 0.0
+    assert gap(removed, outputs_of(again, other)) == 0.0
 
 
 # --- while masked -------------------------------------------------------------------------------------------------
@@ -207,7 +197,7 @@ def test_masks_that_grow_are_followed_and_training_goes_on() -> None:
         pruner.prune(model, epoch)
     masked = outputs_of(model, inputs)
     pruner.remove()
-    assert _gap(masked, outputs_of(model, inputs)) <= 1e-5
+    assert gap(masked, outputs_of(model, inputs)) <= 1e-5
     assert model.layers[0].out_channels < 16  # type: ignore[union-attr]
 
 
@@ -332,12 +322,12 @@ class Attended(nn.Module):
 def test_attention_over_positions_is_exact() -> None:
     model, inputs = _built(Attended, standard, images=True), _inputs(True)
     pruner = Pruning(model, _rule(), example_inputs=inputs)
-    assert _floor(pruner) <= 0.1
+    assert floor_of(pruner) <= 0.1
     seen: dict[str, list[Tensor]] = {}
     pruner.before_removal = lambda: seen.update(masked=outputs_of(model, inputs))
     pruner.prune(model, 0)
     assert model.first.out_channels == 12 and model.look.in_channels == 2  # type: ignore[union-attr]
-    assert _gap(seen["masked"], outputs_of(model, inputs)) <= 1e-5
+    assert gap(seen["masked"], outputs_of(model, inputs)) <= 1e-5
 
 
 class Affine(nn.Module):
@@ -358,12 +348,12 @@ class Affine(nn.Module):
 def test_functional_norms_with_weights_are_exact(tmp_path: Path) -> None:
     model, inputs = _built(Affine, standard, images=False), _inputs(False)
     pruner = Pruning(model, _rule(), example_inputs=inputs)
-    assert _floor(pruner) <= 0.05
+    assert floor_of(pruner) <= 0.05
     seen: dict[str, list[Tensor]] = {}
     pruner.before_removal = lambda: seen.update(masked=outputs_of(model, inputs))
     pruner.prune(model, 0)
     assert len(model.weight) + len(model.scale) == 20  # type: ignore[arg-type]
-    assert _gap(seen["masked"], outputs_of(model, inputs)) <= 1e-5
+    assert gap(seen["masked"], outputs_of(model, inputs)) <= 1e-5
 
 
 def test_a_masked_model_is_exported(tmp_path: Path) -> None:
@@ -384,13 +374,6 @@ class Twice(nn.Module):
         return self.c(one) + self.d(other)
 
 
-def test_two_sets_that_cannot_be_told_apart_keep_their_channels_by_name(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.Sequential(_layer(True, 3, 16), nn.ReLU(), _layer(True, 16, 3), Twice())
-    pruner = Pruning(model, _rule(), example_inputs=_inputs(True))
-    assert set(pruner.masks) == {"0", "2"}
-    assert "3.a, 3.b: reaches a mean over channels in 3 (test_norms_in_code.py" in caplog.text
-
-
 class Coincidence(nn.Module):
     """Channels and rows are reduced along one dimension after one layer; an input may have as many rows as channels."""
 
@@ -403,11 +386,20 @@ class Coincidence(nn.Module):
         return self.second(standard(rows, 1).transpose(1, 2))
 
 
-def test_rows_that_may_be_as_many_as_channels_are_not_taken_for_them(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.Sequential(_layer(True, 3, 16), nn.ReLU(), _layer(True, 16, 3), Coincidence())
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Twice, "3.a, 3.b: reaches a mean over channels in 3 (test_norms_in_code.py"),
+        (Coincidence, "3.first: reaches a "),
+    ],
+)
+def test_reductions_that_cannot_be_told_apart_keep_their_channels_by_name(
+    kind: type[nn.Module], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(_layer(True, 3, 16), nn.ReLU(), _layer(True, 16, 3), kind())
     pruner = Pruning(model, _rule(), example_inputs=_inputs(True))
     assert set(pruner.masks) == {"0", "2"}
-    assert "3.first: reaches a " in caplog.text
+    assert reason in caplog.text
 
 
 class PixelNorm(nn.Module):
@@ -439,13 +431,13 @@ def test_a_norm_that_several_layers_share_is_exact_in_training_too(widths: tuple
     model, inputs = Generator(widths), _inputs(True)
     dense = copy.deepcopy(model)
     pruner = Pruning(model, _rule(0.4, end=4, schedule="linear"), example_inputs=inputs)
-    assert _floor(pruner) <= 0.05
+    assert floor_of(pruner) <= 0.05
     pruner.prune(model, 0)
     masked = model.train()(inputs), model.eval()(inputs)
     again = load_pruned(dense, save_pruned(model, tmp_path / "m.safetensors"))
     assert torch.equal(again.eval()(inputs), masked[1])
     pruner.remove()
-    assert _gap(list(masked), [model.train()(inputs), model.eval()(inputs)]) <= 1e-5
+    assert gap(list(masked), [model.train()(inputs), model.eval()(inputs)]) <= 1e-5
 
 
 class Width(nn.Module):

@@ -258,28 +258,41 @@ def test_milliseconds_are_met_with_blocks_that_take_none(net: str, monkeypatch: 
         assert float(goal.cost.of_sets(kept_S.double().unsqueeze(0))[0]) == pytest.approx(goal.cost(bare_D))
 
 
+def given_back(coupled: CoupledGroups, keep_D: Tensor) -> Iterator[tuple[GroupSet, Tensor]]:
+    """Masks with one group more, a block with all that is in it; what is gone with its block does not come alone."""
+    sets, inside = coupled.dense_sets, coupled.rules[0].inside
+    for number, one in enumerate(sets):
+        if number in inside and not keep_D[sets[inside[number]].start]:
+            continue
+        for group in (torch.nonzero(~keep_D[one.start : one.stop]).flatten() + one.start).tolist():
+            more_D = keep_D.index_fill(0, torch.tensor([group]), True)
+            if is_block(one):
+                for inner in (n for n, block in inside.items() if block == number):
+                    more_D[sets[inner].start : sets[inner].stop] = True
+            yield one, more_D
+
+
+def assert_savings_are_exact(coupled: CoupledGroups, keep_D: Tensor) -> None:
+    """Of each kept group alone, in MACs and in parameters."""
+    for linear in (coupled.macs_cost, coupled.parameters_cost):
+        for group in torch.nonzero(keep_D).flatten().tolist():
+            less_D = keep_D.index_fill(0, torch.tensor([group]), False)
+            assert float(linear.saving_G(keep_D)[group]) == pytest.approx(linear(keep_D) - linear(less_D))
+
+
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("cost", ["macs", "parameters"])
 def test_nothing_can_be_given_back(net: str, cost: str) -> None:
     """Law 4: one more channel or head exceeds the budget, and so does a block with what is in it."""
     coupled = groups_of(net)
-    inside = coupled.rules[0].inside
     for seed, fraction in itertools.product(range(2), (0.6, 0.8)):
         scores_D = random_scores(coupled, seed)
         keep_D = decided(coupled, scores_D, **{cost: fraction})
         linear = coupled.macs_cost if cost == "macs" else coupled.parameters_cost
         budget = fraction * linear.dense
         assert linear(keep_D) <= budget
-        for number, one in enumerate(coupled.dense_sets):
-            if number in inside and not keep_D[coupled.dense_sets[inside[number]].start]:
-                continue  # it is gone with its block
-            for group in (torch.nonzero(~keep_D[one.start : one.stop]).flatten() + one.start).tolist():
-                more_D = keep_D.clone()
-                more_D[group] = True
-                if is_block(one):
-                    for inner in (n for n, block in inside.items() if block == number):
-                        more_D[coupled.dense_sets[inner].start : coupled.dense_sets[inner].stop] = True
-                assert linear(more_D) > budget, one.name
+        for one, more_D in given_back(coupled, keep_D):
+            assert linear(more_D) > budget, one.name
 
 
 # --- costs and removal ----------------------------------------------------------------------------------------------
@@ -305,11 +318,7 @@ def test_masked_equals_removed_and_costs_are_those_of_the_removed_model(net: str
     masks.set(keep_D)
     masked = outputs_of(model, x)
     masks.clear()
-    for linear in (coupled.macs_cost, coupled.parameters_cost):
-        for group in torch.nonzero(keep_D).flatten().tolist():
-            less_D = keep_D.clone()
-            less_D[group] = False
-            assert float(linear.saving_G(keep_D)[group]) == pytest.approx(linear(keep_D) - linear(less_D))
+    assert_savings_are_exact(coupled, keep_D)
     remove(model, found, keep_D)
     removed = outputs_of(model, x)
     scale = max(float(one.abs().max()) for one in masked)

@@ -15,6 +15,8 @@ KINDS = {"channel": "channel", "head": "channel", "expert": "expert", "depth": "
 """Structure -> what criteria know its groups as."""
 UNWEIGHED = ("latency", "latency_ms", "peak_memory")
 """Targets that experts do not change in a way that can be predicted."""
+AS_MANY = "cannot be weighed against experts: a token takes as many whatever their number"
+"""Why these are refused with experts, after the value of a key."""
 
 
 def one_pattern(structures: Sequence[Any]) -> str | dict[str, Any]:
@@ -173,12 +175,8 @@ def _check_weighed(rule: Any) -> None:
     found = next((name for name in UNWEIGHED if getattr(rule.target, name) is not None), None)
     if found is not None:
         raise ConfigError(
-            f"target.{found}: {getattr(rule.target, found)!r} cannot be weighed against experts: a token takes as many "
-            "whatever their number, and what they save is parameters. Allowed with experts: target.parameters, "
-            "target.macs, a registered cost"
+            f"target.{found}: {getattr(rule.target, found)!r} {AS_MANY}, and what they save is parameters. Allowed "
+            "with experts: target.parameters, target.macs, a registered cost"
         )
     if rule.allocation == "latency":
-        raise ConfigError(
-            "allocation: 'latency' cannot be weighed against experts: a token takes as many whatever their number. "
-            "Allowed with experts: macs, parameters"
-        )
+        raise ConfigError(f"allocation: 'latency' {AS_MANY}. Allowed with experts: macs, parameters")

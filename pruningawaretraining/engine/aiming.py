@@ -21,9 +21,9 @@ FINE = 0.002
 
 
 class Aim:
-    """Predictions of a latency err, by another factor for other masks: so masks are chosen for a prediction, measured,
-    and chosen for another one, between the prediction that came out nearest below the budget and the next higher one
-    that came out above.
+    """Predicts where to look next. A predicted latency is off by a factor that differs from mask to mask. So masks are
+    chosen for a prediction and measured; the next prediction lies between the one that came out nearest below the
+    budget and the next higher one that came out above it.
 
     Args:
         budget: what is to be measured, at most.

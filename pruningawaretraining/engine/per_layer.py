@@ -71,8 +71,9 @@ def fractions_by_rule(
         found = fractions_of(model, grouping, set_of, given, key)
     else:
         return None
+    caps = limits_of(rule).caps
     for one, fraction in zip(grouping.sets, found, strict=True):
-        most = limits_of(rule).caps.get(one.name, 1.0)
+        most = caps.get(one.name, 1.0)
         if fraction > most:
             what = f"{fraction:g} of {one.name!r}"
             if keep is not None:

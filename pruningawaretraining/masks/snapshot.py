@@ -149,12 +149,8 @@ def _put(tensor: Tensor, value: Tensor) -> None:
 
 def _stored(value: Any, parameter: Tensor) -> Any:
     """A copy of an entry of a parameter's state, spread over processes as the parameter is."""
-    if (
-        not isinstance(value, Tensor)
-        or is_sharded(value)
-        or not is_sharded(parameter)
-        or value.shape != parameter.shape
-    ):
+    whole = isinstance(value, Tensor) and not is_sharded(value) and value.shape == parameter.shape
+    if not whole or not is_sharded(parameter):
         return _copied(value)
     spread = torch.zeros_like(parameter.detach(), dtype=value.dtype)
     _put(spread, value)

@@ -221,7 +221,7 @@ def plain_reductions(model: nn.Module) -> Iterator[None]:
 
 
 def saved_at(module: nn.Module, site: Site) -> list[KeptAt]:
-    """What a file said of a site of a module."""
+    """The masks that a file brought for a site of a module."""
     parts = (hook.parts.get(site) for hook in reductions_of(module))
     return [part for part in parts if part is not None and part.saved]
 

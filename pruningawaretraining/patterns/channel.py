@@ -27,7 +27,7 @@ from pruningawaretraining.patterns.expert import chosen_experts, expert_names
 from pruningawaretraining.patterns.head import attention_names, chosen_heads, find_heads, is_of_heads
 from pruningawaretraining.patterns.labels.trace import trace
 from pruningawaretraining.patterns.raw_products import raw_weights
-from pruningawaretraining.patterns.selection import select
+from pruningawaretraining.patterns.selection import selected
 from pruningawaretraining.registry import calling, check_returned, names, register
 
 logger = logging.getLogger(__name__)
@@ -168,8 +168,8 @@ def chosen_layers(
     Raises:
         ConfigError: a name that is not a layer of the model.
     """
-    names, prefix = [*producer_names(model), *raw_weights(model)], f"{key}." if key else ""
-    return select(model, layers, names, f"{prefix}layers") - select(model, list(exclude), names, f"{prefix}exclude")
+    wanted, spared = selected(model, layers, exclude, [*producer_names(model), *raw_weights(model)], key)
+    return wanted - spared
 
 
 def find_channels(

@@ -27,7 +27,7 @@ from pruningawaretraining.models.skipped_blocks import BlockHooks, remove_blocks
 from pruningawaretraining.models.surgery import Surgery
 from pruningawaretraining.patterns.block_names import candidates
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
-from pruningawaretraining.patterns.selection import none_chosen, select
+from pruningawaretraining.patterns.selection import none_chosen, selected
 from pruningawaretraining.registry import register
 
 SIGNATURE = "blocks"
@@ -49,9 +49,9 @@ class Depth:
         Raises:
             ConfigError: a name that is not a module of the model, or nothing is selected.
         """
-        names, prefix = candidates(model), f"{key}." if key else ""
-        chosen = select(model, layers, names, f"{prefix}layers")
-        chosen -= select(model, list(exclude), names, f"{prefix}exclude")
+        names = candidates(model)
+        wanted, spared = selected(model, layers, exclude, names, key)
+        chosen = wanted - spared
         if names and not chosen:
             raise none_chosen(model, layers, exclude, key, "block", names)
         return chosen

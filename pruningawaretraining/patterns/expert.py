@@ -26,7 +26,7 @@ from pruningawaretraining.models.module_widths import set_count
 from pruningawaretraining.models.surgery import Surgery
 from pruningawaretraining.patterns.block_names import chosen_blocks
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
-from pruningawaretraining.patterns.selection import none_chosen, select
+from pruningawaretraining.patterns.selection import none_chosen, selected
 from pruningawaretraining.registry import register
 
 SIGNATURE = "experts"
@@ -102,10 +102,8 @@ def chosen_experts(
         ConfigError: a name that is not a module of the model.
     """
     blocks, unread = expert_blocks(model)
-    prefix = f"{key}." if key else ""
     names = {name for one in blocks for name in one.names} | set(unread)
-    wanted = select(model, layers, names, f"{prefix}layers")
-    spared = select(model, list(exclude), names, f"{prefix}exclude")
+    wanted, spared = selected(model, layers, exclude, names, key)
     chosen = [one for one in blocks if wanted & set(one.names) and not spared & set(one.names)]
     return {name for one in chosen for name in (one.name, one.weights)}
 

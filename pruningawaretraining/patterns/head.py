@@ -26,7 +26,7 @@ from pruningawaretraining.patterns.block_names import chosen_blocks
 from pruningawaretraining.patterns.channel_groups import ChannelGroups
 from pruningawaretraining.patterns.expert import chosen_experts
 from pruningawaretraining.patterns.projections import HeadTensor
-from pruningawaretraining.patterns.selection import none_chosen, select
+from pruningawaretraining.patterns.selection import none_chosen, selected
 from pruningawaretraining.registry import lookup, register
 
 Unit = Callable[[Attention], tuple[int, Callable[[HeadTensor], Tensor | None]]]
@@ -115,9 +115,7 @@ def chosen_heads(
     """
     blocks, unread = attention_blocks(model)
     names = {layer for block in blocks for layer in block.layers} | set(unread)
-    prefix = f"{key}." if key else ""
-    wanted = select(model, layers, names, f"{prefix}layers")
-    spared = select(model, list(exclude), names, f"{prefix}exclude")
+    wanted, spared = selected(model, layers, exclude, names, key)
     chosen = {one.name for one in blocks if wanted & set(one.layers) and not spared & set(one.layers)}
     return chosen | {name for name in unread if name in wanted - spared}
 

@@ -53,6 +53,18 @@ def select(model: nn.Module, entries: Sequence[str] | None, candidates: Iterable
     return selected
 
 
+def selected(
+    model: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str], candidates: Iterable[str], key: str
+) -> tuple[set[str], set[str]]:
+    """The candidates that a rule's ``layers`` name, and those that its ``exclude`` does; ``key`` is the rule's.
+
+    Raises:
+        ConfigError: see :func:`select`.
+    """
+    names, prefix = set(candidates), f"{key}." if key else ""
+    return select(model, layers, names, f"{prefix}layers"), select(model, list(exclude), names, f"{prefix}exclude")
+
+
 def _matches(model: nn.Module, entry: str, modules: list[str], candidates: set[str], key: str) -> set[str]:
     for form, found in FORMS.items():
         if not entry.startswith(form):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pruningawaretraining.config.options import support_of
 from pruningawaretraining.config.schema import PruningConfig, Rule
-from pruningawaretraining.config.structures import has_experts
+from pruningawaretraining.config.structures import AS_MANY, has_experts
 from pruningawaretraining.config.targets import Target
 from pruningawaretraining.criteria.base import collector_of
 from pruningawaretraining.criteria.second_order.gradients import Calibration
@@ -30,7 +30,7 @@ from pruningawaretraining.session.scored_channels import ScoredChannels, scored_
 logger = logging.getLogger(__name__)
 SECONDS = 45.0
 """After so long no further copy is measured: what is predicted has to do."""
-UNWEIGHED = "no latency: a token takes as many experts whatever their number, so that none is predicted"
+NO_LATENCY = "no latency: a token takes as many experts whatever their number, so that none is predicted"
 """The note of a rule with experts."""
 ROUNDS, QUICK_ROUNDS, QUICK_MS = 2, 4, 10.0
 """Of choosing and measuring for a latency; more where the dense model takes less than so long."""
@@ -174,7 +174,7 @@ def plan(
         _check_weighed(wanted)
     goals = [_target(cost, fraction, options) for cost, fraction in wanted]
     scored = scored_channels(model, rule, inputs, calibration)
-    latency, note = (None, UNWEIGHED) if experts else _latency(scored, goals, options)
+    latency, note = (None, NO_LATENCY) if experts else _latency(scored, goals, options)
     watch = _Watch(started + options.seconds if options.measured else started)
     chosen = [_chosen(scored, latency, goal, watch) for goal in goals]
     rows = [_row(scored, cost, fraction, *one) for (cost, fraction), one in zip(wanted, chosen, strict=True)]
@@ -194,8 +194,8 @@ def _check_weighed(wanted: Sequence[tuple[str, float]]) -> None:
     for cost, fraction in wanted:
         if cost == "latency":
             raise ConfigError(
-                f"--latency: {fraction:g} cannot be weighed against experts: a token takes as many whatever their "
-                "number, and what they save is parameters. Allowed with experts: --params, --macs"
+                f"--latency: {fraction:g} {AS_MANY}, and what they save is parameters. Allowed with experts: --params, "
+                "--macs"
             )
 
 

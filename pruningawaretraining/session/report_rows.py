@@ -75,19 +75,25 @@ def layer_rows(coupled: CoupledGroups) -> list[dict[str, Any]]:
 
 def _expert_rows(coupled: CoupledGroups, modules: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
     """Rows of the modules with the stacked weights of experts, which are no layers; their width is their number."""
-    kept, rows = coupled.keep_masks(), []
+    kept = coupled.keep_masks()
+    rows: list[dict[str, Any]] = []
     for one in coupled.dense_sets:
         if is_of_experts(one) and (name := one.layers[-1]) not in coupled.dense_widths:
             module = modules.get(name)  # None in a block that is gone
-            row: dict[str, Any] = {
-                "name": name,
-                "type": coupled.dense_types[name],
-                "set": one.name,
-                "dense_in": None,
-                "kept_in": None,
-            }
-            row |= {"dense_out": one.size, "kept_out": int(kept[one.name].sum()), "dense_macs": None, "kept_macs": None}
-            rows.append({**row, "parameters": 0 if module is None else sum(w.numel() for w in module.parameters())})
+            rows.append(
+                {
+                    "name": name,
+                    "type": coupled.dense_types[name],
+                    "set": one.name,
+                    "dense_out": one.size,
+                    "kept_out": int(kept[one.name].sum()),
+                    "dense_in": None,
+                    "kept_in": None,
+                    "dense_macs": None,
+                    "kept_macs": None,
+                    "parameters": 0 if module is None else sum(weight.numel() for weight in module.parameters()),
+                }
+            )
     return rows
 
 

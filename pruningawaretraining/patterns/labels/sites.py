@@ -41,7 +41,7 @@ class Reduced:
 
 
 class Following(Protocol):
-    """What a follower says of the code that runs now.
+    """A follower, as far as it knows which code runs now.
 
     Attributes:
         stack: the modules that run.
